@@ -1,0 +1,250 @@
+"""What does a data set on disk hold, and what does its manifest.json promise?
+
+A data set is a folder: `manifest.json`, shards `000000.tar`, `000001.tar`, ... each with an index `000000.tar.idx`,
+and `tokenizer/` when its samples have captions. A sample is a run of adjacent tar members that share a key, image first:
+`<key>.{jpg,png,webp}` [+ `.txt` caption, UTF-8] [+ `.cls` category number, ASCII] [+ `.mask.png` instance numbers,
+0 = background] + `.json`. Standard library only: training imports this file and nothing else of `data_prep`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from array import array
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+IMAGE_EXTENSIONS = ("jpg", "png", "webp")  # of the first member of a sample
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+TAR_BLOCK = 512  # bytes; every tar header starts at a multiple of it
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of a data set, as the manifest records it."""
+
+    name: str  # file name inside the folder, "000000.tar"
+    num_samples: int
+    num_bytes: int  # size of the tar file
+    sha256: str  # of the tar file, lower-case hexadecimal
+
+    def __post_init__(self) -> None:
+        if not _SHARD_NAME.fullmatch(self.name):
+            raise ValueError(
+                f"shard name {self.name!r} must match {_SHARD_NAME.pattern}: build the data set again"
+            )
+        if not _is_count(self.num_samples) or self.num_samples < 1:
+            raise ValueError(f"{self.name}: num_samples={self.num_samples!r} must be a positive integer")
+        if not _is_count(self.num_bytes) or self.num_bytes % TAR_BLOCK or not self.num_bytes:
+            raise ValueError(
+                f"{self.name}: num_bytes={self.num_bytes!r} must be a positive multiple of {TAR_BLOCK}"
+            )
+        if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
+            raise ValueError(f"{self.name}: sha256={self.sha256!r} must be 64 lower-case hexadecimal digits")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a data set holds: written last, read first."""
+
+    name: str  # of the data set, "scenes"
+    split: str  # "train", "heldout", "val", ...
+    categories: tuple[str, ...]  # name of category i at position i; empty without categories
+    num_samples: int
+    has_text: bool  # every sample has a .txt
+    has_category: bool  # every sample has a .cls
+    shards: tuple[Shard, ...]
+    dropped: Mapping[str, int] = field(default_factory=dict)  # reason -> number of inputs left out
+    builder: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # the settings that produced it, without paths of output
+    schema: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA_VERSION:
+            raise ValueError(
+                f"schema={self.schema!r} of data set {self.name!r} is not {SCHEMA_VERSION}, the version this code reads:"
+                " build the data set again with this version"
+            )
+        if not self.shards:
+            raise ValueError(
+                f"data set {self.name!r} has no shards: build it again, with at least one good sample"
+            )
+        names = [shard.name for shard in self.shards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"data set {self.name!r} names a shard twice: build it again")
+        total = sum(shard.num_samples for shard in self.shards)
+        if self.num_samples != total:
+            raise ValueError(
+                f"num_samples={self.num_samples!r} of data set {self.name!r} must equal the {total} samples of its"
+                " shards: build it again"
+            )
+        if self.has_category and not self.categories:
+            raise ValueError(f"data set {self.name!r} has_category but lists no categories: build it again")
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> Manifest:
+        """The manifest of the data set in `folder`, validated; shard files must exist with the recorded size.
+
+        Raises FileNotFoundError (no folder, manifest, shard or index) and ValueError (anything that contradicts the
+        schema). It reads no shard: `python -m data_prep check` does.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST_NAME
+        if not path.is_file():
+            raise FileNotFoundError(_missing_manifest(folder))
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            manifest = manifest_from_record(record)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is not a manifest: {error}; build the data set again into an empty folder"
+            ) from error
+        for shard in manifest.shards:
+            _require_shard(folder, shard)
+        return manifest
+
+
+def manifest_from_record(record: Any) -> Manifest:
+    """The typed manifest of a decoded manifest.json; raises ValueError naming the field at fault."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{type(record).__name__} found where a JSON object must stand")
+    kinds = {
+        "schema": int,
+        "name": str,
+        "split": str,
+        "categories": list,
+        "num_samples": int,
+        "has_text": bool,
+        "has_category": bool,
+        "shards": list,
+        "dropped": dict,
+        "builder": dict,
+    }
+    if missing := sorted(kinds.keys() - record.keys()):
+        raise ValueError(f"fields {missing} are missing")
+    if unknown := sorted(record.keys() - kinds.keys()):
+        raise ValueError(f"fields {unknown} are unknown to schema {SCHEMA_VERSION}")
+    for name, kind in kinds.items():
+        if type(record[name]) is not kind:
+            raise ValueError(f"{name}={record[name]!r} must be of type {kind.__name__}")
+    if not all(isinstance(category, str) for category in record["categories"]):
+        raise ValueError("categories must be names (strings)")
+    shards = tuple(Shard(**shard) for shard in record["shards"])
+    return Manifest(**{**record, "categories": tuple(record["categories"]), "shards": shards})
+
+
+def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Write `folder`/manifest.json whole or not at all; the same manifest gives the same bytes."""
+    record = asdict(manifest)
+    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    write_atomic(Path(folder) / MANIFEST_NAME, text.encode("utf-8"))
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write `content` to `path` through a temporary name, flushed to disk and renamed: no reader sees half of it."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make the renames done in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def index_path(tar: str | os.PathLike[str]) -> Path:
+    """Where the index of shard `tar` lies: `000000.tar` -> `000000.tar.idx`."""
+    tar = Path(tar)
+    return tar.with_name(tar.name + ".idx")
+
+
+def read_index(tar: str | os.PathLike[str]) -> array[int]:
+    """The n + 1 byte offsets of shard `tar`: sample i lies in [offsets[i], offsets[i + 1]).
+
+    Raises FileNotFoundError without an index and ValueError when the offsets do not rise in steps of tar blocks.
+    """
+    path = index_path(tar)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: copy it again from where the shard came from, or build again"
+        )
+    content = path.read_bytes()
+    if len(content) % 8 or len(content) < 16:
+        raise ValueError(
+            f"{path} holds {len(content)} bytes, it must be 8 per sample and 8 more: copy or build it again"
+        )
+    offsets = array("Q", content)
+    if sys.byteorder == "big":
+        offsets.byteswap()
+    rising = all(before < after for before, after in zip(offsets, offsets[1:], strict=False))
+    if offsets[0] != 0 or not rising or any(offset % TAR_BLOCK for offset in offsets):
+        raise ValueError(
+            f"{path}: offsets must start at 0 and rise in multiples of {TAR_BLOCK}: copy or build it again"
+        )
+    return offsets
+
+
+def index_bytes(offsets: list[int]) -> bytes:
+    """The content of an index file: little-endian uint64."""
+    values = array("Q", offsets)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values.tobytes()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Lower-case hexadecimal SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _missing_manifest(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder} is no folder: name a data set folder made by `python -m data_prep build`"
+    inside = sorted(entry.name for entry in folder.iterdir() if (entry / MANIFEST_NAME).is_file())
+    if inside:
+        return f"{folder / MANIFEST_NAME} is missing, but {inside} below it are data sets: name one of them"
+    return f"{folder / MANIFEST_NAME} is missing (it is written last): run the same `python -m data_prep build` again"
+
+
+def _require_shard(folder: Path, shard: Shard) -> None:
+    path = folder / shard.name
+    for needed in (path, index_path(path)):
+        if not needed.is_file():
+            raise FileNotFoundError(
+                f"{needed} is missing, the manifest names it: copy it again or build the data set again"
+            )
+    size = path.stat().st_size
+    if size != shard.num_bytes:
+        raise ValueError(
+            f"{path} has {size} bytes, the manifest says {shard.num_bytes}: copy it again or build the data set again"
+            f" (`python -m data_prep check {folder}` names what is broken)"
+        )
