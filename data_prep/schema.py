@@ -1,9 +1,10 @@
 """What does a data set on disk hold, and what does its manifest.json promise?
 
-A data set is a folder: `manifest.json`, shards `000000.tar`, `000001.tar`, ... each with an index `000000.tar.idx`,
-and `tokenizer/` when its samples have captions. A sample is a run of adjacent tar members that share a key, image first:
-`<key>.{jpg,png,webp}` [+ `.txt` caption, UTF-8] [+ `.cls` category number, ASCII] [+ `.mask.png` instance numbers,
-0 = background] + `.json`. Standard library only: training imports this file and nothing else of `data_prep`.
+A data set is a folder: `manifest.json`, shards `000000.tar`, `000001.tar`, ... each with an index
+`000000.tar.idx`, and `tokenizer/` when its samples have captions. A sample is a run of adjacent tar members
+that share a key, image first: `<key>.{jpg,png,webp}` [+ `.txt` caption, UTF-8] [+ `.cls` category number, ASCII]
+[+ `.mask.png` instance numbers, 0 = background] + `.json`. Standard library only: training imports this file and
+nothing else of `data_prep`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.schema != SCHEMA_VERSION:
             raise ValueError(
-                f"schema={self.schema!r} of data set {self.name!r} is not {SCHEMA_VERSION}, the version this code reads:"
+                f"schema={self.schema!r} of data set {self.name!r} must be {SCHEMA_VERSION}, what this code reads:"
                 " build the data set again with this version"
             )
         if not self.shards:
@@ -86,8 +88,8 @@ class Manifest:
         total = sum(shard.num_samples for shard in self.shards)
         if self.num_samples != total:
             raise ValueError(
-                f"num_samples={self.num_samples!r} of data set {self.name!r} must equal the {total} samples of its"
-                " shards: build it again"
+                f"num_samples={self.num_samples!r} of data set {self.name!r} must equal the {total} of its shards:"
+                " build it again"
             )
         if self.has_category and not self.categories:
             raise ValueError(f"data set {self.name!r} has_category but lists no categories: build it again")
@@ -96,8 +98,8 @@ class Manifest:
     def read(cls, folder: str | os.PathLike[str]) -> Manifest:
         """The manifest of the data set in `folder`, validated; shard files must exist with the recorded size.
 
-        Raises FileNotFoundError (no folder, manifest, shard or index) and ValueError (anything that contradicts the
-        schema). It reads no shard: `python -m data_prep check` does.
+        Raises FileNotFoundError (no folder, manifest, shard or index) and ValueError (anything that contradicts
+        the schema). It reads no shard: `python -m data_prep check` does.
         """
         folder = Path(folder)
         path = folder / MANIFEST_NAME
@@ -152,7 +154,7 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write `content` to `path` through a temporary name, flushed to disk and renamed: no reader sees half of it."""
+    """Write `content` to `path` by a temporary name, flushed and renamed: no reader sees half of it."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -182,10 +184,10 @@ def index_path(tar: str | os.PathLike[str]) -> Path:
     return tar.with_name(tar.name + ".idx")
 
 
-def read_index(tar: str | os.PathLike[str]) -> array[int]:
+def read_index(tar: str | os.PathLike[str]) -> array:
     """The n + 1 byte offsets of shard `tar`: sample i lies in [offsets[i], offsets[i + 1]).
 
-    Raises FileNotFoundError without an index and ValueError when the offsets do not rise in steps of tar blocks.
+    Raises FileNotFoundError without an index and ValueError when the offsets do not rise in tar blocks.
     """
     path = index_path(tar)
     if not path.is_file():
@@ -200,7 +202,7 @@ def read_index(tar: str | os.PathLike[str]) -> array[int]:
     offsets = array("Q", content)
     if sys.byteorder == "big":
         offsets.byteswap()
-    rising = all(before < after for before, after in zip(offsets, offsets[1:], strict=False))
+    rising = all(before < after for before, after in pairwise(offsets))
     if offsets[0] != 0 or not rising or any(offset % TAR_BLOCK for offset in offsets):
         raise ValueError(
             f"{path}: offsets must start at 0 and rise in multiples of {TAR_BLOCK}: copy or build it again"
@@ -232,7 +234,7 @@ def _missing_manifest(folder: Path) -> str:
     inside = sorted(entry.name for entry in folder.iterdir() if (entry / MANIFEST_NAME).is_file())
     if inside:
         return f"{folder / MANIFEST_NAME} is missing, but {inside} below it are data sets: name one of them"
-    return f"{folder / MANIFEST_NAME} is missing (it is written last): run the same `python -m data_prep build` again"
+    return f"{folder / MANIFEST_NAME} is missing (it is written last): run the same `data_prep build` again"
 
 
 def _require_shard(folder: Path, shard: Shard) -> None:
@@ -245,6 +247,6 @@ def _require_shard(folder: Path, shard: Shard) -> None:
     size = path.stat().st_size
     if size != shard.num_bytes:
         raise ValueError(
-            f"{path} has {size} bytes, the manifest says {shard.num_bytes}: copy it again or build the data set again"
+            f"{path} has {size} bytes, the manifest says {shard.num_bytes}: copy or build it again"
             f" (`python -m data_prep check {folder}` names what is broken)"
         )
