@@ -1,0 +1,278 @@
+"""What is a run? Frozen, typed data that checks itself; mathematics, nothing of the machine, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from pretrain.objectives import Objective
+
+
+def _positive(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{owner}.{name}={value} must be positive")
+
+
+def _fraction(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{owner}.{name}={value} must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    family: str = "internimage"  # key of models.backbone.BACKBONES
+    size: str = "internimage_h"  # a name of that family's table
+    drop_path: float = 0.2  # probability that a residual branch is dropped, in [0, 1)
+    drop_path_schedule: Literal["linear", "uniform"] = "uniform"  # over depth
+    token_width: int = 1024  # InternImage: width of the token grid made from the last two stages
+    checkpoint_activations: bool = False  # recompute every block in the backward pass
+
+    def __post_init__(self) -> None:
+        _positive("backbone", token_width=self.token_width)
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"backbone.drop_path={self.drop_path} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Transformer that predicts dense targets from owned tokens (M3I, table 7)."""
+
+    layers: int = 4
+    width: int = 1024
+    ffn: int = 4096
+    heads: int = 16
+
+    def __post_init__(self) -> None:
+        _positive("decoder", layers=self.layers, width=self.width, ffn=self.ffn, heads=self.heads)
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(
+                f"decoder.width={self.width} must be a multiple of decoder.heads={self.heads} and of 4"
+            )
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Attention pooling from tokens to the embedding shared by category and text."""
+
+    heads: int = 16
+    width: int = 768  # of the embedding
+
+    def __post_init__(self) -> None:
+        _positive("pool", heads=self.heads, width=self.width)
+
+
+@dataclass(frozen=True)
+class Text:
+    """BERT-shaped text encoder, trained from scratch with the backbone."""
+
+    layers: int = 12
+    width: int = 768
+    ffn: int = 3072
+    heads: int = 12
+    length: int = 77  # tokens a caption, longer ones are cut
+    max_scale: float = 100.0  # upper bound of the learned inverse temperature
+    init_scale: float = 1 / 0.07
+
+    def __post_init__(self) -> None:
+        _positive("text", layers=self.layers, width=self.width, ffn=self.ffn, heads=self.heads)
+        if self.width % self.heads:
+            raise ValueError(f"text.width={self.width} must be a multiple of text.heads={self.heads}")
+        if self.length < 4:
+            raise ValueError(
+                f"text.length={self.length} must be at least 4: two special tokens and two words"
+            )
+
+
+@dataclass(frozen=True)
+class Views:
+    """Augmented views: whole-image flip, RandomResizedCrop, then colour (SiameseIM, appendix)."""
+
+    size: int = 192  # pixels, side of a view
+    scale: tuple[float, float] = (0.2, 1.0)  # crop area / image area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # crop width / height
+    flip: float = 0.5  # probability
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness contrast saturation hue
+    jitter_probability: float = 0.8
+    grayscale: float = 0.2  # probability
+    blur: tuple[float, float] = (1.0, 0.1)  # probability in view 1, in view 2
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels at 224, scaled with the size
+    solarize: tuple[float, float] = (0.0, 0.2)  # probability in view 1, in view 2
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        _positive("views", size=self.size)
+        _fraction(
+            "views", flip=self.flip, jitter_probability=self.jitter_probability, grayscale=self.grayscale
+        )
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"views.scale={self.scale} must be an increasing pair in (0, 1]")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"views.ratio={self.ratio} must be an increasing pair of positive numbers")
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Block-wise mask of the mixed input, as in BEiT: True patches show the second image."""
+
+    ratio: float = 0.5  # fraction of patches given to the second image, in (0, 1)
+    patch: int = 16  # pixels, side of one square
+    min_block: int = 16  # patches, smallest block that is drawn
+    aspect: float = 0.3  # block height / width is log-uniform in [aspect, 1 / aspect]
+
+    def __post_init__(self) -> None:
+        _positive("mask", patch=self.patch, min_block=self.min_block)
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"mask.ratio={self.ratio} must lie in (0, 1)")
+        if not 0 < self.aspect <= 1:
+            raise ValueError(f"mask.aspect={self.aspect} must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of the mixture and the supervision that is taken from it."""
+
+    supervision: Literal["category", "text", "none"]
+    weight: float = 1.0  # share of the samples, relative to the other sources
+
+    def __post_init__(self) -> None:
+        _positive("data", weight=self.weight)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with warm-up and cosine decay to `final_lr`."""
+
+    lr: float = 1e-3  # peak
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices; vectors (biases, norms) have none
+    warmup: int = 1000  # steps
+    final_lr: float = 0.0
+    clip: float = 0.0  # norm of the whole gradient; 0 = no clipping
+
+    def __post_init__(self) -> None:
+        _positive("optim", lr=self.lr, eps=self.eps)
+        if self.warmup < 0 or self.weight_decay < 0 or self.clip < 0 or self.final_lr < 0:
+            raise ValueError(f"optim.warmup, weight_decay, clip, final_lr must not be negative: {self}")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Momentum encoder: float32 exponential moving average of the student."""
+
+    momentum: float = 0.995  # at step 0
+    final_momentum: float = 1.0  # at the last step, reached by a cosine
+
+    def __post_init__(self) -> None:
+        _fraction("teacher", momentum=self.momentum, final_momentum=self.final_momentum)
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Dynamic weight of the label losses: gamma x |gradient of image losses| / |gradient of label losses|."""
+
+    gamma: float = 1.0
+    decay: float = 0.99  # of the moving averages of the two norms
+
+    def __post_init__(self) -> None:
+        _positive("balance", gamma=self.gamma)
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"balance.decay={self.decay} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides the numbers of a pre-training run."""
+
+    name: str  # recipe that it came from
+    objective: Objective
+    data: dict[str, Source]  # name on the command line -> what is taken from it
+    batch: int  # images in the global batch of one optimizer step
+    steps: int  # optimizer steps
+    backbone: Backbone = field(default_factory=Backbone)
+    decoder: Decoder = field(default_factory=Decoder)
+    pool: Pool = field(default_factory=Pool)
+    text: Text = field(default_factory=Text)
+    views: Views = field(default_factory=Views)
+    mask: Mask = field(default_factory=Mask)
+    optim: Optim = field(default_factory=Optim)
+    teacher: Teacher = field(default_factory=Teacher)
+    balance: Balance = field(default_factory=Balance)
+    label_smoothing: float = 0.1
+    max_bad: float = 0.01  # fraction of samples that may be unreadable before the run stops
+    save_every: int = 1000  # steps between checkpoints
+    log_every: int = 10  # steps between log lines
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(
+            "run", batch=self.batch, steps=self.steps, save_every=self.save_every, log_every=self.log_every
+        )
+        _fraction("run", label_smoothing=self.label_smoothing, max_bad=self.max_bad)
+        if not self.data:
+            raise ValueError("run.data is empty; name at least one source")
+        if self.batch % self.objective.input.mixed:
+            raise ValueError(
+                f"batch={self.batch} counts images and must be a multiple of "
+                f"objective.input.mixed={self.objective.input.mixed}"
+            )
+        if self.views.size % self.mask.patch:
+            raise ValueError(
+                f"views.size={self.views.size} must be a multiple of mask.patch={self.mask.patch}"
+            )
+        if self.optim.warmup > self.steps:
+            raise ValueError(f"optim.warmup={self.optim.warmup} is longer than steps={self.steps}")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a view."""
+        return self.views.size // self.mask.patch
+
+    def to_json(self) -> str:
+        """The resolved run as text, from which `from_json` makes an equal one."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Run:
+        """Raises pydantic.ValidationError (a ValueError) that names the field that does not fit."""
+        return TypeAdapter(Run).validate_json(text)
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the model must know of the data: read from the manifests, kept in every checkpoint."""
+
+    categories: tuple[str, ...]  # names by index; empty without category supervision
+    vocab_size: int  # of the tokenizer; 0 without text supervision
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> DataFacts:
+        return TypeAdapter(DataFacts).validate_json(text)
+
+
+def shrink(run: Run) -> Run:
+    """The same run at three steps of four inputs: its own structure at sizes that a CPU test can run."""
+    return dataclasses.replace(
+        run,
+        batch=4 * run.objective.input.mixed,
+        steps=3,
+        save_every=3,
+        log_every=1,
+        decoder=dataclasses.replace(run.decoder, layers=1, width=64, ffn=128, heads=4),
+        pool=dataclasses.replace(run.pool, heads=4, width=48),
+        text=dataclasses.replace(run.text, layers=1, width=32, ffn=64, heads=4, length=16),
+        backbone=dataclasses.replace(run.backbone, size=f"{run.backbone.family}_tiny", token_width=64),
+        views=dataclasses.replace(run.views, size=64),
+        mask=dataclasses.replace(run.mask, patch=16, min_block=4),
+        optim=dataclasses.replace(run.optim, warmup=1),
+    )

@@ -1,0 +1,1 @@
+"""Shards become samples, samples become views, views become batches."""

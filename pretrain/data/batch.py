@@ -1,0 +1,48 @@
+"""What does one rank receive for one step?"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+NO_CATEGORY = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images 2k and 2k + 1 form pair k when two images are mixed; b counts images, g patches a side.
+
+    `boxes` hold the crop of each view in pixels of the (possibly flipped) whole image: top, left, height,
+    width, then 1 if the image was flipped; `sizes` the image's height and width in pixels.
+    A view that no target needs is all zero, and so is its box.
+    """
+
+    views: UInt8[Tensor, "b 2 3 s s"]
+    boxes: Float[Tensor, "b 2 5"]
+    sizes: Float[Tensor, "b 2"]
+    mask: Bool[Tensor, "pairs g g"]  # True where the mixed input shows the pair's second image
+    category: Int[Tensor, " b"]  # NO_CATEGORY where there is none
+    tokens: Int[Tensor, "b length"]  # of the caption; padding where there is none
+    token_mask: Bool[Tensor, "b length"]  # True on real tokens; row all False where there is no caption
+    position: Int[Tensor, " b"]  # of the sample in the run's global order
+
+    @property
+    def has_category(self) -> Bool[Tensor, " b"]:
+        return self.category != NO_CATEGORY
+
+    @property
+    def has_text(self) -> Bool[Tensor, " b"]:
+        return self.token_mask.any(dim=1)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; the copy overlaps with compute when the memory is pinned."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)}
+        return Batch(**moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; called by torch's DataLoader."""
+        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in dataclasses.fields(self)})
