@@ -1,0 +1,1 @@
+"""Which operators need an implementation of their own, and how is one chosen?"""

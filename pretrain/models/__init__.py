@@ -1,0 +1,1 @@
+"""Which networks can be pre-trained, and which parts predict with them?"""
