@@ -223,6 +223,12 @@ class Run:
                 f"batch={self.batch} counts images and must be a multiple of "
                 f"objective.input.mixed={self.objective.input.mixed}"
             )
+        num_second = self.mask.ratio * self.grid**2
+        if self.objective.input.mixed == 2 and num_second != round(num_second):
+            raise ValueError(
+                f"mask.ratio={self.mask.ratio} of {self.grid} x {self.grid} patches is {num_second}, "
+                "which must be a whole number"
+            )
         if self.views.size % self.mask.patch:
             raise ValueError(
                 f"views.size={self.views.size} must be a multiple of mask.patch={self.mask.patch}"

@@ -164,4 +164,24 @@ INTERNIMAGE: dict[str, InternImageConfig] = {
         center_feature_scale=True,
         use_clip_projector=True,
     ),
+    # ours: H in small, three stages, tokens at stride 8; what `m3i.demo` trains
+    "internimage_demo": InternImageConfig(
+        channels=32,
+        depths=(1, 1, 2),
+        groups=(2, 4, 8),
+        res_post_norm=True,
+        dw_kernel_size=5,
+        center_feature_scale=True,
+        use_clip_projector=True,
+    ),
+    # ours: the smallest with four stages, for tests
+    "internimage_tiny": InternImageConfig(
+        channels=16,
+        depths=(1, 1, 1, 1),
+        groups=(1, 2, 4, 8),
+        res_post_norm=True,
+        dw_kernel_size=5,
+        center_feature_scale=True,
+        use_clip_projector=True,
+    ),
 }

@@ -1,0 +1,40 @@
+"""What do the ranks tell each other? Sums, means and gathered rows; no-ops without torch.distributed."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank, 0 without torch.distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of `values` over the ranks, in a new tensor without gradient."""
+    total = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean of `values` over the ranks, in a new tensor without gradient."""
+    return sum_over_ranks(values) / world_size()
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows of all ranks one after the other, [world * n, ...], without gradient; n is equal on all ranks."""
+    rows = rows.detach().contiguous()
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows)
+    return torch.cat(parts)

@@ -1,0 +1,42 @@
+"""How do the weights move? AdamW groups, and the schedules of learning rate and teacher momentum."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from pretrain.config import Optim, Run
+
+
+def make_optimizer(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; vectors and scalars (biases, norms, tokens) do not decay."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    # Under ZeRO-3 a partitioned parameter is flat; `ds_shape` keeps its real one.
+    is_matrix = {name: len(getattr(p, "ds_shape", p.shape)) > 1 for name, p in named}
+    groups = [
+        {"params": [p for name, p in named if is_matrix[name]], "weight_decay": optim.weight_decay},
+        {"params": [p for name, p in named if not is_matrix[name]], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0
+    )
+
+
+def learning_rate(step: int, run: Run) -> float:
+    """Rate of optimizer step `step`, counted from 0: linear warm-up, then cosine to `final_lr`."""
+    optim = run.optim
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    return _cosine(step - optim.warmup, max(run.steps - optim.warmup, 1), optim.lr, optim.final_lr)
+
+
+def teacher_momentum(step: int, run: Run) -> float:
+    """Share of the old teacher kept after optimizer step `step`: cosine from momentum to final_momentum."""
+    return _cosine(step, run.steps, run.teacher.momentum, run.teacher.final_momentum)
+
+
+def _cosine(step: int, steps: int, start: float, end: float) -> float:
+    progress = min(max(step / steps, 0.0), 1.0)
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
