@@ -97,8 +97,8 @@ def _shifted(field: np.ndarray, step: np.ndarray) -> np.ndarray:
 
 def render(
     rng: np.random.Generator, things: list[Thing], cutouts: list[Cutout], background: str, size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """A picture and who is seen where: uint8 [size, size, 3] and uint8 [size, size], 0 = ground, i + 1 = things[i].
+) -> np.ndarray:
+    """The picture of a scene, uint8 [size, size, 3].
 
     `things` stand from far to near, each with its cutout; a later one hides an earlier one.
     """
@@ -111,7 +111,7 @@ def render(
         color = np.clip(np.array(COLORS[thing.color]) * rng.uniform(0.9, 1.1, 3), 0, 1).astype(np.float32)
         skin = TEXTURES[thing.texture](rng, color, size, 2 * thing.scale)
         _paste(rng, picture, skin, cutout, light, thing.scale)
-    return _photograph(rng, picture, light, size), visible_mask(cutouts, size)
+    return _photograph(rng, picture, light, size)
 
 
 def visible_mask(cutouts: list[Cutout], size: int) -> np.ndarray:

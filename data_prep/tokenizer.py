@@ -1,0 +1,93 @@
+"""Which words does a data set use? A WordPiece tokenizer learned from its captions, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from data_prep.schema import TOKENIZER_FOLDER, fsync_folder, write_atomic
+
+SPECIAL_TOKENS = {  # role in Hugging Face -> token, in the order of their numbers
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+MAX_LENGTH = 512  # tokens, BERT's
+
+
+def train_tokenizer(folder: Path, shards: Sequence[str], vocab_size: int) -> None:
+    """Write `folder`/tokenizer, learned from all captions of the named shards; the same captions give the same bytes.
+
+    Words are lower-cased, at most `vocab_size` pieces; `transformers.AutoTokenizer.from_pretrained` loads the folder.
+    """
+    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk_token"]))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        limit_alphabet=min(1000, vocab_size // 4),  # a letter takes two places: at the start of a word and inside
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_captions(folder, shards), trainer)
+    first, last = SPECIAL_TOKENS["cls_token"], SPECIAL_TOKENS["sep_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        pair=f"{first} $A {last} $B:1 {last}:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (first, last)],
+    )
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    config = {
+        **SPECIAL_TOKENS,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": MAX_LENGTH,
+        "do_lower_case": True,
+        "clean_up_tokenization_spaces": False,
+    }
+    _write_folder(
+        folder / TOKENIZER_FOLDER,
+        {
+            "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
+            "tokenizer_config.json": json.dumps(config, indent=1) + "\n",
+            "special_tokens_map.json": json.dumps(SPECIAL_TOKENS, indent=1) + "\n",
+            "vocab.txt": "".join(f"{word}\n" for word, _ in vocabulary),
+        },
+    )
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Give the data set in `folder` the tokenizer of the data set in `source`; FileNotFoundError when it has none."""
+    there = source / TOKENIZER_FOLDER
+    if not there.is_dir():
+        raise FileNotFoundError(f"{there} is missing: {source} has no captions, build the split with captions first")
+    files = {path.name: path.read_text(encoding="utf-8") for path in sorted(there.iterdir())}
+    _write_folder(folder / TOKENIZER_FOLDER, files)
+
+
+def _captions(folder: Path, shards: Sequence[str]) -> Iterator[str]:
+    for name in shards:
+        with tarfile.open(folder / name) as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    yield from json.load(tar.extractfile(member))["captions"]
+
+
+def _write_folder(folder: Path, files: dict[str, str]) -> None:
+    """All files or none: written beside, then renamed."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name, text in files.items():
+        write_atomic(temporary / name, text.encode("utf-8"))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    fsync_folder(folder.parent)
