@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# How is the image built and tried without a registry? On a Debian base made here, with buildah.
+#
+#   sudo jobs/image/build_on_debian.sh [COMMAND ...]      builds, then runs COMMAND (default: make help) as non-root
+#
+# Needs root, debootstrap, buildah (apt-get install debootstrap buildah), 25 GB of free disk, and a Debian mirror
+# and a Python package index that can be reached. Where those are reached through files of this machine (a pip
+# configuration, certificates, an apt proxy), name them: they are mounted read-only while the image is built, and
+# are not part of it.
+#
+#   MOUNTS   PATH or PATH:PATH_INSIDE, several separated by blanks
+#   MIRROR   default http://deb.debian.org/debian
+#   SUITE    default bookworm (python3 is 3.11)       IMAGE   name of the result, default m3i:debian
+#   STORE    folder for images, removed at the end    KEEP    1 keeps STORE (then run the image from there)
+set -euo pipefail
+root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
+suite=${SUITE:-bookworm} mirror=${MIRROR:-http://deb.debian.org/debian} image=${IMAGE:-m3i:debian}
+
+((EUID == 0)) || { echo "user id is $EUID and debootstrap needs root: run it with sudo" >&2; exit 1; }
+for tool in debootstrap buildah; do
+  command -v "$tool" >/dev/null || { echo "$tool is missing: apt-get install debootstrap buildah" >&2; exit 1; }
+done
+store=${STORE:-$(mktemp --directory --tmpdir="${TMPDIR:-/var/tmp}" image.XXXXXX)}
+mkdir -p "$store"
+free_gb=$(($(df --output=avail -k "$store" | tail -n 1) / 1024 / 1024))
+((free_gb >= 25)) || { echo "$store has $free_gb GB free and the build needs 25: set STORE to a larger disk" >&2; exit 1; }
+
+with_store=(buildah --root "$store/images" --runroot "$store/run")
+clean_up() {
+  [[ ${KEEP:-0} == 1 ]] && { echo "kept: ${with_store[*]} images"; return; }
+  "${with_store[@]}" rm --all >/dev/null 2>&1 || true
+  "${with_store[@]}" rmi --all --force >/dev/null 2>&1 || true
+  umount "$store/images/overlay" 2>/dev/null || true
+  rm -rf -- "$store"
+}
+trap clean_up EXIT
+
+volumes=()
+for mount in ${MOUNTS:-}; do
+  [[ -e ${mount%%:*} ]] || { echo "MOUNTS names ${mount%%:*}, which is not there: correct or remove it" >&2; exit 1; }
+  volumes+=(--volume "${mount%%:*}:${mount#*:}:ro")
+done
+
+echo "[image 1/3] makes a minimal Debian $suite from $mirror"
+debootstrap --variant=minbase "$suite" "$store/debian" "$mirror" >"$store/debootstrap.log" ||
+  { tail -n 20 "$store/debootstrap.log" >&2; exit 1; }
+base=$("${with_store[@]}" from scratch)
+"${with_store[@]}" add --quiet "$base" "$store/debian" / >/dev/null
+"${with_store[@]}" commit --quiet --rm "$base" "debian-base:$suite" >/dev/null
+rm -rf -- "$store/debian"
+
+echo "[image 2/3] builds $image from Dockerfile"
+revision=$(git -C "$root" rev-parse HEAD 2>/dev/null || echo unknown)
+"${with_store[@]}" bud --isolation chroot --pull-never --tag "$image" "${volumes[@]}" \
+  --build-arg "BASE_IMAGE=localhost/debian-base:$suite" --build-arg "REVISION=$revision" "$root"
+
+if (($# == 0)); then set -- make help; fi
+echo "[image 3/3] runs $* in it"
+container=$("${with_store[@]}" from --pull-never "localhost/$image")
+"${with_store[@]}" run --isolation chroot "$container" -- tini -- "$@"

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# How do I pre-train on this one machine? On all its GPUs; without any, on the CPU with two ranks.
+#
+#   jobs/local/pretrain.sh --recipe m3i.demo --data labelled=DIR captioned=DIR --out DIR [--optim.lr 1e-3 ...]
+#
+# The arguments are those of pretrain/main.py. The environment says what belongs to the machine:
+#   ENV              virtual environment; default: the repository's .venv, else the active one
+#   RANKS            processes; default: one a GPU, or 2 on the CPU
+#   OMP_NUM_THREADS  threads of a process; default: cores / ranks
+#   MASTER_PORT      rendezvous on loopback; default: a free port, so that two runs do not meet
+#   TORCH_EXTENSIONS_DIR  where DeepSpeed's C++ operators are built; default: in the user's cache
+set -euo pipefail
+
+if (($# == 0)); then
+  echo "no arguments: say at least --recipe, --data NAME=DIR and --out DIR; see the head of $0" >&2
+  exit 2
+fi
+root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
+
+env_folder=${ENV:-}
+if [[ -z $env_folder && -x $root/.venv/bin/deepspeed ]]; then env_folder=$root/.venv; fi
+if [[ -n $env_folder ]]; then
+  if [[ ! -x $env_folder/bin/deepspeed ]]; then
+    echo "ENV=$env_folder holds no bin/deepspeed: run \`make venv VENV=$env_folder\` or name another folder" >&2
+    exit 1
+  fi
+  PATH=$(realpath -- "$env_folder")/bin:$PATH
+elif ! command -v deepspeed >/dev/null; then
+  echo "deepspeed is not on PATH: run \`make venv\`, or set ENV to a virtual environment with requirements.txt" >&2
+  exit 1
+fi
+
+# One start of Python answers three questions: how many GPUs, which port is free, which build of torch.
+read -r gpus free_port torch_tag < <(python - <<'PYTHON'
+import os, socket, sys, torch
+gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    print(gpus, probe.getsockname()[1], f"py{sys.version_info[0]}{sys.version_info[1]}_torch{torch.__version__}")
+PYTHON
+)
+
+launcher=(--master_addr 127.0.0.1 --master_port "${MASTER_PORT:-$free_port}")
+if ((gpus == 0)); then
+  ranks=${RANKS:-2}
+  export DS_ACCELERATOR=cpu
+  launcher+=(--num_accelerators "$ranks")
+else
+  ranks=${RANKS:-$gpus}
+  if ((ranks > gpus)); then
+    echo "RANKS=$ranks is more than the $gpus GPUs that are visible: lower it, or set DS_ACCELERATOR=cpu" >&2
+    exit 1
+  fi
+  # DeepSpeed takes what is visible, and would forget a choice of GPUs if it were given a number.
+  visible=${CUDA_VISIBLE_DEVICES:-$(seq --separator=, 0 $((gpus - 1)))}
+  CUDA_VISIBLE_DEVICES=$(cut --delimiter=, --fields="-$ranks" <<<"$visible")
+  export CUDA_VISIBLE_DEVICES
+fi
+
+threads=$(($(nproc) / ranks))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+# A build that was killed leaves its lock file behind, and torch would wait for it for ever. The runs of this
+# script share one folder and hold it while they live: whoever finds it free may sweep.
+if [[ -z ${TORCH_EXTENSIONS_DIR:-} ]]; then
+  export TORCH_EXTENSIONS_DIR=${XDG_CACHE_HOME:-$HOME/.cache}/pretrain_torch_extensions/$torch_tag
+  mkdir -p "$TORCH_EXTENSIONS_DIR"
+  exec 9>"$TORCH_EXTENSIONS_DIR/in_use"
+  if flock --nonblock --exclusive 9; then find "$TORCH_EXTENSIONS_DIR" -mindepth 2 -name lock -delete; fi
+  flock --shared 9
+fi
+
+exec deepspeed "${launcher[@]}" "$root/pretrain/main.py" "$@"
