@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import os
+import socket
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook(["pretrain", "data_prep"], "beartype.beartype")
+import tests.shapes  # noqa: F401  the hook below looks it up by name
+
+install_import_hook(["pretrain", "data_prep"], "tests.shapes.checked")
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

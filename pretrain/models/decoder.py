@@ -21,7 +21,8 @@ def sin_cos(values: Float[Tensor, "*shape"], width: int) -> Float[Tensor, "*shap
 
 def grid_positions(grid: int, width: int, device: torch.device) -> Float[Tensor, "l width"]:
     """Plain 2-D sin-cos of every patch of a square grid, row by row: half of the width for y, half for x."""
-    y, x = torch.meshgrid(torch.arange(grid, device=device), torch.arange(grid, device=device), indexing="ij")
+    steps = torch.arange(grid, device=device, dtype=torch.float32)
+    y, x = torch.meshgrid(steps, steps, indexing="ij")
     return torch.cat([sin_cos(y.flatten(), width // 2), sin_cos(x.flatten(), width // 2)], dim=-1)
 
 

@@ -1,0 +1,35 @@
+"""What does a batch look like when no data set is at hand?"""
+
+from __future__ import annotations
+
+import torch
+
+from pretrain.config import DataFacts, Run
+from pretrain.data.batch import NO_CATEGORY, Batch
+
+FACTS = DataFacts(categories=("apple", "boat", "cat", "door", "egg"), vocab_size=100)
+
+
+def random_batch(run: Run, num_images: int, seed: int = 0) -> Batch:
+    """Random views with random crops; even images have a category, odd ones a caption."""
+    generator = torch.Generator().manual_seed(seed)
+    grid, size = run.grid, run.views.size
+    second = round(run.mask.ratio * grid**2)
+    mask = torch.zeros(num_images // 2, grid**2, dtype=torch.bool)
+    for row in mask:
+        row[torch.randperm(grid**2, generator=generator)[:second]] = True
+    boxes = torch.rand(num_images, 2, 5, generator=generator)
+    boxes = torch.cat([boxes[..., :2] * 20, 40 + boxes[..., 2:4] * 40, boxes[..., 4:].round()], dim=-1)
+    is_even = torch.arange(num_images) % 2 == 0
+    tokens = torch.randint(5, FACTS.vocab_size, (num_images, run.text.length), generator=generator)
+    has_token = ~is_even[:, None] & (torch.arange(run.text.length) < run.text.length // 2)
+    return Batch(
+        views=torch.randint(0, 256, (num_images, 2, 3, size, size), dtype=torch.uint8, generator=generator),
+        boxes=boxes,
+        sizes=torch.full((num_images, 2), 100.0),
+        mask=mask.view(-1, grid, grid),
+        category=torch.where(is_even, torch.arange(num_images) % len(FACTS.categories), NO_CATEGORY),
+        tokens=torch.where(has_token, tokens, 0),
+        token_mask=has_token,
+        position=torch.arange(num_images),
+    )

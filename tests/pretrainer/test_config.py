@@ -1,0 +1,63 @@
+"""Do runs check themselves, and survive being written down?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pretrain.config import Mask, Optim, Run, Source, Views, shrink
+from pretrain.objectives import OBJECTIVES, Input, Objective, Target
+from pretrain.optim import learning_rate, teacher_momentum
+from pretrain.recipes import load, names
+
+
+@pytest.mark.parametrize("recipe", names())
+def test_a_resolved_run_read_back_is_equal(recipe):
+    run = load(recipe)
+    assert Run.from_json(run.to_json()) == run
+    assert Run.from_json(shrink(run).to_json()) == shrink(run)
+
+
+def test_unknown_recipe_lists_the_choices():
+    with pytest.raises(ValueError, match=r"'m3i\.demoo' is unknown; choose from \['m3i\.vit_b16'"):
+        load("m3i.demoo")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Mask(ratio=1.0), r"mask\.ratio=1\.0 must lie in \(0, 1\)"),
+        (lambda: Views(scale=(0.5, 0.2)), r"views\.scale=\(0\.5, 0\.2\)"),
+        (lambda: Optim(lr=0.0), r"optim\.lr=0\.0 must be positive"),
+        (lambda: Source("text", weight=-1), r"data\.weight=-1 must be positive"),
+        (lambda: replace(load("m3i.demo"), batch=63), r"batch=63 counts images"),
+        (lambda: replace(load("m3i.demo"), mask=Mask(ratio=0.51, patch=8)), r"must be a whole number"),
+        (lambda: replace(load("m3i.demo"), views=Views(size=65)), r"views\.size=65 must be a multiple"),
+        (lambda: replace(load("m3i.demo"), steps=10), r"optim\.warmup=40 is longer than steps=10"),
+        (lambda: replace(load("m3i.demo"), data={}), r"run\.data is empty"),
+        (lambda: Input(mixed=3), r"input\.mixed=3"),
+        (lambda: Target("dense", "boltzmann"), r"score='boltzmann' does not fit kind='dense'"),
+        (lambda: Target("dense", "gaussian"), r"would collapse"),
+        (lambda: Target("text", "boltzmann", weight=0), r"weight=0 must be positive"),
+        (lambda: Objective(Input(), {}), r"predicts at least one target"),
+        (lambda: Objective(Input(), {"t": Target("text", "boltzmann", image=1)}), r"asks for image 1"),
+    ],
+)
+def test_a_value_that_cannot_work_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_m3i_needs_the_other_view_of_the_second_image_only():
+    assert OBJECTIVES["m3i"].needs_other_view() == (False, True)
+
+
+def test_schedules_start_peak_and_end_where_the_recipe_says():
+    run = load("m3i.vit_b16")
+    assert learning_rate(0, run) == pytest.approx(1e-3 / run.optim.warmup)
+    assert learning_rate(run.optim.warmup, run) == pytest.approx(1e-3)
+    assert learning_rate(run.steps, run) == pytest.approx(0, abs=1e-12)
+    assert teacher_momentum(0, run) == pytest.approx(0.995)
+    assert teacher_momentum(run.steps // 2, run) == pytest.approx(0.9975, rel=1e-5)
+    assert teacher_momentum(run.steps, run) == pytest.approx(1.0)

@@ -1,0 +1,170 @@
+"""Does one forward mix, own, predict and score as the method says?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pretrain.balance import BalanceTracker
+from pretrain.config import DataFacts, shrink
+from pretrain.objectives import Input, Objective, Target
+from pretrain.pretrainer import Pretrainer, Towers, batch_std, normalise, owned_places
+from pretrain.recipes import load, names
+from tests.fakes import FACTS, random_batch
+
+
+def tiny_run(recipe: str = "m3i.vit_b16"):
+    run = shrink(load(recipe))
+    return replace(run, backbone=replace(run.backbone, drop_path=0.0))
+
+
+def build(run, seed: int = 0, facts: DataFacts = FACTS):
+    torch.manual_seed(seed)
+    model, teacher = Pretrainer(run, facts), Towers(run, facts).eval().requires_grad_(False)
+    for parameter in model.parameters():  # zero-initialised layers would hide what lies before them
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model, teacher
+
+
+@pytest.mark.parametrize("recipe", names())
+def test_every_recipe_shrunken_reaches_every_parameter(recipe):
+    run = tiny_run(recipe)
+    model, teacher = build(run)
+    losses = model(random_batch(run, 8), teacher, BalanceTracker())
+    losses.total.backward()
+    assert set(losses.nats) == {"image_same", "image_other", "category", "text"}
+    assert all(torch.isfinite(value) for value in losses.nats.values())
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_mixed_input_shows_each_image_where_it_owns_the_patch():
+    run = tiny_run()
+    model, _ = build(run)
+    batch = random_batch(run, 4)
+    images = torch.stack([torch.full((3, 64, 64), float(n)) for n in range(4)])
+    mixed = model._mix(images, batch.mask)
+    owned = model._owned(batch).view(4, run.grid, run.grid)
+    patch = run.mask.patch
+    for image in range(4):
+        patches = mixed[image // 2, 0, patch // 2 :: patch, patch // 2 :: patch]
+        assert ((patches == image) == owned[image]).all()
+    assert (owned[0::2] ^ owned[1::2]).all()  # every patch shows exactly one of the pair
+
+
+def test_roles_follow_the_mask_visible_is_same_view_masked_is_other_view():
+    run = tiny_run()
+    model, _ = build(run)
+    batch = random_batch(run, 4)
+    assert model._rows(model.targets["image_same"], batch).tolist() == [0, 2]
+    assert model._rows(model.targets["image_other"], batch).tolist() == [1, 3]
+    assert (model._owned(batch)[0::2].view_as(batch.mask) == ~batch.mask).all()
+    seen = []
+    model(batch, lambda images: (seen.append(images), torch.zeros(len(images), run.grid**2, 48))[1],
+          BalanceTracker())  # fmt: skip
+    expected = torch.cat([batch.views[0::2, 0], batch.views[1::2, 1]])
+    same = normalise(expected, run.views.mean, run.views.std, torch.float32)
+    torch.testing.assert_close(seen[0], same)
+
+
+def test_label_embedding_never_reads_the_other_images_tokens():
+    run = tiny_run()
+    model, _ = build(run)
+    owned = model._owned(random_batch(run, 4))
+    tokens = torch.randn(4, run.grid**2, 48)
+    noise = torch.where(owned[..., None], tokens, torch.randn_like(tokens))
+    torch.testing.assert_close(
+        model.student.embed_tokens(tokens, owned), model.student.embed_tokens(noise, owned)
+    )
+
+
+def nats_with_teacher_tokens(model, batch, z_y):
+    return model(batch, lambda images: z_y, BalanceTracker()).nats
+
+
+def test_same_view_is_scored_on_hidden_patches_and_other_view_on_all():
+    run = tiny_run()
+    model, _ = build(run)
+    batch = random_batch(run, 4)
+    z_y = torch.randn(4, run.grid**2, 48)  # rows: same view of images 0, 2; other view of images 1, 3
+    before = nats_with_teacher_tokens(model, batch, z_y)
+    changed = z_y.clone()
+    changed[:2][~batch.mask.flatten(1)] = torch.randn_like(changed[:2][~batch.mask.flatten(1)])
+    after = nats_with_teacher_tokens(model, batch, changed)
+    assert torch.equal(after["image_same"], before["image_same"])
+    changed = z_y.clone()
+    changed[2:, 0] = torch.randn_like(changed[2:, 0])
+    after = nats_with_teacher_tokens(model, batch, changed)
+    assert not torch.equal(after["image_other"], before["image_other"])
+
+
+def test_prediction_depends_on_where_the_other_view_lies():
+    run = tiny_run()
+    model, _ = build(run)
+    batch = random_batch(run, 4)
+    z_y = torch.randn(4, run.grid**2, 48)
+    before = nats_with_teacher_tokens(model, batch, z_y)
+    boxes = batch.boxes.clone()
+    boxes[:, 1, :2] += 7
+    after = nats_with_teacher_tokens(model, replace(batch, boxes=boxes), z_y)
+    assert not torch.equal(after["image_other"], before["image_other"])
+    assert torch.equal(after["image_same"], before["image_same"])
+
+
+def test_batch_without_labels_still_runs_every_module():
+    run = tiny_run()
+    model, teacher = build(run)
+    batch = random_batch(run, 4)
+    bare = replace(
+        batch, category=torch.full_like(batch.category, -1), token_mask=torch.zeros_like(batch.token_mask)
+    )
+    losses = model(bare, teacher, BalanceTracker())
+    losses.total.backward()
+    assert losses.nats["category"] == 0 and losses.nats["text"] == 0
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_targets_without_labels_in_the_data_are_left_out():
+    run = tiny_run()
+    model, teacher = build(run, facts=DataFacts(categories=FACTS.categories, vocab_size=0))
+    losses = model(random_batch(run, 4), teacher, BalanceTracker())
+    assert set(losses.nats) == {"image_same", "image_other", "category"}
+    assert not hasattr(model.student, "text")
+
+
+def test_objective_that_the_data_cannot_serve_is_refused():
+    run = tiny_run()
+    objective = Objective(Input(), {"text": Target("text", "boltzmann")})
+    with pytest.raises(ValueError, match="none of the targets"):
+        build(replace(run, objective=objective), facts=DataFacts(categories=(), vocab_size=0))
+
+
+def test_balance_weight_multiplies_the_label_losses_only():
+    run = tiny_run()
+    model, teacher = build(run)
+    tracker = BalanceTracker()
+    tracker.load_state_dict({"averages": [0.0, 0.0], "counts": [0.0, 0.0], "weight": 3.0})
+    losses = model(random_batch(run, 4), teacher, tracker)
+    nats = losses.nats
+    expected = nats["image_same"] + nats["image_other"] + 3 * (nats["category"] + nats["text"])
+    torch.testing.assert_close(losses.total.detach(), expected)
+
+
+def test_mask_patch_must_be_the_token_stride():
+    run = tiny_run()
+    with pytest.raises(ValueError, match=r"mask\.patch=32 must equal 16"):
+        Towers(replace(run, mask=replace(run.mask, patch=32, min_block=1)), FACTS)
+
+
+def test_owned_places_lists_the_owned_tokens_in_order():
+    owned = torch.tensor([[True, False, True, False], [False, False, True, True]])
+    assert owned_places(owned, 2).tolist() == [[0, 2], [2, 3]]
+
+
+def test_batch_std_is_zero_for_a_collapsed_batch_and_one_over_root_width_for_a_sphere():
+    assert batch_std(torch.ones(8, 16)) == 0
+    spread = batch_std(torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)))
+    assert spread.item() == pytest.approx(64**-0.5, rel=0.05)
