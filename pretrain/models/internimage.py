@@ -1,6 +1,6 @@
 """How does InternImage turn images into stage maps, tokens and logits?
 
-Channels last inside: every map is [b, h, w, c]. Module names are those of the published checkpoints. A
+Channels come last: every map is [b, h, w, c]. Module names are those of the published checkpoints. A
 parameter is used in the forward of the module that owns it and nowhere else, so that ZeRO-3 can gather it.
 Source: "InternImage" (arXiv 2211.05778).
 """
@@ -125,8 +125,8 @@ def stride_tokens(
     if (fine.shape[1], fine.shape[2]) != (2 * coarse.shape[1], 2 * coarse.shape[2]):
         raise ValueError(
             f"the last two stage maps are {tuple(fine.shape[1:3])} and {tuple(coarse.shape[1:3])} positions, "
-            "but the token grid needs the first to be twice the second: use image sides that are multiples of "
-            "the last stage's stride"
+            "but the token grid needs the first to be twice the second: use image sides that are multiples "
+            "of the last stage's stride"
         )
     tokens = head_x3(fine.permute(0, 3, 1, 2)) + head_x4(coarse.permute(0, 3, 1, 2))
     return tokens.permute(0, 2, 3, 1)
