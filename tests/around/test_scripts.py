@@ -1,0 +1,163 @@
+"""Do the Makefile, the job scripts, the ds configs and the image's recipe hold together?"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.paths import ROOT
+
+SCRIPTS = sorted([*(ROOT / "jobs").rglob("*.sh"), ROOT / ".ci" / "run"])
+DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+# One owner per number: these belong to the recipe (style.md of the project, README).
+OWNED_BY_RECIPE = {"train_batch_size", "gradient_clipping", "scheduler", "optimizer"}
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def run_script(path: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The script in an environment that holds PATH, HOME and what is given, nothing else."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return subprocess.run(
+        [str(ROOT / path), *arguments],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_demo_runs_its_six_steps_in_order(tmp_path: Path) -> None:
+    planned = make("-n", "demo", f"VENV={tmp_path}/venv", f"DATA={tmp_path}/data", f"RUN={tmp_path}/run")
+    assert planned.returncode == 0, planned.stderr
+    steps = [
+        "-m pip install",
+        f"data_prep build scenes --out {tmp_path}/data/labelled",
+        f"data_prep build scenes --out {tmp_path}/data/captioned",
+        "jobs/local/pretrain.sh --recipe m3i.demo",
+        "-m pretrain.evaluate",
+        "-m pretrain.export",
+        "-m pretrain.report",
+    ]
+    positions = [planned.stdout.find(step) for step in steps]
+    assert -1 not in positions, dict(zip(steps, positions, strict=True))
+    assert positions == sorted(positions)
+
+
+def test_demo_skips_what_is_there_and_newer(tmp_path: Path) -> None:
+    venv, data, run = tmp_path / "venv", tmp_path / "data", tmp_path / "run"
+    outputs = [
+        venv / ".requirements.txt",
+        data / "labelled/train/manifest.json",
+        data / "captioned/train/manifest.json",
+        run / "finished",
+        run / "evaluation.json",
+        run / "exported",
+        run / "report.html",
+    ]
+    newest = int((ROOT / "requirements.txt").stat().st_mtime)
+    for age, path in enumerate(outputs, start=1):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (newest + age, newest + age))
+    folders = (f"VENV={venv}", f"DATA={data}", f"RUN={run}")
+    assert "-m " not in make("-n", "demo", *folders).stdout
+    (run / "evaluation.json").unlink()
+    planned = make("-n", "demo", *folders).stdout
+    assert "pretrain.evaluate" in planned
+    assert "pretrain.report" in planned
+    assert "pretrain.sh" not in planned
+    assert "data_prep" not in planned
+
+
+@pytest.mark.parametrize("target", ["test", "lint", "venv", "clean"])
+def test_target_parses(target: str) -> None:
+    planned = make("-n", target)
+    assert planned.returncode == 0, planned.stderr
+
+
+def test_help_names_every_public_target() -> None:
+    shown = make("help").stdout
+    declared = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert {line.split()[0] for line in shown.splitlines() if line[:1].islower()} >= set(declared[1].split())
+
+
+def test_venv_asks_for_a_python_that_fits(tmp_path: Path) -> None:
+    refused = make("venv", f"VENV={tmp_path}/venv", "PYTHON=")
+    assert refused.returncode != 0
+    assert "make PYTHON=..." in refused.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_script_is_executable_bash(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    assert script.read_text().startswith("#!/usr/bin/env bash\n# ")
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing() -> None:
+    checked = subprocess.run(
+        ["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_local_job_wants_arguments() -> None:
+    refused = run_script("jobs/local/pretrain.sh")
+    assert refused.returncode == 2
+    assert "--recipe" in refused.stderr
+
+
+def test_local_job_names_the_environment_that_does_not_fit(tmp_path: Path) -> None:
+    refused = run_script("jobs/local/pretrain.sh", "--recipe", "m3i.demo", ENV=str(tmp_path))
+    assert refused.returncode != 0
+    assert str(tmp_path) in refused.stderr
+    assert "make venv" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({}, "OUT"),
+        ({"OUT": "out"}, "ENV"),
+        ({"OUT": "out", "ENV": "env"}, "DATA_<NAME>"),
+        ({"OUT": "out", "ENV": "env", "DATA_CC12M": "/nowhere"}, "DATA_CC12M=/nowhere"),
+    ],
+)
+def test_single_node_job_names_the_variable_that_is_missing(environment: dict[str, str], named: str) -> None:
+    refused = run_script("jobs/single_node/pretrain.sh", **environment)
+    assert refused.returncode != 0
+    assert named in refused.stderr
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.name)
+def test_ds_config_owns_memory_and_communication_only(path: Path) -> None:
+    config = json.loads(path.read_text())
+    assert config["zero_optimization"]["stage"] in (1, 2, 3)
+    assert not OWNED_BY_RECIPE & set(config)
+
+
+def test_ds_config_of_every_job_exists() -> None:
+    named = {name for script in SCRIPTS for name in re.findall(r"ds_configs/\w+\.json", script.read_text())}
+    assert named, "no job names a ds config"
+    assert all((ROOT / name).is_file() for name in named), named
+
+
+def test_image_leaves_root_and_keeps_data_out() -> None:
+    instructions = (ROOT / "Dockerfile").read_text()
+    assert re.search(r"^ARG BASE_IMAGE=\S+\nFROM \$\{BASE_IMAGE\}$", instructions, re.MULTILINE)
+    assert instructions.index("\nUSER ") < instructions.index("\nENTRYPOINT ")
+    assert {".git", "data", "runs", ".venv"} <= set((ROOT / ".dockerignore").read_text().split())
