@@ -40,7 +40,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; the copy overlaps with compute when the memory is pinned."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)}
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)
+        }
         return Batch(**moved)
 
     def pin_memory(self) -> Batch:

@@ -15,10 +15,10 @@ def relative_positions(
 ) -> Float[Tensor, "n patches 4"]:
     """Position and size of every target patch, in units of the input view's patches.
 
-    Boxes are top, left, height, width in pixels of the possibly flipped whole image, then 1 if it was flipped;
-    `width` is the whole image's. Patches are row-major (y outer); the columns are y', x' (centre of the target
-    patch, where the input's first patch has its centre at 0), ln(target height / input height) and
-    ln(target width / input width). A box that equals the input's gives y' = y, x' = x and zeros. Float32.
+    Boxes are top, left, height, width in pixels of the possibly flipped whole image, then 1 if it was
+    flipped; `width` is the whole image's. Patches are row-major (y outer); the columns are y', x' (centre of
+    the target patch, where the input's first patch has its centre at 0), ln(target height / input height)
+    and ln(target width / input width). A box that equals the input's gives y' = y, x' = x, zeros. Float32.
     Boxes must have positive height and width: callers pass only views that were made.
     Source: SiameseIM (arXiv 2206.01204), section 3.2, with flips of the whole image before the crop.
     """
@@ -27,12 +27,12 @@ def relative_positions(
     scale_y, scale_x = height_to / height_in, width_to / width_in
     centres = torch.arange(grid, device=boxes_input.device, dtype=torch.float32) + 0.5
     offset_y = (top_to - top_in) / height_in * grid
-    offset_x = (left_to - left_in) / width_in * grid
-    offset_mirrored = (width.float() - left_in - left_to) / width_in * grid
     is_mirrored = flip_in != flip_to
     sign = torch.where(is_mirrored, -1.0, 1.0)
+    first = torch.where(is_mirrored, width.float() - left_to, left_to)  # target's first edge, input's frame
+    offset_x = (first - left_in) / width_in * grid
     y = scale_y[:, None] * centres + offset_y[:, None] - 0.5
-    x = (sign * scale_x)[:, None] * centres + torch.where(is_mirrored, offset_mirrored, offset_x)[:, None] - 0.5
+    x = (sign * scale_x)[:, None] * centres + offset_x[:, None] - 0.5
     n = y.shape[0]
     columns = (
         y[:, :, None].expand(n, grid, grid),

@@ -27,8 +27,8 @@ class Pick:
 class Order:
     """(seed, position) -> Pick, for weighted sources; it keeps nothing but caches.
 
-    Each source delivers each of its samples exactly once an epoch. Shares of the sources follow the weights to
-    one sample in any 1,000 positions. Any process computes the same order.
+    Each source delivers each of its samples exactly once an epoch. Shares of the sources follow the weights
+    to one sample in any 1,000 positions. Any process computes the same order.
     Raises ValueError when a source's share is below 1 in 1,000.
     """
 
@@ -101,8 +101,8 @@ def source_cycle(seed: int, weights: Sequence[float]) -> np.ndarray:
     share = np.asarray(weights, dtype=np.float64) / np.sum(weights)
     if share.min() * CYCLE < 1:
         raise ValueError(
-            f"data weights {list(weights)} give a source {share.min():.2g} of the samples; the smallest share is "
-            f"1 in {CYCLE}: raise that weight or leave the source out"
+            f"data weights {list(weights)} give a source {share.min():.2g} of the samples; the smallest "
+            f"share is 1 in {CYCLE}: raise that weight or leave the source out"
         )
     quotas = np.floor(share * CYCLE).astype(np.int64)
     for source in np.argsort(quotas - share * CYCLE, kind="stable")[: CYCLE - quotas.sum()]:

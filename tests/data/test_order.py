@@ -29,7 +29,9 @@ def test_an_epoch_holds_each_sample_exactly_once(sizes: list[int], seed: int, ep
     assert {pick.epoch for pick in picks} == {epoch}
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0), (3.0, 1.0), (400.0, 15.0, 12.0, 15.0), (0.2, 0.3, 0.5)])
+@pytest.mark.parametrize(
+    "weights", [(1.0,), (1.0, 1.0), (3.0, 1.0), (400.0, 15.0, 12.0, 15.0), (0.2, 0.3, 0.5)]
+)
 def test_any_thousand_positions_hold_the_shares_to_one_sample(weights: tuple[float, ...]) -> None:
     order = Order(0, weights, [[7, 5]] * len(weights))
     sources = np.array([order.draw(position)[0] for position in range(3 * CYCLE)])

@@ -1,0 +1,101 @@
+"""Which pixels does an encoded image hold?"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+
+import numpy as np
+import simplejpeg
+import torch
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from pretrain.data.faults import BadSample
+
+MAX_PIXELS = 64 * 2**20  # a larger image is refused from its header, before memory is taken for it
+ORIENTATION_TAG = 0x0112  # EXIF
+TURNED = {  # EXIF orientation -> how to turn the stored pixels upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
+
+
+def decode_image(content: bytes) -> UInt8[Tensor, "h w 3"]:
+    """RGB pixels of a JPEG, PNG or WebP file, upright, transparency on white, 16 bits scaled to 8.
+
+    Strict: raises BadSample with reason `not_an_image`, `truncated`, `corrupt` or `too_large` (more than
+    MAX_PIXELS) where other decoders deliver a grey rest or fill the memory.
+    """
+    is_jpeg = content[:2] == b"\xff\xd8"
+    return torch.from_numpy(_decode_jpeg(content) if is_jpeg else _decode_with_pillow(content))
+
+
+def _decode_jpeg(content: bytes) -> np.ndarray:
+    """libjpeg-turbo with every warning an error: it alone notices damage in the middle of the file."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
+        _check_size(width, height)
+        if colorspace not in ("YCbCr", "Gray", "RGB"):  # CMYK of print shops
+            return _decode_with_pillow(content)
+        pixels = simplejpeg.decode_jpeg(content, colorspace="RGB", strict=True)
+    except ValueError as error:
+        if isinstance(error, BadSample):
+            raise
+        raise _bad(error) from error
+    if b"Exif\0\0" not in content[: 2**16]:
+        return pixels
+    with Image.open(io.BytesIO(content)) as image:
+        turn = TURNED.get(image.getexif().get(ORIENTATION_TAG, 1))
+    return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
+
+
+def _decode_with_pillow(content: bytes) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size is stricter
+            image = Image.open(io.BytesIO(content))
+        _check_size(*image.size)
+        image.load()
+        turn = TURNED.get(image.getexif().get(ORIENTATION_TAG, 1))
+        image = image if turn is None else image.transpose(turn)
+        return np.array(_to_rgb(image))
+    except UnidentifiedImageError as error:
+        raise BadSample("not_an_image", "the first bytes are of no known image format") from error
+    except Image.DecompressionBombError as error:
+        raise BadSample("too_large", str(error)) from error
+    except BadSample:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError) as error:
+        raise _bad(error) from error  # what Pillow's readers raise on damaged files
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in SIXTEEN_BIT:
+        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in TRANSPARENT or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadSample("too_large", f"{width} x {height} pixels exceed the limit of {MAX_PIXELS}")
+
+
+def _bad(error: Exception) -> BadSample:
+    """The reason behind a decoder's message: the file ends early, or it is damaged inside."""
+    message = str(error)
+    ends_early = any(word in message.lower() for word in ("truncated", "premature", "broken data stream"))
+    return BadSample("truncated" if ends_early else "corrupt", message)

@@ -1,0 +1,237 @@
+"""Which batch does a rank get at a step?"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data_prep.schema import IMAGE_EXTENSIONS
+from pretrain.config import DataFacts, Run
+from pretrain.data.batch import Batch
+from pretrain.data.decode import decode_image
+from pretrain.data.faults import BadSample, DataError, check_bad_share
+from pretrain.data.mask import block_mask, num_hidden
+from pretrain.data.order import Order
+from pretrain.data.sources import OpenSource, open_sources
+from pretrain.data.text import choose_caption
+from pretrain.data.views import two_views
+
+VERIFIED_BYTES = 2 * 2**30  # data sets up to this size are hashed at start, of larger ones the first shard
+MAX_REPLACED = 100  # bad samples in a row of one source before the data counts as broken
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+class Delivery(NamedTuple):
+    """One batch, and what was read to make it."""
+
+    batch: Batch
+    num_reads: int
+    dropped: dict[str, int]  # reason -> samples replaced
+    last_bad: str  # describes one of them; empty without
+
+
+class Steps:
+    """step -> Delivery of one rank: a pure function of the run, the data and the step.
+
+    Worker processes rebuild it from its arguments, so no open file crosses a process border.
+    """
+
+    def __init__(
+        self, run: Run, folders: Mapping[str, Path], tokenizer: Path | None, rank: int, world: int
+    ) -> None:
+        self._arguments = (run, folders, tokenizer, rank, world)
+        self.run = run
+        self.sources = open_sources(run, folders, tokenizer)
+        self._rank = rank
+        self._images = run.batch // world
+        weights = [float(source.weight) for source in run.data.values()]
+        self._order = Order(run.seed, weights, [s.shards.shard_sizes for s in self.sources.opened])
+        self._needs_other = run.objective.needs_other_view()
+
+    def __reduce__(self) -> tuple:
+        return Steps, self._arguments
+
+    def __getitem__(self, step: int) -> Delivery:
+        first = step * self.run.batch + self._rank * self._images
+        positions = range(first, first + self._images)
+        dropped: Counter[str] = Counter()
+        bad: list[str] = []
+        rows = [self._row(position, dropped, bad) for position in positions]
+        fields = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        masks = [self._mask(position) for position in positions[:: self.run.objective.input.mixed]]
+        batch = Batch(mask=torch.stack(masks), position=torch.tensor(positions), **fields)
+        return Delivery(batch, len(positions) + dropped.total(), dict(dropped), bad[-1] if bad else "")
+
+    def _row(self, position: int, dropped: Counter[str], bad: list[str]) -> dict[str, Tensor]:
+        """What the batch holds of one image; bad samples are replaced by the next of the same source."""
+        number, draw = self._order.draw(position)
+        source = self.sources.opened[number]
+        for replacement in range(MAX_REPLACED):
+            pick = self._order.pick(number, draw + replacement)
+            try:
+                return self._sample_row(source, pick.shard, pick.index, position)
+            except BadSample as error:
+                dropped[error.reason] += 1
+                shard = source.shards.manifest.shards[pick.shard].name
+                bad.append(f"{source.name}/{shard} sample {pick.index}: {error.reason}: {error}")
+        raise DataError(
+            f"{MAX_REPLACED} samples in a row of source {source.name!r} cannot be used, the last: {bad[-1]}; "
+            f"run `python -m data_prep check {source.shards.folder}` and build the data set again"
+        )
+
+    def _sample_row(self, source: OpenSource, shard: int, index: int, position: int) -> dict[str, Tensor]:
+        run = self.run
+        _, members = source.shards.read(shard, index)
+        encoded = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), None)
+        if encoded is None:
+            raise BadSample("no_image", f"the sample holds {sorted(members)}, none of {IMAGE_EXTENSIONS}")
+        category = source.category(members)
+        tokens, token_mask = self._tokens(source, members, position)
+        image = decode_image(encoded)
+        needs_other = self._needs_other[position % run.objective.input.mixed]
+        views, boxes = two_views(image, run.views, _generator(run.seed, position, "views"), needs_other)
+        return {
+            "views": views,
+            "boxes": boxes,
+            "sizes": torch.tensor(image.shape[:2], dtype=torch.float32),
+            "category": torch.tensor(category),
+            "tokens": tokens,
+            "token_mask": token_mask,
+        }
+
+    def _tokens(
+        self, source: OpenSource, members: Mapping[str, bytes], position: int
+    ) -> tuple[Tensor, Tensor]:
+        captions, length = self.sources.captions, self.run.text.length
+        if captions is not None and source.gives_text:
+            return captions.encode(choose_caption(members, _generator(self.run.seed, position, "caption")))
+        padding = 0 if captions is None else captions.padding
+        return torch.full((length,), padding), torch.zeros(length, dtype=torch.bool)
+
+    def _mask(self, position: int) -> Tensor:
+        """The mask of the input that begins at `position`; all False where an input shows one image."""
+        grid, mask = self.run.grid, self.run.mask
+        if self.run.objective.input.mixed == 1:
+            return torch.zeros(grid, grid, dtype=torch.bool)
+        generator = _generator(self.run.seed, position, "mask")
+        return block_mask(grid, num_hidden(grid, mask.ratio), mask.min_block, mask.aspect, generator)
+
+
+class Loader:
+    """Endless batches of one rank, from `start_step` on.
+
+    (seed, position) alone decides sample, augmentation and mask: the global batch is the same for any number
+    of ranks and workers, and a run resumes by its step. `workers` = 0 works in this process, more prefetch
+    two batches each. At construction everything that can be wrong with recipe, folders and labels raises
+    ValueError or FileNotFoundError; while iterating, more bad samples than run.max_bad raise DataError.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        folders: Mapping[str, Path],
+        tokenizer: Path | None,
+        *,
+        rank: int,
+        world: int,
+        workers: int = 0,
+        start_step: int = 0,
+    ) -> None:
+        _check_division(run, rank, world)
+        self._steps = Steps(run, folders, tokenizer, rank, world)
+        for source in self._steps.sources.opened:
+            is_small = source.shards.num_bytes <= VERIFIED_BYTES
+            source.shards.verify(len(source.shards.shard_sizes) if is_small else 1)
+        captions = self._steps.sources.captions
+        self.facts = DataFacts(self._steps.sources.categories, 0 if captions is None else captions.vocab_size)
+        self.dropped: dict[str, int] = {}  # reason -> samples replaced so far on this rank
+        self._num_reads = 0
+        self._deliveries: Iterator[Delivery] | None = iter(_data_loader(self._steps, workers, start_step))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._deliveries is None:
+            raise ValueError("the loader is closed; make a new one with start_step")
+        delivery = next(self._deliveries)
+        self._num_reads += delivery.num_reads
+        for reason, count in delivery.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+        if delivery.dropped:
+            check_bad_share(self.dropped, self._num_reads, self._steps.run.max_bad, delivery.last_bad)
+        return delivery.batch
+
+    def close(self) -> None:
+        """End the workers and close the shards."""
+        self._deliveries = None  # the DataLoader's iterator joins its workers when it goes
+        for source in self._steps.sources.opened:
+            source.shards.close()
+
+
+class _StepNumbers:
+    """Sampler: every step from `start` on."""
+
+    def __init__(self, start: int) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self._start)
+
+
+def _data_loader(steps: Steps, workers: int, start_step: int) -> DataLoader:
+    """torch's DataLoader with one whole batch an item; workers start from a clean process, because a fork
+    of a trainer that runs threads (NCCL, gloo) may deadlock."""
+    context = None
+    if workers:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+    return DataLoader(
+        steps,  # a map-style dataset is what has __getitem__
+        sampler=_StepNumbers(start_step),
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=context,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _unchanged(delivery: Delivery) -> Delivery:
+    return delivery
+
+
+def _start_worker(worker: int) -> None:
+    """One thread, and an allocator that keeps its memory: page faults cost as much as decoding."""
+    torch.set_num_threads(1)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the largest that glibc takes
+        mallopt(M_TRIM_THRESHOLD, 2**28)
+
+
+def _check_division(run: Run, rank: int, world: int) -> None:
+    mixed = run.objective.input.mixed
+    if not 0 <= rank < world:
+        raise ValueError(f"rank={rank} must lie in [0, world={world})")
+    if run.batch % (world * mixed):
+        raise ValueError(
+            f"batch={run.batch} must be a multiple of {world * mixed} = {world} ranks x {mixed} images an "
+            f"input: set batch to {-(-run.batch // (world * mixed)) * world * mixed}, or change the number of ranks"
+        )
+
+
+def _generator(seed: int, position: int, purpose: str) -> Random:
+    """Random numbers of one purpose at one position of the run's order."""
+    return Random(f"{seed}/{position}/{purpose}")

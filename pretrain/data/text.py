@@ -1,0 +1,65 @@
+"""Which tokens does a sample's caption become?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from pretrain.data.faults import BadSample
+
+
+class Captions:
+    """Tokens of captions at a fixed length, by a Hugging Face tokenizer folder; nothing is fetched.
+
+    Raises FileNotFoundError without the folder and ValueError when it holds no usable tokenizer.
+    """
+
+    def __init__(self, folder: Path, length: int) -> None:
+        self.length = length  # tokens; longer captions are cut, shorter ones padded
+        self._tokenizer = _load(folder)
+        self.vocab_size = len(self._tokenizer)
+        self.padding = self._tokenizer.pad_token_id
+
+    def encode(self, caption: str) -> tuple[Int[Tensor, " length"], Bool[Tensor, " length"]]:
+        """Token numbers and which of them are real; special tokens included."""
+        encoded = self._tokenizer(caption, truncation=True, max_length=self.length, padding="max_length")
+        return torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"], dtype=torch.bool)
+
+
+def choose_caption(members: dict[str, bytes], generator: Random) -> str:
+    """One of the sample's captions: of those in its .json, else the .txt.
+
+    Raises BadSample: `broken_text` (no UTF-8, no JSON) or `no_caption`.
+    """
+    try:
+        record = json.loads(members["json"]) if "json" in members else {}
+        captions = [caption for caption in record.get("captions", []) if caption.strip()]
+        text = members.get("txt", b"").decode("utf-8").strip()
+    except (ValueError, AttributeError, TypeError) as error:  # UnicodeDecodeError is a ValueError
+        raise BadSample("broken_text", f"caption: {error}") from error
+    captions = captions or ([text] if text else [])
+    if not captions:
+        raise BadSample("no_caption", "the sample has neither a .txt nor captions in its .json")
+    return captions[int(generator.random() * len(captions))]
+
+
+def _load(folder: Path):  # -> transformers.PreTrainedTokenizerBase
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is no folder, a text source needs a tokenizer: build the data set with captions, "
+            "which writes tokenizer/ beside its shards, or name a Hugging Face tokenizer folder by --tokenizer"
+        )
+    from transformers import AutoTokenizer  # takes seconds; runs without text do not pay them
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no Hugging Face tokenizer: {error}; name another folder") from error
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer in {folder} has no padding token: add one (`pad_token`) to it")
+    return tokenizer
