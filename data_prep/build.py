@@ -113,6 +113,8 @@ def _build_shards(collection: Collection, folder: Path, options: Options) -> dic
             finished[number] = done
             if sum(one.num_bad for one in finished.values()) > limit:
                 break  # no good end is possible any more; the caller says so
+        else:
+            assert len(finished) == len(starts), "a shard got lost"
     return dict(sorted(finished.items()))
 
 
@@ -122,7 +124,11 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     if recorded.is_file():
         _require_same(folder, settings, json.loads(recorded.read_text(encoding="utf-8")))
         return
-    foreign = sorted(entry.name for entry in folder.iterdir() if entry.name != WORK_FOLDER) if folder.exists() else []
+    foreign = (
+        sorted(entry.name for entry in folder.iterdir() if entry.name != WORK_FOLDER)
+        if folder.exists()
+        else []
+    )
     if foreign:
         raise FileExistsError(
             f"{folder} holds {foreign[:3]}{' and more' if len(foreign) > 3 else ''}, a build needs an empty folder:"
@@ -137,7 +143,9 @@ def _require_same(folder: Path, wanted: Mapping[str, Any], there: Mapping[str, A
     wanted = json.loads(json_bytes(wanted))
     differing = sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
     if differing:
-        pairs = ", ".join(f"{name}: {there.get(name)!r} there, {wanted.get(name)!r} asked" for name in differing)
+        pairs = ", ".join(
+            f"{name}: {there.get(name)!r} there, {wanted.get(name)!r} asked" for name in differing
+        )
         raise ValueError(
             f"{folder} was begun with other settings or another input ({pairs}); a folder holds one data set:"
             " choose another --out, or remove that folder"
@@ -151,7 +159,9 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise FileExistsError(f"{folder} is being built by another process: wait until it ends") from error
+            raise FileExistsError(
+                f"{folder} is being built by another process: wait until it ends"
+            ) from error
         yield
 
 
@@ -193,7 +203,9 @@ def _write_dropped(folder: Path, finished: Mapping[int, Finished]) -> None:
         os.replace(folder / WORK_FOLDER / DROPPED_NAME, folder / DROPPED_NAME)
 
 
-def _require_good(collection: Collection, finished: Mapping[int, Finished], options: Options, folder: Path) -> None:
+def _require_good(
+    collection: Collection, finished: Mapping[int, Finished], options: Options, folder: Path
+) -> None:
     num_bad = sum(done.num_bad for done in finished.values())
     counts = dict(sorted(Counter(drop.reason for drop in _drops(finished)).items()))
     total = len(collection.items)
@@ -204,5 +216,7 @@ def _require_good(collection: Collection, finished: Mapping[int, Finished], opti
             f" into an empty folder, or run the same command with a higher --max-bad"
         )
     if not any(done.shard for done in finished.values()):
-        raise ValueError(f"{collection.name}/{collection.split}: none of {total} inputs is good ({counts}): see"
-                         f" {folder / DROPPED_NAME}")
+        raise ValueError(
+            f"{collection.name}/{collection.split}: none of {total} inputs is good ({counts}): see"
+            f" {folder / DROPPED_NAME}"
+        )

@@ -47,6 +47,7 @@ class Collection:
 
     name: str
     split: str
+    has_split_folder: bool  # it goes into a folder of its split's name even when it is the only one
     categories: tuple[str, ...]
     settings: Mapping[str, Any]  # everything that decides the bytes, JSON types only; goes into the manifest
     items: Sequence[Any]  # small and picklable
@@ -74,7 +75,9 @@ def members(sample: Sample) -> list[tuple[str, bytes]]:
         "sha256": hashlib.sha256(sample.image).hexdigest(),
     }
     checksums = {extension: zlib.crc32(content) for extension, content in parts[1:]}
-    parts.append(("json", json_bytes({**record, "crc32": {**checksums, "json": zlib.crc32(json_bytes(record))}})))
+    parts.append(
+        ("json", json_bytes({**record, "crc32": {**checksums, "json": zlib.crc32(json_bytes(record))}}))
+    )
     return parts
 
 

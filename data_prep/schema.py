@@ -102,19 +102,21 @@ class Manifest:
         the schema). It reads no shard: `python -m data_prep check` does.
         """
         folder = Path(folder)
-        path = folder / MANIFEST_NAME
-        if not path.is_file():
-            raise FileNotFoundError(_missing_manifest(folder))
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            manifest = manifest_from_record(record)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path} is not a manifest: {error}; build the data set again into an empty folder"
-            ) from error
+        manifest = parse_manifest(folder)
         for shard in manifest.shards:
             _require_shard(folder, shard)
         return manifest
+
+
+def parse_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """The manifest of the data set in `folder`, validated in itself; the shards are not looked at."""
+    path = Path(folder) / MANIFEST_NAME
+    if not path.is_file():
+        raise FileNotFoundError(_missing_manifest(Path(folder)))
+    try:
+        return manifest_from_record(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a manifest: {error}; build the data set again") from error
 
 
 def manifest_from_record(record: Any) -> Manifest:

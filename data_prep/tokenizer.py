@@ -35,7 +35,9 @@ def train_tokenizer(folder: Path, shards: Sequence[str], vocab_size: int) -> Non
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS.values()),
-        limit_alphabet=min(1000, vocab_size // 4),  # a letter takes two places: at the start of a word and inside
+        limit_alphabet=min(
+            1000, vocab_size // 4
+        ),  # a letter takes two places: at the start of a word and inside
         show_progress=False,
     )
     tokenizer.train_from_iterator(_captions(folder, shards), trainer)
@@ -68,7 +70,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     """Give the data set in `folder` the tokenizer of the data set in `source`; FileNotFoundError when it has none."""
     there = source / TOKENIZER_FOLDER
     if not there.is_dir():
-        raise FileNotFoundError(f"{there} is missing: {source} has no captions, build the split with captions first")
+        raise FileNotFoundError(
+            f"{there} is missing: {source} has no captions, build the split with captions first"
+        )
     files = {path.name: path.read_text(encoding="utf-8") for path in sorted(there.iterdir())}
     _write_folder(folder / TOKENIZER_FOLDER, files)
 

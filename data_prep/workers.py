@@ -31,7 +31,10 @@ def in_workers(todo: list[Work], workers: int, advance: Callable) -> Iterator[tu
     shown = 0
     with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool:
         try:
-            running = {pool.submit(_work, work): work.number for work, _ in zip(waiting, range(workers), strict=False)}
+            running = {
+                pool.submit(_work, work): work.number
+                for _, work in zip(range(workers), waiting, strict=False)
+            }
             while running:
                 ready, _ = wait(running, POLL, FIRST_COMPLETED)
                 now = counter.value
@@ -44,7 +47,8 @@ def in_workers(todo: list[Work], workers: int, advance: Callable) -> Iterator[tu
                     yield number, future.result()
         except BrokenProcessPool as error:
             raise OSError(
-                errno.ECHILD, "a worker was killed (out of memory?): run the same command again, with fewer --workers"
+                errno.ECHILD,
+                "a worker was killed (out of memory?): run the same command again, with fewer --workers",
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

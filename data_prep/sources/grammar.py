@@ -96,7 +96,7 @@ def _noun(rng: np.random.Generator, seen: Seen, detail: float = 0.5) -> str:
 
 
 def with_article(words: str) -> str:
-    """"a star", "an arrow", "an hourglass"."""
+    """ "a star", "an arrow", "an hourglass"."""
     return f"{'an' if words[0] in 'aeiou' or words.startswith('hour') else 'a'} {words}"
 
 

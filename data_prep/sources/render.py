@@ -75,7 +75,11 @@ def _draw(parts: tuple[Part, ...], thing: Thing, size: int) -> Cutout:
     width, height = np.ceil(corners.max(0) + margin).astype(int) - (left, top)
     shape = (int(width) * SUPERSAMPLING, int(height) * SUPERSAMPLING)
     cover, detail = Image.new("L", shape), Image.new("L", shape)
-    brushes = {ADD: (ImageDraw.Draw(cover), 255), CUT: (ImageDraw.Draw(cover), 0), MARK: (ImageDraw.Draw(detail), 255)}
+    brushes = {
+        ADD: (ImageDraw.Draw(cover), 255),
+        CUT: (ImageDraw.Draw(cover), 0),
+        MARK: (ImageDraw.Draw(detail), 255),
+    }
     for (role, _), points in zip(parts, placed, strict=True):
         brush, value = brushes[role]
         brush.polygon(((points - (left, top)) * SUPERSAMPLING).ravel().tolist(), fill=value)
@@ -123,7 +127,12 @@ def visible_mask(cutouts: list[Cutout], size: int) -> np.ndarray:
 
 
 def _paste(
-    rng: np.random.Generator, picture: np.ndarray, skin: np.ndarray, cutout: Cutout, light: np.ndarray, scale: float
+    rng: np.random.Generator,
+    picture: np.ndarray,
+    skin: np.ndarray,
+    cutout: Cutout,
+    light: np.ndarray,
+    scale: float,
 ) -> None:
     """Lay one object over the picture: a soft shadow away from the light, relief at its edges, a highlight."""
     size = len(picture)
@@ -182,5 +191,7 @@ def _photograph(rng: np.random.Generator, picture: np.ndarray, light: np.ndarray
     picture = picture * lamp[..., None] * tint * rng.uniform(0.8, 1.15)
     picture = _defocused(np.clip(picture, 0, 1), rng.uniform(0, 0.007) * size)
     noise = rng.standard_normal(picture.shape, dtype=np.float32)
-    picture = picture + noise * (rng.uniform(0.004, 0.02) + rng.uniform(0, 0.03) * np.sqrt(np.clip(picture, 0, 1)))
+    picture = picture + noise * (
+        rng.uniform(0.004, 0.02) + rng.uniform(0, 0.03) * np.sqrt(np.clip(picture, 0, 1))
+    )
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -42,7 +42,9 @@ class Scenes:
         if self.size < SMALLEST:
             raise ValueError(f"size={self.size} must be at least {SMALLEST} pixels: pass --size 96")
         if round(self.count * self.heldout) == self.count:
-            raise ValueError(f"heldout={self.heldout} leaves none of {self.count} scenes to train on: lower it")
+            raise ValueError(
+                f"heldout={self.heldout} leaves none of {self.count} scenes to train on: lower it"
+            )
 
     def collections(self) -> list[Collection]:
         """The training split, then the held-out one (the last scenes of the sequence) when it has any."""
@@ -62,7 +64,7 @@ class Scenes:
         }
         num_bytes = len(indices) * (8 * 1024 + self.size * self.size // 2)
         make = partial(make_scene, seed=self.seed, size=self.size)
-        return Collection("scenes", split, CATEGORIES, settings, indices, make, num_bytes)
+        return Collection("scenes", split, True, CATEGORIES, settings, indices, make, num_bytes)
 
 
 def draw_scene(index: int, seed: int, size: int) -> tuple[np.ndarray, Facts, tuple[str, ...]]:
@@ -92,7 +94,8 @@ def make_scene(index: int, *, seed: int, size: int) -> Made:
         "category": facts.objects[0].kind,
         "background": facts.background,
         "tags": [
-            [seen.kind, round(seen.visible * min(1.0, seen.area / largest) ** 0.5, 3)] for seen in facts.objects
+            [seen.kind, round(seen.visible * min(1.0, seen.area / largest) ** 0.5, 3)]
+            for seen in facts.objects
         ],
         "objects": [
             {

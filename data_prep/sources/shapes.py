@@ -25,7 +25,9 @@ def rectangle(left: float, top: float, right: float, bottom: float) -> np.ndarra
     return polygon((left, top), (right, top), (right, bottom), (left, bottom))
 
 
-def ellipse(x: float, y: float, rx: float, ry: float | None = None, start: float = 0, stop: float = 360) -> np.ndarray:
+def ellipse(
+    x: float, y: float, rx: float, ry: float | None = None, start: float = 0, stop: float = 360
+) -> np.ndarray:
     """An ellipse, or its part between two angles in degrees (clockwise from the right, as y points down)."""
     turn = np.radians(np.linspace(start, stop, 37))
     return np.stack([x + rx * np.cos(turn), y + (ry or rx) * np.sin(turn)], axis=1)
@@ -105,7 +107,12 @@ SHAPES: dict[str, tuple[Part, ...]] = {
         (MARK, ellipse(0.5, -0.16, 0.14)),
     ),
     "bolt": (
-        (ADD, polygon((-0.2, -1), (0.62, -1), (0.3, -0.32), (0.78, -0.32), (-0.42, 1), (-0.12, 0.2), (-0.7, 0.2))),
+        (
+            ADD,
+            polygon(
+                (-0.2, -1), (0.62, -1), (0.3, -0.32), (0.78, -0.32), (-0.42, 1), (-0.12, 0.2), (-0.7, 0.2)
+            ),
+        ),
     ),
     "bottle": (
         (ADD, rectangle(-0.46, -0.1, 0.46, 1)),

@@ -26,7 +26,9 @@ COLORS: dict[str, tuple[float, float, float]] = {
 }
 
 
-def smooth_noise(rng: np.random.Generator, height: int, width: int, rows: float, columns: float) -> np.ndarray:
+def smooth_noise(
+    rng: np.random.Generator, height: int, width: int, rows: float, columns: float
+) -> np.ndarray:
     """A field of mean about 0.5 in [0, 1] with `rows` x `columns` random bumps, bicubic in between."""
     shape = (max(2, round(rows)), max(2, round(columns)))
     bumps = Image.fromarray(rng.random(shape, dtype=np.float32))
@@ -136,7 +138,9 @@ def _earthy(rng: np.random.Generator, *colors: tuple[float, float, float]) -> np
 
 def _wood(rng: np.random.Generator, size: int) -> np.ndarray:
     base = _earthy(rng, (0.55, 0.36, 0.20), (0.72, 0.55, 0.36), (0.36, 0.22, 0.14), (0.62, 0.60, 0.56))
-    grain = 0.6 * smooth_noise(rng, size, size, size / 2, size / 14) + 0.4 * smooth_noise(rng, size, size, 14, 3)
+    grain = 0.6 * smooth_noise(rng, size, size, size / 2, size / 14) + 0.4 * smooth_noise(
+        rng, size, size, 14, 3
+    )
     picture = _shade(np.broadcast_to(base, (size, size, 3)), grain, 0.9)
     num_planks = int(rng.integers(3, 7))
     y, _ = coordinates(size)
@@ -157,7 +161,9 @@ def _sand(rng: np.random.Generator, size: int) -> np.ndarray:
     base = _earthy(rng, (0.82, 0.70, 0.50), (0.70, 0.58, 0.44), (0.86, 0.80, 0.70))
     warp = fractal_noise(rng, size, 3, 3)
     ripples = 0.5 + 0.5 * np.sin(2 * np.pi * (_turned(rng, size) * rng.uniform(5, 10) + 2.5 * warp))
-    picture = _shade(np.broadcast_to(base, (size, size, 3)), ripples.astype(np.float32), rng.uniform(0.1, 0.35))
+    picture = _shade(
+        np.broadcast_to(base, (size, size, 3)), ripples.astype(np.float32), rng.uniform(0.1, 0.35)
+    )
     return _shade(picture, rng.random((size, size), dtype=np.float32), 0.3)
 
 

@@ -1,0 +1,250 @@
+"""How is a user's own collection read? Class folders, a tar per class, or images with a captions.tsv.
+
+All three may lie in split folders (train, val, test, ...), and all but the tar per class in a single tar. The order of
+the samples is a shuffle fixed by the seed, so that neighbours in a shard are not of one class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import tyro
+
+from data_prep.images import BadImage, Limits, check_image
+from data_prep.samples import Collection, Dropped, Made, Sample
+from data_prep.sources.captions_table import clean_caption, read_table
+from data_prep.sources.listing import FileRef, files_of, is_image_name
+
+VERSION = 1  # raise it when the same input gives other bytes
+SPLITS = ("train", "trainval", "val", "valid", "validation", "heldout", "test")
+CAPTIONS_NAME, CLASSES_NAME = "captions.tsv", "classes.tsv"
+OVERHEAD = 5 * 1024  # bytes; tar headers, padding and .json of a sample, for the estimate
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of the input, not read yet."""
+
+    key: str
+    name: str  # relative, as found
+    ref: FileRef | None  # None: a table names it, but it is not there
+    category: int | None
+    captions: tuple[bytes, ...] | None  # raw; None where there is no table
+    extra: Mapping[str, str] = field(default_factory=dict)
+    is_row: bool = True  # False: stands for a row of a table that cannot be read
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Read images that are already on disk."""
+
+    source: Annotated[Path, tyro.conf.arg(name="from")]  # a folder, or a .tar
+    name: str = ""  # of the data set; that of the folder if empty
+    seed: int = 0  # of the order of the samples
+    min_side: int = Limits.min_side  # pixels; images with a shorter side are dropped
+    max_pixels: int = Limits.max_pixels  # width x height, from the header; larger images are dropped unread
+
+    def __post_init__(self) -> None:
+        if not self.source.exists():
+            raise FileNotFoundError(f"{self.source} does not exist: pass --from a folder of images or a .tar")
+
+    def collections(self) -> list[Collection]:
+        """One collection a split folder, in the order train, ..., or one in all; categories are common to all."""
+        roots = {"train": self.source}
+        if self.source.is_dir():
+            found = {split: self.source / split for split in SPLITS if (self.source / split).is_dir()}
+            roots = found or roots
+        listings = {split: _list_split(root) for split, root in roots.items()}
+        classes = {item for listing in listings.values() for item, _, _ in listing.images if item is not None}
+        categories = _categories(classes, [*roots.values(), self.source])
+        name = self.name or self.source.stem
+        return [self._collection(name, split, listing, categories) for split, listing in listings.items()]
+
+    def _collection(
+        self, name: str, split: str, listing: _Listing, categories: tuple[str, ...]
+    ) -> Collection:
+        items = _items(listing, _slug(f"{name}-{split}"), categories, self.seed)
+        if not items:
+            raise ValueError(
+                f"{listing.root} holds no images: it needs class folders, a tar per class, or images with a"
+                f" {CAPTIONS_NAME}"
+            )
+        limits = Limits(self.min_side, self.max_pixels)
+        sizes = [item.ref.size() if item.ref else 0 for item in items]
+        settings: dict[str, Any] = {
+            "source": "folder",
+            "version": VERSION,
+            "name": name,
+            "seed": self.seed,
+            "limits": asdict(limits),
+            "inputs_sha256": _fingerprint(items, sizes),
+        }
+        make = partial(make_sample, source=name, categories=categories, limits=limits)
+        is_split = listing.root != self.source
+        return Collection(
+            name, split, is_split, categories, settings, items, make, sum(sizes) + OVERHEAD * len(items)
+        )
+
+
+@dataclass(frozen=True)
+class _Listing:
+    root: Path
+    images: list[tuple[str | None, str, FileRef]]  # (class, name, where)
+    table: bytes | None  # captions.tsv
+    table_folder: str  # names in the table are relative to it
+
+
+def _list_split(root: Path) -> _Listing:
+    files = files_of(root)
+    tables = sorted(
+        (name for name in files if PurePosixPath(name).name == CAPTIONS_NAME), key=lambda n: n.count("/")
+    )
+    if tables:
+        images = [(None, name, ref) for name, ref in files.items() if is_image_name(name)]
+        return _Listing(root, images, files[tables[0]].read(), str(PurePosixPath(tables[0]).parent))
+    tars = [name for name in files if name.endswith(".tar") and "/" not in name] if root.is_dir() else []
+    if tars:
+        images = [
+            (Path(tar).stem, f"{tar}/{name}", ref)
+            for tar in tars
+            for name, ref in files_of(root / tar).items()
+            if is_image_name(name)
+        ]
+        return _Listing(root, images, None, ".")
+    images = [(_class_of(name), name, ref) for name, ref in files.items() if is_image_name(name)]
+    if len({kind is None for kind, _, _ in images}) > 1:
+        loose = next(name for kind, name, _ in images if kind is None)
+        raise ValueError(
+            f"{root} mixes class folders and loose images such as {loose!r}: move them into a class folder"
+        )
+    return _Listing(root, images, None, ".")
+
+
+def _class_of(name: str) -> str | None:
+    parent = PurePosixPath(name).parent
+    return parent.name or None
+
+
+def _categories(classes: set[str], roots: Sequence[Path]) -> tuple[str, ...]:
+    """Category names by number: those of the first classes.tsv (columns label, name) found, else sorted."""
+    table = next(
+        (root / CLASSES_NAME for root in roots if root.is_dir() and (root / CLASSES_NAME).is_file()), None
+    )
+    if table is None or not classes:
+        return tuple(sorted(classes))
+    rows = [line.split("\t") for line in table.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    header, body = [cell.strip() for cell in rows[0]], rows[1:]
+    if "label" not in header or "name" not in header:
+        raise ValueError(f"{table}: columns {header} lack 'label' or 'name': the first line must name both")
+    try:
+        named = {int(row[header.index("label")]): row[header.index("name")].strip() for row in body}
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            f"{table}: {error}: every line needs an integer label and a name, tab-separated"
+        ) from error
+    if sorted(named) != list(range(len(body))) or len(set(named.values())) != len(body):
+        raise ValueError(
+            f"{table}: labels must be 0, 1, ..., {len(body) - 1}, each once, with different names"
+        )
+    categories = tuple(named[label] for label in range(len(body)))
+    if unknown := sorted(classes - set(categories)):
+        raise ValueError(
+            f"{table} does not name the classes {unknown[:5]}: add a line for each, or remove the file"
+        )
+    return categories
+
+
+def _items(listing: _Listing, prefix: str, categories: tuple[str, ...], seed: int) -> list[Item]:
+    """All inputs in an order that the seed and the names fix; keys number that order."""
+    number = {name: label for label, name in enumerate(categories)}
+    found: list[dict[str, Any]] = []
+    if listing.table is None:
+        for kind, name, ref in listing.images:
+            category = None if kind is None else number[kind]
+            found.append({"name": name, "ref": ref, "category": category, "captions": None})
+    else:
+        told, bad_rows = read_table(listing.table, f"{listing.root}: {CAPTIONS_NAME}")
+        base = PurePosixPath(listing.table_folder)
+        told = {str(base / image): entry for image, entry in told.items()}
+        refs = {name: ref for _, name, ref in listing.images}
+        for name in sorted(told.keys() | refs.keys()):
+            entry = told.get(name)
+            captions = tuple(entry.captions) if entry else ()
+            extra = entry.extra if entry else {}
+            found.append(
+                {"name": name, "ref": refs.get(name), "category": None, "captions": captions, "extra": extra}
+            )
+        for row in bad_rows:
+            found.append({"name": row, "ref": None, "category": None, "captions": (), "is_row": False})
+    found.sort(
+        key=lambda one: hashlib.sha256(f"{seed}/{one['name']}".encode("utf-8", "surrogateescape")).digest()
+    )
+    return [Item(key=f"{prefix}-{index:08d}", **one) for index, one in enumerate(found)]
+
+
+def _slug(text: str) -> str:
+    return "".join(char if char.isascii() and (char.isalnum() or char in "_-") else "_" for char in text)
+
+
+def _fingerprint(items: Sequence[Item], sizes: Sequence[int]) -> str:
+    """Changes when a name, a size, a label or a caption of the input does."""
+    digest = hashlib.sha256()
+    for item, size in zip(items, sizes, strict=True):
+        digest.update(
+            repr((item.name, size, item.category, item.captions, dict(item.extra))).encode("utf-8", "replace")
+        )
+    return digest.hexdigest()
+
+
+def make_sample(item: Item, *, source: str, categories: tuple[str, ...], limits: Limits) -> Made:
+    """The sample of one item, or why there is none; a bad caption costs the image only when it was the last one."""
+    name = item.name.encode("utf-8", "replace").decode()
+    if not item.is_row:
+        return Made(None, (Dropped(name, "caption_columns", "not as many cells as the header"),))
+    if item.ref is None:
+        return Made(None, (Dropped(name, "missing_image", f"named in {CAPTIONS_NAME}, not found"),))
+    told, dropped = _captions(name, item.captions)
+    if item.captions is not None and not told:
+        return Made(None, dropped or (Dropped(name, "no_caption", f"not in {CAPTIONS_NAME}"),))
+    try:
+        content = item.ref.read()
+        if len(content) < item.ref.size():
+            raise BadImage("truncated", f"{len(content)} of {item.ref.size()} bytes")
+        image = check_image(content, limits)
+    except BadImage as bad:
+        return Made(None, (*dropped, Dropped(name, bad.reason, bad.detail)))
+    except OSError as error:
+        return Made(None, (*dropped, Dropped(name, "unreadable", str(error))))
+    record: dict[str, Any] = {"source": source, "source_name": name, "objects": [], "tags": []}
+    if item.category is not None:
+        record["category"] = categories[item.category]
+        record["tags"] = [[categories[item.category], 1.0]]
+    if item.extra:
+        record["extra"] = dict(item.extra)
+    if image.changed:
+        record["changed"] = image.changed
+    sample = Sample(
+        item.key, image.content, image.extension, image.size, tuple(told), item.category, record=record
+    )
+    return Made(sample, dropped)
+
+
+def _captions(name: str, raw: Sequence[bytes] | None) -> tuple[list[str], tuple[Dropped, ...]]:
+    told: list[str] = []
+    dropped: list[Dropped] = []
+    for caption in raw or ():
+        try:
+            text = clean_caption(caption)
+        except UnicodeDecodeError as error:
+            dropped.append(Dropped(name, "caption_encoding", str(error)))
+            continue
+        if not text:
+            dropped.append(Dropped(name, "caption_empty", "nothing left but spaces and control characters"))
+        elif text not in told:
+            told.append(text)
+    return told, tuple(dropped)
