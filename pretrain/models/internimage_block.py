@@ -59,11 +59,7 @@ class Block(nn.Module):
         return getattr(self, outer)(y) if self.res_post_norm else y
 
     def _drop(self, branch: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        """Stochastic depth: zero for an image with probability drop_path, else scaled to keep the mean."""
-        if self.drop_path == 0 or not self.training:
-            return branch
-        keep = 1 - self.drop_path
-        return branch * branch.new_empty(branch.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
+        return _drop_path(branch, self.drop_path) if self.training and self.drop_path else branch
 
 
 class DCNv3(nn.Module):
@@ -163,3 +159,9 @@ def _init_zero(linear: nn.Module) -> None:
 def _init_xavier(linear: nn.Module) -> None:
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
+
+
+def _drop_path(branch: Float[Tensor, "b h w c"], rate: float) -> Float[Tensor, "b h w c"]:
+    """Stochastic depth: zero for an image with probability `rate`, else scaled so that the mean stays."""
+    keep = 1 - rate
+    return branch * branch.new_empty(branch.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 # Published: the additional norms of InternImage-H and G stand in the third stage only ("level 2").
 LEVEL2 = 2
@@ -33,9 +32,7 @@ class InternImageConfig:
     remove_center: bool = False  # 8 sampling points in place of 9
     use_clip_projector: bool = False  # classifier: stride tokens and attention pooling, else average pooling
     drop_path_rate: float = 0.0  # probability of dropping a residual branch for one image, in [0, 1)
-    drop_path_type: Literal["linear", "uniform"] = (
-        "linear"  # linear: from 0 at the first block up to the rate
-    )
+    drop_path_type: str = "linear"  # linear: from 0 at the first block up to the rate; or uniform
 
     def __post_init__(self):
         if len(self.depths) < 2 or len(self.depths) != len(self.groups):
