@@ -40,7 +40,8 @@ with socket.socket() as probe:
 PYTHON
 )
 
-launcher=(--master_addr 127.0.0.1 --master_port "${MASTER_PORT:-$free_port}")
+# One machine, whatever a cluster left in the default hostfile.
+launcher=(--quiet --hostfile /dev/null --master_addr 127.0.0.1 --master_port "${MASTER_PORT:-$free_port}")
 if ((gpus == 0)); then
   ranks=${RANKS:-2}
   export DS_ACCELERATOR=cpu
