@@ -1,0 +1,1 @@
+"""What is a checkpoint worth on held-out images? Features once, then probes that read them."""

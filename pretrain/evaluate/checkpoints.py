@@ -1,0 +1,35 @@
+"""Which checkpoint of a run does a name mean?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pretrain.checkpoint import checkpoint_folder, latest
+from pretrain.intact import verify
+
+
+def find_checkpoint(run_folder: Path, name: str) -> Path:
+    """Folder of the checkpoint "first" (step 0, before any training), "last" (the newest whole one) or a step.
+
+    Raises FileNotFoundError (no run, no such checkpoint, or not whole) and ValueError (no such name).
+    """
+    if not run_folder.is_dir():
+        raise FileNotFoundError(f"{run_folder} is no folder: name the --out folder of a pre-training run")
+    if name == "last":
+        folder = latest(run_folder)
+        if folder is None:
+            raise FileNotFoundError(
+                f"{run_folder} holds no whole checkpoint: name the --out folder of `deepspeed pretrain/main.py`, "
+                "after its first checkpoint was written"
+            )
+        return folder
+    if name != "first" and not name.isdecimal():
+        raise ValueError(
+            f"step {name!r} is unknown; choose from ['first', 'last'] or give a number such as 400"
+        )
+    folder = checkpoint_folder(run_folder, 0 if name == "first" else int(name))
+    problem = verify(folder, hashes=False) if folder.is_dir() else "there is none"
+    if problem is not None:
+        there = sorted(path.name for path in (run_folder / "checkpoints").glob("step_*"))
+        raise FileNotFoundError(f"{folder} cannot be used, since {problem}: choose one of {there}")
+    return folder

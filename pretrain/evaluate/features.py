@@ -1,0 +1,140 @@
+"""Which vectors does a checkpoint give to the images of a data set?"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data_prep.schema import IMAGE_EXTENSIONS
+from pretrain.config import Run
+from pretrain.data.batch import NO_CATEGORY
+from pretrain.data.decode import decode_image
+from pretrain.data.faults import BadSample, check_bad_share
+from pretrain.data.shards import ShardFolder
+from pretrain.data.views import center_view
+from pretrain.pretrainer import Towers, normalise
+
+IMAGES_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class Features:
+    """All that the probes read of one data set under one checkpoint, on the CPU; row i is sample `index[i]`."""
+
+    tokens: Float[Tensor, "n d"]  # mean of the encoder's tokens
+    embedding: Float[Tensor, "n e"]  # attention pooling and norm: what the label heads read
+    projected: Float[Tensor, "n e"] | None  # unit vectors in the space of the captions, if the run has text
+    classified: Int[Tensor, " n"] | None  # the run's category that its own head says, if it has categories
+    labels: Int[Tensor, " n"]  # category of the data set; NO_CATEGORY where a sample has none
+    captions: list[str]  # "" where a sample has none
+    index: Int[Tensor, " n"]  # of the sample in the data set
+    dropped: dict[str, int]  # samples left out, by reason
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One sample as the encoder sees it, or why it cannot be seen."""
+
+    index: int
+    view: UInt8[Tensor, "3 s s"] | None
+    label: int = NO_CATEGORY
+    caption: str = ""
+    reason: str = ""
+    message: str = ""
+
+
+class Pictures:
+    """The samples of a data set as center views of `size` pixels; indexable, for torch's DataLoader."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.shards = ShardFolder(folder)
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> Picture:
+        try:
+            members = self.shards.sample(index)
+            image = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
+            if image is None:
+                raise BadSample("no_image", f"sample {index} has none of {IMAGE_EXTENSIONS}")
+            view = center_view(decode_image(image), self.size)
+            return Picture(index, view, self._label(members), _caption(members))
+        except BadSample as error:
+            return Picture(index, None, reason=error.reason, message=str(error))
+
+    def _label(self, members: dict[str, bytes]) -> int:
+        text = members.get("cls", b"").strip()
+        if not text:
+            return NO_CATEGORY
+        if not text.isdigit() or int(text) >= len(self.shards.manifest.categories):
+            raise BadSample("bad_category", f"category {text[:20]!r} is no number of the manifest's list")
+        return int(text)
+
+
+@torch.inference_mode()
+def extract(
+    towers: Towers, run: Run, folder: Path, *, device: torch.device, workers: int, title: str
+) -> Features:
+    """Features of every readable sample, in float32, with a progress bar named `title`.
+
+    Unreadable samples are left out and counted; DataError when they exceed `run.max_bad`.
+    """
+    pictures = Pictures(folder, run.views.size)
+    loader = DataLoader(pictures, IMAGES_AT_ONCE, num_workers=workers, collate_fn=list)
+    seen: list[Picture] = []
+    vectors: dict[str, list[Tensor]] = {}
+    dropped: Counter[str] = Counter()
+    interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds between two states of the bar
+    with tqdm(total=len(pictures), desc=title, unit=" image", mininterval=interval) as bar:
+        for batch in loader:
+            good = [picture for picture in batch if picture.view is not None]
+            dropped.update(picture.reason for picture in batch if picture.view is None)
+            bar.update(len(batch))
+            if bad := [picture for picture in batch if picture.view is None]:
+                check_bad_share(dropped, bar.n, run.max_bad, f"{folder}: {bad[-1].message}")
+            if good:
+                views = torch.stack([picture.view for picture in good]).to(device)
+                for name, value in _encode(towers, run, views).items():
+                    vectors.setdefault(name, []).append(value.cpu())
+                seen += [Picture(p.index, None, p.label, p.caption) for p in good]
+    if not seen:
+        raise ValueError(f"{folder} has no readable image ({dict(dropped)}): build the data set again")
+    joined = {name: torch.cat(values) for name, values in vectors.items()}
+    return Features(
+        tokens=joined["tokens"],
+        embedding=joined["embedding"],
+        projected=joined.get("projected"),
+        classified=joined.get("classified"),
+        labels=torch.tensor([picture.label for picture in seen]),
+        captions=[picture.caption for picture in seen],
+        index=torch.tensor([picture.index for picture in seen]),
+        dropped=dict(dropped),
+    )
+
+
+def _encode(towers: Towers, run: Run, views: UInt8[Tensor, "n 3 s s"]) -> dict[str, Tensor]:
+    tokens = towers(normalise(views, run.views.mean, run.views.std, torch.float32))
+    embedding = towers.embed_tokens(tokens)
+    vectors = {"tokens": tokens.mean(dim=1), "embedding": embedding}
+    if hasattr(towers, "text"):
+        vectors["projected"] = towers.project_images(embedding)
+    if hasattr(towers, "category"):
+        vectors["classified"] = towers.category(embedding).argmax(dim=1)
+    return vectors
+
+
+def _caption(members: dict[str, bytes]) -> str:
+    try:
+        return members.get("txt", b"").decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample("broken_text", f"caption: {error}") from error

@@ -1,0 +1,36 @@
+"""Which category do an image's nearest training images vote for?"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+TEMPERATURE = 0.07  # of the votes; instance discrimination (arXiv 1805.01978), section 3.4
+CHUNK = 1024  # queries compared at once: bounds the memory to CHUNK x training images
+
+
+def nearest(
+    train: Float[Tensor, "n d"], queries: Float[Tensor, "m d"], k: int
+) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
+    """Cosine similarities and indices of the k nearest training features, nearest first.
+
+    Raises ValueError unless 1 <= k <= n.
+    """
+    if not 1 <= k <= len(train):
+        raise ValueError(
+            f"k={k} must lie in [1, {len(train)}], the number of training images: give another --k"
+        )
+    directions = F.normalize(train, dim=1)
+    found = [(F.normalize(chunk, dim=1) @ directions.T).topk(k, dim=1) for chunk in queries.split(CHUNK)]
+    return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
+
+
+def vote(
+    similarities: Float[Tensor, "m k"], labels: Int[Tensor, "m k"], num_categories: int
+) -> Int[Tensor, " m"]:
+    """Category with the largest sum of exp(similarity / TEMPERATURE) over the neighbours; the lower one on a tie."""
+    weights = (similarities / TEMPERATURE).softmax(dim=1)
+    votes = torch.zeros(len(labels), num_categories, dtype=weights.dtype)
+    return votes.scatter_add_(1, labels, weights).argmax(dim=1)

@@ -1,0 +1,152 @@
+"""What is measured of one checkpoint? One entry a row of the result; each reads features, none runs the images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from pretrain.config import DataFacts
+from pretrain.data.batch import NO_CATEGORY
+from pretrain.evaluate import knn, linear, zero_shot
+from pretrain.evaluate.accuracy import proportion, score
+from pretrain.evaluate.features import Features
+
+
+class NotMeasured(Exception):
+    """A probe has nothing to measure here; the message says why, and stands in the result."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What every probe may read."""
+
+    train: Features
+    heldout: Features
+    categories: tuple[str, ...]  # of the data set, train and held-out alike
+    facts: DataFacts  # of the run
+    k: int  # neighbours
+    encode: zero_shot.Encode | None  # the run's tokenizer; None without text
+    embed: zero_shot.EmbedTexts  # the run's text tower
+
+
+@dataclass(frozen=True)
+class Outcome:
+    record: dict[str, Any]  # of the JSON result
+    predicted: Int[Tensor, " n"] | None = None  # for the labelled held-out images, in their order
+
+
+def _knn(evidence: Evidence, feature: str) -> Outcome:
+    rows, labels = _labelled(evidence.train), _labels(evidence)
+    train, heldout = getattr(evidence.train, feature)[rows], _of_labelled(evidence, feature)
+    similarities, indices = knn.nearest(train, heldout, evidence.k)
+    predicted = knn.vote(similarities, evidence.train.labels[rows][indices], len(evidence.categories))
+    settings = {"feature": feature, "k": evidence.k, "temperature": knn.TEMPERATURE}
+    return Outcome(score(predicted, labels, len(evidence.categories)) | settings, predicted)
+
+
+def _linear(evidence: Evidence, feature: str) -> Outcome:
+    rows, labels = _labelled(evidence.train), _labels(evidence)
+    train, heldout = getattr(evidence.train, feature)[rows], _of_labelled(evidence, feature)
+    predicted = linear.linear_probe(train, evidence.train.labels[rows], heldout)
+    settings = {"feature": feature, "c": linear.C}
+    return Outcome(score(predicted, labels, len(evidence.categories)) | settings, predicted)
+
+
+def _zero_shot(evidence: Evidence) -> Outcome:
+    labels, encode = _labels(evidence), _encoder(evidence)
+    classes = zero_shot.class_vectors(evidence.categories, encode, evidence.embed)
+    predicted = zero_shot.classify(_of_labelled(evidence, "projected"), classes)
+    settings = {"feature": "projected", "prompts": list(zero_shot.PROMPTS)}
+    return Outcome(score(predicted, labels, len(evidence.categories)) | settings, predicted)
+
+
+def _classifier(evidence: Evidence) -> Outcome:
+    """The run's own category head: only where the data set has the categories that it was trained on."""
+    if not evidence.facts.categories:
+        raise NotMeasured("the run has no categories")
+    labels = _labels(evidence)
+    if set(evidence.facts.categories) != set(evidence.categories):
+        odd = sorted(set(evidence.facts.categories) ^ set(evidence.categories))
+        raise NotMeasured(
+            f"the run was trained on other categories: {len(odd)} names stand on one side only, such as {odd[:3]}"
+        )
+    # The same names may be numbered differently in the run and in the data set.
+    numbers = torch.tensor([evidence.categories.index(name) for name in evidence.facts.categories])
+    predicted = numbers[_of_labelled(evidence, "classified")]
+    return Outcome(score(predicted, labels, len(evidence.categories)) | {"feature": "embedding"}, predicted)
+
+
+def _retrieval(evidence: Evidence, query: str) -> Outcome:
+    """Recall at 1 among the first held-out images with captions, from images to captions or back."""
+    encode = _encoder(evidence)
+    rows = [row for row, caption in enumerate(evidence.heldout.captions) if caption]
+    rows = rows[: zero_shot.MAX_CANDIDATES]
+    if len(rows) < 2:
+        raise NotMeasured("the held-out images have no captions")
+    captions = [evidence.heldout.captions[row] for row in rows]
+    images, texts = (
+        evidence.heldout.projected[rows],
+        zero_shot.embed_captions(captions, encode, evidence.embed),
+    )
+    pair = {"image": (images, texts), "text": (texts, images)}[query]
+    correct = zero_shot.retrieve(*pair, captions)
+    chance = sum(captions.count(caption) for caption in captions) / len(captions) ** 2
+    return Outcome(proportion(correct, len(captions)) | {"chance": chance, "query": query})
+
+
+@dataclass(frozen=True)
+class Probe:
+    title: str
+    measure: Callable[[Evidence], Outcome]
+
+
+PROBES: dict[str, Probe] = {
+    "knn": Probe("kNN, mean token", lambda evidence: _knn(evidence, "tokens")),
+    "knn_embedding": Probe("kNN, pooled embedding", lambda evidence: _knn(evidence, "embedding")),
+    "linear": Probe("linear probe, mean token", lambda evidence: _linear(evidence, "tokens")),
+    "linear_embedding": Probe(
+        "linear probe, pooled embedding", lambda evidence: _linear(evidence, "embedding")
+    ),
+    "classifier": Probe("own category head", _classifier),
+    "zero_shot": Probe("zero-shot by class names", _zero_shot),
+    "retrieval_image": Probe("image to caption, R@1", lambda evidence: _retrieval(evidence, "image")),
+    "retrieval_text": Probe("caption to image, R@1", lambda evidence: _retrieval(evidence, "text")),
+}
+
+
+def measure(evidence: Evidence) -> dict[str, Outcome]:
+    """Every probe's outcome; {"accuracy": None, "reason": ...} where it has nothing to measure."""
+    outcomes = {}
+    for name, probe in PROBES.items():
+        try:
+            outcomes[name] = probe.measure(evidence)
+        except NotMeasured as reason:
+            outcomes[name] = Outcome({"accuracy": None, "reason": str(reason)})
+    return outcomes
+
+
+def _encoder(evidence: Evidence) -> zero_shot.Encode:
+    if evidence.encode is None:
+        raise NotMeasured("the run has no text tower: none of its sources has captions")
+    return evidence.encode
+
+
+def _labels(evidence: Evidence) -> Int[Tensor, " n"]:
+    """Categories of the labelled held-out images."""
+    for split in (evidence.train, evidence.heldout):
+        if not evidence.categories or not _labelled(split).any():
+            raise NotMeasured("the data set has no categories")
+    return evidence.heldout.labels[_labelled(evidence.heldout)]
+
+
+def _of_labelled(evidence: Evidence, feature: str) -> Tensor:
+    return getattr(evidence.heldout, feature)[_labelled(evidence.heldout)]
+
+
+def _labelled(split: Features) -> Tensor:
+    return split.labels != NO_CATEGORY

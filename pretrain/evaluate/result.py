@@ -1,0 +1,116 @@
+"""What is written down of an evaluation, and how is it shown?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.schema import Manifest, write_atomic
+from pretrain import provenance
+from pretrain.config import Run
+from pretrain.data.batch import NO_CATEGORY
+from pretrain.evaluate.accuracy import confusion_counts
+from pretrain.evaluate.knn import nearest
+from pretrain.evaluate.probes import PROBES, Evidence, Outcome
+
+CONFUSION_OF = "linear"  # the probe whose mistakes are counted by category
+NUM_QUERIES = 12  # held-out images whose neighbours are listed
+NUM_NEIGHBOURS = 6
+
+
+def hardware(device: torch.device) -> str:
+    """Where the numbers were computed, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def header(
+    run: Run, folders: Mapping[str, Path], manifests: Mapping[str, Manifest], device: str
+) -> dict[str, Any]:
+    """What the numbers were measured on: data, recipe, commit, hardware, date."""
+    return {
+        "data": {
+            split: {
+                "folder": str(folders[split]),
+                "name": manifest.name,
+                "split": manifest.split,
+                "num_samples": manifest.num_samples,
+            }
+            for split, manifest in manifests.items()
+        },
+        "recipe": run.name,
+        "image_size": run.views.size,
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+        "hardware": device,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "categories": list(manifests["heldout"].categories),
+    }
+
+
+def of_checkpoint(evidence: Evidence, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """The record of one checkpoint: a row a probe and the samples left out."""
+    rows = {name: outcome.record for name, outcome in outcomes.items()}
+    return rows | {"dropped": {"train": evidence.train.dropped, "heldout": evidence.heldout.dropped}}
+
+
+def confusion(step: str, evidence: Evidence, outcomes: Mapping[str, Outcome]) -> dict[str, Any] | None:
+    """Counts by true (row) and predicted (column) category; None without categories."""
+    predicted = outcomes[CONFUSION_OF].predicted
+    if predicted is None:
+        return None
+    labels = evidence.heldout.labels
+    counts = confusion_counts(predicted, labels[labels != NO_CATEGORY], len(evidence.categories))
+    return {"checkpoint": step, "probe": CONFUSION_OF, "counts": counts.tolist()}
+
+
+def neighbours(step: str, evidence: Evidence) -> dict[str, Any]:
+    """The nearest training images of held-out images spread over the set, by sample numbers of the data sets."""
+    num_queries = min(NUM_QUERIES, len(evidence.heldout.index))
+    rows = torch.linspace(0, len(evidence.heldout.index) - 1, num_queries).round().long()
+    k = min(NUM_NEIGHBOURS, len(evidence.train.index))
+    similarities, indices = nearest(evidence.train.tokens, evidence.heldout.tokens[rows], k)
+    queries = [
+        {
+            "heldout": int(evidence.heldout.index[row]),
+            "label": int(evidence.heldout.labels[row]),
+            "train": evidence.train.index[found].tolist(),
+            "train_labels": evidence.train.labels[found].tolist(),
+            "similarity": [round(value, 4) for value in similar.tolist()],
+        }
+        for row, found, similar in zip(rows.tolist(), indices, similarities, strict=True)
+    ]
+    return {"checkpoint": step, "feature": "tokens", "queries": queries}
+
+
+def write(path: Path, result: Mapping[str, Any]) -> None:
+    """The result as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The accuracies of all checkpoints side by side, in per cent with their 95 % intervals."""
+    steps = list(result["checkpoints"])
+    lines = [f"{'held-out accuracy, %':32}{'chance':>8}" + "".join(f"{step:>24}" for step in steps)]
+    notes = []
+    for name, probe in PROBES.items():
+        rows = [result["checkpoints"][step][name] for step in steps]
+        chance = next((row["chance"] for row in rows if row["accuracy"] is not None), None)
+        shown = "-" if chance is None else f"{100 * chance:.1f}"
+        lines.append(f"{probe.title:32}{shown:>8}" + "".join(f"{_cell(row):>24}" for row in rows))
+        notes += {f"{probe.title}: not measured, {row['reason']}" for row in rows if row["accuracy"] is None}
+    return "\n".join(lines + notes)
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    if row["accuracy"] is None:
+        return "-"
+    low, high = row["interval"]
+    return f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -1,0 +1,200 @@
+"""Does the evaluation of a run folder hold together, and does it say what is wrong with bad input?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_prep.schema import Manifest, write_manifest
+from pretrain.checkpoint import load_towers
+from pretrain.config import DataFacts, shrink
+from pretrain.data.decode import decode_image
+from pretrain.data.shards import ShardFolder
+from pretrain.data.views import center_view
+from pretrain.evaluate.__main__ import main
+from pretrain.evaluate.features import extract
+from pretrain.evaluate.probes import PROBES
+from pretrain.pretrainer import normalise
+from pretrain.recipes import load
+from tests.evaluate.runs import write_run
+from tests.evaluate.sets import COLORS, write_set
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def result(run_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("result") / "evaluation.json"
+    main([str(run_folder), "--data", str(data), "--k", "5", "--out", str(out)])
+    assert [path.name for path in out.parent.iterdir()] == ["evaluation.json"]
+    return json.loads(out.read_text())
+
+
+def test_every_probe_is_measured_before_and_after(result: dict[str, Any]) -> None:
+    assert list(result["checkpoints"]) == ["step_000000", "step_000003"]
+    for rows in result["checkpoints"].values():
+        for name in PROBES:
+            low, high = rows[name]["interval"]
+            assert 0 <= low <= rows[name]["accuracy"] <= high <= 1, name
+            assert rows[name]["n"] == 20, name
+        assert rows["knn"]["k"] == 5 and rows["knn"]["chance"] == 1 / len(COLORS)
+        assert (rows["knn"]["feature"], rows["knn_embedding"]["feature"]) == ("tokens", "embedding")
+
+
+def test_colors_are_told_apart_even_by_an_untrained_encoder(result: dict[str, Any]) -> None:
+    for rows in result["checkpoints"].values():
+        assert rows["knn"]["accuracy"] > 0.9 and rows["linear"]["accuracy"] > 0.9
+
+
+def test_confusion_counts_every_held_out_image_once(result: dict[str, Any]) -> None:
+    counts = torch.tensor(result["confusion"]["counts"])
+    assert counts.sum(dim=1).tolist() == [5] * len(COLORS)
+    accuracy = result["checkpoints"][result["confusion"]["checkpoint"]]["linear"]["accuracy"]
+    assert counts.trace() / counts.sum() == pytest.approx(accuracy)
+
+
+def test_neighbours_are_samples_of_the_training_set(result: dict[str, Any], data: Path) -> None:
+    train = ShardFolder(data / "train")
+    for query in result["neighbours"]["queries"]:
+        labels = [int(train.sample(index)["cls"]) for index in query["train"]]
+        assert labels == query["train_labels"]
+        assert query["similarity"] == sorted(query["similarity"], reverse=True)
+
+
+def test_result_says_what_made_it(result: dict[str, Any], data: Path) -> None:
+    assert result["recipe"] == "m3i.internimage_h" and result["categories"] == list(COLORS)
+    assert result["data"]["heldout"]["num_samples"] == 20 and "torch" in result["versions"]
+    assert {"commit", "hardware", "date", "image_size"} <= result.keys()
+
+
+def test_features_are_those_of_the_towers(run_folder: Path, data: Path) -> None:
+    run, _, towers = load_towers(run_folder / "checkpoints" / "step_000003")
+    found = extract(towers, run, data / "heldout", device=CPU, workers=0, title="test")
+    sample = ShardFolder(data / "heldout").sample(7)
+    view = center_view(decode_image(sample["png"]), run.views.size)[None]
+    tokens = towers(normalise(view, run.views.mean, run.views.std, torch.float32))
+    # A batch of one and a batch of twenty sum in another order: float32 rounding.
+    torch.testing.assert_close(found.tokens[7], tokens.mean(dim=1)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.embedding[7], towers.embed_tokens(tokens)[0], rtol=1e-4, atol=1e-4)
+    assert found.labels[7] == int(sample["cls"]) and found.captions[7] == sample["txt"].decode()
+    torch.testing.assert_close(found.projected.norm(dim=1), torch.ones(20))
+
+
+def test_category_head_is_read_by_name_not_by_number(
+    run_folder: Path, data: Path, result: dict[str, Any]
+) -> None:
+    run, facts, towers = load_towers(run_folder / "checkpoints" / "step_000003")
+    found = extract(towers, run, data / "heldout", device=CPU, workers=0, title="test")
+    said = [facts.categories[number] for number in found.classified.tolist()]
+    truth = [list(COLORS)[number] for number in found.labels.tolist()]
+    accuracy = sum(a == b for a, b in zip(said, truth, strict=True)) / len(truth)
+    assert result["checkpoints"]["step_000003"]["classifier"]["accuracy"] == pytest.approx(accuracy)
+
+
+def test_unreadable_image_is_left_out_and_counted(run_folder: Path, tmp_path: Path) -> None:
+    run, _, towers = load_towers(run_folder / "checkpoints" / "step_000000")
+    folder = write_set(tmp_path / "set", "heldout", 30)
+    damage(folder, sample=3)
+    found = extract(towers, run, folder, device=CPU, workers=0, title="test")
+    assert sum(found.dropped.values()) == 1 and len(found.tokens) == 119 and 3 not in found.index
+
+
+def test_too_many_unreadable_images_stop_the_evaluation(run_folder: Path, tmp_path: Path) -> None:
+    run, _, towers = load_towers(run_folder / "checkpoints" / "step_000000")
+    folder = write_set(tmp_path / "set", "heldout", 30)
+    for sample in (3, 4, 5):
+        damage(folder, sample=sample)
+    with pytest.raises(ValueError, match="3 of the .* samples read so far are bad.*max_bad"):
+        extract(towers, run, folder, device=CPU, workers=0, title="test")
+
+
+def test_run_without_text_has_no_zero_shot_and_says_why(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = DataFacts(categories=("cat", "dog"), vocab_size=0)
+    run = write_run(tmp_path / "run", shrink(load("m3i.vit_b16")), facts, steps=(0,))
+    result = main([str(run), "--data", str(data), "--k", "5"])
+    rows = result["checkpoints"]["step_000000"]
+    assert rows["zero_shot"]["accuracy"] is None and "no text tower" in rows["zero_shot"]["reason"]
+    assert rows["classifier"]["accuracy"] is None and "other categories" in rows["classifier"]["reason"]
+    assert rows["knn"]["accuracy"] > 0.9
+    assert json.loads((run / "evaluation.json").read_text()) == result
+    assert "zero-shot by class names: not measured, the run has no text tower" in capsys.readouterr().out
+
+
+def test_first_is_evaluated_once_when_it_is_also_the_last(
+    run_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "result.json")
+    result = main([str(run_folder), "--data", str(data), "--steps", "3,last", "--k", "5", "--out", out])
+    assert list(result["checkpoints"]) == ["step_000003"]
+
+
+def test_missing_run_is_told(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent is no folder: name the --out folder"):
+        main([str(tmp_path / "absent"), "--data", str(data)])
+
+
+def test_run_without_checkpoint_is_told(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no whole checkpoint: name the --out folder"):
+        main([str(tmp_path), "--data", str(data), "--steps", "last"])
+
+
+def test_missing_checkpoint_names_those_that_are_there(run_folder: Path, data: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"step_000002 cannot be used.*'step_000000', 'step_000003'"):
+        main([str(run_folder), "--data", str(data), "--steps", "2"])
+    with pytest.raises(ValueError, match=r"step 'best' is unknown; choose from \['first', 'last'\]"):
+        main([str(run_folder), "--data", str(data), "--steps", "best"])
+
+
+def test_changed_checkpoint_is_refused(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy)
+    weights = copy / "checkpoints" / "step_000003" / "teacher" / "rank_00000.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="rank_00000.safetensors has changed since it was written"):
+        main([str(copy), "--data", str(data), "--steps", "3", "--k", "5"])
+
+
+def test_missing_heldout_is_told(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "train", tmp_path / "train")
+    with pytest.raises(FileNotFoundError, match=r"heldout is no folder.*--heldout"):
+        main([str(run_folder), "--data", str(tmp_path)])
+    with pytest.raises(ValueError, match="no train data set is named: give --data DIR"):
+        main([str(run_folder)])
+
+
+def test_testing_on_the_training_images_is_refused(run_folder: Path, data: Path) -> None:
+    train = str(data / "train")
+    with pytest.raises(ValueError, match="--train and --heldout are both .*; name two data sets"):
+        main([str(run_folder), "--train", train, "--heldout", train])
+
+
+def test_splits_with_different_categories_are_refused(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "heldout"
+    shutil.copytree(data / "heldout", other)
+    manifest = Manifest.read(other)
+    changed = {**vars(manifest), "categories": (*manifest.categories[:-1], "pink")}
+    write_manifest(other, Manifest(**changed))
+    with pytest.raises(ValueError, match=r"must be the same \(differing: \['gray', 'pink'\]\)"):
+        main([str(run_folder), "--train", str(data / "train"), "--heldout", str(other)])
+
+
+def test_too_many_neighbours_are_refused_before_images_are_read(run_folder: Path, data: Path) -> None:
+    with pytest.raises(ValueError, match=r"--k 41 must lie in \[1, 40\]"):
+        main([str(run_folder), "--data", str(data), "--k", "41"])
+
+
+def damage(folder: Path, sample: int) -> None:
+    """Overwrite the image bytes of a sample; the size of the shard stays."""
+    shards = ShardFolder(folder)
+    content = shards.sample(sample)["png"]
+    tar = folder / "000000.tar"
+    tar.write_bytes(tar.read_bytes().replace(content, b"\0" * len(content)))
