@@ -22,7 +22,7 @@ from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample, DataError, check_bad_share
 from pretrain.data.mask import block_mask, num_hidden
 from pretrain.data.order import Order
-from pretrain.data.sources import OpenSource, open_sources
+from pretrain.data.sources import OpenSource, Sources, open_sources
 from pretrain.data.text import choose_caption
 from pretrain.data.views import two_views
 
@@ -43,15 +43,13 @@ class Delivery(NamedTuple):
 class Steps:
     """step -> Delivery of one rank: a pure function of the run, the data and the step.
 
-    Worker processes rebuild it from its arguments, so no open file crosses a process border.
+    Worker processes rebuild it from its arguments.
     """
 
-    def __init__(
-        self, run: Run, folders: Mapping[str, Path], tokenizer: Path | None, rank: int, world: int
-    ) -> None:
-        self._arguments = (run, folders, tokenizer, rank, world)
+    def __init__(self, run: Run, sources: Sources, rank: int, world: int) -> None:
+        self._arguments = (run, sources, rank, world)
         self.run = run
-        self.sources = open_sources(run, folders, tokenizer)
+        self.sources = sources
         self._rank = rank
         self._images = run.batch // world
         weights = [float(source.weight) for source in run.data.values()]
@@ -148,12 +146,13 @@ class Loader:
         start_step: int = 0,
     ) -> None:
         _check_division(run, rank, world)
-        self._steps = Steps(run, folders, tokenizer, rank, world)
-        for source in self._steps.sources.opened:
+        sources = open_sources(run, folders, tokenizer)
+        for source in sources.opened:
             is_small = source.shards.num_bytes <= VERIFIED_BYTES
             source.shards.verify(len(source.shards.shard_sizes) if is_small else 1)
-        captions = self._steps.sources.captions
-        self.facts = DataFacts(self._steps.sources.categories, 0 if captions is None else captions.vocab_size)
+        captions = sources.captions
+        self.facts = DataFacts(sources.categories, 0 if captions is None else captions.vocab_size)
+        self._steps = Steps(run, sources, rank, world)
         self.dropped: dict[str, int] = {}  # reason -> samples replaced so far on this rank
         self._num_reads = 0
         self._deliveries: Iterator[Delivery] | None = iter(_data_loader(self._steps, workers, start_step))

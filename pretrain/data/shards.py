@@ -32,6 +32,9 @@ class ShardFolder:
         if verify:
             self.verify(len(self.shard_sizes))
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": {}}  # a worker process opens its own files
+
     def __len__(self) -> int:
         return self.manifest.num_samples
 

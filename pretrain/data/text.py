@@ -8,6 +8,7 @@ from random import Random
 
 import torch
 from jaxtyping import Bool, Int
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from pretrain.data.faults import BadSample
@@ -20,15 +21,17 @@ class Captions:
     """
 
     def __init__(self, folder: Path, length: int) -> None:
+        self._tokenizer, self.padding = _load(folder)  # number of the padding token
         self.length = length  # tokens; longer captions are cut, shorter ones padded
-        self._tokenizer = _load(folder)
-        self.vocab_size = len(self._tokenizer)
-        self.padding = self._tokenizer.pad_token_id
+        self._tokenizer.enable_truncation(length)
+        padding_token = self._tokenizer.id_to_token(self.padding)
+        self._tokenizer.enable_padding(length=length, pad_id=self.padding, pad_token=padding_token)
+        self.vocab_size = self._tokenizer.get_vocab_size()
 
     def encode(self, caption: str) -> tuple[Int[Tensor, " length"], Bool[Tensor, " length"]]:
         """Token numbers and which of them are real; special tokens included."""
-        encoded = self._tokenizer(caption, truncation=True, max_length=self.length, padding="max_length")
-        return torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"], dtype=torch.bool)
+        encoding = self._tokenizer.encode(caption)
+        return torch.tensor(encoding.ids), torch.tensor(encoding.attention_mask, dtype=torch.bool)
 
 
 def choose_caption(members: dict[str, bytes], generator: Random) -> str:
@@ -48,13 +51,14 @@ def choose_caption(members: dict[str, bytes], generator: Random) -> str:
     return captions[int(generator.random() * len(captions))]
 
 
-def _load(folder: Path):  # -> transformers.PreTrainedTokenizerBase
+def _load(folder: Path) -> tuple[Tokenizer, int]:
+    """The fast tokenizer of a folder in any layout that transformers knows, and its padding number."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is no folder, a text source needs a tokenizer: build the data set with captions, "
             "which writes tokenizer/ beside its shards, or name a Hugging Face tokenizer folder by --tokenizer"
         )
-    from transformers import AutoTokenizer  # takes seconds; runs without text do not pay them
+    from transformers import AutoTokenizer  # takes seconds; runs without text and workers do not pay them
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -62,4 +66,6 @@ def _load(folder: Path):  # -> transformers.PreTrainedTokenizerBase
         raise ValueError(f"{folder} holds no Hugging Face tokenizer: {error}; name another folder") from error
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no padding token: add one (`pad_token`) to it")
-    return tokenizer
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer in {folder} has no tokenizer.json: save it as a fast tokenizer")
+    return tokenizer.backend_tokenizer, tokenizer.pad_token_id

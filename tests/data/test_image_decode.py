@@ -1,0 +1,122 @@
+"""Are damaged images refused, and the others decoded to upright RGB?"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain.data import decode
+from pretrain.data.decode import decode_image
+from pretrain.data.faults import BadSample
+from tests.data.sets import encoded, picture
+
+
+def saved(image: Image.Image, form: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(("form", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_lossless_images_come_back_exactly(form: str, options: dict[str, object]) -> None:
+    pixels = picture(1)
+    assert np.array_equal(decode_image(encoded(pixels, form, **options)).numpy(), pixels)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_agrees_with_pillow(mode: str) -> None:
+    content = saved(Image.fromarray(picture(2)).convert(mode), "JPEG", quality=90)
+    reference = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
+    found = decode_image(content).numpy()
+    assert found.shape == (40, 52, 3)
+    assert np.abs(found - reference).max() <= 4  # two builds of libjpeg-turbo: upsampling rounds differently
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_transparency_becomes_white(form: str) -> None:
+    pixels = np.dstack([picture(3), np.zeros((40, 52), np.uint8)])
+    pixels[:, 30:, 3] = 255
+    options = {"lossless": True} if form == "WEBP" else {}
+    found = decode_image(encoded(pixels, form, **options)).numpy()
+    assert (found[:, :30] == 255).all() and np.array_equal(found[:, 30:], pixels[:, 30:, :3])
+
+
+def test_a_palette_with_a_transparent_colour_becomes_white_there() -> None:
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 1), 1)
+    found = decode_image(saved(image, "PNG", transparency=0)).numpy()
+    assert found[0, 0].tolist() == [255, 255, 255] and found[1, 1].tolist() == [0, 0, 255]
+
+
+def test_sixteen_bits_are_scaled_not_cut() -> None:
+    grey = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    found = decode_image(saved(Image.fromarray(grey), "PNG")).numpy()
+    assert np.array_equal(found[..., 0].ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(form: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    corner = np.zeros((32, 64, 3), np.uint8)
+    corner[:16, :16] = 255  # stored top left
+    options = {"quality": 95} if form == "JPEG" else {"lossless": True} if form == "WEBP" else {}
+    found = decode_image(encoded(corner, form, exif=exif.tobytes(), **options)).numpy()
+    bottom, right = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}[
+        orientation
+    ]
+    assert found.shape == ((32, 64, 3) if orientation < 5 else (64, 32, 3))
+    bright = found[-8:, :] if bottom else found[:8, :]
+    bright = bright[:, -8:] if right else bright[:, :8]
+    assert bright.mean() > 240 and found.mean() < 60
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_truncated_image_is_refused(form: str, share: float) -> None:
+    content = encoded(picture(4, 200, 300), form)
+    with pytest.raises(BadSample) as caught:
+        decode_image(content[: int(len(content) * share)])
+    assert caught.value.reason in ("truncated", "corrupt")
+
+
+def test_damage_in_the_middle_of_a_jpeg_is_refused() -> None:
+    content = bytearray(encoded(picture(5, 200, 300), quality=90))
+    middle = len(content) // 2
+    content[middle : middle + 40] = bytes(range(0xC0, 0xE8))
+    with pytest.raises(BadSample):
+        decode_image(bytes(content))
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\xff\xd8", b"GIF89a", bytes(3000)])
+def test_what_is_no_image_is_refused(content: bytes) -> None:
+    with pytest.raises(BadSample) as caught:
+        decode_image(content)
+    assert caught.value.reason in ("not_an_image", "truncated", "corrupt")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_huge_image_is_refused_from_its_header(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MAX_PIXELS", 1000)
+    with pytest.raises(BadSample, match="52 x 40 pixels exceed") as caught:
+        decode_image(encoded(picture(6), form))
+    assert caught.value.reason == "too_large"
+
+
+def test_a_decompression_bomb_is_refused() -> None:
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checked = name + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)  # 1 bit a pixel
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100)))
+    with pytest.raises(BadSample) as caught:
+        decode_image(content)
+    assert caught.value.reason == "too_large"

@@ -1,0 +1,294 @@
+"""Does a rank get the batch that seed and position decide, whatever the machine looks like?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.config import Run, Source
+from pretrain.data.batch import NO_CATEGORY, Batch
+from pretrain.data.faults import DataError
+from pretrain.data.loader import Loader
+from pretrain.objectives import Input, Objective, Target
+from tests.data.sets import good_set, sample, small_run, write_set, write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sets")
+    write_tokenizer(good_set(root / "talk", (8, 4), has_category=False) / "tokenizer")
+    return {"names": good_set(root / "names", has_text=False), "talk": root / "talk"}
+
+
+def batches(run: Run, folders: dict[str, Path], num: int, rank: int = 0, world: int = 1, **options: int):
+    loader = Loader(run, folders, None, rank=rank, world=world, **options)
+    delivered = list(islice(loader, num))
+    loader.close()
+    return delivered
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    fields = [field.name for field in dataclasses.fields(Batch)]
+    return Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
+
+
+def assert_same(first: Batch, second: Batch) -> None:
+    for field in dataclasses.fields(Batch):
+        one, other = getattr(first, field.name), getattr(second, field.name)
+        assert torch.equal(one, other), field.name
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_global_batch_is_the_same_for_any_number_of_ranks(folders: dict[str, Path], world: int) -> None:
+    alone = batches(small_run(), folders, 3)
+    ranks = [batches(small_run(), folders, 3, rank=rank, world=world) for rank in range(world)]
+    for step in range(3):
+        assert_same(alone[step], joined([rank[step] for rank in ranks]))
+
+
+def test_workers_deliver_the_same_batches(folders: dict[str, Path]) -> None:
+    for here, there in zip(
+        batches(small_run(), folders, 5), batches(small_run(), folders, 5, workers=2), strict=True
+    ):
+        assert_same(here, there)
+
+
+def test_resume_equals_straight(folders: dict[str, Path]) -> None:
+    straight = batches(small_run(), folders, 6)
+    for one, other in zip(straight[4:], batches(small_run(), folders, 2, start_step=4), strict=True):
+        assert_same(one, other)
+
+
+def test_another_seed_gives_other_batches(folders: dict[str, Path]) -> None:
+    one, other = (batches(small_run(seed=seed), folders, 1)[0] for seed in (0, 1))
+    assert not torch.equal(one.views, other.views) and not torch.equal(one.mask, other.mask)
+
+
+def test_a_sample_has_the_label_that_its_source_gives(folders: dict[str, Path]) -> None:
+    batch = joined(batches(small_run(), folders, 6))
+    assert batch.position.tolist() == list(range(48))
+    assert torch.equal(batch.has_text, ~batch.has_category)  # either, never both: the sources give one each
+    assert 30 <= int(batch.has_category.sum()) <= 34  # weight 2 of 3
+    assert set(batch.category.tolist()) == {NO_CATEGORY, 0, 1, 2}
+    assert int(batch.tokens[~batch.has_text].sum()) == 0  # padding
+    lengths = batch.token_mask.sum(1)[batch.has_text]
+    assert (
+        int(lengths.min()) >= 5 and int(lengths.max()) == 10
+    )  # 3 words and 2 special tokens; longer are cut
+    assert torch.equal(batch.token_mask, batch.tokens != 0)
+
+
+def test_supervision_decides_which_labels_are_taken(tmp_path: Path) -> None:
+    folder = good_set(tmp_path / "both")  # samples have category and caption
+    write_tokenizer(folder / "tokenizer")
+    for supervision, has_category, has_text in (
+        ("category", True, False),
+        ("text", False, True),
+        ("none", False, False),
+    ):
+        run = small_run(data={"both": Source(supervision)})
+        loader = Loader(run, {"both": folder}, None, rank=0, world=1)
+        batch = next(loader)
+        assert (
+            bool(batch.has_category.all()) is has_category and bool(batch.has_category.any()) is has_category
+        )
+        assert bool(batch.has_text.all()) is has_text and bool(batch.has_text.any()) is has_text
+        assert loader.facts.categories == (("ant", "bee", "cow") if has_category else ())
+        assert loader.facts.vocab_size == (15 if has_text else 0)
+        loader.close()
+
+
+def test_an_epoch_chooses_among_the_captions_of_a_sample(folders: dict[str, Path]) -> None:
+    run = small_run(data={"talk": Source("text")}, batch=12)  # one epoch a step
+    epochs = batches(run, {"talk": folders["talk"]}, 8)
+    rows = {tuple(row) for batch in epochs for row in batch.tokens.tolist()}
+    assert len(rows) > 24  # of 12 samples with 3 captions each; the .txt alone would give 12
+
+
+def test_equal_category_names_of_two_sources_are_one_category(tmp_path: Path) -> None:
+    first = write_set(tmp_path / "first", [[sample(n) for n in range(4)]], ("ant", "bee", "cow"))
+    second = write_set(tmp_path / "second", [[sample(n) for n in range(4)]], ("cow", "dog", "ant"))
+    run = small_run(data={"first": Source("category"), "second": Source("category")}, batch=16)
+    loader = Loader(run, {"first": first, "second": second}, None, rank=0, world=1)
+    assert loader.facts.categories == ("ant", "bee", "cow", "dog")
+    # numbers 0, 1, 2, 0 of each: ant bee cow ant, and cow dog ant cow
+    assert sorted(next(loader).category.tolist()) == sorted(2 * [0, 1, 2, 0, 2, 3, 0, 2])
+    loader.close()
+
+
+def test_the_other_view_is_made_only_where_a_target_needs_it(folders: dict[str, Path]) -> None:
+    batch = batches(small_run(), folders, 1)[0]  # M3I: of the second image of a pair
+    assert not batch.views[0::2, 1].any() and not batch.boxes[0::2, 1].any()
+    assert batch.views[1::2, 1].flatten(1).any(1).all() and (batch.boxes[1::2, 1, 2:4] > 0).all()
+    assert (batch.boxes[:, 0, 2:4] > 0).all()
+
+
+def test_boxes_lie_in_the_image(folders: dict[str, Path]) -> None:
+    batch = joined(batches(small_run(), folders, 4))
+    top, left, height, width, flipped = batch.boxes[:, 0].unbind(1)
+    assert batch.sizes.unique(dim=0).tolist() == [[40, 52]]
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (top + height <= 40).all() and (left + width <= 52).all()
+    assert 0 < float(flipped.mean()) < 1
+
+
+def test_masks_hide_half_and_differ_between_pairs(folders: dict[str, Path]) -> None:
+    mask = joined(batches(small_run(), folders, 4)).mask
+    assert mask.shape == (16, 4, 4)
+    assert mask.flatten(1).sum(1).tolist() == [8] * 16
+    assert len({tuple(row) for row in mask.flatten(1).tolist()}) > 8
+
+
+def test_an_input_of_one_image_has_an_empty_mask(folders: dict[str, Path]) -> None:
+    objective = Objective(Input(mixed=1), {"category": Target("category", "boltzmann")})
+    run = small_run(objective=objective, data={"names": Source("category")}, batch=3)
+    batch = batches(run, {"names": folders["names"]}, 1)[0]
+    assert batch.mask.shape == (3, 4, 4) and not batch.mask.any() and not batch.views[:, 1].any()
+
+
+def spoilt(tmp_path: Path, bad: dict[int, dict[str, bytes]], size: int = 200) -> Path:
+    samples = [sample(n, has_text=False) for n in range(size)]
+    for index, members in bad.items():
+        samples[index] = members
+    return write_set(tmp_path / "spoilt", [samples[: size // 2], samples[size // 2 :]])
+
+
+def rounds(run: Run, folder: Path, workers: int = 0) -> Iterator[tuple[Batch, dict[str, int]]]:
+    loader = Loader(run, {"spoilt": folder}, None, rank=0, world=1, workers=workers)
+    for batch in loader:
+        yield batch, dict(loader.dropped)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_is_replaced_and_counted_by_reason(tmp_path: Path, workers: int) -> None:
+    good = sample(3, has_text=False)
+    bad = {
+        5: {**good, "jpg": good["jpg"][:-20]},
+        60: {**good, "jpg": b"no image at all"},
+        150: {**good, "cls": b"77"},
+    }
+    run = small_run(data={"spoilt": Source("category")}, batch=20, max_bad=0.05)
+    delivered = list(islice(rounds(run, spoilt(tmp_path, bad), workers), 10))  # one epoch
+    assert delivered[-1][1] == {"truncated": 1, "not_an_image": 1, "bad_category": 1}
+    for batch, _ in delivered:
+        assert batch.has_category.all() and batch.views[:, 0].flatten(1).any(1).all()
+
+
+def test_the_replacement_is_the_next_sample_of_the_source(tmp_path: Path) -> None:
+    run = small_run(data={"spoilt": Source("category")}, batch=20, max_bad=0.05)
+    whole = [batch for batch, _ in islice(rounds(run, spoilt(tmp_path / "whole", {})), 10)]
+    loader = Loader(run, {"spoilt": tmp_path / "whole" / "spoilt"}, None, rank=0, world=1)
+    position = 47
+    pick, following = (loader._steps._order[p] for p in (position, position + 1))
+    number = pick.shard * 100 + pick.index
+    folder = spoilt(tmp_path / "bad", {number: {**sample(0, has_text=False), "jpg": b""}})
+    replaced = [batch for batch, _ in islice(rounds(run, folder), 10)]
+    assert_same(joined(whole[:2] + whole[3:]), joined(replaced[:2] + replaced[3:]))
+    assert int(replaced[2].category[7]) == (following.shard * 100 + following.index) % 3
+    assert not torch.equal(whole[2].views[7], replaced[2].views[7])
+
+
+def test_too_many_bad_samples_stop_the_run_with_counts_and_a_remedy(tmp_path: Path) -> None:
+    broken = {**sample(0, has_text=False), "jpg": b"\xff\xd8 broken"}
+    folder = spoilt(tmp_path, {index: broken for index in range(0, 200, 20)})  # 5 %
+    run = small_run(data={"spoilt": Source("category")}, batch=20)
+    with pytest.raises(
+        DataError, match=r"samples read so far are bad \(\w+ \d; .*max_bad=0.01.*data_prep check"
+    ):
+        list(islice(rounds(run, folder), 10))
+
+
+def test_a_source_of_bad_samples_alone_ends_the_run(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "spoilt", [[{"jpg": b"", "cls": b"0", "json": b"{}"}] * 3])
+    run = small_run(data={"spoilt": Source("category")}, max_bad=1.0)
+    with pytest.raises(DataError, match="100 samples in a row of source 'spoilt'"):
+        next(rounds(run, folder))
+
+
+def test_a_broken_caption_is_a_reason(tmp_path: Path) -> None:
+    samples = [sample(n, has_category=False) for n in range(40)]
+    samples[7] = {**samples[7], "txt": b"caf\xe9", "json": b"{}"}
+    samples[9] = {**samples[9], "txt": b" ", "json": b"{}"}
+    folder = write_set(tmp_path / "spoilt", [samples])
+    write_tokenizer(folder / "tokenizer")
+    run = small_run(data={"spoilt": Source("text")}, batch=40, max_bad=0.5)
+    assert next(rounds(run, folder))[1] == {"broken_text": 1, "no_caption": 1}
+
+
+def test_a_shard_that_goes_missing_is_replaced_and_counted(tmp_path: Path) -> None:
+    folder = spoilt(tmp_path, {})
+    run = small_run(data={"spoilt": Source("category")}, batch=20, max_bad=1.0)
+    loader = Loader(run, {"spoilt": folder}, None, rank=0, world=1)
+    (folder / "000001.tar").unlink()
+    assert next(loader).has_category.all()
+    assert loader.dropped.keys() == {"missing_shard"}
+    loader.close()
+
+
+def test_names_that_do_not_match_are_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(
+        ValueError, match=r"draws from \['talk'\], which have no folder: add talk=DIR to --data"
+    ):
+        Loader(small_run(), {"names": folders["names"]}, None, rank=0, world=1)
+    with pytest.raises(
+        ValueError, match=r"--data names \['speech'\], .* draws from \['names', 'talk'\] only"
+    ):
+        Loader(small_run(), {**folders, "speech": folders["talk"]}, None, rank=0, world=1)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"batch=8 must be a multiple of 6 = 3 ranks x 2 .* set batch to 12"):
+        Loader(small_run(), folders, None, rank=0, world=3)
+
+
+def test_labels_that_a_data_set_lacks_are_refused(folders: dict[str, Path]) -> None:
+    swapped = {"names": folders["talk"], "talk": folders["names"]}
+    with pytest.raises(ValueError, match=r"has no categories, data.names.supervision='category' needs"):
+        Loader(small_run(), swapped, None, rank=0, world=1)
+    with pytest.raises(ValueError, match=r"has no captions, data.talk.supervision='text' needs"):
+        Loader(small_run(), {**folders, "talk": folders["names"]}, None, rank=0, world=1)
+
+
+def test_a_text_source_without_tokenizer_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
+    talk = good_set(tmp_path / "talk", (4,), has_category=False)
+    run = small_run(data={"talk": Source("text")})
+    with pytest.raises(FileNotFoundError, match=r"talk/tokenizer is no folder.*--tokenizer"):
+        Loader(run, {"talk": talk}, None, rank=0, world=1)
+    with pytest.raises(ValueError, match=r"holds no Hugging Face tokenizer"):
+        Loader(run, {"talk": talk}, talk, rank=0, world=1)
+    loader = Loader(run, {"talk": talk}, folders["talk"] / "tokenizer", rank=0, world=1)
+    assert loader.facts.vocab_size == 15
+    loader.close()
+
+
+def test_a_tokenizer_that_nothing_reads_is_refused(folders: dict[str, Path]) -> None:
+    run = small_run(data={"names": Source("category")})
+    with pytest.raises(ValueError, match=r"tokenizer=.* would be ignored"):
+        Loader(run, {"names": folders["names"]}, folders["talk"] / "tokenizer", rank=0, world=1)
+
+
+def test_a_changed_shard_is_named_before_the_first_step(tmp_path: Path) -> None:
+    folder = good_set(tmp_path / "names", has_text=False)
+    shard = folder / "000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[1500] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"000001.tar has sha256 .* the manifest says .* copy it again"):
+        Loader(small_run(data={"names": Source("category")}), {"names": folder}, None, rank=0, world=1)
+
+
+def test_a_closed_loader_says_so_and_leaves_no_worker(folders: dict[str, Path]) -> None:
+    import multiprocessing
+
+    loader = Loader(small_run(), folders, None, rank=0, world=1, workers=1)
+    next(loader)
+    assert len(multiprocessing.active_children()) == 1
+    loader.close()
+    assert not multiprocessing.active_children()
+    with pytest.raises(ValueError, match="the loader is closed"):
+        next(loader)

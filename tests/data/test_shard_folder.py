@@ -1,0 +1,97 @@
+"""Does a data set folder give the bytes that were put in, and name what is broken?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.schema import index_path
+from pretrain.data import shards
+from pretrain.data.faults import BadSample
+from pretrain.data.shards import ShardFolder
+from tests.data.sets import good_set, sample, write_set
+
+
+def test_every_sample_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    folder = ShardFolder(good_set(tmp_path / "set", (3, 1, 4)), verify=True)
+    assert len(folder) == 8 and folder.shard_sizes == [3, 1, 4]
+    for index in range(8):
+        assert folder.sample(index) == sample(index)
+    assert [folder.key(index) for index in (0, 3, 7)] == ["000000_000000", "000001_000000", "000002_000003"]
+    folder.close()
+
+
+def test_members_of_any_size_are_read(tmp_path: Path) -> None:
+    samples = [
+        {"jpg": b"x" * size, "mask.png": b"", "json": bytes(size)} for size in (0, 1, 511, 512, 513, 5000)
+    ]
+    folder = ShardFolder(write_set(tmp_path / "set", [samples]))
+    assert [folder.sample(index) for index in range(6)] == samples
+
+
+def test_more_shards_than_open_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
+    folder = ShardFolder(good_set(tmp_path / "set", (1, 1, 1, 1)))
+    for index in (0, 1, 2, 3, 0, 2):
+        assert folder.sample(index) == sample(index)
+    assert len(folder._open) == 2
+    folder.close()
+
+
+def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"manifest.json is missing.*data_prep build"):
+        ShardFolder(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["missing", "truncated", "longer"])
+def test_a_shard_unlike_its_manifest_is_named_at_start(tmp_path: Path, change: str) -> None:
+    folder = good_set(tmp_path / "set")
+    shard = folder / "000001.tar"
+    content = shard.read_bytes()
+    if change == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(content[:-512] if change == "truncated" else content + bytes(512))
+    with pytest.raises((FileNotFoundError, ValueError), match=r"000001.tar (is missing|has \d+ bytes)"):
+        ShardFolder(folder)
+
+
+def test_verify_finds_one_changed_bit(tmp_path: Path) -> None:
+    folder = good_set(tmp_path / "set")
+    content = bytearray((folder / "000002.tar").read_bytes())
+    content[700] ^= 4
+    (folder / "000002.tar").write_bytes(content)
+    ShardFolder(folder)
+    with pytest.raises(ValueError, match=r"000002.tar has sha256 .*the manifest says"):
+        ShardFolder(folder, verify=True)
+
+
+def test_a_shard_truncated_later_gives_a_reason(tmp_path: Path) -> None:
+    folder = ShardFolder(good_set(tmp_path / "set", (3,)))
+    content = (folder.folder / "000000.tar").read_bytes()
+    (folder.folder / "000000.tar").write_bytes(content[:1000])
+    with pytest.raises(BadSample, match=r"000000.tar ended") as caught:
+        folder.sample(2)
+    assert caught.value.reason == "truncated_shard"
+
+
+def test_an_index_that_does_not_fit_the_manifest_gives_a_reason(tmp_path: Path) -> None:
+    folder = ShardFolder(good_set(tmp_path / "set", (3,)))
+    index = index_path(folder.folder / "000000.tar")
+    index.write_bytes(index.read_bytes()[:-8])
+    with pytest.raises(BadSample, match="holds 3 offsets") as caught:
+        folder.sample(0)
+    assert caught.value.reason == "broken_index"
+
+
+@pytest.mark.parametrize("at", [3, 130, 150, 257])  # name, size, checksum, magic
+def test_a_damaged_header_gives_a_reason(tmp_path: Path, at: int) -> None:
+    folder = ShardFolder(good_set(tmp_path / "set", (2,)))
+    content = bytearray((folder.folder / "000000.tar").read_bytes())
+    content[at] ^= 1
+    (folder.folder / "000000.tar").write_bytes(content)
+    with pytest.raises(BadSample) as caught:
+        folder.sample(0)
+    assert caught.value.reason == "broken_record"
+    assert folder.sample(1) == sample(1)
