@@ -32,14 +32,14 @@ DROPPED_NAME = "dropped.jsonl"
 class Options:
     """How to build, whatever the source."""
 
-    shard_size: int = 1000  # items a shard
+    shard_size: int = 500  # items a shard
     workers: int = 2  # processes; 1 builds in this one
     max_bad: float = 0.01  # fraction of the items that may be bad before the build stops, in [0, 1]
     vocab_size: int = 8192  # at most so many words in the tokenizer
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
-            raise ValueError(f"shard_size={self.shard_size} must be at least 1: pass --shard-size 1000")
+            raise ValueError(f"shard_size={self.shard_size} must be at least 1: pass --shard-size 500")
         if self.workers < 1:
             raise ValueError(f"workers={self.workers} must be at least 1: pass --workers 2")
         if not 0 <= self.max_bad <= 1:
@@ -211,9 +211,9 @@ def _require_good(
     total = len(collection.items)
     if num_bad > options.max_bad * total:
         raise ValueError(
-            f"{num_bad} of {total} inputs of {collection.name}/{collection.split} are bad so far ({counts}), more than"
-            f" the fraction max_bad={options.max_bad} allows: see {folder / DROPPED_NAME}, mend the input and build"
-            f" into an empty folder, or run the same command with a higher --max-bad"
+            f"{num_bad} of {total} inputs of {collection.name}/{collection.split} are bad so far ({counts}), more"
+            f" than the fraction max_bad={options.max_bad} allows: see {folder / DROPPED_NAME}, mend the"
+            " input and build into an empty folder, or run the same command with a higher --max-bad"
         )
     if not any(done.shard for done in finished.values()):
         raise ValueError(

@@ -58,8 +58,8 @@ class Collection:
 def members(sample: Sample) -> list[tuple[str, bytes]]:
     """The tar members of a sample as (extension, content), image first and .json last.
 
-    The .json holds what the contract of `schema.py` says, and `crc32` of every member but the image (whose `sha256` it
-    holds), its own computed without that field, so that `check` can tell which member changed.
+    The .json holds what the contract of `schema.py` says, and `crc32` of every member but the image (whose
+    `sha256` it holds), its own computed without that field, so that `check` can tell which member changed.
     """
     parts = [(sample.extension, sample.image)]
     if sample.captions:

@@ -1,7 +1,7 @@
 """What does a captions.tsv say? Rows of image, caption and more, read so that one bad row costs only itself.
 
-Tab-separated without quoting; the header names the columns, `image` and `caption` must be among them. Several rows for
-one image are several captions.
+Tab-separated without quoting; the header names the columns, `image` and `caption` must be among them. Several
+rows for one image are several captions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Told:
 
 
 def read_table(content: bytes, name: str) -> tuple[dict[str, Told], list[str]]:
-    """(what is told by image name, the rows with a wrong number of columns as "row N"); ValueError for a bad header."""
+    """(what is told by image name, rows with a wrong number of columns as "row N"); ValueError for a bad header."""
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     header = [column.decode("utf-8", "replace").strip() for column in lines[0].rstrip(b"\r").split(b"\t")]
     for needed in (IMAGE_COLUMN, CAPTION_COLUMN):
@@ -52,7 +52,7 @@ def read_table(content: bytes, name: str) -> tuple[dict[str, Told], list[str]]:
 
 
 def clean_caption(raw: bytes) -> str:
-    """A caption as text: UTF-8, NFC, no control characters, single spaces; UnicodeDecodeError when it is not UTF-8."""
+    """A caption as text: NFC, no control characters, single spaces; UnicodeDecodeError when it is not UTF-8."""
     text = unicodedata.normalize("NFC", raw.decode("utf-8"))
     kept = (" " if char in "\t\n\r\v\f" else char for char in text)
     return " ".join(

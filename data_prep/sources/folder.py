@@ -1,7 +1,7 @@
 """How is a user's own collection read? Class folders, a tar per class, or images with a captions.tsv.
 
-All three may lie in split folders (train, val, test, ...), and all but the tar per class in a single tar. The order of
-the samples is a shuffle fixed by the seed, so that neighbours in a shard are not of one class.
+All three may lie in split folders (train, val, test, ...), and all but the tar per class in a single tar. The
+order of the samples is a shuffle fixed by the seed, so that neighbours in a shard are not of one class.
 """
 
 from __future__ import annotations

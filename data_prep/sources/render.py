@@ -1,6 +1,6 @@
 """How does a layout of things become a photograph-like picture? Ground, clutter, shadows, relief, light and a camera.
 
-Lengths are in image widths, angles in degrees, pictures float32 [h, w, 3] in [0, 1] until the camera makes them uint8.
+Lengths are in image widths, angles in degrees, pictures float32 [h, w, 3] in [0, 1] until the camera makes uint8.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def render(
 
 
 def visible_mask(cutouts: list[Cutout], size: int) -> np.ndarray:
-    """Which thing is seen at each pixel, uint8 [size, size]: 0 = none, i + 1 = cutouts[i]; later ones hide earlier."""
+    """Which thing is seen at each pixel, uint8 [size, size]: 0 = none, i + 1 = cutouts[i]; later hide earlier."""
     owner = np.zeros((size, size), np.uint8)
     for number, cutout in enumerate(cutouts, start=1):
         owner[cutout.on_canvas(size)] = number
@@ -182,12 +182,12 @@ def _photograph(rng: np.random.Generator, picture: np.ndarray, light: np.ndarray
     """What a small camera records: uneven light, tint, vignette, exposure, lens blur, shot and read noise; uint8."""
     y, x = coordinates(size)
     slope = rng.uniform(0.1, 0.75)
-    lamp = 1 + slope * ((x - 0.5) * light[0] + (y - 0.5) * light[1])
+    lamp = 1 + slope * ((x - 0.5) * float(light[0]) + (y - 0.5) * float(light[1]))
     lamp = lamp * (1 - rng.uniform(0, 0.55) * ((x - 0.5) ** 2 + (y - 0.5) ** 2))
     if rng.random() < 0.35:  # the shade of something outside the picture
         blinds = np.clip((smooth_noise(rng, size, size, 3, 3) - 0.5) * 6, 0, 1)
         lamp = lamp * (1 - rng.uniform(0.15, 0.4) * blinds)
-    tint = 1 + rng.uniform(-0.07, 0.07) * np.array([1, 0.1, -1])
+    tint = 1 + rng.uniform(-0.07, 0.07) * np.array([1, 0.1, -1], np.float32)
     picture = picture * lamp[..., None] * tint * rng.uniform(0.8, 1.15)
     picture = _defocused(np.clip(picture, 0, 1), rng.uniform(0, 0.007) * size)
     noise = rng.standard_normal(picture.shape, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""What is the embedded data set? Photograph-like scenes, drawn from a seed: nothing to download, nothing to license."""
+"""What is the embedded data set? Photograph-like scenes drawn from a seed, with nothing to download or license."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ Pictures are float32 [h, w, 3] in [0, 1]; fields are float32 [h, w]. Everything 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -68,7 +69,7 @@ def _turned(rng: np.random.Generator, size: int) -> np.ndarray:
     """A coordinate along a random direction, in image widths."""
     y, x = coordinates(size)
     angle = rng.uniform(0, np.pi)
-    return x * np.cos(angle) + y * np.sin(angle)
+    return x * math.cos(angle) + y * math.sin(angle)
 
 
 # --- textures of objects: (generator, colour [3], size, scale) -> picture; scale = object side in image widths
@@ -87,7 +88,7 @@ def _dotted(rng: np.random.Generator, color: np.ndarray, size: int, scale: float
     y, x = coordinates(size)
     pitch = 2 * np.pi * rng.uniform(3.5, 5) / scale
     angle = rng.uniform(0, np.pi)
-    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     bumps = np.cos(u * pitch) + np.cos(v * pitch)
     return _mix(color, _second(rng, color), np.clip(2.5 * (bumps - 0.75), 0, 1))
 
@@ -96,7 +97,7 @@ def _checked(rng: np.random.Generator, color: np.ndarray, size: int, scale: floa
     y, x = coordinates(size)
     pitch = 2 * np.pi * rng.uniform(2, 3) / scale
     angle = rng.uniform(0, np.pi)
-    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     return _mix(color, _second(rng, color), np.clip(0.5 + 4 * np.sin(u * pitch) * np.sin(v * pitch), 0, 1))
 
 
@@ -145,7 +146,7 @@ def _wood(rng: np.random.Generator, size: int) -> np.ndarray:
     num_planks = int(rng.integers(3, 7))
     y, _ = coordinates(size)
     row = (y * num_planks + rng.uniform(0, 1)) % 1
-    tone = rng.uniform(0.85, 1.15, num_planks + 2)[(y * num_planks).astype(int)]
+    tone = rng.uniform(0.85, 1.15, num_planks + 2).astype(np.float32)[(y * num_planks).astype(int)]
     picture = picture * (tone * (1 - 0.55 * (row < 0.06 * num_planks / 4)))[..., None]
     return picture if rng.random() < 0.5 else picture.transpose(1, 0, 2)
 
