@@ -63,16 +63,17 @@ $(installed): requirements.txt
 	python -m pip install --disable-pip-version-check --no-input -r $<; \
 	cp $< $@
 
-$(DATA)/labelled/train/manifest.json: | $(installed)
+# The held-out manifest is what the builder writes last.
+$(DATA)/labelled/heldout/manifest.json: | $(installed)
 	@echo "[demo 1/6] builds 4,000 scenes with categories in $(DATA)/labelled"
 	$(build_labelled)
 
-$(DATA)/captioned/train/manifest.json: | $(installed)
+$(DATA)/captioned/heldout/manifest.json: | $(installed)
 	@echo "[demo 2/6] builds 4,000 scenes with captions in $(DATA)/captioned"
 	$(build_captioned)
 
 # The trainer writes checkpoints as it goes and continues from the newest; this mark says that it reached the end.
-$(RUN)/finished: $(DATA)/labelled/train/manifest.json $(DATA)/captioned/train/manifest.json
+$(RUN)/finished: $(DATA)/labelled/heldout/manifest.json $(DATA)/captioned/heldout/manifest.json
 	@echo "[demo 3/6] pre-trains m3i.demo through the deepspeed launcher into $(RUN); started again, it continues"
 	$(pretrain)
 	@touch $@

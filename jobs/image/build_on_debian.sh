@@ -51,7 +51,7 @@ rm -rf -- "$store/debian"
 
 echo "[image 2/3] builds $image from Dockerfile"
 revision=$(git -C "$root" rev-parse HEAD 2>/dev/null || echo unknown)
-"${with_store[@]}" bud --isolation chroot --pull-never --tag "$image" "${volumes[@]}" \
+"${with_store[@]}" bud --isolation chroot --format docker --pull-never --tag "$image" "${volumes[@]}" \
   --build-arg "BASE_IMAGE=localhost/debian-base:$suite" --build-arg "REVISION=$revision" "$root"
 
 if (($# == 0)); then set -- make help; fi

@@ -59,8 +59,8 @@ def test_demo_skips_what_is_there_and_newer(tmp_path: Path) -> None:
     venv, data, run = tmp_path / "venv", tmp_path / "data", tmp_path / "run"
     outputs = [
         venv / ".requirements.txt",
-        data / "labelled/train/manifest.json",
-        data / "captioned/train/manifest.json",
+        data / "labelled/heldout/manifest.json",
+        data / "captioned/heldout/manifest.json",
         run / "finished",
         run / "evaluation.json",
         run / "exported",
