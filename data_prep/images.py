@@ -1,7 +1,8 @@
 """Is this an image that training can trust? A strict full decode; original bytes are kept whenever they may be.
 
 JPEG is decoded by libjpeg-turbo with warnings as errors, since Pillow accepts damage in the middle of a stream;
-PNG by Pillow with every checksum verified; WebP by Pillow (its lossy form has no checksum: only what breaks decoding shows).
+PNG by Pillow with every checksum verified; WebP by Pillow (its lossy form has no checksum: only what breaks decoding
+shows).
 """
 
 from __future__ import annotations

@@ -1,0 +1,95 @@
+"""Does the manifest refuse what is not a data set, with a remedy?"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from data_prep.schema import Manifest, Shard, index_bytes, index_path, read_index, write_manifest
+from tests.paths import ROOT
+
+SHARD = Shard("000000.tar", 2, 1024, "0" * 64)
+MANIFEST = Manifest("toys", "train", ("cat", "dog"), 2, False, True, (SHARD,), {"corrupt": 1}, {"seed": 0})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "000000.tar").write_bytes(bytes(1024))
+    index_path(tmp_path / "000000.tar").write_bytes(index_bytes([0, 512, 1024]))
+    write_manifest(tmp_path, MANIFEST)
+    return tmp_path
+
+
+def test_what_was_written_is_read_back(folder):
+    assert Manifest.read(folder) == MANIFEST
+    assert read_index(folder / "000000.tar").tolist() == [0, 512, 1024]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("schema", 2, "must be 1"),
+        ("num_samples", 3, "must equal the 2"),
+        ("num_samples", "2", "must be of type int"),
+        ("shards", [], "no shards"),
+        ("categories", [1], "must be names"),
+        ("shards", [{"name": "../evil.tar", "num_samples": 2, "num_bytes": 1024, "sha256": "0" * 64}], "must match"),
+        ("extra", 1, "unknown to schema"),
+    ],
+)
+def test_a_contradictory_manifest_is_refused(folder, field, value, message):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ValueError, match=message):
+        Manifest.read(folder)
+
+
+def test_a_missing_manifest_names_the_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match="written last.*build"):
+        Manifest.read(tmp_path)
+    (tmp_path / "train").mkdir()
+    write_manifest(tmp_path / "train", MANIFEST)
+    with pytest.raises(FileNotFoundError, match=r"\['train'\] below it"):
+        Manifest.read(tmp_path)
+
+
+def test_a_missing_or_short_shard_is_refused(folder):
+    (folder / "000000.tar").write_bytes(bytes(512))
+    with pytest.raises(ValueError, match="has 512 bytes, the manifest says 1024"):
+        Manifest.read(folder)
+    (folder / "000000.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"000000\.tar is missing"):
+        Manifest.read(folder)
+
+
+@pytest.mark.parametrize("offsets", [[512, 1024], [0, 512, 512], [0, 100]])
+def test_an_impossible_index_is_refused(tmp_path, offsets):
+    index_path(tmp_path / "a.tar").write_bytes(index_bytes(offsets))
+    with pytest.raises(ValueError, match="offsets must start at 0"):
+        read_index(tmp_path / "a.tar")
+
+
+def test_writing_fails_whole(folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = (folder / "manifest.json").read_bytes()
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError):
+        write_manifest(folder, replace(MANIFEST, name="other"))
+    assert (folder / "manifest.json").read_bytes() == before
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_the_schema_imports_nothing_but_the_standard_library():
+    code = (
+        "import sys; import data_prep.schema;"
+        "names = {name.partition('.')[0] for name in sys.modules} - {'data_prep'};"
+        "print(sorted(names & {'numpy', 'PIL', 'torch', 'tqdm', 'tyro', 'tokenizers'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
