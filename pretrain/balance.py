@@ -1,9 +1,9 @@
 """How much do the label losses weigh against the image losses? Gradient norms where both leave the encoder.
 
-M3I paper, section 3.3: L = L_image + lambda * L_label with lambda = gamma * g_image / g_label, where g are moving
-averages of the norm of the gradient that either loss sends to the encoder's output. A node with two outputs
-sees both gradients in the one backward pass that training makes anyway; lambda comes from earlier steps, so it
-is a constant of the step and the gradients of the heads carry it too.
+M3I paper, section 3.3: L = L_image + lambda * L_label with lambda = gamma * g_image / g_label, where g are
+moving averages of the norm of the gradient that either loss sends to the encoder's output. A node with two
+outputs sees both gradients in the one backward pass that training makes anyway; lambda comes from earlier
+steps, so it is a constant of the step and the gradients of the heads carry it too.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ IMAGE, LABEL = 0, 1  # positions in every pair of numbers below
 class BalanceTracker:
     """Moving averages of the two gradient norms, and the weight of the label losses that follows from them.
 
-    A plain object: buffers of a module would be cast to bfloat16. All state lives on `device` and is read by
-    nothing during a step, so the device never waits. One step is: `weight` in the forward pass, `observe` once a
-    fork and backward pass (squares add up over micro-batches), then `advance` once, on all ranks.
+    A plain object: buffers of a module would be cast to bfloat16. All state lives on `device` and is read
+    by nothing during a step, so the device never waits. One step is: `weight` in the forward pass,
+    `observe` once a fork and backward pass (squares add up over micro-batches), then `advance` once, on all
+    ranks.
     """
 
     def __init__(self, gamma: float = 1.0, decay: float = 0.99, device: torch.device | str = "cpu") -> None:
         self._gamma = gamma
         self._decay = decay
-        self._squares = torch.zeros(2, device=device)  # of this step and rank, the label's still times weight^2
+        self._squares = torch.zeros(2, device=device)  # of this step on this rank, the label's times weight^2
         self._averages = torch.zeros(2, device=device)  # not yet corrected for their start at zero
         self._counts = torch.zeros(2, device=device)  # steps that went into each average
         self._norms = torch.zeros(2, device=device)  # of the last step
@@ -62,8 +63,8 @@ class BalanceTracker:
     def advance(self) -> None:
         """Ends the step: sums over ranks, moves the averages, sets the next weight. A collective call.
 
-        A branch whose gradient is zero or not finite leaves its average as it was: a batch without labels says
-        nothing about the scale of the label losses.
+        A branch whose gradient is zero or not finite leaves its average as it was: a batch without labels
+        says nothing about the scale of the label losses.
         """
         norms = sum_over_ranks(self._squares).sqrt() / world_size()  # the gradient is the mean over ranks
         norms = torch.stack([norms[IMAGE], norms[LABEL] / self._weight])
@@ -109,7 +110,8 @@ class _Fork(torch.autograd.Function):
 def fork(
     features: Float[Tensor, "*shape"], tracker: BalanceTracker
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
-    """`features` twice: for the image losses, and for the label losses that are multiplied by `tracker.weight`.
+    """`features` twice: for the image losses, and for the label losses that are multiplied by
+    `tracker.weight`.
 
     The backward pass adds the two gradients, as if there had been no fork, and tells the tracker their norms.
     Works without gradient too, where it is the identity.

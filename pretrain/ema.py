@@ -1,0 +1,157 @@
+"""How does the teacher follow the student? A float32 moving average of each rank's own slices of the weights.
+
+A rank averages exactly the slice of every parameter whose float32 master weight it owns under ZeRO: local
+work of 12 bytes a parameter divided by the ranks, no communication. A low-precision average would be wrong:
+in bfloat16 an update below 2^-9 of the weight vanishes, which at momentum 0.999 is most of them. What the
+teacher's forward pass reads is a copy in the model's precision, made after every update: ZeRO-3 writes the
+teacher's own partition, which the next forward pass gathers; ZeRO-1 and 2 gather the slices into whole
+parameters on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_local_fp32_param
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pretrain.collectives import world_size
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which part of a flattened parameter a rank owns."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int  # first element owned
+    numel: int  # elements owned, without padding; may be 0
+
+
+def local_slices(student: nn.Module) -> list[Slice]:
+    """What this rank owns of every parameter of a module that deepspeed.initialize has partitioned."""
+    slices = []
+    for name, parameter in student.named_parameters():
+        if hasattr(parameter, "ds_id"):  # ZeRO-3: an equal share each, the last ones padded
+            shape, share = tuple(parameter.ds_shape), parameter.ds_tensor.ds_numel
+            start = min(share * dist.get_rank(), parameter.ds_numel)
+            numel = min(share, parameter.ds_numel - start)
+        else:  # ZeRO-1, 2: whatever falls into this rank's share of all parameters laid end to end
+            shape, mapping = tuple(parameter.shape), parameter._hp_mapping
+            address = None if mapping is None else mapping.lp_fragment_address
+            start, numel = (0, 0) if address is None else (address.start, address.numel)
+        slices.append(Slice(name, shape, start, numel))
+    return slices
+
+
+def local_master(parameter: nn.Parameter, numel: int) -> Float[Tensor, " numel"]:
+    """This rank's slice of the float32 master weight: the optimizer's own memory, or a copy of it if
+    offloaded.
+    """
+    if hasattr(parameter, "ds_id"):
+        return safe_get_local_fp32_param(parameter).view(-1)[:numel]
+    return parameter._hp_mapping.get_hp_fragment().view(-1)[:numel]
+
+
+class TeacherAverage:
+    """The average itself, and the teacher module that shows it in low precision.
+
+    `student` is partitioned; `teacher` has the same parameter and buffer names. Under ZeRO-3 it is
+    partitioned over the same ranks without persistent parameters, so that every forward pass reads the
+    partitions.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        frozen = [name for name, p in student.named_parameters() if not p.requires_grad]
+        assert not frozen, f"{frozen} have no master weight to follow"
+        self.slices = local_slices(student)
+        self._student = dict(student.named_parameters())
+        self._teacher = dict(teacher.named_parameters())
+        assert self._student.keys() == self._teacher.keys(), "student and teacher must be built alike"
+        self._buffers = list(teacher.buffers()), list(student.buffers())
+        kept = teacher.state_dict().keys()
+        self.buffers = {name: buffer for name, buffer in teacher.named_buffers() if name in kept}
+        self._owned = [s for s in self.slices if s.numel]
+        self._stable_masters: list[Tensor] | None = None
+        self._average = [master.clone() for master in self._masters()]
+        self._gather = None if hasattr(next(iter(self._teacher.values())), "ds_id") else self._plan_gather()
+        self._publish()
+
+    def _masters(self) -> list[Tensor]:
+        """Views of the optimizer's memory, looked up once (DeepSpeed waits for a stream each time), or
+        copies.
+        """
+        if self._stable_masters is not None:
+            return self._stable_masters
+        masters, again = (
+            [local_master(self._student[s.name], s.numel) for s in self._owned] for _ in range(2)
+        )
+        if all(one.data_ptr() == other.data_ptr() for one, other in zip(masters, again, strict=True)):
+            self._stable_masters = masters
+        return masters
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """average <- momentum * average + (1 - momentum) * student, in float32; after every optimizer
+        step.
+        """
+        if self._average:
+            torch._foreach_lerp_(self._average, self._masters(), 1 - momentum)
+        self._publish()
+
+    def state(self) -> dict[str, Float[Tensor, " numel"]]:
+        """This rank's slices by parameter name, in the order of `slices` where `numel` is not 0."""
+        return {s.name: average for s, average in zip(self._owned, self._average, strict=True)}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `state` returned on the same rank of an equally partitioned run.
+
+        The student is loaded before: buffers are copied from it, and its master weights may have moved.
+        """
+        self._stable_masters = None
+        for part, average in zip(self._owned, self._average, strict=True):
+            average.copy_(state[part.name])
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        teacher_buffers, student_buffers = self._buffers
+        for target, source in zip(teacher_buffers, student_buffers, strict=True):
+            target.copy_(source)
+        if self._gather is None:
+            for part, average in zip(self._owned, self._average, strict=True):
+                self._teacher[part.name].ds_tensor.view(-1)[: part.numel].copy_(average)
+        else:
+            self._gather_whole(*self._gather)
+
+    def _plan_gather(self) -> tuple[list[list[Slice]], Tensor]:
+        """Every rank's slices, and a buffer [world, longest] for them in the teacher's precision."""
+        owned: list[list[Slice]] = [self._owned]
+        if world_size() > 1:
+            owned = [[] for _ in range(world_size())]
+            dist.all_gather_object(owned, self._owned)
+        longest = max(sum(s.numel for s in of_rank) for of_rank in owned)
+        like = next(iter(self._teacher.values()))
+        return owned, torch.zeros(len(owned), longest, dtype=like.dtype, device=like.device)
+
+    def _gather_whole(self, owned: list[list[Slice]], rows: Tensor) -> None:
+        mine = rows[dist.get_rank()] if len(owned) > 1 else rows[0]
+        _copy_end_to_end(self._average, mine)
+        if len(owned) > 1:
+            dist.all_gather(list(rows.unbind()), mine.clone())
+        targets, sources = [], []
+        for of_rank, row in zip(owned, rows, strict=True):
+            sources += row[: sum(s.numel for s in of_rank)].split([s.numel for s in of_rank])
+            targets += [self._teacher[s.name].view(-1)[s.start : s.start + s.numel] for s in of_rank]
+        torch._foreach_copy_(targets, sources)
+
+
+def _copy_end_to_end(parts: list[Tensor], row: Tensor) -> None:
+    offset = 0
+    for part in parts:
+        row[offset : offset + part.numel()].copy_(part)
+        offset += part.numel()

@@ -1,0 +1,116 @@
+"""How is a pre-training run started?
+
+deepspeed pretrain/main.py --recipe m3i.demo --data NAME=DIR [NAME=DIR ...] --out DIR [--ds-config FILE]
+    [--tokenizer DIR] [--workers N] [--wandb] [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
+
+The same command again goes on from the last checkpoint in --out. Without a launcher it runs as one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# The launcher puts pretrain/ first, whose `data` and `export` are no top-level modules.
+sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "pretrain")]
+
+from pretrain import recipes  # noqa: E402
+from pretrain.config import Run  # noqa: E402
+
+MISTAKE = 2  # exit code for a command line that cannot be right, as argparse has it
+FAILED = 1
+
+
+def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
+    """The resolved run and the paths; prints what is wrong and exits (SystemExit) or raises ValueError."""
+    import tyro
+
+    first_rank = os.environ.get("RANK", "0") == "0"
+    parser = argparse.ArgumentParser(prog="pretrain/main.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--recipe", required=True, help=f"one of {', '.join(recipes.names())}")
+    parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR", help="folders of the sources")
+    parser.add_argument("--out", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--ds-config", type=Path, default=ROOT / "ds_configs" / "zero3.json")
+    parser.add_argument("--tokenizer", type=Path, help="instead of that beside the captioned shards")
+    parser.add_argument("--workers", type=int, default=0, help="decoding processes for each rank")
+    parser.add_argument("--wandb", action="store_true", help="also log to wandb (WANDB_MODE=offline works)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the launcher
+    paths, overrides = parser.parse_known_args(arguments)
+    run = tyro.cli(
+        Run,
+        prog="pretrain/main.py ...",
+        description="Fields of the recipe that the command line may override.",
+        default=recipes.load(paths.recipe),
+        args=overrides,
+        use_underscores=True,
+        console_outputs=first_rank,
+    )
+    paths.data = match_sources(run, paths.data)
+    if not paths.ds_config.is_file():
+        raise FileNotFoundError(
+            f"--ds-config {paths.ds_config} is no file; choose one of {ROOT / 'ds_configs'}"
+        )
+    if paths.workers < 0:
+        raise ValueError(f"--workers {paths.workers} must not be negative")
+    return run, paths
+
+
+def match_sources(run: Run, pairs: list[str]) -> dict[str, Path]:
+    """NAME=DIR of the command line by name; ValueError unless the names are those of the recipe's sources."""
+    folders = {}
+    for pair in pairs:
+        name, separator, folder = pair.partition("=")
+        if not separator or not folder:
+            raise ValueError(f"--data {pair!r} must look like NAME=DIR, with NAME one of {list(run.data)}")
+        folders[name] = Path(folder)
+    if folders.keys() != run.data.keys():
+        raise ValueError(
+            f"--data names {sorted(folders)}, but recipe {run.name} has the sources {sorted(run.data)}: "
+            "give NAME=DIR once for each of them"
+        )
+    return folders
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code. A mistake of the user's is told in one message, a fault of ours as a traceback."""
+    first_rank = os.environ.get("RANK", "0") == "0"
+    try:
+        run, paths = parse(arguments)
+    except (ValueError, OSError) as error:
+        if first_rank:
+            print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    quieten()
+    from pretrain.train import Paths, is_told_by_this_rank, train
+
+    try:
+        train(
+            run,
+            Paths(paths.data, paths.out, paths.ds_config, paths.tokenizer, paths.workers, paths.wandb),
+        )
+    except (ValueError, OSError, FloatingPointError) as error:
+        if is_told_by_this_rank(error):
+            print(f"\nerror: {error}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+def quieten() -> None:
+    """Leaves of DeepSpeed's and NCCL's messages only errors, and names the CPU where there is no GPU."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import deepspeed.utils.logging as messages
+
+    messages.set_log_level_from_string("error")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

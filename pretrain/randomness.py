@@ -1,0 +1,42 @@
+"""Which random numbers does a process draw next, and how does a resumed one draw the same?"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy
+import torch
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seeds torch's global generators, the only randomness inside the modules, for one step of one rank."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+
+
+def states() -> dict[str, Any]:
+    """The states of Python's, numpy's and torch's global generators, fit for JSON."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = numpy.random.get_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [keys.tolist(), position, has_gauss, cached],
+        "torch": bytes(torch.get_rng_state().tolist()).hex(),
+        "cuda": [bytes(state.tolist()).hex() for state in devices],
+    }
+
+
+def restore(saved: dict[str, Any]) -> None:
+    """Sets the generators to what `states` returned; CUDA's only on a machine with as many devices."""
+    version, words, gauss = saved["python"]
+    random.setstate((version, tuple(words), gauss))
+    keys, position, has_gauss, cached = saved["numpy"]
+    numpy.random.set_state(("MT19937", numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_from_hex(saved["torch"]))
+    if torch.cuda.is_available() and torch.cuda.device_count() == len(saved["cuda"]):
+        torch.cuda.set_rng_state_all([_from_hex(state) for state in saved["cuda"]])
+
+
+def _from_hex(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

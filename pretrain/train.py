@@ -1,0 +1,103 @@
+"""What happens between the first batch and the last checkpoint? THE loop."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_prep.schema import TOKENIZER_FOLDER
+from pretrain import checkpoint
+from pretrain.collectives import rank, world_size
+from pretrain.config import Run
+from pretrain.data.loader import Loader
+from pretrain.engine import Engine, describe, resolve_config, start_distributed
+from pretrain.intact import write_text
+from pretrain.monitor import Monitor
+from pretrain.pretrainer import Pretrainer, Towers
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What of a start belongs to the machine and not to the recipe."""
+
+    data: dict[str, Path]  # name of a source in the recipe -> its data set
+    out: Path
+    ds_config: Path
+    tokenizer: Path | None = None  # folder; that of the first captioned data set if None
+    workers: int = 0  # processes that decode for each rank; 0 = the training process itself
+    wandb: bool = False
+
+
+def train(run: Run, paths: Paths) -> None:
+    """Pre-trains from the newest whole checkpoint in `paths.out`, or from the beginning; all ranks call
+    it.
+    """
+    ds_config = json.loads(paths.ds_config.read_text())
+    device = start_distributed()
+    config, machine = resolve_config(ds_config, run, device)
+    folder = newest_checkpoint(paths.out)
+    first_step = 0 if folder is None else checkpoint.step_of(folder)
+    tokenizer = tokenizer_folder(run, paths)
+    place = {"rank": rank(), "world": world_size()}
+    loader = Loader(run, paths.data, tokenizer, **place, workers=paths.workers, start_step=first_step)
+    if folder is not None:  # refuses another recipe before minutes of building
+        checkpoint.check_resumable(folder, run, loader.facts, **describe(config))
+    torch.manual_seed(run.seed)  # equal weights on all ranks
+    with torch.device(device):
+        model, teacher = Pretrainer(run, loader.facts), Towers(run, loader.facts)
+    engine = Engine(model, teacher, run, config)
+    if folder is not None:
+        checkpoint.restore(engine, folder)
+    elif rank() == 0:
+        paths.out.mkdir(parents=True, exist_ok=True)
+        write_text(paths.out / "recipe.json", run.to_json())
+    with Monitor(paths.out, run, first_step, wandb=paths.wandb) as monitor:
+        monitor.say(f"{machine}; {'from the beginning' if folder is None else f'from {folder}'}")
+        if folder is None:
+            checkpoint.save(engine, paths.out, loader.facts, tokenizer)
+        batches = iter(loader)
+        while engine.steps_done < run.steps:
+            with monitor.waiting_for_data():
+                batch = next(batches)
+            losses = engine.step(batch)
+            monitor.after_step(engine, losses, loader.dropped)
+            if engine.steps_done % run.save_every == 0 or engine.steps_done == run.steps:
+                with monitor.uncounted():
+                    saved = checkpoint.save(engine, paths.out, loader.facts, tokenizer)
+                monitor.say(f"saved {saved}")
+    loader.close()
+
+
+def tokenizer_folder(run: Run, paths: Paths) -> Path | None:
+    """The named one, else that beside the shards of the first captioned source; None without captions."""
+    captioned = [name for name, source in run.data.items() if source.supervision == "text"]
+    if paths.tokenizer is None and captioned and captioned[0] in paths.data:
+        return paths.data[captioned[0]] / TOKENIZER_FOLDER
+    return paths.tokenizer if captioned else None
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """What rank 0 finds, told to all: it reads every byte once."""
+    found = [checkpoint.latest(out, hashes=True) if rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def is_told_by_this_rank(error: Exception) -> bool:
+    """True on the first rank that fails with this message, so that what all ranks find wrong is told once."""
+    if not dist.is_initialized():
+        return rank_of_launcher() == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"told/{error}", 1) == 1
+    except (RuntimeError, ValueError):  # rank 0 hosts the store: it has told its error and gone
+        return False
+
+
+def rank_of_launcher() -> int:
+    """This process's rank as the launcher says it, also before the process group exists."""
+    return int(os.environ.get("RANK", "0"))
