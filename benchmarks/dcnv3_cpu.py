@@ -106,7 +106,7 @@ def main() -> None:
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     record = {
-        "claim": "the sparse path is the fastest plain-torch DCNv3 at every shape (float32)",
+        "claim": "with one thread the sparse path is the fastest plain-torch DCNv3 at every shape (float32)",
         "commit": commit.stdout.strip(),
         "date": date.today().isoformat(),
         "hardware": f"{processor()}, {arguments.threads} thread(s) of {os.cpu_count()} cores",

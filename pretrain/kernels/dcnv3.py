@@ -92,8 +92,8 @@ PATHS = {"reference": sample_reference, "sparse": sample_sparse}
 def choose_path(dtype: torch.dtype) -> str:
     """Name of the implementation for values of this dtype.
 
-    float64 is for proofs (gradcheck needs double backward); anything else takes the sparse path, which was
-    faster at every measured shape (benchmarks/dcnv3_cpu.py) and keeps no gathered corners.
+    float64 is for proofs (gradcheck needs double backward); anything else takes the sparse path, which on
+    one CPU thread was faster at every measured shape (benchmarks/dcnv3_cpu.py) and keeps no gathered corners.
     """
     return "reference" if dtype == torch.float64 else "sparse"
 
