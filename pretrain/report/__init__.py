@@ -1,0 +1,1 @@
+"""One self-contained page about a run: `python -m pretrain.report RUN` writes RUN/report.html."""

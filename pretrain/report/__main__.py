@@ -1,0 +1,82 @@
+"""What became of a run? One page to look at: python -m pretrain.report RUN writes RUN/report.html."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.schema import write_atomic
+from pretrain.report.page import Settings, heldout_folder, page
+from pretrain.report.record import read_record
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pretrain.report", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the --out folder of a pre-training run")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="NAME=DIR",
+        help="folders of the sources, in place of those that training recorded",
+    )
+    parser.add_argument(
+        "--heldout", type=Path, help="data set of held-out images; that of the evaluation if left out"
+    )
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder, in place of the checkpoint's")
+    parser.add_argument("--out", type=Path, help="file to write (RUN/report.html)")
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=Settings.candidates,
+        help=f"training images among which neighbours are sought ({Settings.candidates})",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Writes the page, whole or not at all, and returns its path.
+
+    FileNotFoundError and ValueError name value, rule and remedy.
+    """
+    options = parse(arguments)
+    if options.candidates < 1:
+        raise ValueError(f"--candidates {options.candidates} must be at least 1")
+    for folder in filter(None, [options.heldout, options.tokenizer]):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder: name one that exists, or leave the option out")
+    record = read_record(options.run, named_folders(options.data), options.tokenizer)
+    heldout = heldout_folder(record, options.heldout)
+    text = page(
+        record,
+        heldout,
+        Settings(candidates=options.candidates),
+        lambda part: print(f"drawing: {part}", flush=True),
+    )
+    out = options.out or options.run / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, text.encode("utf-8"))
+    print(f"written to {out} ({out.stat().st_size / 2**20:.1f} MiB)")
+    return out
+
+
+def named_folders(options: Sequence[str]) -> dict[str, Path]:
+    """NAME=DIR arguments as folders by name."""
+    folders = {}
+    for option in options:
+        name, equals, folder = option.partition("=")
+        if not (name and equals and folder):
+            raise ValueError(f"--data {option!r} must read NAME=DIR, such as scenes=data/scenes/train")
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"--data {option}: {folder} is no folder; name a data set folder")
+        folders[name] = Path(folder)
+    return folders
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")

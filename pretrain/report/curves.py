@@ -1,0 +1,209 @@
+"""How did losses, gradients, schedules, features and speed move over the run?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from pretrain.report.record import Record
+from pretrain.visualize.chart import Chart, Level, Line, draw
+from pretrain.visualize.markup import Html, element
+
+SPARE_COLOURS = ("var(--extra_1)", "var(--extra_2)", "var(--extra_3)")
+OWN_COLOURS = ("image_same", "image_other", "category", "text")  # CSS variables of the page
+IMAGE, LABEL, PLAIN = "var(--image_same)", "var(--category)", "var(--plain)"
+
+
+def colour_of(target: str, record: Record) -> str:
+    """The CSS colour that stands for a target everywhere in the page."""
+    if target in OWN_COLOURS:
+        return f"var(--{target})"
+    others = [name for name in record.names("nats") if name not in OWN_COLOURS]
+    return SPARE_COLOURS[others.index(target) % len(SPARE_COLOURS)] if target in others else PLAIN
+
+
+def curves(record: Record) -> Html | None:
+    """All charts of a log, grouped; None without a single logged step."""
+    if not record.log:
+        return None
+    groups = {
+        "Losses": (
+            _losses(record),
+            "Raw values are faint, smoothed ones strong; numbers are the last values.",
+        ),
+        "Gradients and their balance": (
+            _gradients(record),
+            "Norms of the gradient that image and label losses send to the encoder's output. "
+            "λ, the weight of the label losses, follows from their moving averages.",
+        ),
+        "Schedules": (_schedules(record), None),
+        "Spread of the features": (
+            _features(record),
+            "Standard deviation over the batch of unit-length features, mean over dimensions. Collapsed "
+            "features fall below the lower dashed line, half of 1/√width; features spread over the sphere "
+            "lie at the upper one.",
+        ),
+        "Speed and memory": (_speed(record), None),
+    }
+    parts = []
+    for title, (charts, note) in groups.items():
+        size = "wide" if len(drawn := list(charts)) in (2, 4) else "narrow"
+        if drawn:
+            parts.append(element("h3", title))
+            if note:
+                parts.append(element("p", note, class_="note"))
+            parts.append(element("div", [draw(chart, size) for chart in drawn], class_=f"charts {size}"))
+    return element("div", parts)
+
+
+def chance_nats(record: Record, name: str) -> Level | None:
+    """What a loss is worth without knowledge; None where that is unknown."""
+    target = record.run.objective.targets.get(name)
+    if target is None:
+        return None
+    if target.kind == "dense":
+        return Level("predicting the mean, 0.5", 0.5)
+    if target.kind == "category" and record.facts and record.facts.categories:
+        count = len(record.facts.categories)
+        return Level(f"chance, ln {count}", math.log(count))
+    if target.kind == "text" and (pairs := texts_in_batch(record)) > 1:
+        return Level(f"chance, ln {pairs}", math.log(pairs))
+    return None
+
+
+def texts_in_batch(record: Record) -> int:
+    """Images of a global batch that carry a text, on average."""
+    total = sum(source.weight for source in record.run.data.values())
+    text = sum(source.weight for source in record.run.data.values() if source.supervision == "text")
+    return round(record.run.batch * text / total)
+
+
+def width_of(diagnostic: str, record: Record) -> int | None:
+    """Dimensions of the features whose spread a diagnostic measures, when it is known."""
+    run = record.run
+    if diagnostic == "std_embedding":
+        return run.pool.width
+    if diagnostic == "std_teacher":
+        return token_width(record)
+    return None
+
+
+def token_width(record: Record) -> int:
+    """Dimensions of one token of the encoder."""
+    from pretrain.models.backbone import VIT
+
+    backbone = record.run.backbone
+    return VIT[backbone.size].width if backbone.size in VIT else backbone.token_width
+
+
+def _chart(
+    record: Record, title: str, unit: str, lines: dict[str, tuple[tuple[str, ...], str]], **options
+) -> Chart | None:
+    """A chart of the named series, those that were logged with at least one finite value."""
+    is_smooth = options.pop("is_smooth", False)
+    is_log = options.get("is_log", False)
+    drawn = []
+    for name, (path, colour) in lines.items():
+        steps, values = record.series(*path)
+        if any(math.isfinite(v) and (v > 0 or not is_log) for v in values):
+            drawn.append(Line(name, colour, steps, values, is_smooth))
+    return Chart(title, unit, drawn, **options) if drawn else None
+
+
+def _present(*charts: Chart | None) -> Iterator[Chart]:
+    return (chart for chart in charts if chart is not None)
+
+
+def _losses(record: Record) -> Iterator[Chart]:
+    for name in record.names("nats"):
+        chance = chance_nats(record, name)
+        levels = [chance] if chance else []
+        unit = _scored(record, name)
+        yield from _present(
+            _chart(record, name, unit, {name: (("nats", name), colour_of(name, record))}, levels=levels)
+        )
+
+
+def _scored(record: Record, name: str) -> str:
+    target = record.run.objective.targets.get(name)
+    if target is None:
+        return "nats"
+    if target.kind != "dense":
+        return f"nats, mean over images with a {name}"
+    return f"nats a dimension, mean over {'hidden' if target.scored == 'hidden' else 'all'} patches"
+
+
+def _gradients(record: Record) -> Iterator[Chart]:
+    branches = {
+        "image": (("grad_norm_image",), IMAGE),
+        "label": (("grad_norm_label",), LABEL),
+    }
+    return _present(
+        _chart(record, "Gradient at the encoder's output", "norm, log scale", branches, is_log=True),
+        _chart(
+            record, "λ, weight of the label losses", "log scale", {"λ": (("lambda",), PLAIN)}, is_log=True
+        ),
+        _chart(
+            record,
+            "Gradient of all parameters",
+            "norm, log scale",
+            {"all": (("grad_norm",), PLAIN)},
+            is_log=True,
+        ),
+    )
+
+
+def _schedules(record: Record) -> Iterator[Chart]:
+    return _present(
+        _chart(record, "Learning rate", "", {"rate": (("lr",), PLAIN)}, is_smooth=True, from_zero=True),
+        _chart(record, "Teacher momentum", "", {"momentum": (("momentum",), PLAIN)}, is_smooth=True),
+    )
+
+
+def _features(record: Record) -> Iterator[Chart]:
+    titles = {
+        "std_teacher": ("Teacher's tokens", IMAGE),
+        "std_embedding": ("Embedding of category and text", LABEL),
+    }
+    for name in record.names("diagnostics"):
+        title, colour = titles.get(name, (name, PLAIN))
+        width = width_of(name, record)
+        levels = []
+        if width:
+            levels = [
+                Level("collapsed below", 0.5 / math.sqrt(width)),
+                Level("1/√width", 1 / math.sqrt(width)),
+            ]
+        unit = f"standard deviation, width {width}" if width else ""
+        yield from _present(
+            _chart(
+                record,
+                title,
+                unit,
+                {name: (("diagnostics", name), colour)},
+                levels=levels,
+                from_zero=bool(width),
+            )
+        )
+
+
+def _speed(record: Record) -> Iterator[Chart]:
+    yield from _present(
+        _chart(
+            record, "Throughput", "images per second", {"": (("images_per_second",), PLAIN)}, from_zero=True
+        )
+    )
+    steps, waits = record.series("data_wait_seconds")
+    _, seconds = record.series("step_seconds")
+    if steps and len(waits) == len(seconds):
+        share = [
+            100 * wait / second if second > 0 else math.nan
+            for wait, second in zip(waits, seconds, strict=True)
+        ]
+        if any(map(math.isfinite, share)):
+            line = Line("", PLAIN, steps, share)
+            yield Chart("Waiting for data", "percent of a step's time", [line], from_zero=True)
+    steps, memory = record.series("memory_bytes")
+    if any(map(math.isfinite, memory)):
+        line = Line("", PLAIN, steps, [value / 2**30 for value in memory])
+        yield Chart("Memory of one rank", "GiB", [line], from_zero=True)

@@ -1,0 +1,199 @@
+"""Did the run do what it should? Title, figures of the run, and the verdict from log and evaluation."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from pretrain.config import Run
+from pretrain.report.accuracy import headline
+from pretrain.report.curves import width_of
+from pretrain.report.record import Record
+from pretrain.visualize.markup import Child, Html, element
+from pretrain.visualize.numbers import duration, magnitude, percent, significant
+
+SIGNS = {True: "✓", False: "✗", None: "–"}
+WORDS = {True: "holds", False: "fails", None: "unknown"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One claim about the run; `holds` is None where nothing was measured."""
+
+    holds: bool | None
+    claim: str
+    evidence: str
+
+
+def header(record: Record, title: str) -> Html:
+    """Title line and the figures of the run."""
+    facts = [element("div", element("dt", name), element("dd", value)) for name, value in _facts(record)]
+    run = record.run
+    subtitle = f"{run.name} · {run.backbone.size} · {run.views.size} px"
+    return element(
+        "header",
+        element("p", "M3I pre-training", class_="kicker"),
+        element("h1", title),
+        element("p", subtitle, class_="subtitle"),
+        element("dl", facts, class_="facts"),
+    )
+
+
+def _facts(record: Record) -> list[tuple[str, Child]]:
+    run, last = record.run, (record.log[-1] if record.log else {})
+    step = last.get("step") or max(record.checkpoints, default=0)
+    facts: list[tuple[str, Child]] = [
+        ("steps", f"{step:,} of {run.steps:,}"),
+        ("images seen", f"{step * run.batch:,}"),
+        ("batch", f"{run.batch:,} images"),
+    ]
+    if record.facts:
+        averaged, backbone = num_parameters(run, record)
+        facts += [
+            ("backbone", f"{magnitude(backbone)} parameters"),
+            ("with heads and text", magnitude(averaged)),
+        ]
+    if seconds := working_seconds(record):
+        facts.append(("training time", duration(seconds)))
+    _, rates = record.series("images_per_second")
+    if rates := [rate for rate in rates if math.isfinite(rate)]:
+        facts.append(("images per second", significant(statistics.median(rates))))
+    state = record.state
+    if hardware := state.get("hardware") or record.evaluation.get("hardware"):
+        facts.append(("hardware" if state.get("hardware") else "evaluated on", str(hardware)))
+    if state.get("world"):
+        precision = str(state.get("dtype", "")).removeprefix("torch.")
+        facts.append(("engine", f"ZeRO-{state.get('stage')} on {state['world']} ranks, {precision}"))
+    if state.get("commit"):
+        commit, _, changes = str(state["commit"]).partition("+")
+        facts.append(("commit", f"{commit[:12]}{' + changes' if changes else ''}"))
+    if last.get("time"):
+        facts.append(("finished" if step >= run.steps else "last log line", _date(last["time"])))
+    return facts
+
+
+def num_parameters(run: Run, record: Record) -> tuple[int, int]:
+    """Parameters of the student without decoders, and of its image encoder alone; nothing is allocated."""
+    import torch
+
+    from pretrain.pretrainer import Towers
+
+    with torch.device("meta"):
+        towers = Towers(run, record.facts)
+    return sum(p.numel() for p in towers.parameters()), sum(p.numel() for p in towers.encoder.parameters())
+
+
+def working_seconds(record: Record) -> float:
+    """Time spent in steps: every logged step time holds for the steps since the line before it."""
+    steps, seconds = record.series("step_seconds")
+    finite = [(step, second) for step, second in zip(steps, seconds, strict=True) if math.isfinite(second)]
+    total, before = 0.0, 0.0
+    for step, second in finite:
+        total += (step - before) * second
+        before = step
+    return total
+
+
+def verdicts(record: Record) -> list[Verdict]:
+    """Evaluation against its start and chance, collapse, and whether all losses fell."""
+    return [*_evaluated(record), _spread(record), _losses(record), *_complete(record)]
+
+
+def verdict_box(record: Record) -> Html:
+    """The verdicts as a list; signs and words say it beside colours."""
+    items = [
+        element(
+            "li",
+            element("span", SIGNS[v.holds], class_="sign", aria_label=WORDS[v.holds], role="img"),
+            element("span", element("strong", v.claim), element("span", v.evidence, class_="evidence")),
+            class_={True: "holds", False: "fails", None: "unknown"}[v.holds],
+        )
+        for v in verdicts(record)
+    ]
+    return element("section", element("h2", "Verdict"), element("ul", items), class_="verdict", id="verdict")
+
+
+def _evaluated(record: Record) -> list[Verdict]:
+    found = headline(record)
+    if not found:
+        return [Verdict(None, "Evaluation", "not run yet")]
+    verdicts = []
+    for move in found:
+        after, before = move.after, move.before
+        interval = f"95 % interval {100 * after.low:.1f} to {100 * after.high:.1f} %"
+        end = f"chance {percent(move.chance)}; {interval}"
+        if before is None:
+            verdicts.append(
+                Verdict(
+                    after.low > move.chance,
+                    f"{move.title}: {percent(after.accuracy)}",
+                    f"one checkpoint only; {end}",
+                )
+            )
+            continue
+        better = after.accuracy > before.accuracy and after.low > move.chance
+        claim = f"{move.title}: {percent(before.accuracy)} → {percent(after.accuracy)}"
+        verdicts.append(Verdict(better, claim, end))
+    return verdicts
+
+
+def _spread(record: Record) -> Verdict:
+    """Lowest feature standard deviation after the first tenth against half of 1 / sqrt(width)."""
+    lowest = {}
+    for name in record.names("diagnostics"):
+        width = width_of(name, record)
+        steps, values = record.series("diagnostics", name)
+        late = [v for s, v in zip(steps, values, strict=True) if s >= 0.1 * steps[-1]] if steps else []
+        if width and late:
+            lowest[name] = (min(late), 0.5 / math.sqrt(width))
+    if not lowest:
+        return Verdict(None, "Collapse", "the log holds no feature standard deviation")
+    holds = all(value > limit for value, limit in lowest.values())
+    titles = {"std_teacher": "teacher", "std_embedding": "embedding"}
+    told = "; ".join(
+        f"{titles.get(name, name)} at least {significant(value)}, limit {significant(limit)}"
+        for name, (value, limit) in lowest.items()
+    )
+    return Verdict(
+        holds,
+        "No collapse" if holds else "Features collapsed",
+        f"feature standard deviation after the first tenth: {told}",
+    )
+
+
+def _losses(record: Record) -> Verdict:
+    """Mean of the last tenth of every loss against its first tenth."""
+    told, fell = [], []
+    for name in record.names("nats"):
+        _, values = record.series("nats", name)
+        tenth = max(len(values) // 10, 1)
+        if len(values) < 2:
+            continue
+        first, last = statistics.fmean(values[:tenth]), statistics.fmean(values[-tenth:])
+        fell.append(last < first)
+        told.append(f"{name} {significant(first)} → {significant(last)}")
+    if not fell:
+        return Verdict(None, "Losses", "fewer than two logged steps")
+    rose = sum(not f for f in fell)
+    claim = "All losses fell" if not rose else f"{rose} of {len(fell)} losses did not fall"
+    return Verdict(not rose, claim, f"nats, mean of the first → of the last tenth: {', '.join(told)}")
+
+
+def _complete(record: Record) -> list[Verdict]:
+    """A note when the run is not at its end or skipped steps."""
+    found = []
+    last = record.log[-1] if record.log else {}
+    step = last.get("step") or max(record.checkpoints, default=0)
+    if step < record.run.steps:
+        found.append(Verdict(None, "Not finished", f"{step:,} of {record.run.steps:,} steps are logged"))
+    if last.get("skipped_steps"):
+        found.append(
+            Verdict(False, "Steps were skipped", f"{last['skipped_steps']} whose gradient was not finite")
+        )
+    return found
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

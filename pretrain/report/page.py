@@ -1,0 +1,258 @@
+"""Which sections make the page, and what stands where something is missing?"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.report import accuracy, curves, header, pairs, provenance, teacher
+from pretrain.report.looks import Look, Shown, look, read_images, spread_over_categories
+from pretrain.report.record import Record
+from pretrain.visualize.markup import Child, Html, element, join
+
+STYLE = Path(__file__).with_name("style.css")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is drawn."""
+
+    pairs: int = 4  # inputs of the first batch
+    images: int = 12  # held-out images in neighbours, features and zero-shot
+    candidates: int = 2000  # training images that neighbours are sought among
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page: its anchor, its title, its content, and a sentence below the title."""
+
+    id: str
+    title: str
+    content: Html
+    lead: Child = None
+
+
+class Missing(ValueError):
+    """A section lacks something; the message says in plain words what to run."""
+
+
+def page(record: Record, heldout: Path | None, settings: Settings, say: Callable[[str], None]) -> str:
+    """The whole file as text. `say` is told what is being drawn."""
+    sections = []
+    views = _Teacher(record, heldout, settings, say)
+    for id_, title, lead, draw in (
+        ("accuracy", "Evaluation", None, lambda: _accuracies(record)),
+        ("curves", "Curves", None, lambda: _curves(record)),
+        ("pairs", "What the network sees", PAIRS_LEAD, lambda: _pairs(record, settings)),
+        ("features", "Token features", FEATURES_LEAD, views.components),
+        ("neighbours", "Nearest training images", None, views.neighbours),
+        ("confusion", "Confusions", None, lambda: _confusion(record)),
+        ("zero-shot", "Zero-shot by class names", ZERO_SHOT_LEAD, views.zero_shot),
+        ("data", "Data", None, lambda: provenance.data(record, heldout)),
+        ("recipe", "Recipe", None, lambda: provenance.recipe(record)),
+        ("environment", "Environment", None, lambda: _environment(record)),
+    ):
+        say(title)
+        try:
+            content = draw()
+        except Missing as missing:
+            content = element("p", str(missing), class_="missing")
+            lead = None
+        sections.append(Section(id_, title, content, lead))
+    return _document(record, sections)
+
+
+NAV = {
+    "pairs": "Inputs",
+    "features": "Features",
+    "neighbours": "Neighbours",
+    "zero-shot": "Zero-shot",
+}  # short
+PAIRS_LEAD = (
+    "The first inputs of the run, drawn by the training loader at the run's settings. Where a target is another "
+    "view, the two right pictures show the same patches: in view 2 itself, and where the training geometry puts "
+    "them around view 1. Equal colours are equal patches, so what they cover must agree."
+)
+FEATURES_LEAD = (
+    "The teacher's tokens, projected to their first three principal components, fitted for each checkpoint over "
+    "all images shown: equal colours within a row mean similar features; rows cannot be compared by colour."
+)
+ZERO_SHOT_LEAD = (
+    "The class names whose text lies nearest to the image after training, with their cosines, by the text tower: "
+    "the classifier head plays no part."
+)
+
+
+def _accuracies(record: Record) -> Html:
+    content = accuracy.accuracies(record)
+    if content is None:
+        raise Missing(f"There is no evaluation.json yet. Run {_evaluate(record)}, then this report again.")
+    return content
+
+
+def _confusion(record: Record) -> Html:
+    content = accuracy.confusion(record)
+    if content is None:
+        why = (
+            "The evaluation has no category counts"
+            if record.evaluation
+            else "There is no evaluation.json yet"
+        )
+        raise Missing(f"{why}. Run {_evaluate(record)} on data with categories, then this report again.")
+    return content
+
+
+def _curves(record: Record) -> Html:
+    content = curves.curves(record)
+    if content is None:
+        raise Missing(
+            "log.jsonl has no line yet: the run has not reached its first logged step. "
+            "Run it on, then this report again."
+        )
+    return content
+
+
+def _environment(record: Record) -> Html:
+    content = provenance.environment(record)
+    if content is None:
+        raise Missing("No whole checkpoint records versions yet. Let the run reach its first checkpoint.")
+    return content
+
+
+def _pairs(record: Record, settings: Settings) -> Html:
+    if missing := sorted(record.run.data.keys() - record.data.keys()):
+        raise Missing(_name_data(record, missing))
+    try:
+        found = pairs.read_pairs(record.run, record.data, record.tokenizer, settings.pairs)
+    except (FileNotFoundError, ValueError) as error:
+        raise Missing(f"The data cannot be read: {error}") from error
+    return element("div", pairs.legend(record.run), pairs.pair_pictures(found, record.run))
+
+
+class _Teacher:
+    """The sections that run the teacher; images and features are made once, when the first of them is drawn."""
+
+    def __init__(
+        self, record: Record, heldout: Path | None, settings: Settings, say: Callable[[str], None]
+    ) -> None:
+        self._record, self._heldout, self._settings, self._say = record, heldout, settings, say
+        self._made: tuple[Shown, Shown, list[Look]] | None = None
+
+    def components(self) -> Html:
+        heldout, _, looks = self._get()
+        return teacher.components(heldout, looks)
+
+    def neighbours(self) -> Html:
+        heldout, train, looks = self._get()
+        shares = ", ".join(
+            f"{100 * teacher.share_of_right_neighbours(heldout, train, lk):.0f} % {teacher.when(lk)}"
+            for lk in looks
+        )
+        note = f"Cosine of the mean token, among {len(train.views):,} training images. "
+        if heldout.categories and train.categories:
+            note += f"Of these neighbours {shares} are of the image's category (✓)."
+        return element("div", element("p", note, class_="lead"), teacher.neighbours(heldout, train, looks))
+
+    def zero_shot(self) -> Html:
+        heldout, _, looks = self._get()
+        content = teacher.zero_shot(heldout, looks)
+        if content is None:
+            raise Missing(
+                "Names cannot be scored: the run has no text source, or the held-out images have no categories. "
+                "Train with a captioned source and name labelled images by --heldout."
+            )
+        return content
+
+    def _get(self) -> tuple[Shown, Shown, list[Look]]:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def _make(self) -> tuple[Shown, Shown, list[Look]]:
+        record, settings = self._record, self._settings
+        train = training_folder(record)
+        if not record.checkpoints:
+            raise Missing(
+                "There is no whole checkpoint yet. Let the run reach its first one, then run this report again."
+            )
+        if train is None:
+            raise Missing(_name_data(record, sorted(record.run.data)))
+        if self._heldout is None:
+            raise Missing(
+                f"No held-out images are known. Run `{_report(record)} --heldout DIR` with a data set folder."
+            )
+        try:
+            many = read_images(self._heldout, record.run.views.size, 20 * settings.images)
+            heldout = spread_over_categories(many, settings.images)
+            candidates = read_images(train, record.run.views.size, settings.candidates)
+        except (FileNotFoundError, ValueError) as error:
+            raise Missing(f"The images cannot be read: {error}") from error
+        steps = sorted({min(record.checkpoints), max(record.checkpoints)})
+        looks = []
+        for step in steps:
+            self._say(f"teacher of step {step}")
+            folder = record.checkpoints[step]
+            looks.append(look(step, folder, heldout, candidates, teacher.NUM_NEIGHBOURS, record.tokenizer))
+        return heldout, candidates, looks
+
+
+def training_folder(record: Record) -> Path | None:
+    """The data set whose images are the candidates: the first labelled source with a known folder, else any."""
+    known = [name for name in record.run.data if name in record.data]
+    labelled = [name for name in known if record.run.data[name].supervision == "category"]
+    return next((record.data[name] for name in [*labelled, *known]), None)
+
+
+def _evaluate(record: Record) -> str:
+    return f"`python -m pretrain.evaluate {shlex.quote(str(record.folder))} --data DIR`"
+
+
+def _report(record: Record) -> str:
+    return f"python -m pretrain.report {shlex.quote(str(record.folder))}"
+
+
+def _name_data(record: Record, missing: list[str]) -> str:
+    named = " ".join(f"{name}=DIR" for name in missing)
+    return f"The folders of {', '.join(missing)} are not known. Run `{_report(record)} --data {named}`."
+
+
+def _document(record: Record, sections: list[Section]) -> str:
+    title = record.folder.resolve().name
+    links = [element("a", NAV.get(section.id, section.title), href=f"#{section.id}") for section in sections]
+    body = [
+        element(
+            "section",
+            element("h2", section.title),
+            element("p", section.lead, class_="lead") if section.lead else None,
+            section.content,
+            id=section.id,
+        )
+        for section in sections
+    ]
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", f"{title} · {record.run.name}"),
+        element("style", Html(STYLE.read_text(encoding="utf-8"))),
+    )
+    main = element("main", header.header(record, title), header.verdict_box(record), body)
+    nav = element("nav", links, aria_label="Sections")
+    return join(
+        [Html("<!doctype html>\n"), element("html", head, element("body", nav, main), lang="en")]
+    ).text
+
+
+def heldout_folder(record: Record, named: Path | None) -> Path | None:
+    """Held-out images: as named, else those of the evaluation, else `heldout` beside a training folder."""
+    if named is not None:
+        return named
+    evaluated: Mapping[str, str] = (record.evaluation.get("data") or {}).get("heldout") or {}
+    beside = [folder.parent / "heldout" for folder in record.data.values()]
+    measured = [Path(evaluated["folder"])] if "folder" in evaluated else []
+    for folder in measured + beside:
+        if (folder / "manifest.json").is_file():
+            return folder
+    return None
