@@ -85,7 +85,7 @@ Command = Union[  # noqa: UP007
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 = done, 1 = the data or the settings are at fault, 130 = interrupted (usage: 2, by tyro)."""
+    """Run one command; 0 = done, 1 = the data are at fault, 2 = the arguments (by tyro), 130 = interrupted."""
     flat = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     try:
         tyro.cli(Command, args=arguments, prog="python -m data_prep", description=__doc__, config=flat).run()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import TextIO
 
 from tqdm import tqdm
 
@@ -12,18 +11,15 @@ _LOG_FORMAT = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt} elapsed
 
 
 class _Lines:
-    """A stream that ends every state of the bar with a newline, for logs."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    """Standard error, with a newline after every state of the bar, for logs."""
 
     def write(self, text: str) -> None:
         line = text.strip()
         if line:
-            self.stream.write(line + "\n")
+            sys.stderr.write(line + "\n")
 
     def flush(self) -> None:
-        self.stream.flush()
+        sys.stderr.flush()
 
 
 def progress_bar(total: int, what: str, unit: str = "image", done: int = 0) -> tqdm:
@@ -31,5 +27,4 @@ def progress_bar(total: int, what: str, unit: str = "image", done: int = 0) -> t
     common = {"total": total, "desc": what, "unit": f" {unit}", "initial": done}
     if sys.stderr.isatty():
         return tqdm(**common, smoothing=0.1, dynamic_ncols=True)
-    lines = _Lines(sys.stderr)
-    return tqdm(**common, file=lines, mininterval=LOG_INTERVAL, bar_format=_LOG_FORMAT, ascii=True)
+    return tqdm(**common, file=_Lines(), mininterval=LOG_INTERVAL, bar_format=_LOG_FORMAT, ascii=True)

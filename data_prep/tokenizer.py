@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,26 +29,29 @@ def train_tokenizer(folder: Path, shards: Sequence[str], vocab_size: int) -> Non
 
     Words are lower-cased, at most `vocab_size` pieces; `transformers.AutoTokenizer.from_pretrained` loads the folder.
     """
-    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+    captions = list(_captions(folder, shards))
+    tokenizer = _bare_tokenizer()
+    letters, continuations = _alphabet(tokenizer, captions, vocab_size // 4)
+    # The library numbers continuations in the order of a hash map that differs in every process, and breaks ties
+    # between merges by these numbers; as "special" tokens they come first, in our order.
+    fixed = [*SPECIAL_TOKENS.values(), *continuations]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS.values()),
-        limit_alphabet=min(
-            1000, vocab_size // 4
-        ),  # a letter takes two places: at the start of a word and inside
+        special_tokens=fixed,
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_captions(folder, shards), trainer)
+    tokenizer.train_from_iterator(captions, trainer)
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    tokenizer = _bare_tokenizer(dict(vocabulary))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     first, last = SPECIAL_TOKENS["cls_token"], SPECIAL_TOKENS["sep_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{first} $A {last}",
         pair=f"{first} $A {last} $B:1 {last}:1",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in (first, last)],
     )
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     config = {
         **SPECIAL_TOKENS,
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -64,6 +68,30 @@ def train_tokenizer(folder: Path, shards: Sequence[str], vocab_size: int) -> Non
             "vocab.txt": "".join(f"{word}\n" for word, _ in vocabulary),
         },
     )
+
+
+def _bare_tokenizer(vocabulary: dict[str, int] | None = None) -> Tokenizer:
+    model = models.WordPiece(vocabulary or {}, unk_token=SPECIAL_TOKENS["unk_token"])
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def _alphabet(tokenizer: Tokenizer, captions: Sequence[str], limit: int) -> tuple[list[str], list[str]]:
+    """The `limit` most frequent letters, and those of them that go on inside a word as "##x"; both sorted."""
+    words: Counter[str] = Counter()
+    for caption in captions:
+        text = tokenizer.normalizer.normalize_str(caption)
+        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    letters: Counter[str] = Counter()
+    for word, count in words.items():
+        for letter in word:
+            letters[letter] += count
+    kept = {letter for letter, _ in sorted(letters.items(), key=lambda entry: (-entry[1], entry[0]))[:limit]}
+    inside = {letter for word in words for letter in word[1:]} & kept
+    return sorted(kept), [f"##{letter}" for letter in sorted(inside)]
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -36,7 +37,9 @@ def _collection() -> Collection:
 def _contents(folder: Path) -> dict[str, str]:
     """Relative name -> sha256 of every file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +83,17 @@ def test_the_index_cuts_the_shard_into_samples(built):
     offsets = read_index(path)
     with tarfile.open(path) as tar:
         members = tar.getmembers()
-    starts = [m.offset for m in members if m.name.rpartition(".")[2] in IMAGE_EXTENSIONS and "mask" not in m.name]
+    starts = [
+        m.offset for m in members if m.name.rpartition(".")[2] in IMAGE_EXTENSIONS and "mask" not in m.name
+    ]
     last = members[-1]
     assert offsets.tolist() == [*starts, last.offset_data + -(-last.size // 512) * 512]
 
 
+# webdataset leaves closing its files to the garbage collector: https://github.com/webdataset/webdataset
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:unclosed file:ResourceWarning"
+)
 def test_webdataset_itself_reads_the_shards(built):
     urls = [str(path) for path in sorted(built.glob("*.tar"))]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
@@ -94,6 +103,7 @@ def test_webdataset_itself_reads_the_shards(built):
         assert sample["txt"] == sample["json"]["captions"][0]
         assert sample["json"]["category"] == Manifest.read(built).categories[sample["cls"]]
         assert set(sample["json"]["objects"][0]) >= {"name", "shape", "color", "texture", "box"}
+    gc.collect()
 
 
 def test_a_complete_data_set_is_left_alone_and_said_to_be_complete(tmp_path, capsys):
@@ -168,7 +178,9 @@ def test_a_finished_shard_that_was_damaged_meanwhile_is_built_again(built, tmp_p
     assert _contents(folder) == _contents(built)
 
 
-def _interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException | None = None) -> None:
+def _interrupt(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException | None = None
+) -> None:
     """Build until `after` samples were written, then raise inside the shard."""
     count = 0
     append = shard_module._append
@@ -204,9 +216,15 @@ def small_disk(tmp_path):
     """A file system of 200 KiB; skips where it cannot be mounted."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = os.geteuid() == 0 and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)], capture_output=True, check=False
-    ).returncode == 0
+    mounted = (
+        os.geteuid() == 0
+        and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)],
+            capture_output=True,
+            check=False,
+        ).returncode
+        == 0
+    )
     if not mounted:
         pytest.skip("a small tmpfs needs the right to mount")
     yield folder
@@ -217,8 +235,10 @@ def test_a_really_full_disk_stops_with_a_remedy_and_no_half_shard(small_disk, ca
     collection = replace(_collection(), num_bytes=0)  # so that the estimate lets it begin
     with pytest.raises(OSError, match=r"no space left in .*run the same command again"):
         build(collection, small_disk / "d", replace(OPTIONS, shard_size=15))
-    tars = [path.name for path in (small_disk / "d").glob("*.tar*")]
-    assert all((small_disk / "d" / ".build" / f"{name[:6]}.json").exists() for name in tars)
+    for path in (small_disk / "d").glob("*.tar"):  # whatever has a final name is whole
+        with tarfile.open(path) as tar:
+            assert len({member.name.partition(".")[0] for member in tar}) == len(read_index(path)) - 1
+    assert not list((small_disk / "d").glob("*.tar.*.tmp"))
 
 
 def test_too_little_space_is_said_before_the_first_shard(tmp_path):
@@ -266,10 +286,13 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(tmp_path):
         build(deadly, tmp_path / "d", replace(OPTIONS, workers=2))
 
 
-def test_usage_errors_end_with_code_2_and_bad_values_with_code_1(tmp_path, capsys):
+@pytest.mark.parametrize("arguments", [["scenes"], ["scenes", "--out", "x", "--heldout", "1.5"], ["nothing"]])
+def test_wrong_usage_ends_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["build", "scenes"])
+        main(["build", *arguments])
     assert stopped.value.code == 2
-    assert main(["build", "scenes", "--out", str(tmp_path), "--heldout", "1.5"]) in (1, 2)
+
+
+def test_a_missing_data_set_ends_with_code_1_and_a_remedy(tmp_path, capsys):
     assert main(["check", str(tmp_path / "nothing")]) == 1
     assert "run the same `data_prep build` again" in capsys.readouterr().err

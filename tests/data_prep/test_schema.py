@@ -37,7 +37,11 @@ def test_what_was_written_is_read_back(folder):
         ("num_samples", "2", "must be of type int"),
         ("shards", [], "no shards"),
         ("categories", [1], "must be names"),
-        ("shards", [{"name": "../evil.tar", "num_samples": 2, "num_bytes": 1024, "sha256": "0" * 64}], "must match"),
+        (
+            "shards",
+            [{"name": "../evil.tar", "num_samples": 2, "num_bytes": 1024, "sha256": "0" * 64}],
+            "must match",
+        ),
         ("extra", 1, "unknown to schema"),
     ],
 )
@@ -49,7 +53,7 @@ def test_a_contradictory_manifest_is_refused(folder, field, value, message):
 
 
 def test_a_missing_manifest_names_the_remedy(tmp_path):
-    with pytest.raises(FileNotFoundError, match="written last.*build"):
+    with pytest.raises(FileNotFoundError, match=r"written last.*build"):
         Manifest.read(tmp_path)
     (tmp_path / "train").mkdir()
     write_manifest(tmp_path / "train", MANIFEST)
