@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     """Evaluates, writes the JSON result and prints the table; returns the result.
 
     Raises FileNotFoundError and ValueError for what the user can mend, before any image is read.
@@ -129,14 +129,22 @@ def check_manifests(folders: dict[str, Path], manifests: dict[str, Manifest], k:
         )
     if not train.categories and not heldout.has_text:
         raise ValueError(
-            f"{folders['heldout']} has neither categories nor captions, nothing can be measured: name another data set"
+            f"{folders['heldout']} has neither categories nor captions, so there is nothing to measure: "
+            "name another data set"
         )
     if not 1 <= k <= train.num_samples:
         raise ValueError(f"--k {k} must lie in [1, {train.num_samples}], the images of {folders['train']}")
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code. A mistake of the user's is told in one message."""
     try:
-        main()
+        evaluate(arguments)
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pretrain.config import DataFacts, shrink
 from pretrain.data.decode import decode_image
 from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
-from pretrain.evaluate.__main__ import main
+from pretrain.evaluate.__main__ import evaluate, main
 from pretrain.evaluate.features import extract
 from pretrain.evaluate.probes import PROBES
 from pretrain.pretrainer import normalise
@@ -30,7 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def result(run_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("result") / "evaluation.json"
-    main([str(run_folder), "--data", str(data), "--k", "5", "--out", str(out)])
+    evaluate([str(run_folder), "--data", str(data), "--k", "5", "--out", str(out)])
     assert [path.name for path in out.parent.iterdir()] == ["evaluation.json"]
     return json.loads(out.read_text())
 
@@ -109,7 +110,7 @@ def test_too_many_unreadable_images_stop_the_evaluation(run_folder: Path, tmp_pa
     folder = write_set(tmp_path / "set", "heldout", 30)
     for sample in (3, 4, 5):
         damage(folder, sample=sample)
-    with pytest.raises(ValueError, match="3 of the .* samples read so far are bad.*max_bad"):
+    with pytest.raises(ValueError, match=r"3 of the .* samples read so far are bad.*max_bad"):
         extract(towers, run, folder, device=CPU, workers=0, title="test")
 
 
@@ -118,7 +119,7 @@ def test_run_without_text_has_no_zero_shot_and_says_why(
 ) -> None:
     facts = DataFacts(categories=("cat", "dog"), vocab_size=0)
     run = write_run(tmp_path / "run", shrink(load("m3i.vit_b16")), facts, steps=(0,))
-    result = main([str(run), "--data", str(data), "--k", "5"])
+    result = evaluate([str(run), "--data", str(data), "--k", "5"])
     rows = result["checkpoints"]["step_000000"]
     assert rows["zero_shot"]["accuracy"] is None and "no text tower" in rows["zero_shot"]["reason"]
     assert rows["classifier"]["accuracy"] is None and "other categories" in rows["classifier"]["reason"]
@@ -131,25 +132,25 @@ def test_first_is_evaluated_once_when_it_is_also_the_last(
     run_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "result.json")
-    result = main([str(run_folder), "--data", str(data), "--steps", "3,last", "--k", "5", "--out", out])
+    result = evaluate([str(run_folder), "--data", str(data), "--steps", "3,last", "--k", "5", "--out", out])
     assert list(result["checkpoints"]) == ["step_000003"]
 
 
 def test_missing_run_is_told(data: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent is no folder: name the --out folder"):
-        main([str(tmp_path / "absent"), "--data", str(data)])
+        evaluate([str(tmp_path / "absent"), "--data", str(data)])
 
 
 def test_run_without_checkpoint_is_told(data: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no whole checkpoint: name the --out folder"):
-        main([str(tmp_path), "--data", str(data), "--steps", "last"])
+        evaluate([str(tmp_path), "--data", str(data), "--steps", "last"])
 
 
 def test_missing_checkpoint_names_those_that_are_there(run_folder: Path, data: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"step_000002 cannot be used.*'step_000000', 'step_000003'"):
-        main([str(run_folder), "--data", str(data), "--steps", "2"])
+        evaluate([str(run_folder), "--data", str(data), "--steps", "2"])
     with pytest.raises(ValueError, match=r"step 'best' is unknown; choose from \['first', 'last'\]"):
-        main([str(run_folder), "--data", str(data), "--steps", "best"])
+        evaluate([str(run_folder), "--data", str(data), "--steps", "best"])
 
 
 def test_changed_checkpoint_is_refused(run_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -159,22 +160,22 @@ def test_changed_checkpoint_is_refused(run_folder: Path, data: Path, tmp_path: P
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ValueError, match="rank_00000.safetensors has changed since it was written"):
-        main([str(copy), "--data", str(data), "--steps", "3", "--k", "5"])
+    with pytest.raises(ValueError, match=r"rank_00000\.safetensors has changed since it was written"):
+        evaluate([str(copy), "--data", str(data), "--steps", "3", "--k", "5"])
 
 
 def test_missing_heldout_is_told(run_folder: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(data / "train", tmp_path / "train")
     with pytest.raises(FileNotFoundError, match=r"heldout is no folder.*--heldout"):
-        main([str(run_folder), "--data", str(tmp_path)])
+        evaluate([str(run_folder), "--data", str(tmp_path)])
     with pytest.raises(ValueError, match="no train data set is named: give --data DIR"):
-        main([str(run_folder)])
+        evaluate([str(run_folder)])
 
 
 def test_testing_on_the_training_images_is_refused(run_folder: Path, data: Path) -> None:
     train = str(data / "train")
-    with pytest.raises(ValueError, match="--train and --heldout are both .*; name two data sets"):
-        main([str(run_folder), "--train", train, "--heldout", train])
+    with pytest.raises(ValueError, match=r"--train and --heldout are both .*; name two data sets"):
+        evaluate([str(run_folder), "--train", train, "--heldout", train])
 
 
 def test_splits_with_different_categories_are_refused(run_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -184,12 +185,19 @@ def test_splits_with_different_categories_are_refused(run_folder: Path, data: Pa
     changed = {**vars(manifest), "categories": (*manifest.categories[:-1], "pink")}
     write_manifest(other, Manifest(**changed))
     with pytest.raises(ValueError, match=r"must be the same \(differing: \['gray', 'pink'\]\)"):
-        main([str(run_folder), "--train", str(data / "train"), "--heldout", str(other)])
+        evaluate([str(run_folder), "--train", str(data / "train"), "--heldout", str(other)])
+
+
+def test_command_exits_non_zero_with_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path / "absent"), "--data", str(data)]) == 1
+    assert re.fullmatch(r"error: .*absent is no folder: .*\n", capsys.readouterr().err)
 
 
 def test_too_many_neighbours_are_refused_before_images_are_read(run_folder: Path, data: Path) -> None:
     with pytest.raises(ValueError, match=r"--k 41 must lie in \[1, 40\]"):
-        main([str(run_folder), "--data", str(data), "--k", "41"])
+        evaluate([str(run_folder), "--data", str(data), "--k", "41"])
 
 
 def damage(folder: Path, sample: int) -> None:

@@ -82,7 +82,7 @@ def test_linear_probe_does_not_depend_on_the_units_of_a_feature() -> None:
 
 
 def test_linear_probe_refuses_a_single_category() -> None:
-    with pytest.raises(ValueError, match="1 category.*two or more.*--data"):
+    with pytest.raises(ValueError, match=r"1 category.*two or more.*--data"):
         linear.linear_probe(torch.randn(9, 4), torch.zeros(9, dtype=torch.long), torch.randn(2, 4))
 
 

@@ -1,0 +1,63 @@
+"""How does a run become a file that another toolkit loads?
+
+python -m pretrain.export RUN --to internimage|timm
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pretrain.config import Run
+from pretrain.evaluate.checkpoints import find_checkpoint
+from pretrain.export.agreement import NotProven
+from pretrain.export.formats import EXPORTERS, Exported, check_target, choose, export
+from pretrain.export.trained import read_trained
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m pretrain.export", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="the --out folder of a pre-training run")
+    parser.add_argument("--to", required=True, help=f"format: {', '.join(EXPORTERS)}")
+    parser.add_argument("--out", type=Path, help="folder of the export (RUN/export/FORMAT)")
+    parser.add_argument("--which", default="teacher", help="teacher (default) or student")
+    parser.add_argument("--step", default="last", help="checkpoint: first, last or a number (last)")
+    return parser.parse_args(arguments)
+
+
+def export_run(arguments: list[str] | None = None) -> Exported:
+    """Exports, proves and reports. Raises NotProven, ValueError and OSError; the target folder is then as it was."""
+    options = parse(arguments)
+    step_folder = find_checkpoint(options.run, options.step)
+    choose(options.to, Run.from_json((step_folder / "run.json").read_text()))
+    suffix = "" if options.which == "teacher" else f"-{options.which}"
+    folder = options.out or options.run / "export" / f"{options.to}{suffix}"
+    check_target(folder, 0)
+    print(f"reads the {options.which} of {step_folder}")
+    trained = read_trained(options.run, step_folder, options.which)
+    print(f"writes and proves {options.to}: {trained.num_bytes / 2**20:,.0f} MiB of weights in the towers")
+    exported = export(trained, options.to, folder)
+    for file, told in exported.keys.items():
+        print(f"{file}: {told}")
+    for agreement in exported.proof:
+        print(f"proven: {agreement}")
+    print(f"written to {exported.folder}; every tensor by name in keys.json")
+    return exported
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code. A mistake of the user's, and an export that is not proven, are told in one message."""
+    try:
+        export_run(arguments)
+    except NotProven as error:
+        print(f"error: the export is not proven and was not kept: {error}", file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

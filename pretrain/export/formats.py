@@ -1,0 +1,114 @@
+"""Which formats are there, and how does an export become whole and proven, or nothing?"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pretrain.config import Run
+from pretrain.export import card, internimage, timm_vit
+from pretrain.export.agreement import Agreement
+from pretrain.export.keys import Keys
+from pretrain.export.trained import Trained
+from pretrain.intact import flush
+
+KEYS = "keys.json"
+
+
+@dataclass(frozen=True)
+class Exporter:
+    family: str  # backbone.family that the format can hold
+    num_copies: int  # of the weights that it writes, at most
+    write: Callable[[Trained, Path], dict[str, Keys]]
+    prove: Callable[[Trained, Path], list[Agreement]]
+    how_to_load: Callable[[Trained], str]
+
+
+EXPORTERS: dict[str, Exporter] = {
+    "internimage": Exporter("internimage", 2, internimage.write, internimage.prove, internimage.how_to_load),
+    "timm": Exporter("vit", 1, timm_vit.write, timm_vit.prove, timm_vit.how_to_load),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: Path
+    keys: dict[str, Keys]  # by file
+    proof: list[Agreement]
+
+
+def choose(name: str, run: Run) -> Exporter:
+    """The exporter of a format; ValueError lists those that fit the run's backbone."""
+    fitting = sorted(key for key, exporter in EXPORTERS.items() if exporter.family == run.backbone.family)
+    if name not in EXPORTERS:
+        raise ValueError(
+            f"--to {name!r} is unknown; choose from {sorted(EXPORTERS)} (this run fits {fitting})"
+        )
+    if name not in fitting:
+        raise ValueError(
+            f"--to {name} holds backbones of family {EXPORTERS[name].family!r}, this run trained "
+            f"{run.backbone.family!r} ({run.backbone.size}); choose from {fitting}"
+        )
+    return EXPORTERS[name]
+
+
+def export(trained: Trained, name: str, folder: Path) -> Exported:
+    """Writes a format into `folder`, proven; an earlier export there is replaced only then.
+
+    Raises NotProven when the written files do not give the towers' features, ValueError for a format that
+    does not fit, FileExistsError when `folder` holds anything but an export, OSError when the disk is full.
+    In all these cases `folder` is as it was.
+    """
+    exporter = choose(name, trained.run)
+    check_target(folder, exporter.num_copies * trained.num_bytes)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        keys = exporter.write(trained, partial)
+        proof = exporter.prove(trained, partial)
+        record = {
+            "format": name,
+            "files": {file: told.record() for file, told in keys.items()},
+            "proof": [asdict(agreement) for agreement in proof],
+        }
+        (partial / KEYS).write_text(json.dumps(record, indent=1) + "\n")
+        (partial / "README.md").write_text(
+            card.text(trained, name, keys, proof, exporter.how_to_load(trained))
+        )
+        publish(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Exported(folder, keys, proof)
+
+
+def check_target(folder: Path, num_bytes: int) -> None:
+    """FileExistsError or OSError before anything is written."""
+    if folder.exists() and not (folder / KEYS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} exists and is no export ({KEYS} is missing): give an empty or new folder as --out"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < num_bytes:
+        raise OSError(
+            f"{free / 2**20:.0f} MiB are free for {folder}, it needs {num_bytes / 2**20:.0f} MiB: free space on that "
+            "disk or name another --out"
+        )
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Gives `partial` its name, in place of an earlier export."""
+    for path in (*partial.iterdir(), partial):
+        flush(path)
+    earlier = folder.with_name(f".{folder.name}.earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, earlier)
+    os.rename(partial, folder)
+    flush(folder.parent)
+    shutil.rmtree(earlier, ignore_errors=True)

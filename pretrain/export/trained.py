@@ -1,0 +1,51 @@
+"""What is exported? The towers of one checkpoint and what is known of how they came to be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint import load_towers
+from pretrain.config import DataFacts, Run
+from pretrain.pretrainer import Towers
+
+
+@dataclass(frozen=True)
+class Trained:
+    run: Run
+    facts: DataFacts
+    towers: Towers  # float32, eval mode, CPU
+    which: str  # "teacher" or "student"
+    step: str  # name of the checkpoint, "step_000400"
+    state: dict[str, Any]  # state.json of the checkpoint: step, position, commit, versions
+    evaluation: dict[str, Any] | None  # what `python -m pretrain.evaluate` found for this checkpoint
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.towers.parameters())
+
+
+def read_trained(run_folder: Path, step_folder: Path, which: str) -> Trained:
+    """ValueError and FileNotFoundError when the checkpoint or evaluation.json is damaged."""
+    run, facts, towers = load_towers(step_folder, which)
+    state = json.loads((step_folder / "state.json").read_text())
+    evaluation = read_evaluation(run_folder / "evaluation.json") if which == "teacher" else None
+    if evaluation is not None and step_folder.name not in evaluation["checkpoints"]:
+        evaluation = None  # of an earlier checkpoint of the same run
+    return Trained(run, facts, towers, which, step_folder.name, state, evaluation)
+
+
+def read_evaluation(path: Path) -> dict[str, Any] | None:
+    """The evaluation of a run, or None when it has none."""
+    if not path.is_file():
+        return None
+    try:
+        evaluation = json.loads(path.read_text())
+        assert isinstance(evaluation["checkpoints"], dict)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"{path} is no result of `python -m pretrain.evaluate` ({error!r}): run that again, or delete the file"
+        ) from error
+    return evaluation

@@ -1,0 +1,222 @@
+"""Is an export whole and proven, or nothing, and does it say what is wrong with bad input?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pretrain.evaluate.probes import PROBES
+from pretrain.export.__main__ import export_run, main
+from pretrain.export.agreement import NotProven, compare
+from pretrain.export.formats import EXPORTERS, export
+from pretrain.export.keys import Keys
+from tests.export.conftest import last
+
+
+def test_command_writes_files_card_and_keys(vit_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exported = export_run([str(vit_run), "--to", "timm"])
+    assert exported.folder == vit_run / "export" / "timm"
+    assert {path.name for path in exported.folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "keys.json",
+        "model.safetensors",
+    }
+    assert "proven: tokens at 64 px: cosine >= 1.0000000" in capsys.readouterr().out
+
+
+def test_keys_tell_of_every_tensor_of_the_towers(internimage_run: Path, tmp_path: Path) -> None:
+    trained = last(internimage_run)
+    exported = export(trained, "internimage", tmp_path / "out")
+    record = json.loads((exported.folder / "keys.json").read_text())["files"]
+    for name, told in record.items():
+        state = torch.load(exported.folder / name, weights_only=True)["model"]
+        assert {*told["written"], *told["added"]} == set(state)
+        assert len(told["written"]) + len(told["skipped"]) == len(trained.towers.state_dict())
+        assert all(key.startswith(("text", "image_projection")) for key in told["skipped"])
+
+
+def test_second_export_replaces_the_first(internimage_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    first = export(last(internimage_run), "internimage", folder)
+    (folder / "stale").write_text("of an earlier version")
+    second = export(last(internimage_run), "internimage", folder)
+    assert not (folder / "stale").exists() and first.keys == second.keys
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("format_name", sorted(EXPORTERS))
+def test_wrong_weights_are_not_proven_and_leave_no_file(
+    format_name: str, internimage_run: Path, vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_folder = {"internimage": internimage_run, "timm": vit_run}[format_name]
+    exporter = EXPORTERS[format_name]
+
+    def write_wrongly(trained, folder):
+        told = exporter.write(trained, folder)
+        spoil(folder / next(iter(told)))
+        return told
+
+    monkeypatch.setitem(EXPORTERS, format_name, dataclasses.replace(exporter, write=write_wrongly))
+    with pytest.raises(NotProven, match=r"cosine.*must exceed 0\.9999"):
+        export(last(run_folder), format_name, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format_name", sorted(EXPORTERS))
+def test_missing_tensor_is_not_proven(
+    format_name: str, internimage_run: Path, vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_folder = {"internimage": internimage_run, "timm": vit_run}[format_name]
+    exporter = EXPORTERS[format_name]
+
+    def write_less(trained, folder):
+        told = exporter.write(trained, folder)
+        spoil(folder / next(iter(told)), lose=True)
+        return told
+
+    monkeypatch.setitem(EXPORTERS, format_name, dataclasses.replace(exporter, write=write_less))
+    with pytest.raises(NotProven, match="does not load"):
+        export(last(run_folder), format_name, tmp_path / "out")
+
+
+def test_earlier_export_survives_one_that_is_not_proven(
+    vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(last(vit_run), "timm", tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+
+    def refuse(trained, folder):
+        raise NotProven("no")
+
+    monkeypatch.setitem(EXPORTERS, "timm", dataclasses.replace(EXPORTERS["timm"], prove=refuse))
+    with pytest.raises(NotProven):
+        export(last(vit_run), "timm", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_not_a_number_is_not_agreement() -> None:
+    ours = torch.ones(2, 4)
+    with pytest.raises(NotProven, match="nan"):
+        compare("tokens", 64, ours, torch.full((2, 4), float("nan")))
+
+
+def test_a_multiple_of_the_features_is_not_agreement() -> None:
+    ours = torch.randn(2, 4)
+    with pytest.raises(NotProven, match="difference"):
+        compare("tokens", 64, ours, 2 * ours)
+
+
+def test_a_tensor_that_is_not_told_of_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="not told of"):
+        Keys({"a": "a"}, {}).require_whole(["a", "b"], ["a"])
+
+
+def test_card_says_what_was_trained_and_measured(vit_run: Path, tmp_path: Path) -> None:
+    row = {"accuracy": 0.5, "interval": [0.4, 0.6], "chance": 0.04, "n": 100}
+    trained = dataclasses.replace(
+        last(vit_run),
+        evaluation={
+            "checkpoints": {"step_000003": dict.fromkeys(PROBES, row)},
+            "data": {"heldout": {"name": "scenes", "num_samples": 1000}},
+        },
+    )
+    export(trained, "timm", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for fact in (
+        "`m3i.vit_b16`",
+        "after 3 of 3 steps",
+        "64 x 64 pixels",
+        "mean: [0.485, 0.456, 0.406]",
+        "[123.675, 116.28, 103.53]",
+        "`imagenet1k`: supervision category",
+        "categories: 5",
+        "heldout: `scenes`, 1,000 samples",
+        "50.0 [40.0, 60.0]",
+        'timm.create_model("local-dir:FOLDER", pretrained=True)',
+        "cosine >= ",
+        "## Licence",
+    ):
+        assert fact in card, fact
+
+
+def test_card_says_when_nothing_was_evaluated(vit_run: Path, tmp_path: Path) -> None:
+    export(last(vit_run), "timm", tmp_path / "out")
+    assert "Not evaluated at this checkpoint" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_format_for_another_backbone_is_refused(internimage_run: Path, vit_run: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"timm holds backbones of family 'vit'.*choose from \['internimage'\]"
+    ):
+        export_run([str(internimage_run), "--to", "timm"])
+    with pytest.raises(ValueError, match=r"internimage holds backbones of family.*choose from \['timm'\]"):
+        export_run([str(vit_run), "--to", "internimage"])
+
+
+def test_unknown_format_names_those_that_fit(vit_run: Path) -> None:
+    with pytest.raises(ValueError, match=r"'onnx' is unknown; choose from .* \(this run fits \['timm'\]\)"):
+        export_run([str(vit_run), "--to", "onnx"])
+
+
+def test_unknown_weights_are_refused(vit_run: Path) -> None:
+    with pytest.raises(ValueError, match=r"which='pupil' is unknown; choose from \['student', 'teacher'\]"):
+        export_run([str(vit_run), "--to", "timm", "--which", "pupil"])
+
+
+def test_folder_of_other_files_is_not_touched(vit_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"is no export.*give an empty or new folder"):
+        export_run([str(vit_run), "--to", "timm", "--out", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_full_disk_is_told_before_anything_is_written(
+    vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match=r"0 MiB are free for .*: free space"):
+        export(last(vit_run), "timm", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_evaluation_is_told(vit_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoints").symlink_to(vit_run / "checkpoints")
+    (folder / "evaluation.json").write_text("{")
+    with pytest.raises(ValueError, match=r"evaluation\.json is no result of.*run that again, or delete"):
+        export_run([str(folder), "--to", "timm"])
+
+
+def test_command_exits_non_zero_when_nothing_is_proven(
+    vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(trained, folder):
+        raise NotProven("tokens differ")
+
+    monkeypatch.setitem(EXPORTERS, "timm", dataclasses.replace(EXPORTERS["timm"], prove=refuse))
+    arguments = [str(vit_run), "--out", str(tmp_path / "out"), "--to"]
+    assert main([*arguments, "timm"]) == 1
+    assert capsys.readouterr().err == "error: the export is not proven and was not kept: tokens differ\n"
+    assert main([*arguments, "onnx"]) == 1
+    assert capsys.readouterr().err.startswith("error: --to 'onnx' is unknown")
+    assert list(tmp_path.iterdir()) == []
+
+
+def spoil(path: Path, lose: bool = False) -> None:
+    """Change one weight matrix of a written file, or take it out."""
+    is_pickle = path.suffix == ".pth"
+    state = torch.load(path, weights_only=True)["model"] if is_pickle else load_file(path)
+    key = next(key for key, value in state.items() if value.ndim == 4)
+    value = state.pop(key)
+    if not lose:
+        state[key] = value.flip(0)
+    torch.save({"model": state}, path) if is_pickle else save_file(state, path)
