@@ -42,5 +42,5 @@ HEALTHCHECK --interval=10m --timeout=2m --start-period=1m \
     CMD python -c "import pretrain.config, torch; torch.ones(1, device='cuda' if torch.cuda.is_available() else 'cpu').item()"
 
 # tini forwards signals, so that a job that is asked to stop can write its checkpoint; any command may follow.
-ENTRYPOINT ["tini", "--"]
+ENTRYPOINT ["tini", "-s", "--"]
 CMD ["make", "help"]

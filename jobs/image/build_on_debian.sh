@@ -57,4 +57,4 @@ revision=$(git -C "$root" rev-parse HEAD 2>/dev/null || echo unknown)
 if (($# == 0)); then set -- make help; fi
 echo "[image 3/3] runs $* in it"
 container=$("${with_store[@]}" from --pull-never "localhost/$image")
-"${with_store[@]}" run --isolation chroot "$container" -- tini -- "$@"
+"${with_store[@]}" run --isolation chroot "$container" -- tini -s -- "$@"
