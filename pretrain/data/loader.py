@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import itertools
 import multiprocessing
+import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -212,12 +214,21 @@ def _unchanged(delivery: Delivery) -> Delivery:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread, and an allocator that keeps its memory: page faults cost as much as decoding."""
+    """One thread, an allocator that keeps its memory (page faults cost as much as decoding), and an end with
+    the trainer: torch's own watchdog sees only the fork server, which outlives a trainer that was killed."""
     torch.set_num_threads(1)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the largest that glibc takes
         mallopt(M_TRIM_THRESHOLD, 2**28)
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None, "only worker processes wait for the trainer's end"
+    trainer.join()
+    os._exit(1)
 
 
 def _check_division(run: Run, rank: int, world: int) -> None:

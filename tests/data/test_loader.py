@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import multiprocessing
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,6 +24,7 @@ from pretrain.data.faults import DataError
 from pretrain.data.loader import Loader
 from pretrain.objectives import Input, Objective, Target
 from tests.data.sets import good_set, sample, small_run, write_set, write_tokenizer
+from tests.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -283,8 +292,6 @@ def test_a_changed_shard_is_named_before_the_first_step(tmp_path: Path) -> None:
 
 
 def test_a_closed_loader_says_so_and_leaves_no_worker(folders: dict[str, Path]) -> None:
-    import multiprocessing
-
     loader = Loader(small_run(), folders, None, rank=0, world=1, workers=1)
     next(loader)
     assert len(multiprocessing.active_children()) == 1
@@ -292,3 +299,36 @@ def test_a_closed_loader_says_so_and_leaves_no_worker(folders: dict[str, Path]) 
     assert not multiprocessing.active_children()
     with pytest.raises(ValueError, match="the loader is closed"):
         next(loader)
+
+
+KILLED_TRAINER = """
+import os, pickle, signal, sys
+from pretrain.data.loader import Loader
+
+if __name__ == "__main__":
+    run, folders = pickle.load(open(sys.argv[1], "rb"))
+    loader = Loader(run, folders, None, rank=0, world=1, workers=1)
+    next(loader)
+    import multiprocessing
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_when_the_trainer_is_killed(tmp_path: Path, folders: dict[str, Path]) -> None:
+    run = small_run(data={"names": Source("category")})
+    (tmp_path / "job.pickle").write_bytes(pickle.dumps((run, {"names": folders["names"]})))
+    (tmp_path / "trainer.py").write_text(KILLED_TRAINER)
+    trainer = subprocess.run(
+        [sys.executable, tmp_path / "trainer.py", tmp_path / "job.pickle"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        timeout=120,
+    )
+    assert trainer.returncode == -signal.SIGKILL
+    (worker,) = map(int, trainer.stdout.split())
+    with contextlib.suppress(ProcessLookupError):  # ended already
+        ended = os.pidfd_open(worker)
+        assert select.select([ended], [], [], 20)[0], "the worker outlives its trainer by 20 seconds"
+        os.close(ended)
