@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -96,16 +97,16 @@ def test_bad_images_are_dropped_and_counted_by_reason_and_name(tmp_path):
     jpeg, png = _encoded("JPEG", size=(96, 96)), _encoded("PNG", size=(96, 96))
     broken = bytearray(png)
     broken[len(png) // 2] ^= 0xFF
-    bomb = _encoded("PNG", "L", size=(64, 64)).replace(
-        (64).to_bytes(4, "big") * 2, (60000).to_bytes(4, "big") * 2, 1
-    )
+    bomb = bytearray(_encoded("PNG", "L", size=(64, 64)))
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height in the header, with its checksum
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
     files = {
         "x/good.jpg": jpeg,
         "x/truncated.jpg": jpeg[: len(jpeg) // 2],
         "x/corrupt.png": bytes(broken),
         "x/text.png": b"this is no image at all",
         "x/empty.jpg": b"",
-        "x/bomb.png": bomb,
+        "x/bomb.png": bytes(bomb),
         "x/tiny.png": _encoded("PNG", size=(8, 200)),
         "x/animation.gif": _encoded("GIF"),
     }
