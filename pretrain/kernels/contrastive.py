@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pretrain.collectives import gather_rows, rank, sum_over_ranks, world_size
+from pretrain.collectives import gather_rows, rank, world_size
 
 CHUNK = 1024  # rows of the logits that live at once: 1024 x 40,000 float32 are 164 MB
 
