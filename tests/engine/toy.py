@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker, fork
-from pretrain.config import Balance, DataFacts, Optim, Run, Source, Teacher, Views
+from pretrain.config import Balance, DataFacts, Mask, Optim, Run, Source, Teacher, Views
 from pretrain.data.batch import Batch
 from pretrain.objectives import OBJECTIVES
 
@@ -29,7 +29,8 @@ def toy_run(**changes: Any) -> Run:
         data={"toy": Source("category")},
         batch=8,
         steps=10,
-        views=Views(size=32),
+        views=Views(size=16),
+        mask=Mask(patch=4),
         optim=Optim(lr=1e-2, warmup=2, clip=1.0),
         teacher=Teacher(0.9, 1.0),
         balance=Balance(decay=0.5),
@@ -72,16 +73,19 @@ class ToyPretrainer(nn.Module):
         self.student = ToyTowers(drop)
         self.decoder = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, batch: Batch, teacher: Callable, tracker: BalanceTracker) -> ToyLosses:
-        dtype = next(self.parameters()).dtype
-        images = batch.views.to(dtype) / 255
+    def losses(self, batch: Batch, teacher: Callable, split: Callable) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens, dense nats, category nats); `split` gives the tokens for either loss."""
+        images = batch.views.to(next(self.parameters()).dtype) / 255
         tokens = self.student(images[:, 0])
-        for_images, for_labels = fork(tokens, tracker)
+        for_images, for_labels = split(tokens)
         with torch.no_grad():
             z_y = teacher(images[:, 1]).float()
         dense = (self.decoder(for_images).float() - z_y).square().mean()
         logits = self.student.category(for_labels.mean(dim=1)).float()
-        category = F.cross_entropy(logits, batch.category)
+        return tokens, dense, F.cross_entropy(logits, batch.category)
+
+    def forward(self, batch: Batch, teacher: Callable, tracker: BalanceTracker) -> ToyLosses:
+        tokens, dense, category = self.losses(batch, teacher, lambda tokens: fork(tokens, tracker))
         return ToyLosses(
             dense + tracker.weight * category,
             {"dense": dense.detach(), "category": category.detach()},

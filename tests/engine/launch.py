@@ -1,0 +1,53 @@
+"""How does a test start ranks? As processes of their own on the loopback interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.paths import ROOT
+
+TIMEOUT = 420  # seconds; a launch takes about 20 of a free processor, most of them imports
+
+
+def launch(scenario: str, folder: Path, world: int = 2) -> dict[str, Any]:
+    """result.json of a scenario of ranks.py; AssertionError with the output when a rank fails."""
+    codes, output = start(scenario, folder, world)
+    assert codes == [0] * world, f"{scenario} ended with {codes}:\n{output}"
+    return json.loads((folder / "result.json").read_text())
+
+
+def start(scenario: str, folder: Path, world: int) -> tuple[list[int], str]:
+    """Exit codes by rank (minus the signal if killed) and the joint output."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = str(ROOT / "tests" / "engine" / "ranks.py")
+    log = folder / "output.txt"
+    with log.open("w") as file:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, script, scenario, str(folder)],
+                env=environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_PORT=port),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+            for r in range(world)
+        ]
+        try:
+            codes = [process.wait(TIMEOUT) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+    return codes, log.read_text()
+
+
+def environment(**added: str) -> dict[str, str]:
+    """Of a process that trains on the CPU with one thread."""
+    fixed = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | fixed | {"MASTER_ADDR": "127.0.0.1"} | added
