@@ -10,7 +10,7 @@ import numpy as np
 from pretrain.evaluate.probes import PROBES
 from pretrain.report.record import Record
 from pretrain.visualize.dumbbell import Measure, Move, dumbbells
-from pretrain.visualize.markup import Html, element, figure, table
+from pretrain.visualize.markup import Html, element, figure, key, table
 from pretrain.visualize.matrix import MAX_CELLS, accuracy_bars, confusion_matrix
 from pretrain.visualize.numbers import percent
 
@@ -68,14 +68,8 @@ def accuracies(record: Record) -> Html | None:
         for move in found
     ]
     head = ["held-out accuracy", "chance", "before", "after", "after / chance", "after / before"]
-    legend = element(
-        "p",
-        element("i", class_="key-before"), "before training ",
-        element("i", class_="key-after"), "after ",
-        element("i", class_="key-chance"), "chance ",
-        "— 95 % interval",
-        class_="legend",
-    )  # fmt: skip
+    signs = [("key-before", "before training"), ("key-after", "after"), ("key-chance", "chance")]
+    legend = key(*signs, ("key-interval", "95 % interval"))
     return element("div", legend, dumbbells(found), table(head, rows, "numbers"), _unmeasured(record))
 
 

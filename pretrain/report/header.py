@@ -178,7 +178,7 @@ def _losses(record: Record) -> Verdict:
         return Verdict(None, "Losses", "fewer than two logged steps")
     rose = sum(not f for f in fell)
     claim = "All losses fell" if not rose else f"{rose} of {len(fell)} losses did not fall"
-    return Verdict(not rose, claim, f"nats, mean of the first → of the last tenth: {', '.join(told)}")
+    return Verdict(not rose, claim, f"nats, first → last tenth of the run: {', '.join(told)}")
 
 
 def _complete(record: Record) -> list[Verdict]:

@@ -22,7 +22,7 @@ from pretrain.data.order import Order
 from pretrain.data.sources import Sources, open_sources
 from pretrain.data.text import Captions
 from pretrain.visualize.correspondence import landing, tinted_view
-from pretrain.visualize.markup import Child, Html, element, figure
+from pretrain.visualize.markup import Child, Html, element, figure, key
 from pretrain.visualize.picture import Outline, mask_picture, outlined, pixels
 
 VIEW_COLOURS = ("var(--image_same)", "var(--image_other)")  # of view 1 and view 2
@@ -204,7 +204,7 @@ def legend(run: Run) -> Html:
     targets = run.objective.targets.items()
     same = ", ".join(name for name, target in targets if target.kind == "dense" and target.view == "same")
     other = ", ".join(name for name, target in targets if target.view == "other")
-    parts: list[Child] = [_swatch(0), f"view 1: the input{f', and the target of {same}' if same else ''}"]
+    items = [("swatch view1", f"view 1: the input{f', and the target of {same}' if same else ''}")]
     if other:
-        parts += [_swatch(1), f"view 2: the target of {other}"]
-    return element("p", parts, element("span", "⇄ flipped"), class_="legend")
+        items.append(("swatch view2", f"view 2: the target of {other}"))
+    return key(*items, ("", "⇄ flipped"))

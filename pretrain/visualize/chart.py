@@ -12,7 +12,7 @@ from pretrain.visualize.markup import Html, element
 from pretrain.visualize.numbers import significant
 
 SIZES = {"narrow": (344, 190), "wide": (526, 220)}  # user units, about one CSS pixel each on a wide screen
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 32  # margins
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 32  # margins
 MAX_BINS = 300  # points of one line; longer series show the extremes of each bin
 SMOOTHED = 12  # a smoothed value looks at 1 / SMOOTHED of the series
 

@@ -11,9 +11,7 @@ from pretrain.data.geometry import relative_positions
 from pretrain.visualize.markup import Html, element
 from pretrain.visualize.picture import Outline, data_uri, outlined
 
-CORNERS = np.array(
-    [[[230, 159, 0], [0, 114, 178]], [[170, 51, 119], [0, 158, 115]]]
-)  # RGB: top row, bottom row
+CORNERS = np.array([[[230, 159, 0], [0, 90, 181]], [[190, 40, 130], [90, 214, 190]]])  # RGB by row, column
 
 
 def landing_cells(

@@ -36,7 +36,8 @@ def dumbbells(moves: Sequence[Move]) -> Html:
     for tenth in range(0, 11, 2):
         x = _x(tenth / 10)
         parts.append(element("line", x1=x, x2=x, y1=HEAD, y2=base, class_="grid"))
-        parts.append(element("text", f"{10 * tenth} %", x=x, y=base + 22, text_anchor="middle"))
+        anchor = {0: "start", 10: "end"}.get(tenth, "middle")
+        parts.append(element("text", f"{10 * tenth} %", x=x, y=base + 22, text_anchor=anchor))
     for place, move in enumerate(moves):
         parts += _row(move, HEAD + ROW * (place + 0.68))
     said = "; ".join(_said(move) for move in moves)

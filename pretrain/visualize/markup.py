@@ -58,6 +58,15 @@ def figure(content: Child, caption: Child, class_: str = "") -> Html:
     return element("figure", content, element("figcaption", caption), class_=class_ or None)
 
 
+def key(*items: tuple[str, str]) -> Html:
+    """A legend: (class of a sign, what it stands for); an item with class "" has no sign."""
+    return element(
+        "p",
+        [element("span", element("i", class_=sign) if sign else None, " ", text) for sign, text in items],
+        class_="legend",
+    )
+
+
 def table(head: Iterable[Child], rows: Iterable[Iterable[Child]], class_: str = "") -> Html:
     """A table whose first column names the row; wide ones scroll inside their frame."""
     body = [

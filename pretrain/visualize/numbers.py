@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+TIE = "\u00a0"  # a space at which no line breaks
+
 
 def significant(value: float, digits: int = 3) -> str:
     """`value` to `digits` significant digits without a useless tail: 0.0417, 1.3, 12, 4.2e-06, 84,000."""
@@ -21,17 +23,17 @@ def significant(value: float, digits: int = 3) -> str:
 
 def percent(fraction: float, digits: int = 1) -> str:
     """A fraction in percent: 0.417 -> 41.7 %."""
-    return f"{100 * fraction:.{digits}f} %"
+    return f"{100 * fraction:.{digits}f}{TIE}%"
 
 
 def duration(seconds: float) -> str:
     """Seconds as a reader says them: 42 s, 6 min 20 s, 3 h 05 min."""
     seconds = round(seconds)
     if seconds < 60:
-        return f"{seconds} s"
+        return f"{seconds}{TIE}s"
     if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+        return f"{seconds // 60}{TIE}min {seconds % 60:02d}{TIE}s"
+    return f"{seconds // 3600}{TIE}h {seconds % 3600 // 60:02d}{TIE}min"
 
 
 def magnitude(count: float) -> str:

@@ -1,0 +1,187 @@
+"""Is the page whole, self-contained and honest about what is missing?"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from pretrain.report.__main__ import main, named_folders
+from pretrain.report.record import read_record
+from tests.report.conftest import CATEGORIES, small_run
+from tests.report.fake_run import write_checkpoint, write_log
+
+SECTIONS = ["verdict", "accuracy", "curves", "pairs", "features", "neighbours"]
+SECTIONS += ["confusion", "zero-shot", "data", "recipe", "environment"]
+VOID = {"img", "br", "meta", "hr", "col"}
+
+
+class Reader(HTMLParser):
+    """Collects elements and checks that every one is closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.missing: list[str] = []
+        self._in_missing = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._in_missing = dict(attrs).get("class") == "missing"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self._in_missing:
+            self.missing.append(data)
+        self._in_missing = False
+
+
+def read(path: Path) -> tuple[str, Reader]:
+    text = path.read_text()
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open == []
+    return text, reader
+
+
+@pytest.fixture(scope="module")
+def page(run_folder: Path) -> tuple[str, Reader]:
+    return read(main([str(run_folder), "--candidates", "12"]))
+
+
+def test_page_needs_nothing_outside_itself(page: tuple[str, Reader]) -> None:
+    text, reader = page
+    for tag, attributes in reader.elements:
+        assert tag not in ("script", "link", "iframe", "object", "embed")
+        for name in ("src", "href"):
+            value = attributes.get(name) or "#"
+            assert value.startswith(("#", "data:image/")), f"{tag} {name}={value[:60]}"
+    assert "url(" not in text and "@import" not in text
+
+
+def test_every_section_is_present_and_filled(page: tuple[str, Reader]) -> None:
+    _, reader = page
+    ids = [attributes["id"] for tag, attributes in reader.elements if tag == "section"]
+    assert ids == SECTIONS
+    assert reader.missing == []
+
+
+def test_page_stays_small(page: tuple[str, Reader]) -> None:
+    assert len(page[0]) < 3 * 2**20
+
+
+def test_every_picture_has_words(page: tuple[str, Reader]) -> None:
+    _, reader = page
+    pictures = [
+        attributes.get("alt") or attributes.get("aria-label")
+        for tag, attributes in reader.elements
+        if tag in ("img", "svg")
+    ]
+    assert len(pictures) > 40
+    assert all(pictures)
+
+
+def test_headings_descend_in_order(page: tuple[str, Reader]) -> None:
+    levels = [int(tag[1]) for tag, _ in page[1].elements if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_curves_hold_every_loss_of_the_log(run_folder: Path, page: tuple[str, Reader]) -> None:
+    record = read_record(run_folder, {})
+    labels = [attributes.get("aria-label") or "" for _, attributes in page[1].elements]
+    for name in record.names("nats"):
+        assert any(label.startswith(f"{name} over steps; at the end {name}") for label in labels), name
+
+
+def test_hostile_caption_stays_text(page: tuple[str, Reader]) -> None:
+    text, _ = page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &quot;quotes&quot;" in text
+    assert "<script" not in text
+
+
+def test_empty_run_names_what_to_run(run_folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(run_folder / "recipe.json", bare)
+    _, reader = read(main([str(bare)]))
+    told = " ".join(reader.missing)
+    assert "python -m pretrain.evaluate" in told
+    assert "--data captioned=DIR labelled=DIR" in told
+    assert "log.jsonl" in told and "checkpoint" in told
+
+
+def test_single_checkpoint_without_text_or_evaluation_works(data: Path, tmp_path: Path) -> None:
+    from pretrain.config import DataFacts
+
+    run, folder = small_run(), tmp_path / "one"
+    folder.mkdir()
+    (folder / "recipe.json").write_text(run.to_json())
+    write_log(folder, run, 1)
+    write_checkpoint(folder, run, DataFacts(CATEGORIES, 0), 0)
+    arguments = [str(folder), "--heldout", str(data / "heldout"), "--candidates", "5"]
+    arguments += ["--data", f"labelled={data / 'train'}", f"captioned={data / 'train'}"]
+    text, reader = read(main(arguments))
+    assert "before training" in text
+    assert any("no text source" in told for told in reader.missing)
+
+
+def test_half_written_log_line_is_skipped(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text((run_folder / "recipe.json").read_text())
+    lines = (run_folder / "log.jsonl").read_text().splitlines()
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines[:3], lines[3][:40]]))
+    record = read_record(tmp_path, {})
+    assert [line["step"] for line in record.log] == [1, 2, 3]
+    assert record.num_broken_lines == 1
+
+
+def test_bad_input_names_the_remedy(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="--out folder of a pre-training run"):
+        main([str(tmp_path / "nowhere")])
+    with pytest.raises(FileNotFoundError, match=r"recipe\.json is missing"):
+        main([str(tmp_path)])
+    with pytest.raises(ValueError, match="must read NAME=DIR"):
+        named_folders(["scenes"])
+    with pytest.raises(ValueError, match="use these names"):
+        main([str(run_folder), "--data", f"nobody={tmp_path}"])
+    with pytest.raises(FileNotFoundError, match="leave the option out"):
+        main([str(run_folder), "--heldout", str(tmp_path / "nowhere")])
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    shutil.copy(run_folder / "recipe.json", broken)
+    (broken / "evaluation.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        main([str(broken)])
+
+
+def test_named_folder_overrides_the_recorded_one(run_folder: Path, data: Path) -> None:
+    recorded = read_record(run_folder, {}).data
+    assert recorded == dict.fromkeys(recorded, data / "train")
+    changed = read_record(run_folder, {"labelled": data / "heldout"}).data
+    assert changed == {**recorded, "labelled": data / "heldout"}
+
+
+def test_verdict_fails_on_collapse_and_rising_loss(run_folder: Path, tmp_path: Path) -> None:
+    from pretrain.report.header import verdicts
+
+    (tmp_path / "recipe.json").write_text((run_folder / "recipe.json").read_text())
+    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["diagnostics"]["std_teacher"] = 0.001
+        line["nats"]["text"] = line["step"]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    told = {verdict.claim: verdict.holds for verdict in verdicts(read_record(tmp_path, {}))}
+    assert told["Features collapsed"] is False
+    assert told["1 of 4 losses did not fall"] is False
+    assert told["Evaluation"] is None
