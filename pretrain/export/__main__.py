@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pretrain.config import Run
 from pretrain.evaluate.checkpoints import find_checkpoint
-from pretrain.export.agreement import NotProven
+from pretrain.export.agreement import NotProven, summary
 from pretrain.export.formats import EXPORTERS, Exported, check_target, choose, export
 from pretrain.export.trained import read_trained
 
@@ -40,8 +40,8 @@ def export_run(arguments: list[str] | None = None) -> Exported:
     exported = export(trained, options.to, folder)
     for file, told in exported.keys.items():
         print(f"{file}: {told}")
-    for agreement in exported.proof:
-        print(f"proven: {agreement}")
+    for line in summary(exported.proof):
+        print(f"proven: {line}")
     print(f"written to {exported.folder}; every tensor by name in keys.json")
     return exported
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pretrain import provenance
 from pretrain.evaluate.result import table
-from pretrain.export.agreement import Agreement
+from pretrain.export.agreement import Agreement, summary
 from pretrain.export.keys import Keys
 from pretrain.export.trained import Trained
 
@@ -23,10 +23,10 @@ def text(trained: Trained, name: str, keys: dict[str, Keys], proof: list[Agreeme
         "Training": _training(trained),
         "Data": _data(trained),
         "Evaluation": _evaluation(trained),
-        "Files and tensors": "\n".join(f"- `{file}`: {told}" for file, told in keys.items())
+        "Files and tensors": _list([f"`{file}`: {told}" for file, told in keys.items()])
         + "\n\nEvery tensor by name: `keys.json`.",
         "Proof": "The files were loaded strictly into fresh models and compared with the towers they came from, on "
-        f"random images, in float32:\n\n{_proof(proof)}",
+        f"random images, in float32:\n\n{_list(summary(proof))}",
         "Licence": _licence(),
     }
     blocks = [
@@ -34,6 +34,10 @@ def text(trained: Trained, name: str, keys: dict[str, Keys], proof: list[Agreeme
         for index, (title, body) in enumerate(sections.items())
     ]
     return "\n".join(blocks)
+
+
+def _list(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _summary(trained: Trained) -> str:
@@ -62,30 +66,29 @@ def _training(trained: Trained) -> str:
     run, optim, state = trained.run, trained.run.optim, trained.state
     commits = f"{state.get('commit') or 'unknown'}; of export: {provenance.commit() or 'unknown'}"
     versions = ", ".join(f"{name} {version}" for name, version in state.get("versions", {}).items())
-    return "\n".join(
-        (
-            f"- objective: input {run.objective.input}, targets {', '.join(run.objective.targets)}",
-            f"- global batch: {run.batch} images; images read: {state['position']:,}",
-            f"- AdamW, peak learning rate {optim.lr}, weight decay {optim.weight_decay}, betas {optim.betas}",
-            f"- commit of training: {commits}",
-            f"- versions: {versions or 'unknown'}",
-        )
+    return _list(
+        [
+            f"objective: input {run.objective.input}, targets {', '.join(run.objective.targets)}",
+            f"global batch: {run.batch} images; images read: {state['position']:,}",
+            f"AdamW, peak learning rate {optim.lr}, weight decay {optim.weight_decay}, betas {optim.betas}",
+            f"commit of training: {commits}",
+            f"versions: {versions or 'unknown'}",
+        ]
     )
 
 
 def _data(trained: Trained) -> str:
-    lines = [
-        f"- `{name}`: supervision {source.supervision}, weight {source.weight:g}"
-        for name, source in trained.run.data.items()
-    ]
-    facts = trained.facts
+    facts, lines = trained.facts, []
+    for name, source in trained.run.data.items():
+        count = trained.num_samples.get(name)
+        known = "number of samples unknown" if count is None else f"{count:,} samples"
+        lines.append(f"`{name}`: {known}, supervision {source.supervision}, weight {source.weight:g}")
     lines.append(
-        f"- categories: {len(facts.categories)}; vocabulary of the captions: {facts.vocab_size} tokens"
+        f"categories: {len(facts.categories)}; vocabulary of the captions: {facts.vocab_size} tokens"
     )
-    if trained.evaluation is not None:
-        for split, data in trained.evaluation["data"].items():
-            lines.append(f"- evaluated with {split}: `{data['name']}`, {data['num_samples']:,} samples")
-    return "\n".join(lines)
+    for split, data in (trained.evaluation or {"data": {}})["data"].items():
+        lines.append(f"evaluated with {split}: `{data['name']}`, {data['num_samples']:,} samples")
+    return _list(lines)
 
 
 def _evaluation(trained: Trained) -> str:
@@ -94,10 +97,6 @@ def _evaluation(trained: Trained) -> str:
         return "Not evaluated at this checkpoint: `python -m pretrain.evaluate RUN --data DIR`, then export again."
     made = ", ".join(str(evaluation.get(key)) for key in ("hardware", "date", "commit"))
     return f"Of the teacher, with 95 % intervals ({made}):\n\n```\n{table(evaluation)}\n```"
-
-
-def _proof(proof: list[Agreement]) -> str:
-    return "\n".join(f"- {agreement}" for agreement in proof)
 
 
 def _licence() -> str:

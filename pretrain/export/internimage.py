@@ -80,7 +80,7 @@ def prove(trained: Trained, folder: Path) -> list[Agreement]:
         for size in sizes:
             images = random_images(size)
             ours, theirs = our_outputs(trained, images), published_outputs(model, images)
-            agreements += [compare(f"{name}: {key}", size, ours[key], theirs[key]) for key in theirs]
+            agreements += [compare(name, key, size, ours[key], theirs[key]) for key in theirs]
     return agreements
 
 

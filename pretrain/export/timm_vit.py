@@ -96,8 +96,8 @@ def prove(trained: Trained, folder: Path) -> list[Agreement]:
         images = random_images(size)
         ours = trained.towers(images)
         theirs = model.forward_features(images)[:, model.num_prefix_tokens :]
-        agreements.append(compare("tokens", size, ours, theirs))
-        agreements.append(compare("pooled features", size, ours.mean(dim=1), model(images)))
+        agreements.append(compare(WEIGHTS, "tokens", size, ours, theirs))
+        agreements.append(compare(WEIGHTS, "pooled features", size, ours.mean(dim=1), model(images)))
     return agreements
 
 

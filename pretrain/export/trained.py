@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.schema import MANIFEST_NAME, Manifest
 from pretrain.checkpoint import load_towers
 from pretrain.config import DataFacts, Run
 from pretrain.pretrainer import Towers
@@ -21,6 +22,7 @@ class Trained:
     step: str  # name of the checkpoint, "step_000400"
     state: dict[str, Any]  # state.json of the checkpoint: step, position, commit, versions
     evaluation: dict[str, Any] | None  # what `python -m pretrain.evaluate` found for this checkpoint
+    num_samples: dict[str, int]  # by source, of those whose data sets are still where the run read them
 
     @property
     def num_bytes(self) -> int:
@@ -34,7 +36,16 @@ def read_trained(run_folder: Path, step_folder: Path, which: str) -> Trained:
     evaluation = read_evaluation(run_folder / "evaluation.json") if which == "teacher" else None
     if evaluation is not None and step_folder.name not in evaluation["checkpoints"]:
         evaluation = None  # of an earlier checkpoint of the same run
-    return Trained(run, facts, towers, which, step_folder.name, state, evaluation)
+    return Trained(
+        run,
+        facts,
+        towers,
+        which,
+        step_folder.name,
+        state,
+        evaluation,
+        count_samples(run_folder / "data.json"),
+    )
 
 
 def read_evaluation(path: Path) -> dict[str, Any] | None:
@@ -49,3 +60,10 @@ def read_evaluation(path: Path) -> dict[str, Any] | None:
             f"{path} is no result of `python -m pretrain.evaluate` ({error!r}): run that again, or delete the file"
         ) from error
     return evaluation
+
+
+def count_samples(path: Path) -> dict[str, int]:
+    """Samples of the data sets that data.json of a run names ({source: folder}), where they still are."""
+    folders = json.loads(path.read_text()) if path.is_file() else {}
+    present = {name: folder for name, folder in folders.items() if (Path(folder) / MANIFEST_NAME).is_file()}
+    return {name: Manifest.read(folder).num_samples for name, folder in present.items()}

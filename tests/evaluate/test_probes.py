@@ -12,8 +12,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
+from pretrain.config import DataFacts
 from pretrain.evaluate import knn, linear, zero_shot
 from pretrain.evaluate.accuracy import confusion_counts, score, wilson
+from pretrain.evaluate.features import Features
+from pretrain.evaluate.probes import PROBES, Evidence, measure
+from pretrain.evaluate.zero_shot import PROMPTS
 
 NUM_CATEGORIES = 6
 
@@ -125,10 +129,45 @@ def test_class_vectors_are_the_mean_of_every_prompt_of_their_class() -> None:
     names = ("red_fish", "arrow", "hourglass")
     found = zero_shot.class_vectors(names, encode, embed)
     for row, words in zip(found, ("a red fish", "an arrow", "an hourglass"), strict=True):
-        vectors = [
-            embed(encode(p.format(words))[0][None], torch.tensor([[True]]))[0] for p in zero_shot.PROMPTS
-        ]
+        vectors = [embed(encode(p.format(words))[0][None], torch.tensor([[True]]))[0] for p in PROMPTS]
         torch.testing.assert_close(row, F.normalize(torch.stack(vectors).mean(0), dim=0))
+
+
+def test_planted_features_are_found_by_every_probe() -> None:
+    names = ("red", "green", "blue")
+    captions = [f"a {name} thing" for name in names]
+    words = {
+        prompt.format(zero_shot.describe(name)): row for row, name in enumerate(names) for prompt in PROMPTS
+    }
+    numbers = words | {caption: row for row, caption in enumerate(captions)}
+
+    def encode(caption: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([numbers[caption]]), torch.tensor([True])
+
+    labels = torch.arange(30) % 3
+    vectors = torch.eye(3)[labels]
+    planted = Features(
+        tokens=vectors,
+        embedding=vectors,
+        projected=vectors,
+        classified=2 - labels,  # the run numbers the same names backwards
+        labels=labels,
+        captions=[captions[label] for label in labels],
+        index=torch.arange(30),
+        dropped={},
+    )
+    evidence = Evidence(
+        train=planted,
+        heldout=planted,
+        categories=names,
+        facts=DataFacts(categories=tuple(reversed(names)), vocab_size=9),
+        k=3,
+        encode=encode,
+        embed=lambda tokens, token_mask: torch.eye(3)[tokens[:, 0]],
+    )
+    rows = {name: outcome.record for name, outcome in measure(evidence).items()}
+    assert {name: row["accuracy"] for name, row in rows.items()} == dict.fromkeys(PROBES, 1.0)
+    assert rows["retrieval_image"]["chance"] == pytest.approx(1 / 3)  # a third of the captions are the same
 
 
 def test_retrieval_counts_equal_captions_for_each_other() -> None:

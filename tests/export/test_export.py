@@ -16,6 +16,8 @@ from pretrain.export.__main__ import export_run, main
 from pretrain.export.agreement import NotProven, compare
 from pretrain.export.formats import EXPORTERS, export
 from pretrain.export.keys import Keys
+from pretrain.export.trained import count_samples
+from tests.evaluate.sets import COLORS, write_set
 from tests.export.conftest import last
 
 
@@ -28,7 +30,10 @@ def test_command_writes_files_card_and_keys(vit_run: Path, capsys: pytest.Captur
         "keys.json",
         "model.safetensors",
     }
-    assert "proven: tokens at 64 px: cosine >= 1.0000000" in capsys.readouterr().out
+    assert (
+        "proven: model.safetensors at 64 px: tokens, pooled features: cosine >= 1.0000000"
+        in capsys.readouterr().out
+    )
 
 
 def test_keys_tell_of_every_tensor_of_the_towers(internimage_run: Path, tmp_path: Path) -> None:
@@ -105,13 +110,13 @@ def test_earlier_export_survives_one_that_is_not_proven(
 def test_not_a_number_is_not_agreement() -> None:
     ours = torch.ones(2, 4)
     with pytest.raises(NotProven, match="nan"):
-        compare("tokens", 64, ours, torch.full((2, 4), float("nan")))
+        compare("file", "tokens", 64, ours, torch.full((2, 4), float("nan")))
 
 
 def test_a_multiple_of_the_features_is_not_agreement() -> None:
     ours = torch.randn(2, 4)
     with pytest.raises(NotProven, match="difference"):
-        compare("tokens", 64, ours, 2 * ours)
+        compare("file", "tokens", 64, ours, 2 * ours)
 
 
 def test_a_tensor_that_is_not_told_of_is_an_error() -> None:
@@ -127,6 +132,7 @@ def test_card_says_what_was_trained_and_measured(vit_run: Path, tmp_path: Path) 
             "checkpoints": {"step_000003": dict.fromkeys(PROBES, row)},
             "data": {"heldout": {"name": "scenes", "num_samples": 1000}},
         },
+        num_samples={"imagenet1k": 1_281_167},
     )
     export(trained, "timm", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -136,7 +142,7 @@ def test_card_says_what_was_trained_and_measured(vit_run: Path, tmp_path: Path) 
         "64 x 64 pixels",
         "mean: [0.485, 0.456, 0.406]",
         "[123.675, 116.28, 103.53]",
-        "`imagenet1k`: supervision category",
+        "`imagenet1k`: 1,281,167 samples, supervision category",
         "categories: 5",
         "heldout: `scenes`, 1,000 samples",
         "50.0 [40.0, 60.0]",
@@ -145,6 +151,14 @@ def test_card_says_what_was_trained_and_measured(vit_run: Path, tmp_path: Path) 
         "## Licence",
     ):
         assert fact in card, fact
+
+
+def test_samples_are_counted_where_the_data_still_is(tmp_path: Path) -> None:
+    write_set(tmp_path / "colors", "train", 3, text=False)
+    place = tmp_path / "data.json"
+    assert count_samples(place) == {}
+    place.write_text(json.dumps({"here": str(tmp_path / "colors"), "gone": str(tmp_path / "gone")}))
+    assert count_samples(place) == {"here": 3 * len(COLORS)}
 
 
 def test_card_says_when_nothing_was_evaluated(vit_run: Path, tmp_path: Path) -> None:
