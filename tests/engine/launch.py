@@ -15,14 +15,14 @@ from tests.paths import ROOT
 TIMEOUT = 420  # seconds; a launch takes about 20 of a free processor, most of them imports
 
 
-def launch(scenario: str, folder: Path, world: int = 2) -> dict[str, Any]:
-    """result.json of a scenario of ranks.py; AssertionError with the output when a rank fails."""
-    codes, output = start(scenario, folder, world)
-    assert codes == [0] * world, f"{scenario} ended with {codes}:\n{output}"
+def launch(folder: Path, *scenarios: str, world: int = 2) -> dict[str, Any]:
+    """result.json of scenarios of ranks.py; AssertionError with the output when a rank fails."""
+    codes, output = start(folder, *scenarios, world=world)
+    assert codes == [0] * world, f"{scenarios} ended with {codes}:\n{output}"
     return json.loads((folder / "result.json").read_text())
 
 
-def start(scenario: str, folder: Path, world: int) -> tuple[list[int], str]:
+def start(folder: Path, *scenarios: str, world: int) -> tuple[list[int], str]:
     """Exit codes by rank (minus the signal if killed) and the joint output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -32,7 +32,7 @@ def start(scenario: str, folder: Path, world: int) -> tuple[list[int], str]:
     with log.open("w") as file:
         processes = [
             subprocess.Popen(
-                [sys.executable, script, scenario, str(folder)],
+                [sys.executable, script, str(folder), *scenarios],
                 env=environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_PORT=port),
                 stdout=file,
                 stderr=subprocess.STDOUT,

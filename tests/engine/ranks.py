@@ -1,6 +1,6 @@
-"""What does one rank of a test do? `python ranks.py SCENARIO FOLDER` under RANK, WORLD_SIZE, ...; launched by tests.
+"""What does one rank of a test do? `python ranks.py FOLDER SCENARIO ...` under RANK, WORLD_SIZE and so on.
 
-Rank 0 leaves FOLDER/result.json, from which the test draws its conclusions.
+Rank 0 leaves FOLDER/result.json, one entry a scenario, from which the tests draw their conclusions.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ SCENARIOS = {
 if __name__ == "__main__":
     torch.set_num_threads(1)
     start_distributed()
-    outcome = SCENARIOS[sys.argv[1]](Path(sys.argv[2]))
+    place, *names = sys.argv[1:]
+    outcome = {name: SCENARIOS[name](Path(place) / name) for name in names}
     if rank() == 0:
-        (Path(sys.argv[2]) / "result.json").write_text(json.dumps(outcome))
+        (Path(place) / "result.json").write_text(json.dumps(outcome))

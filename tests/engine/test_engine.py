@@ -19,8 +19,15 @@ TOLERANCE = 1e-4  # float32 sums in another order, through five AdamW steps
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch("compare_stages", tmp_path_factory.mktemp("stages"))
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One launch of two ranks for all claims: most of its time is imports."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return launch(folder, "compare_stages", "average_in_bfloat16", "stop_and_resume")
+
+
+@pytest.fixture(scope="module")
+def stages(ranks: dict[str, Any]) -> dict[str, Any]:
+    return ranks["compare_stages"]
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +92,14 @@ def test_teacher_file_is_the_teacher(stages: dict[str, Any], variant: str) -> No
     torch.testing.assert_close(answer, teacher(probe).flatten(), rtol=0, atol=1e-6)  # the same numbers
 
 
-def test_average_follows_float32_weights_in_bfloat16(tmp_path: Path) -> None:
-    for variant, found in launch("average_in_bfloat16", tmp_path).items():
+def test_average_follows_float32_weights_in_bfloat16(ranks: dict[str, Any]) -> None:
+    for variant, found in ranks["average_in_bfloat16"].items():
         assert found["dtype"] == "torch.bfloat16", variant
         assert found["moved"] > 1e-6, f"{variant}: nothing to follow"
         assert found["error"] < 1e-6, f"{variant}: ten roundings of float32 weights below 1 stay under 1e-6"
         assert found["naive_error"] > 100 * found["error"], f"{variant}: an average in bfloat16 would do"
 
 
-def test_resume_equals_uninterrupted(tmp_path: Path) -> None:
-    for variant, curves in launch("stop_and_resume", tmp_path).items():
+def test_resume_equals_uninterrupted(ranks: dict[str, Any]) -> None:
+    for variant, curves in ranks["stop_and_resume"].items():
         assert curves["resumed"] == curves["straight"], variant

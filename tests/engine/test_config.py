@@ -1,0 +1,66 @@
+"""Is a ds config that decides more or less than memory and communication refused?"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.engine import RECIPE_OWNS, check_config, is_fast_in_bfloat16, resolve_config, teacher_config
+from tests.engine.toy import toy_run
+from tests.paths import ROOT
+
+GOOD: dict[str, Any] = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}
+FILES = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("key", RECIPE_OWNS)
+def test_a_number_of_the_recipe_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key}=3 .* decided by the recipe: delete it"):
+        check_config(GOOD | {key: 3}, toy_run(), 1)
+
+
+def test_a_key_that_nothing_uses_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'zero_optimisation' .* not used; choose from .*zero_optimization"):
+        check_config(GOOD | {"zero_optimisation": {}}, toy_run(), 1)
+
+
+@pytest.mark.parametrize("stage", [None, 0, 4])
+def test_other_stages_are_refused(stage: int | None) -> None:
+    with pytest.raises(ValueError, match=f"stage={stage} .* must be 1, 2 or 3"):
+        check_config({"zero_optimization": {"stage": stage}}, toy_run(), 1)
+
+
+def test_a_precision_that_is_no_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"bf16.enabled='yes' .* must be true, false or"):
+        check_config(GOOD | {"bf16": {"enabled": "yes"}}, toy_run(), 1)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does() -> None:
+    with pytest.raises(ValueError, match=r"batch=8 must be a multiple of 6 .* set --batch 12"):
+        check_config(GOOD, toy_run(), 3)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_file_resolves_to_what_deepspeed_needs(file: Any) -> None:
+    config, line = resolve_config(json.loads(file.read_text()), toy_run(), torch.device("cpu"))
+    assert config["gradient_clipping"] == 1.0
+    assert config["train_micro_batch_size_per_gpu"] == 8
+    assert config["bf16"]["enabled"] is is_fast_in_bfloat16(torch.device("cpu"))[0]
+    assert f"ZeRO-{config['zero_optimization']['stage']}" in line
+
+
+def test_clipping_of_zero_is_said_because_deepspeed_clips_at_one() -> None:
+    run = toy_run()
+    run = type(run)(**{**vars(run), "optim": type(run.optim)(warmup=2, clip=0.0)})
+    assert resolve_config(GOOD, run, torch.device("cpu"))[0]["gradient_clipping"] == 0.0
+
+
+def test_no_weight_of_the_teacher_stays_resident() -> None:
+    config, _ = resolve_config(json.loads(FILES[-1].read_text()), toy_run(), torch.device("cpu"))
+    zero = teacher_config(config)["zero_optimization"]
+    assert zero["stage3_param_persistence_threshold"] == 0
+    assert zero["stage3_max_reuse_distance"] == 0
+    assert "offload_optimizer" not in zero

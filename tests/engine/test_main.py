@@ -1,0 +1,120 @@
+"""Does the command line refuse what cannot be right at once, and go on after a kill as if there had been none?"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain import recipes
+from pretrain.main import MISTAKE, main, parse
+from tests.engine.launch import TIMEOUT, environment
+from tests.paths import ROOT
+
+SOURCES = ["labelled=a", "captioned=b"]
+GOOD = ["--recipe", "m3i.demo", "--data", *SOURCES, "--out", "out"]
+
+
+def test_overrides_are_typed_and_nested() -> None:
+    run, paths = parse([*GOOD, "--optim.lr", "3e-4", "--data.labelled.weight", "2", "--local_rank=0"])
+    assert run.optim.lr == 3e-4
+    assert run.data["labelled"].weight == 2
+    assert run.decoder == recipes.load("m3i.demo").decoder
+    assert paths.data == {"labelled": Path("a"), "captioned": Path("b")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optim.lrr", "1"], "--optim.lr"),  # the remedy: the option that was meant
+        (["--optim.lr", "fast"], "fast"),
+        (["--optim.lr", "-1"], "optim.lr=-1.0 must be positive"),
+        (["--recipe", "m3i.dmo"], "recipe='m3i.dmo' is unknown; choose from ['m3i.vit_b16'"),
+        (["--data", "labelled"], "--data 'labelled' must look like NAME=DIR"),
+        (["--data", "labelled=a"], "recipe m3i.demo has the sources ['captioned', 'labelled']: give"),
+        (["--ds-config", "no.json"], "--ds-config no.json is no file; choose one of"),
+        (["--workers", "-1"], "--workers -1 must not be negative"),
+    ],
+)
+def test_a_mistake_is_told_with_its_remedy(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main([*GOOD, *arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == MISTAKE
+    printed = capsys.readouterr()
+    assert message in " ".join((printed.out + printed.err).replace("│", " ").split())
+
+
+def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        main([*GOOD, "--optim.lrr", "1"])
+    assert main([*GOOD, "--workers", "-1"]) == MISTAKE
+    printed = capsys.readouterr()
+    assert printed.out + printed.err == ""
+
+
+def test_mistakes_are_told_before_torch_is_loaded() -> None:
+    code = (
+        "import sys; from pretrain.main import main; sys.exit(main(sys.argv[1:]) + ('torch' in sys.modules))"
+    )
+    command = [sys.executable, "-c", code, *GOOD, "--workers", "-1"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == MISTAKE
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    build = [sys.executable, "-m", "data_prep", "build", "scenes", "--out", str(folder)]
+    small = ["--count", "64", "--size", "64", "--workers", "1"]
+    subprocess.run([*build, *small], cwd=ROOT, check=True, capture_output=True)
+    return folder / "train"
+
+
+def _command(scenes: Path, out: Path, *more: str) -> list[str]:
+    data = [f"labelled={scenes}", f"captioned={scenes}"]
+    small = "--batch 4 --steps 6 --save_every 2 --log_every 1 --optim.warmup 1 --backbone.drop_path 0.5"
+    start = [sys.executable, str(ROOT / "pretrain" / "main.py"), "--recipe", "m3i.demo", "--out", str(out)]
+    return [*start, "--data", *data, *small.split(), *more]
+
+
+def _run(command: list[str], kill_after: str | None = None) -> tuple[int, str]:
+    """Exit code and output; SIGKILL as soon as a line with `kill_after` is printed."""
+    lines = []
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if kill_after is not None and kill_after in line:
+                process.send_signal(signal.SIGKILL)
+        return process.wait(TIMEOUT), "".join(lines)
+
+
+def _curve(out: Path) -> list[tuple[int, dict[str, float]]]:
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(r["step"], r["nats"] | {"lambda": r["lambda"], "grad_norm": r["grad_norm"]}) for r in records]
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(scenes: Path, tmp_path: Path) -> None:
+    code, output = _run(_command(scenes, tmp_path / "straight"))
+    assert code == 0, output
+    code, output = _run(_command(scenes, tmp_path / "killed"), kill_after="step 5/6")
+    assert code == -signal.SIGKILL, output
+    code, output = _run(_command(scenes, tmp_path / "killed"))
+    assert code == 0, output
+    assert "step_000004" in output
+    assert _curve(tmp_path / "killed") == _curve(tmp_path / "straight")
+
+    code, output = _run(_command(scenes, tmp_path / "killed", "--optim.lr", "0.5"))
+    assert code == 1
+    assert "run.optim.lr was 0.0015, is 0.5. Go on with the same" in output
+    assert "Traceback" not in output

@@ -1,0 +1,74 @@
+"""Does the log hold what was, once, and stop a run whose losses are not finite?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.balance import BalanceTracker
+from pretrain.monitor import LOG, Monitor
+from tests.engine.toy import ToyLosses, toy_run
+
+
+def _engine(step: int) -> Any:
+    return SimpleNamespace(
+        steps_done=step, grad_norm=2.0, balance=BalanceTracker(), lr=1e-3, momentum=0.9, skipped_steps=0
+    )
+
+
+def _losses(value: float) -> ToyLosses:
+    nats = {"dense": torch.tensor(value), "category": torch.tensor(0.5)}
+    return ToyLosses(torch.tensor(value), nats, {"std": torch.tensor(0.1)})
+
+
+def _follow(out: Path, first_step: int, until: int) -> None:
+    with Monitor(out, toy_run(log_every=2), first_step) as monitor:
+        for step in range(first_step + 1, until + 1):
+            with monitor.waiting_for_data():
+                pass
+            monitor.after_step(_engine(step), _losses(1.0 + step), {"bad_jpeg": 3})
+
+
+def _lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+
+
+def test_a_logged_step_holds_what_report_and_reader_need(tmp_path: Path) -> None:
+    _follow(tmp_path, 0, 4)
+    lines = _lines(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 4]
+    assert lines[-1]["nats"] == {"dense": 5.0, "category": 0.5}
+    assert lines[-1]["dropped"] == {"bad_jpeg": 3}
+    wanted = (
+        "time diagnostics grad_norm grad_norm_image grad_norm_label lambda lr momentum images_per_second "
+    )
+    wanted += "memory_bytes data_wait_seconds step_seconds"
+    assert not set(wanted.split()) - lines[-1].keys()
+
+
+def test_a_resume_cuts_what_came_after_its_step(tmp_path: Path) -> None:
+    _follow(tmp_path, 0, 6)
+    with (tmp_path / LOG).open("a") as log:
+        log.write('{"step": 7, "nats"')  # a kill in the middle of a line
+    _follow(tmp_path, 4, 8)
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 4, 6, 8]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_by_name(tmp_path: Path) -> None:
+    with (
+        Monitor(tmp_path, toy_run(), 0) as monitor,
+        pytest.raises(FloatingPointError, match=r"loss \{'dense': nan\} after step 1 must be finite; .*lr"),
+    ):
+        monitor.after_step(_engine(1), _losses(float("nan")), {})
+
+
+def test_between_logged_steps_nothing_is_read_from_the_device(tmp_path: Path) -> None:
+    with Monitor(tmp_path, toy_run(log_every=5), 1) as monitor:
+        nats = {"dense": torch.empty((), device="meta")}  # reading a meta tensor raises
+        monitor.after_step(_engine(2), ToyLosses(nats["dense"], nats, {}), {})
+    assert _lines(tmp_path) == []
