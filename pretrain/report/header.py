@@ -12,7 +12,7 @@ from pretrain.report.accuracy import headline
 from pretrain.report.curves import width_of
 from pretrain.report.record import Record
 from pretrain.visualize.markup import Child, Html, element
-from pretrain.visualize.numbers import duration, magnitude, percent, significant
+from pretrain.visualize.numbers import TIE, duration, magnitude, percent, significant
 
 SIGNS = {True: "✓", False: "✗", None: "–"}
 WORDS = {True: "holds", False: "fails", None: "unknown"}
@@ -122,7 +122,7 @@ def _evaluated(record: Record) -> list[Verdict]:
     verdicts = []
     for move in found:
         after, before = move.after, move.before
-        interval = f"95 % interval {100 * after.low:.1f} to {100 * after.high:.1f} %"
+        interval = f"95{TIE}% interval {100 * after.low:.1f} to {percent(after.high)}"
         end = f"chance {percent(move.chance)}; {interval}"
         if before is None:
             verdicts.append(

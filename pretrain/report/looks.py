@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from pretrain.evaluate.zero_shot import class_vectors
 from pretrain.pretrainer import Towers, normalise
 
 IMAGES_AT_ONCE = 64
+MAX_NAMES = 200  # class names that are scored: their texts cost more than the images
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Look:
     tokens: Float[Tensor, "n l d"]
     similarity: Float[Tensor, "n k"]  # cosine of mean tokens to the nearest training images, best first
     neighbours: Int[Tensor, "n k"]  # their places among the training images
-    names: Float[Tensor, "n c"] | None  # cosine to every class name; None without a text tower or categories
+    names: Mapping[str, Float[Tensor, " n"]] | None  # cosines to class names; None without text or categories
 
 
 def read_images(folder: Path, size: int, count: int) -> Shown:
@@ -82,6 +83,15 @@ def spread_over_categories(shown: Shown, count: int) -> Shown:
     return Shown(shown.views[kept], shown.labels[kept], shown.categories)
 
 
+def some_names(shown: Shown) -> list[str]:
+    """All categories, or MAX_NAMES of many: those of the images, and others spread evenly."""
+    if len(shown.categories) <= MAX_NAMES:
+        return list(shown.categories)
+    own = [name for place in range(len(shown.views)) if (name := shown.name(place))]
+    places = np.linspace(0, len(shown.categories) - 1, MAX_NAMES).round().astype(int)
+    return list(dict.fromkeys([*own, *(shown.categories[place] for place in places)]))[:MAX_NAMES]
+
+
 @torch.inference_mode()
 def look(
     step: int, folder: Path, heldout: Shown, train: Shown, num_neighbours: int, tokenizer: Path | None
@@ -99,7 +109,9 @@ def look(
     )
     names = None
     if facts.vocab_size and tokenizer is not None and heldout.categories:
-        names = _name_scores(towers, run, facts, tokens.to(device), heldout.categories, tokenizer).cpu()
+        chosen = some_names(heldout)
+        scores = _name_scores(towers, run, facts, tokens.to(device), chosen, tokenizer).cpu()
+        names = dict(zip(chosen, scores.T, strict=True))
     return Look(step, tokens, similarity, neighbours, names)
 
 

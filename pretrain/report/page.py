@@ -142,7 +142,10 @@ class _Teacher:
 
     def components(self) -> Html:
         heldout, _, looks = self._get()
-        return teacher.components(heldout, looks)
+        try:
+            return teacher.components(heldout, looks)
+        except ValueError as error:
+            raise Missing(f"The features cannot be shown: {error}") from error
 
     def neighbours(self) -> Html:
         heldout, train, looks = self._get()
@@ -163,7 +166,9 @@ class _Teacher:
                 "Names cannot be scored: the run has no text source, or the held-out images have no categories. "
                 "Train with a captioned source and name labelled images by --heldout."
             )
-        return content
+        count = len(looks[-1].names or ())
+        note = f"Among {count} names; bars begin at the image's lowest cosine."
+        return element("div", element("p", note, class_="note"), content)
 
     def _get(self) -> tuple[Shown, Shown, list[Look]]:
         if self._made is None:

@@ -91,20 +91,18 @@ def components(heldout: Shown, looks: Sequence[Look]) -> Html:
 
 def zero_shot(heldout: Shown, looks: Sequence[Look]) -> Html | None:
     """The best class names of each image by the newest checkpoint; None when there are no name scores."""
-    newest = looks[-1]
-    if newest.names is None:
+    names = looks[-1].names
+    if names is None:
         return None
+    top = max(float(scores.max()) for scores in names.values())
     cards = []
     for place in range(len(heldout.views)):
-        scores = newest.names[place]
-        best = scores.topk(min(NUM_NAMES, len(scores)))
-        low = float(scores.min())
-        span = max(float(newest.names.max()) - low, 1e-6)
         wanted = heldout.name(place)
-        bars = [
-            _bar(heldout.categories[index], value, (value - low) / span, heldout.categories[index] == wanted)
-            for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
+        cosines = {name: float(scores[place]) for name, scores in names.items()}
+        low = min(cosines.values())
+        span = max(top - low, 1e-6)
+        best = sorted(cosines, key=lambda name: -cosines[name])[:NUM_NAMES]
+        bars = [_bar(name, cosines[name], (cosines[name] - low) / span, name == wanted) for name in best]
         picture = figure(_photo(heldout.views[place], f"held-out image, {wanted}"), wanted or "")
         cards.append(element("div", picture, element("ol", bars), class_="guess"))
     return element("div", cards, class_="guesses")

@@ -46,8 +46,11 @@ def write_tokenizer(folder: Path) -> None:
     BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
 
 
-def write_data(folder: Path, count: int, captions: list[str]) -> Path:
-    """A data set of `count` noisy pictures in one shard, with captions and categories in turn."""
+def write_data(folder: Path, count: int, captions: list[str], broken: int | None = None) -> Path:
+    """A data set of `count` noisy pictures in one shard, with captions and categories in turn.
+
+    The image of sample `broken` is cut off.
+    """
     folder.mkdir(parents=True)
     shard, offsets = folder / "000000.tar", [0]
     with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -57,7 +60,7 @@ def write_data(folder: Path, count: int, captions: list[str]) -> Path:
             Image.fromarray(pixels).save(memory, "PNG")
             caption = captions[number % len(captions)]
             members = {
-                "png": memory.getvalue(),
+                "png": memory.getvalue()[: 100 if number == broken else None],
                 "txt": caption.encode(),
                 "cls": str(number % len(CATEGORIES)).encode(),
                 "json": json.dumps({"captions": [caption]}).encode(),
