@@ -1,11 +1,12 @@
-# Which image runs the project? A base with a C++ compiler's distribution, requirements.txt in /opt/venv, the code.
+# Which image runs the project? A Debian or Ubuntu base, requirements.txt in /opt/venv, the code.
 #
 #   docker build -t m3i .                                                  for NVIDIA GPUs
 #   docker build -t m3i --build-arg BASE_IMAGE=debian:12 .                 without CUDA's own compiler
 #   docker run --rm --gpus all --ipc=host -v "$PWD/out:/workspace/runs" m3i make demo
 #
 # The base must be Debian 12, Ubuntu 24.04 or newer: python3 has to be 3.11 or 3.12. The CUDA version of the
-# default fits the torch of requirements.txt (same major version); nvcc is there for DeepSpeed's operators.
+# default fits the torch of requirements.txt (same major version); nvcc and g++ are there for
+# what is compiled at run time on GPUs: Triton's launchers, DeepSpeed's operators. The CPU path compiles nothing.
 ARG BASE_IMAGE=nvidia/cuda:13.2.1-devel-ubuntu24.04
 FROM ${BASE_IMAGE}
 

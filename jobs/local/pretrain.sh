@@ -8,7 +8,6 @@
 #   RANKS            processes; default: one a GPU, or 2 on the CPU
 #   OMP_NUM_THREADS  threads of a process; default: cores / ranks
 #   MASTER_PORT      rendezvous on loopback; default: a free port, so that two runs do not meet
-#   TORCH_EXTENSIONS_DIR  where DeepSpeed's C++ operators are built; default: in the user's cache
 set -euo pipefail
 
 if (($# == 0)); then
@@ -30,13 +29,13 @@ elif ! command -v deepspeed >/dev/null; then
   exit 1
 fi
 
-# One start of Python answers three questions: how many GPUs, which port is free, which build of torch.
-read -r gpus free_port torch_tag < <(python - <<'PYTHON'
-import os, socket, sys, torch
+# One start of Python answers two questions: how many GPUs, and which port is free.
+read -r gpus free_port < <(python - <<'PYTHON'
+import os, socket, torch
 gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
-    print(gpus, probe.getsockname()[1], f"py{sys.version_info[0]}{sys.version_info[1]}_torch{torch.__version__}")
+    print(gpus, probe.getsockname()[1])
 PYTHON
 )
 
@@ -62,15 +61,5 @@ threads=$(($(nproc) / ranks))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-
-# A build that was killed leaves its lock file behind, and torch would wait for it for ever. The runs of this
-# script share one folder and hold it while they live: whoever finds it free may sweep.
-if [[ -z ${TORCH_EXTENSIONS_DIR:-} ]]; then
-  export TORCH_EXTENSIONS_DIR=${XDG_CACHE_HOME:-$HOME/.cache}/pretrain_torch_extensions/$torch_tag
-  mkdir -p "$TORCH_EXTENSIONS_DIR"
-  exec 9>"$TORCH_EXTENSIONS_DIR/in_use"
-  if flock --nonblock --exclusive 9; then find "$TORCH_EXTENSIONS_DIR" -mindepth 2 -name lock -delete; fi
-  flock --shared 9
-fi
 
 exec deepspeed "${launcher[@]}" "$root/pretrain/main.py" "$@"
