@@ -16,6 +16,7 @@ disk later broke it, and `latest` finds that. OUT lies on one file system that a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -79,10 +80,11 @@ def save(engine: Trainable, out: Path, facts: DataFacts, tokenizer: Path | None)
         names = intact.files_in(partial)
         digests = intact.digest(partial, names[rank() :: world_size()])
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        free = shutil.disk_usage(folder.parent).free
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            f"checkpoint {folder} could not be written ({error}); earlier ones are untouched: free space on that "
-            "disk or name another --out"
+            f"checkpoint {folder} could not be written with {free / 2**20:.0f} MiB free; earlier ones are untouched: "
+            f"free space on that disk or name another --out ({error})"
         ) from error
     of_ranks: list[intact.Digests] = [{} for _ in range(world_size())]
     dist.all_gather_object(of_ranks, digests)
@@ -118,9 +120,7 @@ def latest(out: Path, *, hashes: bool = False) -> Path | None:
 def check_resumable(
     folder: Path, run: Run, facts: DataFacts, *, world: int, stage: int, dtype: torch.dtype
 ) -> None:
-    """ValueError that names every difference between the saved run and the present one that forbids going
-    on.
-    """
+    """ValueError that names every difference between the saved run and this one that forbids going on."""
     saved = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("run", "facts")}
     present = {"run": json.loads(run.to_json()), "facts": json.loads(facts.to_json())}
     harmless = {f"run.{name}" for name in HARMLESS}
@@ -182,7 +182,8 @@ def load_student(folder: Path) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     prefix = "student."
-    weights = get_fp32_state_dict_from_zero_checkpoint(str(folder / "deepspeed"), tag=NATIVE_TAG)
+    with contextlib.redirect_stdout(None):  # it prints its progress
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder / "deepspeed"), tag=NATIVE_TAG)
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 

@@ -48,9 +48,7 @@ def local_slices(student: nn.Module) -> list[Slice]:
 
 
 def local_master(parameter: nn.Parameter, numel: int) -> Float[Tensor, " numel"]:
-    """This rank's slice of the float32 master weight: the optimizer's own memory, or a copy of it if
-    offloaded.
-    """
+    """This rank's slice of the float32 master weight: the optimizer's own memory, a copy if that is offloaded."""
     if hasattr(parameter, "ds_id"):
         return safe_get_local_fp32_param(parameter).view(-1)[:numel]
     return parameter._hp_mapping.get_hp_fragment().view(-1)[:numel]
@@ -81,9 +79,7 @@ class TeacherAverage:
         self._publish()
 
     def _masters(self) -> list[Tensor]:
-        """Views of the optimizer's memory, looked up once (DeepSpeed waits for a stream each time), or
-        copies.
-        """
+        """Views of the optimizer's memory, kept since DeepSpeed waits for a stream at each look-up, or copies."""
         if self._stable_masters is not None:
             return self._stable_masters
         masters, again = (
@@ -95,9 +91,7 @@ class TeacherAverage:
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """average <- momentum * average + (1 - momentum) * student, in float32; after every optimizer
-        step.
-        """
+        """average <- momentum * average + (1 - momentum) * student in float32, after an optimizer step."""
         if self._average:
             torch._foreach_lerp_(self._average, self._masters(), 1 - momentum)
         self._publish()
@@ -123,8 +117,9 @@ class TeacherAverage:
         for target, source in zip(teacher_buffers, student_buffers, strict=True):
             target.copy_(source)
         if self._gather is None:
-            for part, average in zip(self._owned, self._average, strict=True):
-                self._teacher[part.name].ds_tensor.view(-1)[: part.numel].copy_(average)
+            targets = [self._teacher[s.name].ds_tensor.view(-1)[: s.numel] for s in self._owned]
+            if targets:
+                torch._foreach_copy_(targets, self._average)
         else:
             self._gather_whole(*self._gather)
 

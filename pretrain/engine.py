@@ -105,8 +105,7 @@ def check_config(ds_config: dict[str, Any], run: Run, world: int) -> None:
 
 
 def resolve_config(ds_config: dict[str, Any], run: Run, device: torch.device) -> tuple[dict[str, Any], str]:
-    """The ds config plus what the recipe decides, complete for DeepSpeed, and one line that says what is
-    used.
+    """The ds config plus what the recipe decides, complete for DeepSpeed, and one line that says what is used.
 
     All ranks call it: bfloat16 that is left to the machine ("auto") is used when it is fast on all of them.
     ValueError as `check_config`.
@@ -188,8 +187,7 @@ class Engine:
         return self._teacher(images)
 
     def step(self, batch: Batch) -> Any:
-        """One optimizer step and teacher update on this rank's share of the batch; returns the Losses,
-        detached.
+        """One optimizer step and teacher update on this rank's share of the batch; gives the Losses, detached.
 
         Drop path and the like draw from a generator that (seed, step, rank) alone decide, so a resumed run
         repeats them. Nothing here waits for the device except DeepSpeed's own check of the gradient.

@@ -41,9 +41,7 @@ def publish(partial: Path, folder: Path, digests: Digests) -> None:
 
 
 def verify(folder: Path, *, hashes: bool) -> str | None:
-    """What is wrong with a folder, or None when it is whole. Reads every byte with `hashes`, else only
-    sizes.
-    """
+    """What is wrong with a folder, None when it is whole; with `hashes` every byte is read, else only sizes."""
     try:
         files = json.loads((folder / COMPLETE).read_text())["files"]
     except FileNotFoundError:

@@ -11,9 +11,7 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "transformers")
 
 
 def commit() -> str | None:
-    """Commit of the working tree, with "+changes" if tracked files differ from it; None outside a
-    repository.
-    """
+    """Commit of the working tree, with "+changes" if tracked files differ from it; None outside git."""
     root = Path(__file__).resolve().parent.parent
     try:
         described = subprocess.run(

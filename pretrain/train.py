@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +35,7 @@ class Paths:
 
 
 def train(run: Run, paths: Paths) -> None:
-    """Pre-trains from the newest whole checkpoint in `paths.out`, or from the beginning; all ranks call
-    it.
-    """
+    """Pre-trains from the newest whole checkpoint in `paths.out`, or from the beginning; on all ranks."""
     ds_config = json.loads(paths.ds_config.read_text())
     device = start_distributed()
     config, machine = resolve_config(ds_config, run, device)
@@ -53,10 +52,10 @@ def train(run: Run, paths: Paths) -> None:
     engine = Engine(model, teacher, run, config)
     if folder is not None:
         checkpoint.restore(engine, folder)
-    elif rank() == 0:
+    if rank() == 0:
         paths.out.mkdir(parents=True, exist_ok=True)
         write_text(paths.out / "recipe.json", run.to_json())
-    with Monitor(paths.out, run, first_step, wandb=paths.wandb) as monitor:
+    with closing(loader), Monitor(paths.out, run, first_step, wandb=paths.wandb) as monitor:
         monitor.say(f"{machine}; {'from the beginning' if folder is None else f'from {folder}'}")
         if folder is None:
             checkpoint.save(engine, paths.out, loader.facts, tokenizer)
@@ -70,7 +69,6 @@ def train(run: Run, paths: Paths) -> None:
                 with monitor.uncounted():
                     saved = checkpoint.save(engine, paths.out, loader.facts, tokenizer)
                 monitor.say(f"saved {saved}")
-    loader.close()
 
 
 def tokenizer_folder(run: Run, paths: Paths) -> Path | None:
