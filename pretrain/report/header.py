@@ -65,7 +65,12 @@ def _facts(record: Record) -> list[tuple[str, Child]]:
         facts.append(("hardware" if state.get("hardware") else "evaluated on", str(hardware)))
     if state.get("world"):
         precision = str(state.get("dtype", "")).removeprefix("torch.")
-        facts.append(("engine", f"ZeRO-{state.get('stage')} on {state['world']} ranks, {precision}"))
+        facts.append(
+            (
+                "engine",
+                f"ZeRO-{state.get('stage')}, {state['world']} rank{'s' * (state['world'] != 1)}, {precision}",
+            )
+        )
     if state.get("commit"):
         commit, _, changes = str(state["commit"]).partition("+")
         facts.append(("commit", f"{commit[:12]}{' + changes' if changes else ''}"))

@@ -204,10 +204,16 @@ class _Teacher:
 
 
 def training_folder(record: Record) -> Path | None:
-    """The data set whose images are the candidates: the first labelled source with a known folder, else any."""
+    """The data set whose images are the candidates: the first labelled source with a known folder, else any
+    source, else what the evaluation trained its probes on.
+    """
+    evaluated: Mapping[str, str] = (record.evaluation.get("data") or {}).get("train") or {}
     known = [name for name in record.run.data if name in record.data]
     labelled = [name for name in known if record.run.data[name].supervision == "category"]
-    return next((record.data[name] for name in [*labelled, *known]), None)
+    folders = [record.data[name] for name in [*labelled, *known]]
+    if "folder" in evaluated:
+        folders.append(Path(evaluated["folder"]))
+    return next(iter(folders), None)
 
 
 def _evaluate(record: Record) -> str:

@@ -112,7 +112,7 @@ def _bar(name: str, cosine: float, share: float, is_right: bool) -> Html:
     return element(
         "li",
         element("span", "✓ " if is_right else "", name, class_="name"),
-        element("span", f"{cosine:.2f}".replace("-", "−"), class_="score"),
+        element("span", f"{cosine:.3f}".replace("-", "−"), class_="score"),
         element("span", element("i", style=f"width:{100 * max(share, 0.02):.0f}%"), class_="bar"),
         class_="right" if is_right else None,
     )
