@@ -7,7 +7,7 @@ OUT/checkpoints/step_000400/
     random/rank_00000.json      states of torch's, numpy's and Python's generators
     run.json facts.json         the resolved recipe; what the model knows of the data
     tokenizer/                  a copy, if the run has text
-    state.json                  step, data position, loss balance, ranks, ZeRO stage, versions, commit
+    state.json                  step, data position, loss balance, ranks, ZeRO stage, versions, commit, hardware
     COMPLETE                    bytes and SHA-256 of every other file; written last
 
 All of it is written to a hidden folder, flushed and renamed: what bears the name step_N is whole unless the
@@ -191,7 +191,10 @@ WEIGHTS: dict[str, Callable[[Path], dict[str, Tensor]]] = {"teacher": load_teach
 
 
 def load_towers(folder: Path, which: str = "teacher") -> tuple[Run, DataFacts, Towers]:
-    """The recipe, the facts, and the teacher or student as a float32 module in eval mode on the CPU."""
+    """The recipe, the facts, and the teacher or student as a float32 module in eval mode on the CPU.
+
+    A token norm is folded into the layer before it: what is evaluated and exported has none.
+    """
     if which not in WEIGHTS:
         raise ValueError(f"which={which!r} is unknown; choose from {sorted(WEIGHTS)}")
     run = Run.from_json((folder / "run.json").read_text())
@@ -204,7 +207,8 @@ def load_towers(folder: Path, which: str = "teacher") -> tuple[Run, DataFacts, T
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(weights[name])
-    return run, facts, towers.requires_grad_(False).eval()
+    towers.requires_grad_(False).eval().encoder.fold_norm()
+    return run, facts, towers
 
 
 def _write(engine: Trainable, folder: Path, facts: DataFacts, tokenizer: Path | None) -> None:
@@ -237,6 +241,7 @@ def _write(engine: Trainable, folder: Path, facts: DataFacts, tokenizer: Path | 
         "dtype": str(engine.dtype),
         "versions": provenance.versions(),
         "commit": provenance.commit(),
+        "hardware": provenance.hardware(engine.device),
     }
     (folder / "teacher" / "layout.json").write_text(json.dumps(layout, indent=1))
     (folder / "state.json").write_text(json.dumps(state, indent=1))

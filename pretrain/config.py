@@ -31,6 +31,7 @@ class Backbone:
     drop_path: float = 0.2  # probability that a residual branch is dropped, in [0, 1)
     drop_path_schedule: Literal["linear", "uniform"] = "uniform"  # over depth
     token_width: int = 1024  # InternImage: width of the token grid made from the last two stages
+    token_norm: Literal["none", "batch"] = "none"  # batch: standardise tokens over the global batch
     checkpoint_activations: bool = False  # recompute every block in the backward pass
 
     def __post_init__(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+
+import torch
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "transformers")
 
@@ -35,3 +38,10 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def hardware(device: torch.device) -> str:
+    """Where the numbers were computed, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"

@@ -55,6 +55,8 @@ def train(run: Run, paths: Paths) -> None:
     if rank() == 0:
         paths.out.mkdir(parents=True, exist_ok=True)
         write_text(paths.out / "recipe.json", run.to_json())
+        folders = {name: str(folder.resolve()) for name, folder in paths.data.items()}
+        write_text(paths.out / "data.json", json.dumps(folders, indent=1))
     with closing(loader), Monitor(paths.out, run, first_step, wandb=paths.wandb) as monitor:
         monitor.say(f"{machine}; {'from the beginning' if folder is None else f'from {folder}'}")
         if folder is None:

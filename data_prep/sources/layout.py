@@ -1,6 +1,7 @@
 """Which things stand where in a scene, and what is true of them? One salient thing, up to three smaller ones.
 
-Colour, texture, ground, place and size are drawn independently of the kind, so that only shape tells the category.
+Colour, ground, place and size are drawn independently of the kind; shape tells the category, and texture hints at
+it: a kind has a usual texture, which others share.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from data_prep.sources.shapes import SHAPES
 from data_prep.sources.surfaces import BACKGROUNDS, COLORS, TEXTURES
 
 NUM_OBJECTS = (0.2, 0.3, 0.3, 0.2)  # probability of 1, 2, 3, 4 objects
-SALIENT_AREA = (0.14, 0.30)  # fraction of the image that the salient silhouette covers
+SALIENT_AREA = (0.20, 0.38)  # fraction of the image that the salient silhouette covers
 OTHER_AREA = (0.016, 0.05)
-MAX_SCALE = 0.44  # half side of a silhouette, in image widths, so that it fits the frame
+MAX_SCALE = 0.47  # half side of a silhouette, in image widths, so that it fits the frame
 SIZES = {"small": 0.028, "medium": 0.11, "large": 1.0}  # word -> below which fraction of the image seen
+USUAL = 0.8  # probability that a thing bears the texture of its kind, as a zebra its stripes
 NUM_TRIES = 12  # to find a place for one more object
 LEAST_SEEN = {"salient": 0.88, "other": 0.5}  # fraction of a silhouette that must stay visible
 APART = 0.15  # image widths between two centres from which one is "left of" or "above" the other
@@ -63,7 +65,7 @@ def arrange(rng: np.random.Generator, kind: str, size: int) -> Scene:
     """A scene whose salient object is of `kind`, on a canvas of `size` pixels."""
     background = _pick(rng, BACKGROUNDS)
     scale = min(MAX_SCALE, _scale(kind, rng.uniform(*SALIENT_AREA)))
-    slack = min(0.09, 0.5 - scale)
+    slack = min(0.06, 0.5 - scale)
     x, y = 0.5 + rng.uniform(-slack, slack, 2)
     things = [_thing(rng, kind, x, y, scale)]
     cutouts = [cut_out(things[0], size)]
@@ -144,9 +146,17 @@ def _is_clear(cutouts: list[Cutout], salient: int, size: int) -> bool:
 
 
 def _thing(rng: np.random.Generator, kind: str, x: float, y: float, scale: float) -> Thing:
-    angle = float(np.clip(rng.normal(0, 12), -25, 25))
+    angle = float(np.clip(rng.normal(0, 8), -20, 20))
     color, texture = _pick(rng, COLORS), _pick(rng, TEXTURES)
+    if rng.random() < USUAL:
+        texture = usual_texture(kind)
     return Thing(kind, color, texture, float(x), float(y), float(scale), angle, bool(rng.random() < 0.5))
+
+
+def usual_texture(kind: str) -> str:
+    """The texture that most things of a kind bear; every texture is usual for equally many kinds."""
+    textures = list(TEXTURES)
+    return textures[list(SHAPES).index(kind) % len(textures)]
 
 
 def _pick(rng: np.random.Generator, table: dict) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from data_prep.schema import Manifest
+from pretrain import provenance
 from pretrain.checkpoint import load_towers
 from pretrain.data.text import Captions
 from pretrain.evaluate import result
@@ -53,7 +54,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     for step in dict.fromkeys(steps):  # each once: of a run's beginning the first is the last
         run, evidence = gather(step, folders, manifests, options, device)
         outcomes = measure(evidence)
-        evaluated |= result.header(run, folders, manifests, result.hardware(device))
+        evaluated |= result.header(run, folders, manifests, provenance.hardware(device))
         evaluated["checkpoints"][step.name] = result.of_checkpoint(evidence, outcomes)
         evaluated["confusion"] = result.confusion(step.name, evidence, outcomes)
         evaluated["neighbours"] = result.neighbours(step.name, evidence)

@@ -8,8 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_prep.schema import Manifest, write_atomic
 from pretrain import provenance
 from pretrain.config import Run
@@ -21,13 +19,6 @@ from pretrain.evaluate.probes import PROBES, Evidence, Outcome
 CONFUSION_OF = "linear"  # the probe whose mistakes are counted by category
 NUM_QUERIES = 12  # held-out images whose neighbours are listed
 NUM_NEIGHBOURS = 6
-
-
-def hardware(device: torch.device) -> str:
-    """Where the numbers were computed, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def header(

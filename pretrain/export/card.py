@@ -103,4 +103,5 @@ def _licence() -> str:
     path = ROOT / "LICENSE"
     if not path.is_file():
         return "The project has not chosen a licence yet: ask its authors. The training data keep their own licences."
-    return f"{path.read_text().strip().splitlines()[0].strip()}. The training data keep their own licences."
+    name = ", ".join(line.strip() for line in path.read_text().strip().splitlines()[:2])
+    return f"{name}. The training data keep their own licences."
