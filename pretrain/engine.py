@@ -69,7 +69,8 @@ def start_distributed() -> torch.device:
 def is_fast_in_bfloat16(device: torch.device) -> tuple[bool, str]:
     """Does this machine multiply bfloat16 matrices in hardware, and what says so."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(), torch.cuda.get_device_name(device)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return fast, torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set()
     found = sorted(flags & {"amx_bf16", "avx512_bf16"})
