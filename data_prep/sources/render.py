@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from data_prep.sources.shapes import ADD, CUT, MARK, SHAPES, Part
 from data_prep.sources.surfaces import BACKGROUNDS, COLORS, TEXTURES, coordinates, smooth_noise
 
+GROUND_LIGHT = (0.3, 0.5)  # the ground lies in the shade, things catch the light and stand out from it
 SUPERSAMPLING = 4  # silhouettes are drawn that many times larger and averaged down
 
 
@@ -110,7 +111,7 @@ def render(
     light = np.array([np.cos(sun), np.sin(sun)])  # from where the light comes, in the image plane
     picture = np.clip(BACKGROUNDS[background](rng, size).astype(np.float32), 0.02, 1)
     _clutter(rng, picture, light, size)
-    picture = _defocused(picture, rng.uniform(0, 0.011) * size)
+    picture = _defocused(picture, rng.uniform(0, 0.011) * size) * rng.uniform(*GROUND_LIGHT)
     for thing, cutout in zip(things, cutouts, strict=True):
         color = np.clip(np.array(COLORS[thing.color]) * rng.uniform(0.9, 1.1, 3), 0, 1).astype(np.float32)
         skin = TEXTURES[thing.texture](rng, color, size, 2 * thing.scale)

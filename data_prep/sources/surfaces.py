@@ -12,18 +12,16 @@ import numpy as np
 from PIL import Image
 
 COLORS: dict[str, tuple[float, float, float]] = {
-    "red": (0.80, 0.10, 0.10),
+    "red": (0.88, 0.14, 0.14),
     "orange": (0.95, 0.50, 0.08),
     "yellow": (0.95, 0.85, 0.15),
-    "green": (0.15, 0.60, 0.18),
-    "teal": (0.05, 0.55, 0.55),
-    "blue": (0.12, 0.28, 0.82),
-    "purple": (0.48, 0.16, 0.66),
+    "green": (0.20, 0.72, 0.25),
+    "teal": (0.10, 0.70, 0.68),
+    "blue": (0.25, 0.44, 0.96),
+    "purple": (0.64, 0.30, 0.84),
     "pink": (0.95, 0.50, 0.68),
-    "brown": (0.42, 0.24, 0.10),
     "white": (0.95, 0.95, 0.93),
-    "gray": (0.50, 0.50, 0.52),
-    "black": (0.09, 0.09, 0.10),
+    "gray": (0.60, 0.60, 0.62),
 }
 
 
@@ -115,7 +113,7 @@ def _speckled(rng: np.random.Generator, color: np.ndarray, size: int, scale: flo
 def _second(rng: np.random.Generator, color: np.ndarray) -> np.ndarray:
     """A lighter or darker companion of a colour, so that the colour's name stays true."""
     is_light = color.mean() > 0.55
-    return color * rng.uniform(0.3, 0.5) if is_light else color + (1 - color) * rng.uniform(0.6, 0.8)
+    return color * rng.uniform(0.5, 0.7) if is_light else color + (1 - color) * rng.uniform(0.6, 0.8)
 
 
 TEXTURES: dict[str, Callable[..., np.ndarray]] = {

@@ -80,7 +80,7 @@ def demo() -> Run:
         objective=OBJECTIVES["m3i"],
         data={"labelled": Source("category", weight=2), "captioned": Source("text")},
         batch=64,
-        steps=600,
+        steps=350,
         backbone=Backbone("internimage", "internimage_demo", 0.0, token_width=128, token_norm="batch"),
         decoder=Decoder(layers=1, width=96, ffn=256, heads=4),
         pool=Pool(heads=4, width=128),
@@ -97,7 +97,7 @@ def demo() -> Run:
         optim=Optim(lr=2e-3, weight_decay=0.05, warmup=40),
         teacher=Teacher(0.99, 1.0),
         balance=Balance(gamma=4.0),
-        save_every=150,
+        save_every=100,
         log_every=5,
     )
 
