@@ -1,0 +1,162 @@
+"""Does M3I learn the same on two ranks as on one? The real loader, model and engine, five steps each.
+
+`python test_m3i_ranks.py FOLDER` is one rank of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import pytest
+import torch
+
+from pretrain.collectives import mean_over_ranks, rank, world_size
+from pretrain.config import Run, shrink
+from pretrain.data.batch import Batch
+from pretrain.recipes import load
+from tests.data.sets import good_set, write_tokenizer
+from tests.engine.launch import TIMEOUT, environment
+from tests.paths import ROOT
+
+STEPS = 5
+TOLERANCE = 1e-4  # float32 sums in another order, through five AdamW steps
+PERTURBATION = 0.05  # of weights that start at zero and would hide what multiplies them
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> ds config, what is changed in its ZeRO section
+    "zero1": ("zero1", {}),
+    "zero2": ("zero2", {}),
+    "zero3": ("zero3", {}),  # all weights of this model are below its persistence threshold
+    "zero3_divided": ("zero3", {"stage3_param_persistence_threshold": 0}),
+}
+REFERENCE = "zero1"  # alone, a rank partitions nothing
+
+
+def m3i_run() -> Run:
+    """The demo at the sizes of a test, with its batch norm over all ranks and both kinds of labels."""
+    run = shrink(load("m3i.demo"))
+    backbone = replace(run.backbone, drop_path=0.0, token_norm="batch")
+    # Without warm-up Adam turns the rounding of gradients that are near 0 into whole steps at the full rate.
+    optim = replace(run.optim, warmup=2 * STEPS)
+    return replace(run, batch=8, steps=2 * STEPS, backbone=backbone, optim=optim)
+
+
+def run_variant(variant: str, run: Run, facts: Any, batches: list[Batch]) -> list[dict[str, float]]:
+    """What the log says of every step, from equal weights."""
+    from pretrain.engine import Engine, resolve_config
+    from pretrain.pretrainer import Pretrainer, Towers
+
+    name, changes = VARIANTS[variant]
+    ds_config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    ds_config["bf16"]["enabled"] = False
+    ds_config["zero_optimization"] |= changes
+    config, _ = resolve_config(ds_config, run, torch.device("cpu"))
+    torch.manual_seed(run.seed)
+    model = Pretrainer(run, facts)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=PERTURBATION)
+    engine = Engine(model, Towers(run, facts), run, config)
+    curve = []
+    for batch in batches:
+        losses = engine.step(batch)
+        curve.append({name: mean_over_ranks(value).item() for name, value in losses.nats.items()})
+        curve[-1] |= {
+            "total": mean_over_ranks(losses.total).item(),
+            "grad_norm": float(engine.grad_norm),
+            "image_norm": engine.balance.image_norm.item(),
+            "label_norm": engine.balance.label_norm.item(),
+            "lambda": engine.balance.weight.item(),
+        }
+    return curve
+
+
+def run_rank(folder: Path) -> None:
+    """Every variant on this rank's share of the same batches; rank 0 leaves FOLDER/world_W.json."""
+    from pretrain.data.loader import Loader
+    from pretrain.engine import start_distributed
+    from pretrain.main import quieten
+
+    quieten()
+    torch.set_num_threads(1)
+    start_distributed()
+    run = m3i_run()
+    folders = {name: folder / name for name in run.data}
+    place = {"rank": rank(), "world": world_size()}
+    with closing(Loader(run, folders, folder / "tokenizer", **place)) as loader:
+        batches = [next(loader) for _ in range(STEPS)]
+    variants = VARIANTS if world_size() > 1 else (REFERENCE,)
+    curves = {variant: run_variant(variant, run, loader.facts, batches) for variant in variants}
+    captioned = [batch.has_text.tolist() for batch in batches]
+    if rank() == 0:
+        outcome = json.dumps({"curves": curves, "captioned": captioned})
+        (folder / f"world_{world_size()}.json").write_text(outcome)
+
+
+def launch(folder: Path, world: int) -> dict[str, Any]:
+    """What `world` ranks found; AssertionError with their output when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    log = folder / f"output_{world}.txt"
+    with log.open("w") as file:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(folder)],
+                env=environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_PORT=port),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+            for r in range(world)
+        ]
+        try:
+            codes = [process.wait(TIMEOUT) for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+    assert codes == [0] * world, f"{world} ranks ended with {codes}:\n{log.read_text()}"
+    return json.loads((folder / f"world_{world}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """Outcome by number of ranks; one launch each, since most of its time is imports."""
+    folder = tmp_path_factory.mktemp("m3i")
+    good_set(folder / "labelled", has_text=False)
+    good_set(folder / "captioned", sizes=(6, 9), has_category=False)
+    write_tokenizer(folder / "tokenizer")
+    return {world: launch(folder, world) for world in (1, 2)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_m3i_at_two_ranks_equals_one_rank(worlds: dict[int, dict[str, Any]], variant: str) -> None:
+    curve, reference = worlds[2]["curves"][variant], worlds[1]["curves"][REFERENCE]
+    assert len(curve) == STEPS
+    for step, (computed, expected) in enumerate(zip(curve, reference, strict=True)):
+        assert computed == pytest.approx(expected, rel=TOLERANCE), f"step {step}"
+
+
+def test_all_targets_are_learned_from_shares_with_unequal_labels(worlds: dict[int, dict[str, Any]]) -> None:
+    reference = worlds[1]["curves"][REFERENCE]
+    targets = m3i_run().objective.targets
+    assert all(values[name] > 0 for values in reference for name in targets)
+    assert all(reference[0][name] != pytest.approx(reference[-1][name], rel=0.01) for name in targets)
+    counts = [(sum(rows[: len(rows) // 2]), sum(rows)) for rows in worlds[1]["captioned"]]
+    assert any(0 < 2 * first != whole for first, whole in counts), (
+        f"ranks had equal shares of texts: {counts}"
+    )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    run_rank(Path(sys.argv[1]))
