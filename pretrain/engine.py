@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker
@@ -48,7 +49,7 @@ NEVER = 10**9  # steps between DeepSpeed's own log lines
 def start_distributed() -> torch.device:
     """Joins the process group that the launcher's environment describes, or makes one of this process alone.
 
-    gloo without CUDA, NCCL with it. Returns the device of this rank.
+    gloo without CUDA or where DS_ACCELERATOR=cpu says so, NCCL otherwise. Returns the device of this rank.
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
@@ -58,11 +59,11 @@ def start_distributed() -> torch.device:
     # On a CPU DeepSpeed would compile shared-memory collectives first: minutes, a compiler, and, after a kill
     # meanwhile, a lock file for which every later start waits forever. gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device("cpu")
+    if get_accelerator().device_name() == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
     return device
 
 
