@@ -7,6 +7,7 @@ import os
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ class Paths:
 
 def train(run: Run, paths: Paths) -> None:
     """Pre-trains from the newest whole checkpoint in `paths.out`, or from the beginning; on all ranks."""
-    ds_config = json.loads(paths.ds_config.read_text())
+    ds_config = read_ds_config(paths.ds_config)
     device = start_distributed()
     config, machine = resolve_config(ds_config, run, device)
     folder = newest_checkpoint(paths.out)
@@ -71,6 +72,21 @@ def train(run: Run, paths: Paths) -> None:
                 with monitor.uncounted():
                     saved = checkpoint.save(engine, paths.out, loader.facts, tokenizer)
                 monitor.say(f"saved {saved}")
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError names the file and the place that is not JSON."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"--ds-config {path} must be JSON: {error}; mend that place or use another"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"--ds-config {path} holds a {type(config).__name__}, it must be a JSON object {{...}}"
+        )
+    return config
 
 
 def tokenizer_folder(run: Run, paths: Paths) -> Path | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from pretrain.engine import RECIPE_OWNS, check_config, is_fast_in_bfloat16, resolve_config, teacher_config
+from pretrain.train import read_ds_config
 from tests.engine.toy import toy_run
 from tests.paths import ROOT
 
@@ -25,6 +27,16 @@ def test_a_number_of_the_recipe_is_refused(key: str) -> None:
 def test_a_key_that_nothing_uses_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'zero_optimisation' .* not used; choose from .*zero_optimization"):
         check_config(GOOD | {"zero_optimisation": {}}, toy_run(), 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"), [('{"bf16": }', "must be JSON: .* column"), ("[]", "a JSON object")]
+)
+def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, text: str, rule: str) -> None:
+    path = tmp_path / "zero9.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"zero9\.json .*{rule}"):
+        read_ds_config(path)
 
 
 @pytest.mark.parametrize("stage", [None, 0, 4])
