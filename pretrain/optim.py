@@ -14,7 +14,9 @@ def make_optimizer(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; vectors and scalars (biases, norms, tokens) do not decay."""
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     # Under ZeRO-3 a partitioned parameter is flat; `ds_shape` keeps its real one.
-    is_matrix = {name: len(getattr(p, "ds_shape", p.shape)) > 1 for name, p in named}
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in named}
+    # A class token [1, 1, d] is a vector.
+    is_matrix = {name: sum(length > 1 for length in shape) > 1 for name, shape in shapes.items()}
     groups = [
         {"params": [p for name, p in named if is_matrix[name]], "weight_decay": optim.weight_decay},
         {"params": [p for name, p in named if not is_matrix[name]], "weight_decay": 0.0},

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from pretrain.config import Mask, Optim, Run, Source, Views, shrink
+from pretrain.config import Backbone, Mask, Optim, Run, Source, Views, shrink
+from pretrain.models.backbone import build_encoder
 from pretrain.objectives import OBJECTIVES, Input, Objective, Target
-from pretrain.optim import learning_rate, teacher_momentum
+from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
 from pretrain.recipes import load, names
 
 
@@ -61,3 +62,15 @@ def test_schedules_start_peak_and_end_where_the_recipe_says():
     assert teacher_momentum(0, run) == pytest.approx(0.995)
     assert teacher_momentum(run.steps // 2, run) == pytest.approx(0.9975, rel=1e-5)
     assert teacher_momentum(run.steps, run) == pytest.approx(1.0)
+
+
+def test_biases_norms_and_tokens_do_not_decay():
+    encoder = build_encoder(Backbone("vit", "vit_tiny", drop_path=0.0), 32)
+    name_of = {id(p): name for name, p in encoder.named_parameters()}
+    decaying, constant = (
+        {name_of[id(p)] for p in group["params"]}
+        for group in make_optimizer(encoder, Optim(weight_decay=0.1)).param_groups
+    )
+    assert "vit.cls_token" in constant and "vit.norm.weight" in constant
+    assert {"vit.patch_embed.proj.weight", "vit.pos_embed", "vit.blocks.0.mlp.fc1.weight"} <= decaying
+    assert all(name.endswith(("weight", "pos_embed")) for name in decaying)
