@@ -42,6 +42,7 @@ LABEL org.opencontainers.image.title="M3I pre-training" \
 HEALTHCHECK --interval=10m --timeout=2m --start-period=1m \
     CMD python -c "import pretrain.config, torch; torch.ones(1, device='cuda' if torch.cuda.is_available() else 'cpu').item()"
 
-# tini forwards signals, so that a job that is asked to stop can write its checkpoint; any command may follow.
+# tini forwards signals and reaps what ends: a job that is asked to stop leaves no process behind, and the next start
+# goes on from its newest checkpoint. Any command may follow.
 ENTRYPOINT ["tini", "-s", "--"]
 CMD ["make", "help"]
