@@ -62,7 +62,7 @@ def _log_sum_exp(own: Tensor, others: Tensor, valid: Tensor, scale: Tensor) -> T
     for start in range(0, len(own), CHUNK):
         logits = scale * own[start : start + CHUNK] @ others.T
         out.append(logits.masked_fill(~valid, -torch.inf).logsumexp(dim=1))
-    return torch.nan_to_num(torch.cat(out), neginf=0.0)
+    return torch.cat(out).masked_fill(~valid.any(), 0.0)
 
 
 def _row_gradient(

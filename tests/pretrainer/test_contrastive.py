@@ -77,3 +77,11 @@ def test_ranks_together_equal_one_rank(tmp_path, free_port):
     torch.testing.assert_close(torch.cat([p[1] for p in parts]) / world, images, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(torch.cat([p[2] for p in parts]) / world, texts, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(sum(p[3] for p in parts) / world, scale, rtol=1e-10, atol=1e-14)
+
+
+def test_features_that_are_not_finite_are_not_hidden():
+    images, texts, has_text, scale = inputs(6)
+    has_text[:] = True
+    texts[4] = torch.nan
+    assert contrastive._log_sum_exp(images, texts, has_text, scale).isnan().all()
+    assert contrastive.contrastive_nats(images, texts, has_text, scale).isnan()
