@@ -14,6 +14,7 @@ from pretrain.balance import BalanceTracker, fork
 from pretrain.config import DataFacts, Run
 from pretrain.data.batch import Batch
 from pretrain.data.geometry import relative_positions
+from pretrain.data.mask import num_hidden
 from pretrain.kernels.contrastive import contrastive_nats
 from pretrain.likelihoods import category_nats, gaussian_nats
 from pretrain.models.backbone import build_encoder
@@ -153,7 +154,7 @@ class Pretrainer(nn.Module):
         num_patches = self.run.grid**2
         if self.run.objective.input.mixed == 1:
             return num_patches
-        second = round(self.run.mask.ratio * num_patches)
+        second = num_hidden(self.run.grid, self.run.mask.ratio)
         return second if target.image == 1 else num_patches - second
 
     def _per_image(self, tokens: Float[Tensor, "p l d"]) -> Float[Tensor, "b l d"]:
