@@ -229,9 +229,12 @@ def normalise(
     views: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
 ) -> Float[Tensor, "n 3 s s"]:
     """uint8 views [n, 3, s, s] as (value / 255 - mean) / std, computed in float32, in `dtype`."""
-    shift = torch.tensor(mean, device=views.device)[:, None, None]
-    scale = torch.tensor(std, device=views.device)[:, None, None]
-    return ((views.float() / 255 - shift) / scale).to(dtype)
+    pixels = views.float() / 255
+    # Plain numbers: a tensor of them, made on a GPU, would wait for the work that is queued there.
+    channels = [
+        (pixels[:, c] - shift) / scale for c, (shift, scale) in enumerate(zip(mean, std, strict=True))
+    ]
+    return torch.stack(channels, dim=1).to(dtype)
 
 
 def batch_std(features: Float[Tensor, "n d"]) -> Float[Tensor, ""]:

@@ -36,7 +36,7 @@ class RelativePosition(nn.Module):
 
     def forward(self, relative: Float[Tensor, "n l 4"], dtype: torch.dtype) -> Float[Tensor, "n l width"]:
         """`relative` holds y', x', ln s_h, ln s_w in float32; the logarithms are stretched by 10."""
-        stretched = relative * relative.new_tensor([1.0, 1.0, 10.0, 10.0])
+        stretched = torch.cat([relative[..., :2], 10 * relative[..., 2:]], dim=-1)
         parts = sin_cos(stretched, self.width // 2)
         return self.linear(parts.flatten(-2).to(dtype))
 
