@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,21 @@ class Temperature(nn.Module):
         self.max_scale = max_scale
 
     def forward(self) -> Float[Tensor, ""]:
-        return self.log_scale.float().exp().clamp(max=self.max_scale)[0]
+        return _AtMost.apply(self.log_scale.float().exp(), self.max_scale)[0]
+
+
+class _AtMost(torch.autograd.Function):
+    """min(values, limit); above the limit the gradient may still lead down, so no value is stuck there."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(values > limit)
+        return values.clamp(max=limit)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (is_above,) = ctx.saved_tensors
+        return grad.masked_fill(is_above & (grad < 0), 0.0), None
 
 
 class Pretrainer(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from pretrain.balance import BalanceTracker
 from pretrain.config import DataFacts, shrink
 from pretrain.objectives import Input, Objective, Target
-from pretrain.pretrainer import Pretrainer, Towers, batch_std, normalise, owned_places
+from pretrain.pretrainer import Pretrainer, Temperature, Towers, batch_std, normalise, owned_places
 from pretrain.recipes import load, names
 from tests.fakes import FACTS, random_batch
 
@@ -168,3 +168,11 @@ def test_batch_std_is_zero_for_a_collapsed_batch_and_one_over_root_width_for_a_s
     assert batch_std(torch.ones(8, 16)) == 0
     spread = batch_std(torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)))
     assert spread.item() == pytest.approx(64**-0.5, rel=0.05)
+
+
+def test_a_temperature_beyond_its_bound_can_come_back_but_not_go_on():
+    temperature = Temperature(200.0, 100.0)
+    assert temperature().item() == 100.0
+    (down,) = torch.autograd.grad(temperature(), temperature.log_scale)
+    (up,) = torch.autograd.grad(-temperature(), temperature.log_scale)
+    assert down.item() == pytest.approx(200.0) and up.item() == 0.0
