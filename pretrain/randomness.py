@@ -18,24 +18,28 @@ def states() -> dict[str, Any]:
     """The states of Python's, numpy's and torch's global generators, fit for JSON."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = numpy.random.get_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)
     return {
         "python": [version, list(words), gauss],
         "numpy": [keys.tolist(), position, has_gauss, cached],
-        "torch": bytes(torch.get_rng_state().tolist()).hex(),
-        "cuda": [bytes(state.tolist()).hex() for state in devices],
+        "torch": _to_hex(torch.get_rng_state()),
+        "cuda": _to_hex(on_gpu),  # of this process's device; empty without
     }
 
 
 def restore(saved: dict[str, Any]) -> None:
-    """Sets the generators to what `states` returned; CUDA's only on a machine with as many devices."""
+    """Sets the generators to what `states` returned; CUDA's where both had a device."""
     version, words, gauss = saved["python"]
     random.setstate((version, tuple(words), gauss))
     keys, position, has_gauss, cached = saved["numpy"]
     numpy.random.set_state(("MT19937", numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
     torch.set_rng_state(_from_hex(saved["torch"]))
-    if torch.cuda.is_available() and torch.cuda.device_count() == len(saved["cuda"]):
-        torch.cuda.set_rng_state_all([_from_hex(state) for state in saved["cuda"]])
+    if torch.cuda.is_available() and saved["cuda"]:
+        torch.cuda.set_rng_state(_from_hex(saved["cuda"]))
+
+
+def _to_hex(state: torch.Tensor) -> str:
+    return bytes(state.tolist()).hex()
 
 
 def _from_hex(text: str) -> torch.Tensor:
