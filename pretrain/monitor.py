@@ -11,6 +11,7 @@ import json
 import math
 import os
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from pretrain.collectives import mean_over_ranks, rank, world_size
 from pretrain.config import Run
+from pretrain.intact import write_text
 
 LOG = "log.jsonl"
 WANDB_PROJECT = "m3i"
@@ -51,7 +53,7 @@ class Monitor:
             dynamic_ncols=True,
         )
         if wandb:
-            self._wandb = _start_wandb(out, run)
+            self._wandb = _start_wandb(out, run, first_step)
 
     def __enter__(self) -> Monitor:
         return self
@@ -174,14 +176,22 @@ def _open_log(path: Path, first_step: int) -> Any:
     return path.open("a")
 
 
-def _start_wandb(out: Path, run: Run) -> Any:
+def wandb_id(out: Path, first_step: int) -> str:
+    """By which wandb knows a run: drawn when it begins, the same for every start that goes on from a checkpoint."""
+    path = out / "wandb_id"
+    if first_step == 0 or not path.exists():
+        write_text(path, secrets.token_hex(8))
+    return path.read_text()
+
+
+def _start_wandb(out: Path, run: Run, first_step: int) -> Any:
     """A wandb run that a resume continues; WANDB_MODE=offline keeps it on this machine."""
     import wandb
 
     return wandb.init(
         project=WANDB_PROJECT,
         name=out.name,
-        id=f"{out.name}-{run.name}".replace("/", "-"),
+        id=wandb_id(out, first_step),
         dir=str(out),
         resume="allow",
         config=dataclasses.asdict(run),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pretrain.balance import BalanceTracker
-from pretrain.monitor import LOG, Monitor
+from pretrain.monitor import LOG, Monitor, wandb_id
 from tests.engine.toy import ToyLosses, toy_run
 
 
@@ -72,3 +72,9 @@ def test_between_logged_steps_nothing_is_read_from_the_device(tmp_path: Path) ->
         nats = {"dense": torch.empty((), device="meta")}  # reading a meta tensor raises
         monitor.after_step(_engine(2), ToyLosses(nats["dense"], nats, {}), {})
     assert _lines(tmp_path) == []
+
+
+def test_wandb_continues_a_resumed_run_and_no_other(tmp_path: Path) -> None:
+    first = wandb_id(tmp_path, 0)
+    assert wandb_id(tmp_path, 40) == first
+    assert wandb_id(tmp_path, 0) != first  # begun again in the same folder
