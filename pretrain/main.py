@@ -9,6 +9,7 @@ The same command again goes on from the last checkpoint in --out. Without a laun
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -95,9 +96,19 @@ def main(arguments: list[str]) -> int:
         )
     except (ValueError, OSError, FloatingPointError) as error:
         if is_told_by_this_rank(error):
-            print(f"\nerror: {error}", file=sys.stderr)
+            print(f"\nerror: {explain(error, paths.out)}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def explain(error: Exception, out: Path) -> str:
+    """The message of an error, with a remedy where the system's own words for a full disk have none."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{error}: no space is left for --out {out}; free some and start the same command again, it goes on "
+            "from the last checkpoint"
+        )
+    return str(error)
 
 
 def quieten() -> None:

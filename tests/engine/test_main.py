@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import recipes
-from pretrain.main import MISTAKE, main, parse
+from pretrain.main import MISTAKE, explain, main, parse
 from tests.engine.launch import TIMEOUT, environment
 from tests.paths import ROOT
 
@@ -67,6 +69,14 @@ def test_mistakes_are_told_before_torch_is_loaded() -> None:
     )
     command = [sys.executable, "-c", code, *GOOD, "--workers", "-1"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == MISTAKE
+
+
+def test_a_full_disk_is_told_with_its_remedy() -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "No space left" in explain(full, Path("runs/a")) and "--out runs/a; free" in explain(
+        full, Path("runs/a")
+    )
+    assert explain(OSError("as it was"), Path("runs/a")) == "as it was"
 
 
 @pytest.fixture(scope="module")
