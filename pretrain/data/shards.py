@@ -18,19 +18,17 @@ REGULAR_FILE = (b"0", b"\0")  # tar type flags
 class ShardFolder:
     """A data set folder with random access: one positioned read a sample.
 
-    At construction every shard's size is checked against the manifest, with `verify` its sha256 too. Raises
+    At construction every shard's size is checked against the manifest, by `verify` its sha256 too; both raise
     FileNotFoundError and ValueError that name the shard. Afterwards a sample that cannot be read raises
     BadSample: `missing_shard`, `unreadable`, `truncated_shard`, `broken_index` or `broken_record`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], verify: bool = False) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
         self.shard_sizes = [shard.num_samples for shard in self.manifest.shards]
         self._ends = list(accumulate(self.shard_sizes))
         self._open: dict[int, tuple[int, array]] = {}  # shard -> file descriptor, offsets; oldest first
-        if verify:
-            self.verify(len(self.shard_sizes))
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}}  # a worker process opens its own files
