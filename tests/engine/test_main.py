@@ -126,5 +126,6 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(scenes: Path, tmp_path: Path
 
     code, output = _run(_command(scenes, tmp_path / "killed", "--optim.lr", "0.5"))
     assert code == 1
-    assert "run.optim.lr was 0.0015, is 0.5. Go on with the same" in output
+    saved = recipes.load("m3i.demo").optim.lr
+    assert f"run.optim.lr was {saved}, is 0.5. Go on with the same" in output
     assert "Traceback" not in output
