@@ -1,0 +1,89 @@
+"""Does the demo's student keep its tokens apart without batch statistics? Two runs of 100 steps, side by side.
+
+    OMP_NUM_THREADS=1 python benchmarks/token_norm.py --labelled data/demo/labelled/train \
+        --captioned data/demo/captioned/train
+
+One process without DeepSpeed, float32, the recipe `m3i.demo` with token_norm "none" and "batch", same seed and
+batches. Prints and writes the spread of the teacher's features (collapsed below half of 1 / sqrt(width)) and losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from data_prep.schema import TOKENIZER_FOLDER
+from pretrain import provenance
+from pretrain.balance import BalanceTracker
+from pretrain.config import Run
+from pretrain.data.loader import Loader
+from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
+from pretrain.pretrainer import Pretrainer, Towers
+from pretrain.recipes import load
+
+RESULT = Path(__file__).parent / "results" / "token_norm.json"
+
+
+def follow(run: Run, folders: dict[str, Path], steps: int) -> list[dict[str, float]]:
+    """Losses and spreads of every tenth step of a plain training loop."""
+    loader = Loader(run, folders, folders["captioned"] / TOKENIZER_FOLDER, rank=0, world=1)
+    torch.manual_seed(run.seed)
+    model, teacher = Pretrainer(run, loader.facts), Towers(run, loader.facts)
+    teacher.load_state_dict(model.student.state_dict())
+    teacher.requires_grad_(False).eval()
+    optimizer, tracker, rows = make_optimizer(model, run.optim), BalanceTracker(run.balance.gamma), []
+    for step, batch in zip(range(steps), loader, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, run)
+        losses = model(batch=batch, teacher=teacher, tracker=tracker)
+        optimizer.zero_grad()
+        losses.total.backward()
+        tracker.advance()
+        optimizer.step()
+        with torch.no_grad():
+            share = 1 - teacher_momentum(step, run)
+            torch._foreach_lerp_(list(teacher.parameters()), list(model.student.parameters()), share)
+            for ours, theirs in zip(teacher.buffers(), model.student.buffers(), strict=True):
+                ours.copy_(theirs)
+        if step % 10 == 0 or step == steps - 1:
+            values = losses.nats | losses.diagnostics
+            rows.append({"step": step} | {name: round(value.item(), 4) for name, value in values.items()})
+            print(run.backbone.token_norm, rows[-1], flush=True)
+    loader.close()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--labelled", type=Path, required=True)
+    parser.add_argument("--captioned", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=100)
+    options = parser.parse_args()
+    folders = {"labelled": options.labelled, "captioned": options.captioned}
+    run = load("m3i.demo")
+    found = {
+        norm: follow(replace(run, backbone=replace(run.backbone, token_norm=norm)), folders, options.steps)
+        for norm in ("none", "batch")
+    }
+    result = {
+        "claim": "without batch statistics the teacher's features collapse, with them they do not",
+        "collapsed_below": round(0.5 * run.backbone.token_width**-0.5, 4),
+        "runs": found,
+        "commit": provenance.commit(),
+        "hardware": provenance.hardware(torch.device("cpu")),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {RESULT}")
+
+
+if __name__ == "__main__":
+    main()
