@@ -47,7 +47,8 @@ def m3i_run() -> Run:
     backbone = replace(run.backbone, drop_path=0.0, token_norm="batch")
     # Without warm-up Adam turns the rounding of gradients that are near 0 into whole steps at the full rate.
     optim = replace(run.optim, warmup=2 * STEPS)
-    return replace(run, batch=8, steps=2 * STEPS, backbone=backbone, optim=optim)
+    data = {name: replace(source, weight=1.0) for name, source in run.data.items()}
+    return replace(run, data=data, batch=8, steps=2 * STEPS, backbone=backbone, optim=optim)
 
 
 def run_variant(variant: str, run: Run, facts: Any, batches: list[Batch]) -> list[dict[str, float]]:
