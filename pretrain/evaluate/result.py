@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_prep.schema import Manifest, write_atomic
 from pretrain import provenance
 from pretrain.config import Run
