@@ -3,7 +3,7 @@
 OUT/checkpoints/step_000400/
     deepspeed/                  model and optimizer, DeepSpeed's native files
     teacher/                    float32 moving average: rank_00000.safetensors holds a rank's slices,
-                                layout.json their shapes, buffers.safetensors what is not averaged
+                                layout.json their shapes, buffers.safetensors the averaged buffers, whole
     random/rank_00000.json      states of torch's, numpy's and Python's generators
     run.json facts.json         the resolved recipe; what the model knows of the data
     tokenizer/                  a copy, if the run has text
@@ -27,7 +27,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -79,7 +79,9 @@ def save(engine: Trainable, out: Path, facts: DataFacts, tokenizer: Path | None)
         dist.barrier()
         names = intact.files_in(partial)
         digests = intact.digest(partial, names[rank() :: world_size()])
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_of_the_disk(error):
+            raise
         free = shutil.disk_usage(folder.parent).free
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
@@ -93,11 +95,19 @@ def save(engine: Trainable, out: Path, facts: DataFacts, tokenizer: Path | None)
     return folder
 
 
+def _is_of_the_disk(error: Exception) -> bool:
+    """torch.save tells a failed write as RuntimeError of its zip writer, safetensors as an error of its own."""
+    return isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error)
+
+
 def restore(engine: Trainable, folder: Path) -> None:
     """Puts the engine, built for the same run, into the state that `save` wrote; all ranks call it."""
     state = json.loads((folder / "state.json").read_text())
     engine.load_native(folder / "deepspeed")
-    engine.average.load_state(load_file(folder / "teacher" / f"{_rank_name()}.safetensors"))
+    engine.average.load_state(
+        load_file(folder / "teacher" / f"{_rank_name()}.safetensors"),
+        load_file(folder / "teacher" / "buffers.safetensors"),
+    )
     engine.balance.load_state_dict(state["balance"])
     engine.steps_done = state["step"]
     randomness.restore(json.loads((folder / "random" / f"{_rank_name()}.json").read_text()))
@@ -193,7 +203,7 @@ WEIGHTS: dict[str, Callable[[Path], dict[str, Tensor]]] = {"teacher": load_teach
 def load_towers(folder: Path, which: str = "teacher") -> tuple[Run, DataFacts, Towers]:
     """The recipe, the facts, and the teacher or student as a float32 module in eval mode on the CPU.
 
-    A token norm is folded into the layer before it: what is evaluated and exported has none.
+    Feature norms are folded into the layers before them: what is evaluated and exported has none.
     """
     if which not in WEIGHTS:
         raise ValueError(f"which={which!r} is unknown; choose from {sorted(WEIGHTS)}")
@@ -207,7 +217,7 @@ def load_towers(folder: Path, which: str = "teacher") -> tuple[Run, DataFacts, T
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(weights[name])
-    towers.requires_grad_(False).eval().encoder.fold_norm()
+    towers.requires_grad_(False).eval().fold_norms()
     return run, facts, towers
 
 

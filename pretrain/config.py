@@ -63,6 +63,9 @@ class Pool:
 
     heads: int = 16
     width: int = 768  # of the embedding
+    norm: Literal["none", "batch"] = (
+        "none"  # batch: standardise the embedding over the global batch, then LayerNorm
+    )
 
     def __post_init__(self) -> None:
         _positive("pool", heads=self.heads, width=self.width)
@@ -110,8 +113,21 @@ class Views:
     def __post_init__(self) -> None:
         _positive("views", size=self.size)
         _fraction(
-            "views", flip=self.flip, jitter_probability=self.jitter_probability, grayscale=self.grayscale
+            "views",
+            flip=self.flip,
+            jitter_probability=self.jitter_probability,
+            grayscale=self.grayscale,
+            **{f"{name}[{i}]": p for name in ("blur", "solarize") for i, p in enumerate(getattr(self, name))},
         )
+        _positive("views", **{f"std[{i}]": value for i, value in enumerate(self.std)})
+        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            raise ValueError(
+                f"views.jitter={self.jitter} must not be negative, its hue at most 0.5 of a turn"
+            )
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(
+                f"views.blur_sigma={self.blur_sigma} must be an increasing pair of positive pixels"
+            )
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"views.scale={self.scale} must be an increasing pair in (0, 1]")
         if not 0 < self.ratio[0] <= self.ratio[1]:
@@ -160,6 +176,8 @@ class Optim:
 
     def __post_init__(self) -> None:
         _positive("optim", lr=self.lr, eps=self.eps)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={self.betas} must lie in [0, 1)")
         if self.warmup < 0 or self.weight_decay < 0 or self.clip < 0 or self.final_lr < 0:
             raise ValueError(f"optim.warmup, weight_decay, clip, final_lr must not be negative: {self}")
 
@@ -237,6 +255,16 @@ class Run:
         if self.optim.warmup > self.steps:
             raise ValueError(f"optim.warmup={self.optim.warmup} is longer than steps={self.steps}")
 
+    def images_per_rank(self, world: int) -> int:
+        """Images of the batch that each of `world` ranks takes; ValueError when they do not divide evenly."""
+        unit = world * self.objective.input.mixed
+        if self.batch % unit:
+            raise ValueError(
+                f"batch={self.batch} must be a multiple of {unit} ({world} ranks x {self.objective.input.mixed} "
+                f"images an input): start another number of ranks or set --batch {-(-self.batch // unit) * unit}"
+            )
+        return self.batch // world
+
     @property
     def grid(self) -> int:
         """Patches along one side of a view."""
@@ -258,6 +286,7 @@ class DataFacts:
 
     categories: tuple[str, ...]  # names by index; empty without category supervision
     vocab_size: int  # of the tokenizer; 0 without text supervision
+    sha256: dict[str, str] = field(default_factory=dict)  # of every source's manifest, and of the tokenizer
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

@@ -69,9 +69,14 @@ class TeacherAverage:
         self._student = dict(student.named_parameters())
         self._teacher = dict(teacher.named_parameters())
         assert self._student.keys() == self._teacher.keys(), "student and teacher must be built alike"
-        self._buffers = list(teacher.buffers()), list(student.buffers())
+        self._teacher_buffers, self._student_buffers = (
+            dict(teacher.named_buffers()),
+            dict(student.named_buffers()),
+        )
         kept = teacher.state_dict().keys()
-        self.buffers = {name: buffer for name, buffer in teacher.named_buffers() if name in kept}
+        self.buffers = {
+            n: _wide(b).clone() for n, b in self._student_buffers.items() if n in kept
+        }  # equal on all ranks
         self._owned = [s for s in self.slices if s.numel]
         self._stable_masters: list[Tensor] | None = None
         self._average = [master.clone() for master in self._masters()]
@@ -91,9 +96,18 @@ class TeacherAverage:
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """average <- momentum * average + (1 - momentum) * student in float32, after an optimizer step."""
+        """average <- momentum * average + (1 - momentum) * student in float32, after an optimizer step.
+
+        Running statistics are averaged like the weights that they belong to; counters are copied.
+        """
         if self._average:
             torch._foreach_lerp_(self._average, self._masters(), 1 - momentum)
+        for name, average in self.buffers.items():
+            current = self._student_buffers[name]
+            if average.is_floating_point():
+                average.lerp_(current.to(average.dtype), 1 - momentum)
+            else:
+                average.copy_(current)
         self._publish()
 
     def state(self) -> dict[str, Float[Tensor, " numel"]]:
@@ -101,21 +115,22 @@ class TeacherAverage:
         return {s.name: average for s, average in zip(self._owned, self._average, strict=True)}
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes over what `state` returned on the same rank of an equally partitioned run.
+    def load_state(self, state: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+        """Takes over what `state` and `buffers` were on the same rank of an equally partitioned run.
 
-        The student is loaded before: buffers are copied from it, and its master weights may have moved.
+        The student is loaded before: its master weights may have moved.
         """
         self._stable_masters = None
         for part, average in zip(self._owned, self._average, strict=True):
             average.copy_(state[part.name])
+        for name, average in self.buffers.items():
+            average.copy_(buffers[name])
         self._publish()
 
     @torch.no_grad()
     def _publish(self) -> None:
-        teacher_buffers, student_buffers = self._buffers
-        for target, source in zip(teacher_buffers, student_buffers, strict=True):
-            target.copy_(source)
+        for name, target in self._teacher_buffers.items():
+            target.copy_(self.buffers.get(name, self._student_buffers[name]))
         if self._gather is None:
             targets = [self._teacher[s.name].ds_tensor.view(-1)[: s.numel] for s in self._owned]
             if targets:
@@ -143,6 +158,10 @@ class TeacherAverage:
             sources += row[: sum(s.numel for s in of_rank)].split([s.numel for s in of_rank])
             targets += [self._teacher[s.name].view(-1)[s.start : s.start + s.numel] for s in of_rank]
         torch._foreach_copy_(targets, sources)
+
+
+def _wide(buffer: Tensor) -> Tensor:
+    return buffer.float() if buffer.is_floating_point() else buffer
 
 
 def _copy_end_to_end(parts: list[Tensor], row: Tensor) -> None:

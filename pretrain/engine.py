@@ -98,12 +98,7 @@ def check_config(ds_config: dict[str, Any], run: Run, world: int) -> None:
     enabled = ds_config.get("bf16", {}).get("enabled", False)
     if enabled not in (True, False, "auto"):
         raise ValueError(f'bf16.enabled={enabled!r} in the ds config must be true, false or "auto"')
-    unit = world * run.objective.input.mixed
-    if run.batch % unit:
-        raise ValueError(
-            f"batch={run.batch} must be a multiple of {unit} ({world} ranks x {run.objective.input.mixed} mixed "
-            f"images): start another number of ranks or set --batch {-(-run.batch // unit) * unit}"
-        )
+    run.images_per_rank(world)
 
 
 def resolve_config(ds_config: dict[str, Any], run: Run, device: torch.device) -> tuple[dict[str, Any], str]:
@@ -119,7 +114,7 @@ def resolve_config(ds_config: dict[str, Any], run: Run, device: torch.device) ->
     bf16 = config.setdefault("bf16", {"enabled": False})
     bf16["enabled"] = fast if bf16.get("enabled") == "auto" else bf16.get("enabled", False)
     config |= {
-        "train_micro_batch_size_per_gpu": run.batch // world_size(),
+        "train_micro_batch_size_per_gpu": run.images_per_rank(world_size()),
         "gradient_accumulation_steps": 1,  # with more, DeepSpeed scales heads and encoder differently
         "gradient_clipping": run.optim.clip,  # DeepSpeed's own default is 1.0, not off
         "steps_per_print": NEVER,

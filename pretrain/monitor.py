@@ -167,13 +167,20 @@ def _sum_counts(counts: dict[str, int]) -> dict[str, int]:
 
 
 def _open_log(path: Path, first_step: int) -> Any:
-    """The log for appending, without the lines after `first_step` and without a half-written last one."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+    """The log for appending, without the lines after `first_step` and without those that a crash damaged."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    kept = [f"{line}\n" for line in lines if _step_of(line) <= first_step]
     partial = path.with_name(f".{path.name}.tmp")
     partial.write_text("".join(kept))
     os.replace(partial, path)
     return path.open("a")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def wandb_id(out: Path, first_step: int) -> str:

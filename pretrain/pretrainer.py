@@ -20,6 +20,7 @@ from pretrain.kernels.contrastive import contrastive_nats
 from pretrain.likelihoods import category_nats, gaussian_nats
 from pretrain.models.backbone import build_encoder
 from pretrain.models.decoder import DenseDecoder
+from pretrain.models.feature_norm import FEATURE_NORMS, FeatureNorm
 from pretrain.models.pooling import AttentionPool
 from pretrain.models.text import TextEncoder
 from pretrain.objectives import Target
@@ -51,6 +52,7 @@ class Towers(nn.Module):
                 f"token of {run.backbone.size}: mask squares are tokens"
             )
         self.pool = AttentionPool(self.encoder.width, run.pool.width, run.pool.heads)
+        self.pool_norm = FEATURE_NORMS[run.pool.norm](run.pool.width)
         self.norm = nn.LayerNorm(run.pool.width, eps=1e-6)
         if facts.categories:
             self.category = nn.Linear(run.pool.width, len(facts.categories))
@@ -66,7 +68,7 @@ class Towers(nn.Module):
         self, tokens: Float[Tensor, "n l d"], owned: Bool[Tensor, "n l"] | None = None
     ) -> Float[Tensor, "n e"]:
         """Global embedding of images from the tokens that each owns; category and text share it."""
-        return self.norm(self.pool(tokens, owned))
+        return self.norm(self.pool_norm(self.pool(tokens, owned)))
 
     def embed_texts(
         self, tokens: Int[Tensor, "n length"], token_mask: Bool[Tensor, "n length"]
@@ -77,6 +79,13 @@ class Towers(nn.Module):
     def project_images(self, embedding: Float[Tensor, "n e"]) -> Float[Tensor, "n e"]:
         """Image embeddings as unit vectors in float32, in the space of the captions."""
         return F.normalize(self.image_projection(embedding).float(), dim=-1)
+
+    def fold_norms(self) -> None:
+        """Hands what FeatureNorms do in eval mode to the layers before them, for readers that know none."""
+        self.encoder.fold_norm()
+        if isinstance(self.pool_norm, FeatureNorm):
+            self.pool_norm.fold_into(self.pool.cross_dcn.proj)
+            self.pool_norm = nn.Identity()
 
 
 class Temperature(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pretrain.config import Run
 from pretrain.data.loader import Loader
 from pretrain.engine import Engine, describe, resolve_config, start_distributed
 from pretrain.intact import write_text
+from pretrain.lock import only_writer
 from pretrain.monitor import Monitor
 from pretrain.pretrainer import Pretrainer, Towers
 
@@ -40,6 +41,11 @@ def train(run: Run, paths: Paths) -> None:
     ds_config = read_ds_config(paths.ds_config)
     device = start_distributed()
     config, machine = resolve_config(ds_config, run, device)
+    with only_writer(paths.out) if rank() == 0 else nullcontext():
+        _train(run, paths, config, machine, device)
+
+
+def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device: torch.device) -> None:
     folder = newest_checkpoint(paths.out)
     first_step = 0 if folder is None else checkpoint.step_of(folder)
     tokenizer = tokenizer_folder(run, paths)
@@ -54,7 +60,6 @@ def train(run: Run, paths: Paths) -> None:
     if folder is not None:
         checkpoint.restore(engine, folder)
     if rank() == 0:
-        paths.out.mkdir(parents=True, exist_ok=True)
         write_text(paths.out / "recipe.json", run.to_json())
         folders = {name: str(folder.resolve()) for name, folder in paths.data.items()}
         write_text(paths.out / "data.json", json.dumps(folders, indent=1))

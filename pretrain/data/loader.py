@@ -53,7 +53,7 @@ class Steps:
         self.run = run
         self.sources = sources
         self._rank = rank
-        self._images = run.batch // world
+        self._images = run.images_per_rank(world)
         weights = [float(source.weight) for source in run.data.values()]
         self._order = Order(run.seed, weights, [s.shards.shard_sizes for s in self.sources.opened])
         self._needs_other = run.objective.needs_other_view()
@@ -147,13 +147,18 @@ class Loader:
         workers: int = 0,
         start_step: int = 0,
     ) -> None:
-        _check_division(run, rank, world)
+        if not 0 <= rank < world:
+            raise ValueError(f"rank={rank} must lie in [0, world={world})")
+        run.images_per_rank(world)
         sources = open_sources(run, folders, tokenizer)
         for source in sources.opened:
             is_small = source.shards.num_bytes <= VERIFIED_BYTES
             source.shards.verify(len(source.shards.shard_sizes) if is_small else 1)
         captions = sources.captions
-        self.facts = DataFacts(sources.categories, 0 if captions is None else captions.vocab_size)
+        sha256 = {source.name: source.shards.sha256 for source in sources.opened}
+        if captions is not None:
+            sha256["tokenizer"] = captions.sha256
+        self.facts = DataFacts(sources.categories, 0 if captions is None else captions.vocab_size, sha256)
         self._steps = Steps(run, sources, rank, world)
         self.dropped: dict[str, int] = {}  # reason -> samples replaced so far on this rank
         self._num_reads = 0
@@ -229,17 +234,6 @@ def _end_with_trainer() -> None:
     assert trainer is not None, "only worker processes wait for the trainer's end"
     trainer.join()
     os._exit(1)
-
-
-def _check_division(run: Run, rank: int, world: int) -> None:
-    mixed = run.objective.input.mixed
-    if not 0 <= rank < world:
-        raise ValueError(f"rank={rank} must lie in [0, world={world})")
-    if run.batch % (world * mixed):
-        raise ValueError(
-            f"batch={run.batch} must be a multiple of {world * mixed} = {world} ranks x {mixed} images an "
-            f"input: set batch to {-(-run.batch // (world * mixed)) * world * mixed}, or change the number of ranks"
-        )
 
 
 def _generator(seed: int, position: int, purpose: str) -> Random:

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 
-from data_prep.schema import TAR_BLOCK, Manifest, read_index, sha256_file
+from data_prep.schema import MANIFEST_NAME, TAR_BLOCK, Manifest, read_index, sha256_file
 from pretrain.data.faults import BadSample
 
 OPEN_SHARDS = 64  # files and indices kept open; two windows of the training order
@@ -39,6 +39,11 @@ class ShardFolder:
     @property
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self.manifest.shards)
+
+    @property
+    def sha256(self) -> str:
+        """Of the manifest, which holds that of every shard: it names the whole content."""
+        return sha256_file(self.folder / MANIFEST_NAME)
 
     def verify(self, num_shards: int) -> None:
         """Compare the sha256 of the first `num_shards` shards with the manifest; ValueError names the first

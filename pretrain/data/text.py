@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from random import Random
@@ -27,6 +28,11 @@ class Captions:
         padding_token = self._tokenizer.id_to_token(self.padding)
         self._tokenizer.enable_padding(length=length, pad_id=self.padding, pad_token=padding_token)
         self.vocab_size = self._tokenizer.get_vocab_size()
+
+    @property
+    def sha256(self) -> str:
+        """Of everything that decides the token numbers: vocabulary, normalisation, special tokens, length."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def encode(self, caption: str) -> tuple[Int[Tensor, " length"], Bool[Tensor, " length"]]:
         """Token numbers and which of them are real; special tokens included."""

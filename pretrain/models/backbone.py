@@ -6,15 +6,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pretrain.config import Backbone
+from pretrain.models.feature_norm import FEATURE_NORMS, FeatureNorm
 from pretrain.models.internimage import InternImage, StrideTokens
 from pretrain.models.internimage_config import INTERNIMAGE
-from pretrain.models.token_norm import TokenNorm
 
 
 class Encoder(Protocol):
@@ -39,7 +38,7 @@ class InternImageEncoder(nn.Module):
         )
         self.dcnv3 = InternImage(config, checkpoint_blocks=backbone.checkpoint_activations)
         self.heads = StrideTokens(config, backbone.token_width)
-        self.norm = TOKEN_NORMS[backbone.token_norm](backbone.token_width)
+        self.norm = FEATURE_NORMS[backbone.token_norm](backbone.token_width)
         self.width, self.stride = backbone.token_width, self.heads.stride
         if image_size % config.strides[-1]:
             raise ValueError(
@@ -50,18 +49,11 @@ class InternImageEncoder(nn.Module):
     def forward(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b l d"]:
         return self.norm(self.heads(self.dcnv3(images)).flatten(1, 2))
 
-    @torch.no_grad()
     def fold_norm(self) -> None:
-        """Hands what TokenNorm does in eval mode to the two 1x1 convolutions before it; outputs stay."""
-        if isinstance(self.norm, nn.Identity):
-            return
-        scale, shift = self.norm.scale_and_shift()
-        _scale_outputs(self.heads.dcnv3_head_x3, scale)
-        _scale_outputs(
-            self.heads.dcnv3_head_x4[0], scale.repeat_interleave(4)
-        )  # PixelShuffle(2): 4 a channel
-        self.heads.dcnv3_head_x3.bias += shift
-        self.norm = nn.Identity()
+        """Hands what FeatureNorm does in eval mode to the two 1x1 convolutions before it; outputs stay."""
+        if isinstance(self.norm, FeatureNorm):
+            self.norm.fold_into(self.heads.dcnv3_head_x3, self.heads.dcnv3_head_x4[0])
+            self.norm = nn.Identity()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,35 +95,23 @@ class ViTEncoder(nn.Module):
             dynamic_img_size=True,
         )
         self.vit.set_grad_checkpointing(backbone.checkpoint_activations)
-        self.norm = TOKEN_NORMS[backbone.token_norm](size.width)
+        self.norm = FEATURE_NORMS[backbone.token_norm](size.width)
         self.width, self.stride = size.width, size.patch
 
     def forward(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b l d"]:
         return self.norm(self.vit(images)[:, self.vit.num_prefix_tokens :])
 
-    @torch.no_grad()
     def fold_norm(self) -> None:
-        """Hands what TokenNorm does in eval mode to ViT's last LayerNorm; the patch tokens stay."""
-        if isinstance(self.norm, nn.Identity):
-            return
-        scale, shift = self.norm.scale_and_shift()
-        _scale_outputs(self.vit.norm, scale)
-        self.vit.norm.bias += shift
-        self.norm = nn.Identity()
+        """Hands what FeatureNorm does in eval mode to ViT's last LayerNorm; the patch tokens stay."""
+        if isinstance(self.norm, FeatureNorm):
+            self.norm.fold_into(self.vit.norm)
+            self.norm = nn.Identity()
 
 
 BACKBONES: dict[str, Callable[[Backbone, int], nn.Module]] = {
     "internimage": InternImageEncoder,
     "vit": ViTEncoder,
 }
-
-
-TOKEN_NORMS: dict[str, Callable[[int], nn.Module]] = {"none": lambda width: nn.Identity(), "batch": TokenNorm}
-
-
-def _scale_outputs(layer: nn.Module, scale: Float[Tensor, " d"]) -> None:
-    layer.weight *= scale.view(-1, *[1] * (layer.weight.ndim - 1))
-    layer.bias *= scale
 
 
 def build_encoder(backbone: Backbone, image_size: int) -> nn.Module:

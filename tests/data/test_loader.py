@@ -251,7 +251,7 @@ def test_names_that_do_not_match_are_refused(folders: dict[str, Path]) -> None:
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(folders: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=r"batch=8 must be a multiple of 6 = 3 ranks x 2 .* set batch to 12"):
+    with pytest.raises(ValueError, match=r"batch=8 must be a multiple of 6 .3 ranks x 2 .* set --batch 12"):
         Loader(small_run(), folders, None, rank=0, world=3)
 
 

@@ -108,6 +108,9 @@ def test_another_recipe_is_refused_by_field(tmp_path: Path) -> None:
 def test_other_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"facts.vocab_size was 0, is 9"):
         checkpoint.check_resumable(_whole(tmp_path, 3), toy_run(), DataFacts(FACTS.categories, 9), **SAME)
+    rebuilt = dataclasses.replace(FACTS, sha256={"toy": "9f"})
+    with pytest.raises(ValueError, match=r"facts.sha256.toy was None, is '9f'. Go on with the same, or"):
+        checkpoint.check_resumable(checkpoint.latest(tmp_path), toy_run(), rebuilt, **SAME)
 
 
 @pytest.mark.parametrize("changed", [{"world": 4}, {"stage": 2}, {"dtype": torch.bfloat16}])

@@ -36,6 +36,7 @@ def reference() -> tuple[list[dict[str, float]], ToyTowers]:
     run = toy_run()
     model, teacher = build_toy()
     teacher.load_state_dict(model.student.state_dict())
+    teacher.eval()
     optimizer = make_optimizer(model, run.optim)
     curve, norms, weight = [], {"image": 0.0, "label": 0.0}, 1.0
     for step in range(STEPS):
@@ -55,7 +56,10 @@ def reference() -> tuple[list[dict[str, float]], ToyTowers]:
         }
         weight = run.balance.gamma * norms["image"] / norms["label"]  # the bias correction cancels
         with torch.no_grad():
-            for target, source in zip(teacher.parameters(), model.student.parameters(), strict=True):
+            for target, source in (
+                *zip(teacher.parameters(), model.student.parameters(), strict=True),
+                *zip(teacher.buffers(), model.student.buffers(), strict=True),
+            ):
                 target.copy_(momentum * target + (1 - momentum) * source)
         curve.append(
             {
@@ -85,7 +89,7 @@ def test_teacher_runs_with_its_newest_average(stages: dict[str, Any], reference:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_teacher_file_is_the_teacher(stages: dict[str, Any], variant: str) -> None:
-    teacher = ToyTowers()
+    teacher = ToyTowers().eval()
     teacher.load_state_dict(load_teacher(Path(stages[variant]["checkpoint"])))
     probe = toy_batch(99, 4).views[:, 0].float() / 255
     answer = torch.tensor(stages[variant]["probe"])

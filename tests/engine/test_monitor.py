@@ -53,8 +53,9 @@ def test_a_logged_step_holds_what_report_and_reader_need(tmp_path: Path) -> None
 
 def test_a_resume_cuts_what_came_after_its_step(tmp_path: Path) -> None:
     _follow(tmp_path, 0, 6)
-    with (tmp_path / LOG).open("a") as log:
-        log.write('{"step": 7, "nats"')  # a kill in the middle of a line
+    with (tmp_path / LOG).open("ab") as log:
+        log.write(b'{"step": 3, "na\0\xff\n[]\n')  # a power cut while a block was written
+        log.write(b'{"step": 7, "nats"')  # a kill in the middle of a line
     _follow(tmp_path, 4, 8)
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 4, 6, 8]
 

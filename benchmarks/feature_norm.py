@@ -1,10 +1,11 @@
-"""Does the demo's student keep its tokens apart without batch statistics? Two runs of 100 steps, side by side.
+"""What do batch statistics change in the demo? Three runs of 300 steps on the same batches, side by side.
 
-    OMP_NUM_THREADS=1 python benchmarks/token_norm.py --labelled data/demo/labelled/train \
+    OMP_NUM_THREADS=1 python benchmarks/feature_norm.py --labelled data/demo/labelled/train \
         --captioned data/demo/captioned/train
 
-One process without DeepSpeed, float32, the recipe `m3i.demo` with token_norm "none" and "batch", same seed and
-batches. Prints and writes the spread of the teacher's features (collapsed below half of 1 / sqrt(width)) and losses.
+One process without DeepSpeed, float32, the recipe `m3i.demo` with no feature norm, with that of the tokens alone, and
+with those of tokens and embedding; same seed. Prints and writes losses and the spread of the features (collapsed
+below half of 1 / sqrt(width)).
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
 from pretrain.pretrainer import Pretrainer, Towers
 from pretrain.recipes import load
 
-RESULT = Path(__file__).parent / "results" / "token_norm.json"
+RESULT = Path(__file__).parent / "results" / "feature_norm.json"
+VARIANTS = {  # name -> backbone.token_norm, pool.norm
+    "none": ("none", "none"),
+    "tokens": ("batch", "none"),
+    "tokens and embedding": ("batch", "batch"),
+}
 
 
-def follow(run: Run, folders: dict[str, Path], steps: int) -> list[dict[str, float]]:
+def follow(name: str, run: Run, folders: dict[str, Path], steps: int) -> list[dict[str, float]]:
     """Losses and spreads of every tenth step of a plain training loop."""
     loader = Loader(run, folders, folders["captioned"] / TOKENIZER_FOLDER, rank=0, world=1)
     torch.manual_seed(run.seed)
@@ -51,12 +57,12 @@ def follow(run: Run, folders: dict[str, Path], steps: int) -> list[dict[str, flo
         with torch.no_grad():
             share = 1 - teacher_momentum(step, run)
             torch._foreach_lerp_(list(teacher.parameters()), list(model.student.parameters()), share)
-            for ours, theirs in zip(teacher.buffers(), model.student.buffers(), strict=True):
-                ours.copy_(theirs)
-        if step % 10 == 0 or step == steps - 1:
+            for average, current in zip(teacher.buffers(), model.student.buffers(), strict=True):
+                average.copy_(average.lerp(current, share) if current.is_floating_point() else current)
+        if step % 25 == 0 or step == steps - 1:
             values = losses.nats | losses.diagnostics
             rows.append({"step": step} | {name: round(value.item(), 4) for name, value in values.items()})
-            print(run.backbone.token_norm, rows[-1], flush=True)
+            print(name, rows[-1], flush=True)
     loader.close()
     return rows
 
@@ -65,16 +71,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--labelled", type=Path, required=True)
     parser.add_argument("--captioned", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
     folders = {"labelled": options.labelled, "captioned": options.captioned}
     run = load("m3i.demo")
-    found = {
-        norm: follow(replace(run, backbone=replace(run.backbone, token_norm=norm)), folders, options.steps)
-        for norm in ("none", "batch")
-    }
+    found = {}
+    for name, (of_tokens, of_embedding) in VARIANTS.items():
+        backbone, pool = replace(run.backbone, token_norm=of_tokens), replace(run.pool, norm=of_embedding)
+        found[name] = follow(name, replace(run, backbone=backbone, pool=pool), folders, options.steps)
     result = {
-        "claim": "without batch statistics the teacher's features collapse, with them they do not",
+        "claim": "without batch statistics the teacher's features collapse; only with those of the embedding too are "
+        "categories learned",
         "collapsed_below": round(0.5 * run.backbone.token_width**-0.5, 4),
         "runs": found,
         "commit": provenance.commit(),

@@ -1,4 +1,4 @@
-"""Is TokenNorm batch normalisation over all ranks, and can the layer before it take it over?"""
+"""Is FeatureNorm batch normalisation over all ranks, and can the layer before it take it over?"""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from pretrain.config import Backbone, shrink
+from pretrain.config import Backbone, DataFacts, shrink
 from pretrain.models.backbone import build_encoder
-from pretrain.models.token_norm import MOMENTUM, TokenNorm
+from pretrain.models.feature_norm import MOMENTUM, FeatureNorm
+from pretrain.pretrainer import Towers
 from pretrain.recipes import load
 
 WIDTH = 6
@@ -26,7 +27,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def normed(tokens: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
-    norm, leaf = TokenNorm(WIDTH), tokens.clone().requires_grad_()
+    norm, leaf = FeatureNorm(WIDTH), tokens.clone().requires_grad_()
     out = norm(leaf)
     (out * weights).sum().backward()
     return [out.detach(), leaf.grad, norm.mean, norm.variance]
@@ -64,9 +65,27 @@ def test_ranks_together_equal_one_rank(tmp_path, free_port):
 
 
 def test_statistics_stay_float32_in_a_bfloat16_module():
-    norm = torch.nn.Sequential(TokenNorm(WIDTH)).bfloat16()[0]
+    norm = torch.nn.Sequential(FeatureNorm(WIDTH)).bfloat16()[0]
     out = norm(inputs()[0].bfloat16())
     assert (norm.mean.dtype, out.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_folded_towers_embed_alike_and_have_the_plain_keys():
+    run = shrink(load("m3i.demo"))
+    facts = DataFacts(("a", "b"), 0)
+    torch.manual_seed(0)
+    towers = Towers(run, facts)
+    images = torch.randn(3, 3, run.views.size, run.views.size)
+    for _ in range(20):
+        towers.embed_tokens(towers(images))
+    towers.eval()
+    expected = towers.embed_tokens(towers(images)).detach()
+    towers.fold_norms()
+    torch.testing.assert_close(towers.embed_tokens(towers(images)), expected, rtol=1e-4, atol=1e-4)
+    plain = replace(
+        run, backbone=replace(run.backbone, token_norm="none"), pool=replace(run.pool, norm="none")
+    )
+    assert towers.state_dict().keys() == Towers(plain, facts).state_dict().keys()
 
 
 @pytest.mark.parametrize("recipe", ["m3i.vit_b16", "m3i.internimage_h"])

@@ -1,0 +1,38 @@
+"""Does another process write to this run's folder? A lock that ends with its holder, however that ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOCK = ".lock"
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Holds OUT for this process; ValueError names the process that already does.
+
+    Two runs in one folder would delete each other's checkpoints. On a file system without locks nothing is
+    checked.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{out} is being written by {file.read().strip() or 'another process'}: wait for it, end it, or "
+                "name another --out"
+            ) from None
+        except OSError:  # no locks here
+            yield
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

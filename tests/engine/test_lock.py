@@ -1,0 +1,41 @@
+"""Is a run's folder written by one process at a time, and free again when that process is gone?"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.lock import only_writer
+from tests.paths import ROOT
+
+HOLD = (
+    "import sys; from pathlib import Path; from pretrain.lock import only_writer\n"
+    "with only_writer(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+)
+
+
+def test_a_second_writer_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    holder = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    message = rf"is being written by process {holder.pid} on .*: wait for it, end it, or name another --out"
+    with pytest.raises(ValueError, match=message), only_writer(tmp_path):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.communicate()
+    with only_writer(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} ")
+
+
+def test_a_folder_without_locks_is_still_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr("pretrain.lock.fcntl.flock", no_locks)
+    with only_writer(tmp_path):
+        pass
