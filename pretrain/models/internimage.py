@@ -55,6 +55,9 @@ class StrideTokens(nn.Module):
     Stage maps, as InternImage returns them -> tokens [b, h, w, width] on the grid of the second-last stage:
     stride 16 for four stages (published, width 1024), stride 8 for three. Raises ValueError unless that
     grid is twice the last one, i.e. the image's sides are multiples of the last stage's stride.
+
+    The four tokens that one position of the last stage becomes start with equal weights, so that no
+    checkerboard stands in the targets of images. Source: ICNR (arXiv 1707.02937).
     """
 
     def __init__(self, config: InternImageConfig, width: int = TOKEN_WIDTH):
@@ -64,9 +67,18 @@ class StrideTokens(nn.Module):
         self.dcnv3_head_x4 = nn.Sequential(nn.Conv2d(config.widths[-1], width * 4, 1), nn.PixelShuffle(2))
         self.dcnv3_head_x3 = nn.Conv2d(config.widths[-2], width, 1)
         self.apply(init_linear_and_norm)
+        self.dcnv3_head_x4.apply(_init_shuffled)
 
     def forward(self, maps: list[Float[Tensor, "b _ _ _"]]) -> Float[Tensor, "b gh gw d"]:
         return stride_tokens(self.dcnv3_head_x3, self.dcnv3_head_x4, maps)
+
+
+def _init_shuffled(module: nn.Module) -> None:
+    """Equal rows for the four outputs that PixelShuffle(2) makes of one; for `nn.Module.apply`."""
+    if isinstance(module, nn.Conv2d):
+        with torch.no_grad():
+            for parameter in (module.weight, module.bias):
+                parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
 
 
 class InternImageClassifier(nn.Module):

@@ -97,7 +97,7 @@ def demo() -> Run:
             solarize=(0.0, 0.0),
         ),
         mask=Mask(patch=8),
-        optim=Optim(lr=1e-3, weight_decay=0.05, warmup=40),
+        optim=Optim(lr=6e-4, weight_decay=0.05, warmup=40),
         teacher=Teacher(0.97, 0.99),
         balance=Balance(gamma=50.0),
         save_every=100,

@@ -91,6 +91,16 @@ def test_three_stages_give_three_maps_and_tokens_of_stride_8():
     assert tokens.stride == 8 and tokens(maps).shape == (2, 8, 4, 24)
 
 
+def test_tokens_of_one_coarse_position_start_equal():
+    heads = StrideTokens(TINY, width=24)
+    fine, coarse = torch.zeros(1, 4, 4, 32), torch.randn(1, 2, 2, 64)
+    tokens = heads([fine, coarse])
+    first = tokens[:, ::2, ::2]
+    for y, x in ((0, 1), (1, 0), (1, 1)):
+        torch.testing.assert_close(tokens[:, y::2, x::2], first)
+    assert first.std(dim=(1, 2)).min() > 0
+
+
 def test_image_sides_that_break_the_token_grid_are_refused():
     maps = InternImage(TINY)(torch.randn(1, 3, 40, 32))
     with pytest.raises(ValueError, match="multiples of the last stage's stride"):
