@@ -114,6 +114,29 @@ def test_prediction_depends_on_where_the_other_view_lies():
     assert torch.equal(after["image_same"], before["image_same"])
 
 
+def test_target_patches_are_placed_in_the_grid_of_the_input_view():
+    run = tiny_run()
+    model, _ = build(run)
+    batch = random_batch(run, 4)
+    boxes = torch.tensor([[0.0, 0, 40, 40, 0], [20.0, 10, 20, 20, 0]]).expand(
+        4, 2, 5
+    )  # view 1, the other view
+    asked = []
+    model.decoder.register_forward_pre_hook(lambda module, inputs: asked.append(inputs[2]))
+    nats_with_teacher_tokens(model, replace(batch, boxes=boxes), torch.randn(4, run.grid**2, 48))
+    same, other = (relative[0].view(run.grid, run.grid, 4) for relative in asked)
+    steps = torch.arange(run.grid, dtype=torch.float32)
+    torch.testing.assert_close(same[..., 0], steps[:, None].expand(-1, run.grid))
+    torch.testing.assert_close(same[..., 1], steps[None].expand(run.grid, -1))
+    assert not same[..., 2:].any()
+    half = (
+        steps + 0.5
+    ) / 2 - 0.5  # view 2 is half as large, and lies half a view below, a quarter to the right
+    torch.testing.assert_close(other[..., 0], (half + run.grid / 2)[:, None].expand(-1, run.grid))
+    torch.testing.assert_close(other[..., 1], (half + run.grid / 4)[None].expand(run.grid, -1))
+    torch.testing.assert_close(other[..., 2:], torch.full_like(other[..., 2:], 0.5).log())
+
+
 def test_batch_without_labels_still_runs_every_module():
     run = tiny_run()
     model, teacher = build(run)
