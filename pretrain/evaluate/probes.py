@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from tqdm import tqdm
 
 from pretrain.config import DataFacts
 from pretrain.data.batch import NO_CATEGORY
@@ -122,7 +123,9 @@ PROBES: dict[str, Probe] = {
 def measure(evidence: Evidence) -> dict[str, Outcome]:
     """Every probe's outcome; {"accuracy": None, "reason": ...} where it has nothing to measure."""
     outcomes = {}
-    for name, probe in PROBES.items():
+    bar = tqdm(PROBES.items(), desc="probes", unit=" probe")
+    for name, probe in bar:
+        bar.set_postfix_str(probe.title)
         try:
             outcomes[name] = probe.measure(evidence)
         except NotMeasured as reason:

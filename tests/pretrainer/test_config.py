@@ -30,6 +30,14 @@ def test_unknown_recipe_lists_the_choices():
     [
         (lambda: Mask(ratio=1.0), r"mask\.ratio=1\.0 must lie in \(0, 1\)"),
         (lambda: Views(scale=(0.5, 0.2)), r"views\.scale=\(0\.5, 0\.2\)"),
+        (lambda: Views(solarize=(0.0, 1.2)), r"views\.solarize\[1\]=1\.2 must lie in \[0, 1\]"),
+        (lambda: Views(std=(0.2, 0.0, 0.2)), r"views\.std\[1\]=0\.0 must be positive"),
+        (lambda: Views(jitter=(0.4, 0.4, 0.2, 0.6)), r"views\.jitter=.* its hue at most 0\.5 of a turn"),
+        (
+            lambda: Views(blur_sigma=(2.0, 0.1)),
+            r"views\.blur_sigma=\(2\.0, 0\.1\) must be an increasing pair",
+        ),
+        (lambda: Optim(betas=(0.9, 1.0)), r"optim\.betas=\(0\.9, 1\.0\) must lie in \[0, 1\)"),
         (lambda: Optim(lr=0.0), r"optim\.lr=0\.0 must be positive"),
         (lambda: Source("text", weight=-1), r"data\.weight=-1 must be positive"),
         (lambda: replace(load("m3i.demo"), batch=63), r"batch=63 counts images"),
