@@ -32,7 +32,9 @@ class Backbone:
     drop_path_schedule: Literal["linear", "uniform"] = "uniform"  # over depth
     token_width: int = 1024  # InternImage: width of the token grid made from the last two stages
     token_norm: Literal["none", "batch"] = "none"  # batch: standardise tokens over the global batch
-    checkpoint_activations: bool = False  # recompute every block in the backward pass
+    checkpoint: Literal["none", "selective", "full"] = (
+        "none"  # of a block, computed again in the backward pass
+    )
 
     def __post_init__(self) -> None:
         _positive("backbone", token_width=self.token_width)

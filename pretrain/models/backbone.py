@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pretrain.config import Backbone
+from pretrain.models.activations import CHECKPOINTS
 from pretrain.models.feature_norm import FEATURE_NORMS, FeatureNorm
 from pretrain.models.internimage import InternImage, StrideTokens
 from pretrain.models.internimage_config import INTERNIMAGE
@@ -36,7 +38,7 @@ class InternImageEncoder(nn.Module):
         config = dataclasses.replace(
             size, drop_path_rate=backbone.drop_path, drop_path_type=backbone.drop_path_schedule
         )
-        self.dcnv3 = InternImage(config, checkpoint_blocks=backbone.checkpoint_activations)
+        self.dcnv3 = InternImage(config, checkpoint=backbone.checkpoint)
         self.heads = StrideTokens(config, backbone.token_width)
         self.norm = FEATURE_NORMS[backbone.token_norm](backbone.token_width)
         self.width, self.stride = backbone.token_width, self.heads.stride
@@ -94,7 +96,8 @@ class ViTEncoder(nn.Module):
             drop_path_rate=backbone.drop_path,
             dynamic_img_size=True,
         )
-        self.vit.set_grad_checkpointing(backbone.checkpoint_activations)
+        for block in self.vit.blocks:
+            block.forward = partial(CHECKPOINTS[backbone.checkpoint], block.forward)
         self.norm = FEATURE_NORMS[backbone.token_norm](size.width)
         self.width, self.stride = size.width, size.patch
 

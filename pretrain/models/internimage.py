@@ -12,8 +12,8 @@ from itertools import islice
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from pretrain.models.activations import CHECKPOINTS, RunBlock, keep_all
 from pretrain.models.internimage_block import Block, ChannelsFirst, ChannelsLast, layer_norm
 from pretrain.models.internimage_config import INTERNIMAGE, LEVEL2, InternImageConfig
 from pretrain.models.pooling import AttentionPool, init_linear_and_norm
@@ -30,17 +30,16 @@ class InternImage(nn.Module):
     """The backbone alone: images [b, 3, h, w] -> maps [b, h_i, w_i, c_i], one a stage.
 
     Images come in the dtype of the parameters. h_i = ceil(h / stride_i); each map has passed its stage's own
-    norm. `checkpoint_blocks` recomputes every
-    block in the backward pass: less memory, about a third more time.
+    norm. `checkpoint` is a key of pretrain.models.activations.CHECKPOINTS.
     """
 
-    def __init__(self, config: InternImageConfig, *, checkpoint_blocks: bool = False):
+    def __init__(self, config: InternImageConfig, *, checkpoint: str = "none"):
         super().__init__()
         self.config = config
         self.patch_embed = Stem(config.channels)
         drop_paths = iter(config.drop_paths)
         self.levels = nn.ModuleList(
-            Stage(config, index, tuple(islice(drop_paths, depth)), checkpoint_blocks)
+            Stage(config, index, tuple(islice(drop_paths, depth)), CHECKPOINTS[checkpoint])
             for index, depth in enumerate(config.depths)
         )
         self.apply(init_linear_and_norm)
@@ -88,10 +87,10 @@ class InternImageClassifier(nn.Module):
     tokens, attention pooling, LayerNorm, linear.
     """
 
-    def __init__(self, config: InternImageConfig, num_classes: int, *, checkpoint_blocks: bool = False):
+    def __init__(self, config: InternImageConfig, num_classes: int, *, checkpoint: str = "none"):
         super().__init__()
         self.config = config
-        backbone = InternImage(config, checkpoint_blocks=checkpoint_blocks)
+        backbone = InternImage(config, checkpoint=checkpoint)
         self.patch_embed, self.levels = backbone.patch_embed, backbone.levels
         if config.use_clip_projector:
             heads = StrideTokens(config)
@@ -164,11 +163,11 @@ class Stage(nn.Module):
     """Blocks on one map size: [b, h, w, c] -> its map, and the next stage's input (None after the last)."""
 
     def __init__(
-        self, config: InternImageConfig, index: int, drop_paths: tuple[float, ...], checkpoint_blocks: bool
+        self, config: InternImageConfig, index: int, drop_paths: tuple[float, ...], run: RunBlock = keep_all
     ):
         super().__init__()
         width = config.widths[index]
-        self.checkpoint_blocks = checkpoint_blocks
+        self.run = run
         self.blocks = nn.ModuleList(Block(config, index, drop_path) for drop_path in drop_paths)
         self.norm = nn.Sequential(layer_norm(width)) if config.has_stage_norm else None
         self.post_norm_ids = config.level2_post_norm_block_ids if index == LEVEL2 else ()
@@ -180,7 +179,7 @@ class Stage(nn.Module):
         self, x: Float[Tensor, "b h w c"]
     ) -> tuple[Float[Tensor, "b h w c"], Float[Tensor, "b h2 w2 c2"] | None]:
         for index, block in enumerate(self.blocks):
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpoint_blocks else block(x)
+            x = self.run(block, x)
             if index in self.post_norm_ids:
                 x = self.post_norms[self.post_norm_ids.index(index)](x)
         if self.norm is not None:

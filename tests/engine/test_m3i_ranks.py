@@ -32,11 +32,17 @@ from tests.paths import ROOT
 STEPS = 5
 TOLERANCE = 1e-4  # float32 sums in another order, through five AdamW steps
 PERTURBATION = 0.05  # of weights that start at zero and would hide what multiplies them
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> ds config, what is changed in its ZeRO section
-    "zero1": ("zero1", {}),
-    "zero2": ("zero2", {}),
-    "zero3": ("zero3", {}),  # all weights of this model are below its persistence threshold
-    "zero3_divided": ("zero3", {"stage3_param_persistence_threshold": 0}),
+NONE: dict[str, Any] = {}
+DIVIDED = {"stage3_param_persistence_threshold": 0}  # all weights of this model are below that of zero3
+VARIANTS = {  # name -> ds config, what is changed in its ZeRO section, backbone.checkpoint
+    "zero1": ("zero1", NONE, "none"),
+    "zero2": ("zero2", NONE, "none"),
+    "zero3": ("zero3", NONE, "none"),
+    "zero3_divided": ("zero3", DIVIDED, "none"),
+    "zero1_selective": ("zero1", NONE, "selective"),
+    "zero2_full": ("zero2", NONE, "full"),
+    "zero3_divided_selective": ("zero3", DIVIDED, "selective"),
+    "zero3_divided_full": ("zero3", DIVIDED, "full"),
 }
 REFERENCE = "zero1"  # alone, a rank partitions nothing
 
@@ -56,7 +62,8 @@ def run_variant(variant: str, run: Run, facts: Any, batches: list[Batch]) -> lis
     from pretrain.engine import Engine, resolve_config
     from pretrain.pretrainer import Pretrainer, Towers
 
-    name, changes = VARIANTS[variant]
+    name, changes, choice = VARIANTS[variant]
+    run = replace(run, backbone=replace(run.backbone, checkpoint=choice))
     ds_config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
     ds_config["bf16"]["enabled"] = False
     ds_config["zero_optimization"] |= changes

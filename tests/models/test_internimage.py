@@ -154,10 +154,13 @@ def test_every_parameter_receives_a_gradient(name):
     assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
-def test_checkpointed_blocks_give_the_same_gradients():
+@pytest.mark.parametrize("choice", ["selective", "full"])
+def test_checkpointed_blocks_give_the_same_gradients(choice):
     torch.manual_seed(0)
-    config = replace(TINY, drop_path_rate=0.3)  # the recomputation must draw the same branches
-    plain, checkpointed = InternImage(config), InternImage(config, checkpoint_blocks=True)
+    config = replace(
+        VARIANTS["res_post_norm"], drop_path_rate=0.3
+    )  # the recomputation draws the same branches
+    plain, checkpointed = InternImage(config), InternImage(config, checkpoint=choice)
     checkpointed.load_state_dict(plain.state_dict())
     images, gradients = torch.randn(2, 3, 32, 32), []
     for model in (plain, checkpointed):
