@@ -20,8 +20,8 @@ class FeatureNorm(nn.Module):
     In training the statistics are those of all rows of all ranks, so any number of ranks gives the same
     result (torch's SyncBatchNorm knows GPUs only); in eval mode they are running averages, kept in float32
     whatever the parameters' dtype. A small network that starts from nothing otherwise adds one large constant
-    to all features: as targets of images they are predicted perfectly and teach nothing, and as embeddings
-    they tell no categories apart (benchmarks/feature_norm.py measures both).
+    to all features: as targets of images they are predicted perfectly and teach nothing
+    (benchmarks/feature_norm.py).
     Source: BatchNorm (arXiv 1502.03167); its part against collapse: BYOL (arXiv 2006.07733), section 5.
     """
 
