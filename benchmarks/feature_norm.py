@@ -80,8 +80,8 @@ def main() -> None:
         backbone, pool = replace(run.backbone, token_norm=of_tokens), replace(run.pool, norm=of_embedding)
         found[name] = follow(name, replace(run, backbone=backbone, pool=pool), folders, options.steps)
     result = {
-        "claim": "without batch statistics the teacher's features collapse; with those of the tokens they do not, and "
-        "categories are learned; those of the embedding help a little more",
+        "claim": "without batch statistics the teacher's features collapse; with those of the tokens they do "
+        "not, and categories are learned; those of the embedding help a little more",
         "collapsed_below": round(0.5 * run.backbone.token_width**-0.5, 4),
         "runs": found,
         "commit": provenance.commit(),
