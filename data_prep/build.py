@@ -124,6 +124,8 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     if recorded.is_file():
         _require_same(folder, settings, json.loads(recorded.read_text(encoding="utf-8")))
         return
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, a build needs an empty folder: choose another --out")
     foreign = (
         sorted(entry.name for entry in folder.iterdir() if entry.name != WORK_FOLDER)
         if folder.exists()

@@ -8,6 +8,7 @@ import json
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -57,6 +58,8 @@ def data_sets(folder: Path) -> list[Path]:
         return [folder]
     below = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}")) if folder.is_dir() else []
     if not below:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder: name a data set, or the folder above its splits")
         raise FileNotFoundError(
             f"{folder} holds no {MANIFEST_NAME} (it is written last): run the same `data_prep build` again"
         )
@@ -70,18 +73,28 @@ def check(folder: Path) -> Manifest:
     except ValueError as error:
         raise BadDataSet(str(error)) from error
     keys: set[str] = set()
+    extensions: Counter[str] = Counter()
     with progress_bar(manifest.num_samples, f"check {folder.name}", "sample") as bar:
         for shard in manifest.shards:
             try:
-                _check_shard(folder / shard.name, shard, manifest, keys, bar.update)
+                _check_shard(folder / shard.name, shard, manifest, keys, extensions, bar.update)
             except (BadDataSet, ValueError, FileNotFoundError) as error:
                 remedy = "copy the data set again, or remove the folder and build it again"
                 raise BadDataSet(f"{folder / shard.name}: {error}: {remedy}") from error
+    for field, extension in {"has_text": "txt", "has_category": "cls"}.items():
+        if not getattr(manifest, field) and extensions[extension] == manifest.num_samples:
+            raise BadDataSet(
+                f"{folder / MANIFEST_NAME}: {field}=false, but every sample has a .{extension}: copy the manifest "
+                "again, or build the data set again"
+            )
     _check_around(folder, manifest)
     return manifest
 
 
-def _check_shard(path: Path, shard: Shard, manifest: Manifest, keys: set[str], tick: Callable) -> None:
+def _check_shard(
+    path: Path, shard: Shard, manifest: Manifest, keys: set[str], extensions: Counter[str], tick: Callable
+) -> None:
+    """Adds the shard's keys to `keys` and counts its members by extension."""
     if not path.is_file():
         raise BadDataSet("the shard is missing, the manifest names it")
     offsets = [0]
@@ -92,6 +105,7 @@ def _check_shard(path: Path, shard: Shard, manifest: Manifest, keys: set[str], t
                 raise BadDataSet(f"member {sample[0].name}: its key was there before")
             keys.add(key)
             _check_sample(key, sample, manifest)
+            extensions.update(member.extension for member in sample)
             offsets.append(sample[-1].end)
             tick()
     if len(offsets) - 1 != shard.num_samples:
@@ -164,11 +178,20 @@ def _check_sample(key: str, sample: list[_Member], manifest: Manifest) -> None:
     for extension, is_needed in needed.items():
         if is_needed and extension not in parts:
             raise BadDataSet(f"member {key}.{extension} is missing, the manifest says every sample has one")
-    if "cls" in parts and manifest.categories[int(parts["cls"].content)] != record["category"]:
-        raise BadDataSet(
-            f"member {key}.cls: category {parts['cls'].content!r} is {record['category']!r} in the .json"
-        )
+    if "cls" in parts:
+        _check_category(parts["cls"], record["category"], manifest.categories)
     _check_pixels(image, parts.get("mask.png"), record)
+
+
+def _check_category(member: _Member, told: str, categories: tuple[str, ...]) -> None:
+    text = member.content.decode("ascii", "replace").strip()
+    if not text.isdigit() or int(text) >= len(categories):
+        raise BadDataSet(
+            f"member {member.name}: category {text!r} must be a number in [0, {len(categories)}), the categories of "
+            "the manifest"
+        )
+    if (name := categories[int(text)]) != told:
+        raise BadDataSet(f"member {member.name}: category {text} is {name!r}, the .json says {told!r}")
 
 
 def _record(member: _Member) -> dict:

@@ -37,7 +37,6 @@ from pretrain.config import DataFacts, Run
 from pretrain.pretrainer import Towers
 
 KEEP_NEWEST = 2  # besides step 0, from which evaluation tells what pre-training changed
-HARMLESS = ("save_every", "log_every", "max_bad")  # fields of Run that may change at a resume
 SPARE_BYTES = 16 * 2**20  # for the small files
 NATIVE_TAG = "native"  # DeepSpeed's name for the one checkpoint in a folder
 _STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -118,51 +117,13 @@ def latest(out: Path, *, hashes: bool = False) -> Path | None:
 
     Sizes are always compared; with `hashes` every byte is read.
     """
-    for step in sorted(_steps(out), reverse=True):
+    for step in sorted(steps_in(out), reverse=True):
         folder = checkpoint_folder(out, step)
         problem = intact.verify(folder, hashes=hashes)
         if problem is None:
             return folder
         warnings.warn(f"{folder} is skipped, since {problem}: delete it", stacklevel=2)
     return None
-
-
-def check_resumable(
-    folder: Path, run: Run, facts: DataFacts, *, world: int, stage: int, dtype: torch.dtype
-) -> None:
-    """ValueError that names every difference between the saved run and this one that forbids going on."""
-    saved = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("run", "facts")}
-    present = {"run": json.loads(run.to_json()), "facts": json.loads(facts.to_json())}
-    harmless = {f"run.{name}" for name in HARMLESS}
-    differing = [
-        f"{name} was {old!r}, is {new!r}"
-        for name, old, new in differences(saved, present)
-        if name not in harmless
-    ]
-    if differing:
-        raise ValueError(
-            f"{folder} was made with another recipe or other data: {'; '.join(differing)}. Go on with the same, "
-            "or start anew with another --out"
-        )
-    state = json.loads((folder / "state.json").read_text())
-    for key, value in {"world": world, "stage": stage, "dtype": str(dtype)}.items():
-        if state[key] != value:
-            raise ValueError(
-                f"{folder} was written with {key}={state[key]} and this start has {key}={value}; DeepSpeed's files "
-                "fit only the same: use as many ranks and the same --ds-config, or another --out"
-            )
-
-
-def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted name, old value, new value) of everything that differs between two JSON values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        prefix = f"{name}." if name else ""
-        return [
-            found
-            for key in sorted(old.keys() | new.keys())
-            for found in differences(old.get(key), new.get(key), f"{prefix}{key}")
-        ]
-    return [] if old == new else [(name, old, new)]
 
 
 def load_teacher(folder: Path) -> dict[str, Tensor]:
@@ -277,11 +238,11 @@ def _make_room(folder: Path, partial: Path, num_bytes: int) -> None:
 
 
 def _prune(out: Path) -> None:
-    for step in sorted(_steps(out) - {0})[:-KEEP_NEWEST]:
+    for step in sorted(steps_in(out) - {0})[:-KEEP_NEWEST]:
         shutil.rmtree(checkpoint_folder(out, step))
 
 
-def _steps(out: Path) -> set[int]:
+def steps_in(out: Path) -> set[int]:
     folders = (out / "checkpoints").glob("step_*")
     return {int(match[1]) for folder in folders if (match := _STEP_NAME.fullmatch(folder.name))}
 

@@ -242,20 +242,21 @@ class Run:
         if self.batch % self.objective.input.mixed:
             raise ValueError(
                 f"batch={self.batch} counts images and must be a multiple of "
-                f"objective.input.mixed={self.objective.input.mixed}"
+                f"objective.input.mixed={self.objective.input.mixed}: set {self.batch + 1}"
             )
         num_second = self.mask.ratio * self.grid**2
         if self.objective.input.mixed == 2 and num_second != round(num_second):
             raise ValueError(
                 f"mask.ratio={self.mask.ratio} of {self.grid} x {self.grid} patches is {num_second}, "
-                "which must be a whole number"
+                f"which must be a whole number: set {round(num_second) / self.grid**2:g}"
             )
         if self.views.size % self.mask.patch:
             raise ValueError(
-                f"views.size={self.views.size} must be a multiple of mask.patch={self.mask.patch}"
+                f"views.size={self.views.size} must be a multiple of mask.patch={self.mask.patch}: set "
+                f"{max(round(self.views.size / self.mask.patch), 1) * self.mask.patch}"
             )
         if self.optim.warmup > self.steps:
-            raise ValueError(f"optim.warmup={self.optim.warmup} is longer than steps={self.steps}")
+            raise ValueError(f"optim.warmup={self.optim.warmup} is longer than steps={self.steps}: lower it")
 
     def images_per_rank(self, world: int) -> int:
         """Images of the batch that each of `world` ranks takes; ValueError when they do not divide evenly."""
@@ -296,21 +297,3 @@ class DataFacts:
     @staticmethod
     def from_json(text: str) -> DataFacts:
         return TypeAdapter(DataFacts).validate_json(text)
-
-
-def shrink(run: Run) -> Run:
-    """The same run at three steps of four inputs: its own structure at sizes that a CPU test can run."""
-    return dataclasses.replace(
-        run,
-        batch=4 * run.objective.input.mixed,
-        steps=3,
-        save_every=3,
-        log_every=1,
-        decoder=dataclasses.replace(run.decoder, layers=1, width=64, ffn=128, heads=4),
-        pool=dataclasses.replace(run.pool, heads=4, width=48),
-        text=dataclasses.replace(run.text, layers=1, width=32, ffn=64, heads=4, length=16),
-        backbone=dataclasses.replace(run.backbone, size=f"{run.backbone.family}_tiny", token_width=64),
-        views=dataclasses.replace(run.views, size=64),
-        mask=dataclasses.replace(run.mask, patch=16, min_block=4),
-        optim=dataclasses.replace(run.optim, warmup=1),
-    )

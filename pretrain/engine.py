@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import os
+import reprlib
 import socket
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker
@@ -63,7 +68,14 @@ def start_distributed() -> torch.device:
     if get_accelerator().device_name() == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    except dist.DistNetworkError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConnectionError(
+            f"the ranks cannot meet at {place} ({str(error).splitlines()[0]}): if another run uses that port, start "
+            "by jobs/local/pretrain.sh, which finds a free one, or give the launcher --master_port"
+        ) from error
     return device
 
 
@@ -93,12 +105,28 @@ def check_config(ds_config: dict[str, Any], run: Run, world: int) -> None:
     stage = ds_config.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2, 3):
         raise ValueError(
-            f"zero_optimization.stage={stage!r} in the ds config must be 1, 2 or 3; alone, 1 partitions nothing"
+            f"zero_optimization.stage={stage!r} in the ds config must be 1, 2 or 3: for one rank take 1, which then "
+            "divides nothing"
         )
+    _check_zero(ds_config["zero_optimization"])
     enabled = ds_config.get("bf16", {}).get("enabled", False)
     if enabled not in (True, False, "auto"):
         raise ValueError(f'bf16.enabled={enabled!r} in the ds config must be true, false or "auto"')
     run.images_per_rank(world)
+
+
+def _check_zero(section: dict[str, Any]) -> None:
+    """ValueError for the first key or value that DeepSpeed would refuse, or silently take for another."""
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        near = difflib.get_close_matches(key, DeepSpeedZeroConfig.model_fields, 1)
+        remedy = f"did you mean {near[0]!r}?" if near else "see the documentation of DeepSpeed's ZeRO"
+        raise ValueError(
+            f"zero_optimization.{key}={reprlib.repr(first['input'])} in the ds config: {first['msg']}; {remedy}"
+        ) from error
 
 
 def resolve_config(ds_config: dict[str, Any], run: Run, device: torch.device) -> tuple[dict[str, Any], str]:

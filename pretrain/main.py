@@ -13,6 +13,9 @@ import errno
 import logging
 import os
 import sys
+import warnings
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,41 +27,69 @@ from pretrain.config import Run  # noqa: E402
 
 MISTAKE = 2  # exit code for a command line that cannot be right, as argparse has it
 FAILED = 1
+INTERRUPTED = 130
 
 
 def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
     """The resolved run and the paths; prints what is wrong and exits (SystemExit) or raises ValueError."""
-    import tyro
-
     first_rank = os.environ.get("RANK", "0") == "0"
-    parser = argparse.ArgumentParser(prog="pretrain/main.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="pretrain/main.py", description=__doc__, allow_abbrev=False, add_help=False
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--recipe", required=True, help=f"one of {', '.join(recipes.names())}")
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR", help="folders of the sources")
-    parser.add_argument("--out", type=Path, required=True, help="folder of this run")
-    parser.add_argument("--ds-config", type=Path, default=ROOT / "ds_configs" / "zero3.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder of this run, made if there is none")
+    parser.add_argument(
+        "--ds-config",
+        type=Path,
+        default=ROOT / "ds_configs" / "zero3.json",
+        help="memory and communication: a JSON file of ds_configs/ (zero3.json)",
+    )
     parser.add_argument("--tokenizer", type=Path, help="instead of that beside the captioned shards")
     parser.add_argument("--workers", type=int, default=0, help="decoding processes for each rank")
     parser.add_argument("--wandb", action="store_true", help="also log to wandb (WANDB_MODE=offline works)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the launcher
+    parser.add_argument("--help", "-h", action="store_true", help="this, and the fields of --recipe")
+    if {"--help", "-h"} & set(arguments):
+        show_help(parser, arguments)
     paths, overrides = parser.parse_known_args(arguments)
-    run = tyro.cli(
+    with (
+        nullcontext() if first_rank else redirect_stderr(None),
+        nullcontext() if first_rank else redirect_stdout(None),
+    ):
+        run = override(recipes.load(paths.recipe), overrides)
+    paths.data = match_sources(run, paths.data)
+    if not paths.ds_config.is_file():
+        there = sorted(str(path) for path in (ROOT / "ds_configs").glob("*.json"))
+        raise FileNotFoundError(f"--ds-config {paths.ds_config} is no file; choose one of {there}")
+    if paths.workers < 0:
+        raise ValueError(f"--workers {paths.workers} must not be negative: 0 decodes in the training process")
+    if paths.out.exists() and not paths.out.is_dir():
+        raise ValueError(f"--out {paths.out} is a file: name a folder, it is made if there is none")
+    return run, paths
+
+
+def override(run: Run, arguments: list[str]) -> Run:
+    """`run` with the fields that the command line names; SystemExit after tyro has told what is wrong."""
+    import tyro
+
+    return tyro.cli(
         Run,
         prog="pretrain/main.py ...",
         description="Fields of the recipe that the command line may override.",
-        default=recipes.load(paths.recipe),
-        args=overrides,
+        default=run,
+        args=arguments,
         use_underscores=True,
-        console_outputs=first_rank,
     )
-    paths.data = match_sources(run, paths.data)
-    if not paths.ds_config.is_file():
-        raise FileNotFoundError(
-            f"--ds-config {paths.ds_config} is no file; choose one of {ROOT / 'ds_configs'}"
-        )
-    if paths.workers < 0:
-        raise ValueError(f"--workers {paths.workers} must not be negative")
-    return run, paths
+
+
+def show_help(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """Prints the options that name places, then every field of the recipe with its value there; SystemExit."""
+    parser.print_help()
+    chosen = [after for name, after in pairwise(arguments) if name == "--recipe"] or ["m3i.demo"]
+    print(f"\nThe fields of {chosen[0]}:")
+    override(recipes.load(chosen[0]), ["--help"])
 
 
 def match_sources(run: Run, pairs: list[str]) -> dict[str, Path]:
@@ -68,6 +99,8 @@ def match_sources(run: Run, pairs: list[str]) -> dict[str, Path]:
         name, separator, folder = pair.partition("=")
         if not separator or not folder:
             raise ValueError(f"--data {pair!r} must look like NAME=DIR, with NAME one of {list(run.data)}")
+        if name in folders:
+            raise ValueError(f"--data names {name!r} twice: give NAME=DIR once for each of {list(run.data)}")
         folders[name] = Path(folder)
     if folders.keys() != run.data.keys():
         raise ValueError(
@@ -98,6 +131,10 @@ def main(arguments: list[str]) -> int:
         if is_told_by_this_rank(error):
             print(f"\nerror: {explain(error, paths.out)}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        if first_rank:
+            print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
@@ -112,7 +149,9 @@ def explain(error: Exception, out: Path) -> str:
 
 
 def quieten() -> None:
-    """Leaves of DeepSpeed's and NCCL's messages only errors, and names the CPU where there is no GPU."""
+    """Leaves of DeepSpeed's and NCCL's messages only errors, of warnings the sentence without its source line,
+    and names the CPU where there is no GPU."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

@@ -116,9 +116,11 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """One line on the console of rank 0, above the progress bar."""
-        if self._first_rank:
+        if self._first_rank and sys.stderr.isatty():
             self._bar.write(line, file=sys.stdout)
-            sys.stdout.flush()
+        elif self._first_rank:  # a file: redrawing the bar around every line would fill it
+            print(line)
+        sys.stdout.flush()
 
     def _write(self, record: dict[str, Any]) -> None:
         self._log.write(json.dumps(record) + "\n")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.schema import TOKENIZER_FOLDER
-from pretrain import checkpoint
+from pretrain import checkpoint, resume
 from pretrain.collectives import rank, world_size
 from pretrain.config import Run
 from pretrain.data.loader import Loader
@@ -52,7 +52,7 @@ def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device:
     place = {"rank": rank(), "world": world_size()}
     loader = Loader(run, paths.data, tokenizer, **place, workers=paths.workers, start_step=first_step)
     if folder is not None:  # refuses another recipe before minutes of building
-        checkpoint.check_resumable(folder, run, loader.facts, **describe(config))
+        resume.check_resumable(folder, run, loader.facts, **describe(config))
     torch.manual_seed(run.seed)  # equal weights on all ranks
     with torch.device(device):
         model, teacher = Pretrainer(run, loader.facts), Towers(run, loader.facts)
@@ -104,7 +104,7 @@ def tokenizer_folder(run: Run, paths: Paths) -> Path | None:
 
 def newest_checkpoint(out: Path) -> Path | None:
     """What rank 0 finds, told to all: it reads every byte once."""
-    found = [checkpoint.latest(out, hashes=True) if rank() == 0 else None]
+    found = [resume.newest_or_none(out) if rank() == 0 else None]
     dist.broadcast_object_list(found)
     return found[0]
 

@@ -1,6 +1,8 @@
-"""What does a batch look like when no data set is at hand?"""
+"""What do a run and a batch look like that a CPU test can do without any data set?"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
@@ -32,4 +34,22 @@ def random_batch(run: Run, num_images: int, seed: int = 0) -> Batch:
         tokens=torch.where(has_token, tokens, 0),
         token_mask=has_token,
         position=torch.arange(num_images),
+    )
+
+
+def shrink(run: Run) -> Run:
+    """The same run at three steps of four inputs: its own structure at sizes that a CPU test can run."""
+    return replace(
+        run,
+        batch=4 * run.objective.input.mixed,
+        steps=3,
+        save_every=3,
+        log_every=1,
+        decoder=replace(run.decoder, layers=1, width=64, ffn=128, heads=4),
+        pool=replace(run.pool, heads=4, width=48),
+        text=replace(run.text, layers=1, width=32, ffn=64, heads=4, length=16),
+        backbone=replace(run.backbone, size=f"{run.backbone.family}_tiny", token_width=64),
+        views=replace(run.views, size=64),
+        mask=replace(run.mask, patch=16, min_block=4),
+        optim=replace(run.optim, warmup=1),
     )

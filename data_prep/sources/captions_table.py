@@ -31,7 +31,8 @@ def read_table(content: bytes, name: str) -> tuple[dict[str, Told], list[str]]:
     for needed in (IMAGE_COLUMN, CAPTION_COLUMN):
         if needed not in header:
             raise ValueError(
-                f"{name}: columns {header} lack {needed!r}: the first line must name tab-separated columns"
+                f"{name}: columns {[column[:40] for column in header[:5]]} lack {needed!r}: the first line must name "
+                f"tab-separated columns, {IMAGE_COLUMN} and {CAPTION_COLUMN} among them, in UTF-8"
             )
     told: dict[str, Told] = {}
     bad: list[str] = []

@@ -30,6 +30,10 @@ def find_checkpoint(run_folder: Path, name: str) -> Path:
     folder = checkpoint_folder(run_folder, 0 if name == "first" else int(name))
     problem = verify(folder, hashes=False) if folder.is_dir() else "there is none"
     if problem is not None:
-        there = sorted(path.name for path in (run_folder / "checkpoints").glob("step_*"))
-        raise FileNotFoundError(f"{folder} cannot be used, since {problem}: choose one of {there}")
+        there = sorted((run_folder / "checkpoints").glob("step_*"))
+        whole = [int(path.name.removeprefix("step_")) for path in there if verify(path, hashes=False) is None]
+        remedy = (
+            f"choose one of the whole ones, steps {whole}" if whole else "the run holds no whole checkpoint"
+        )
+        raise FileNotFoundError(f"{folder} cannot be used, since {problem}: {remedy}")
     return folder

@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     for folder in filter(None, [options.heldout, options.tokenizer]):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder: name one that exists, or leave the option out")
+    out = options.out or options.run / "report.html"
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name a file, such as {out / 'report.html'}")
     record = read_record(options.run, named_folders(options.data), options.tokenizer)
     heldout = heldout_folder(record, options.heldout)
     text = page(
@@ -55,7 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         Settings(candidates=options.candidates),
         lambda part: print(f"drawing: {part}", flush=True),
     )
-    out = options.out or options.run / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, text.encode("utf-8"))
     print(f"written to {out} ({out.stat().st_size / 2**20:.1f} MiB)")

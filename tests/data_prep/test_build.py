@@ -295,4 +295,6 @@ def test_wrong_usage_ends_with_code_2(arguments, capsys):
 
 def test_a_missing_data_set_ends_with_code_1_and_a_remedy(tmp_path, capsys):
     assert main(["check", str(tmp_path / "nothing")]) == 1
+    assert "nothing is no folder: name a data set" in capsys.readouterr().err
+    assert main(["check", str(tmp_path)]) == 1
     assert "run the same `data_prep build` again" in capsys.readouterr().err

@@ -123,6 +123,12 @@ def test_a_changed_index_is_found(folder):
             r"000001.tar: it has \d+ bytes, the manifest says 10240",
         ),
         (lambda m: m["categories"].reverse(), r"000000.tar: member scenes-00000000.cls: category"),
+        (
+            lambda m: m.update(categories=["one"]),
+            r"category '\d+' must be a number in \[0, 1\), the categories",
+        ),
+        (lambda m: m.update(has_category=False), "has_category=false, but every sample has a .cls: copy"),
+        (lambda m: m.update(has_text=False), "has_text=false, but every sample has a .txt: copy"),
         (lambda m: m.update(num_samples=7), "manifest.json is not a manifest: num_samples=7"),
         (lambda m: m["shards"].pop(), "must equal the 3"),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain import checkpoint, intact
+from pretrain import checkpoint, intact, resume
 from pretrain.config import DataFacts
 from tests.engine.launch import start
 from tests.engine.toy import FACTS, toy_run
@@ -58,6 +58,18 @@ def test_a_flipped_byte_is_found_by_hashes(tmp_path: Path) -> None:
         checkpoint.load_teacher(newer)
 
 
+def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(tmp_path: Path) -> None:
+    (_whole(tmp_path, 3) / intact.COMPLETE).unlink()
+    with (
+        pytest.warns(UserWarning, match="COMPLETE is missing"),
+        pytest.raises(
+            ValueError, match=r"none of the checkpoints of steps \[3\] in .* is whole: copy them again"
+        ),
+    ):
+        resume.newest_or_none(tmp_path)
+    assert resume.newest_or_none(tmp_path / "new") is None
+
+
 @pytest.mark.parametrize("damage", ["unlink", "empty"])
 def test_without_its_mark_nothing_is_used(tmp_path: Path, damage: str) -> None:
     mark = _whole(tmp_path, 3) / intact.COMPLETE
@@ -94,7 +106,7 @@ SAME = {"world": 2, "stage": 3, "dtype": torch.float32}
 
 def test_the_same_run_may_go_on_with_other_intervals(tmp_path: Path) -> None:
     run = dataclasses.replace(toy_run(), save_every=1, log_every=7, max_bad=0.5)
-    checkpoint.check_resumable(_whole(tmp_path, 3), run, FACTS, **SAME)
+    resume.check_resumable(_whole(tmp_path, 3), run, FACTS, **SAME)
 
 
 def test_another_recipe_is_refused_by_field(tmp_path: Path) -> None:
@@ -102,15 +114,16 @@ def test_another_recipe_is_refused_by_field(tmp_path: Path) -> None:
     run = dataclasses.replace(run, steps=20, optim=dataclasses.replace(run.optim, lr=0.5))
     message = r"run.optim.lr was 0.01, is 0.5; run.steps was 10, is 20. Go on with the same, or .* --out"
     with pytest.raises(ValueError, match=message):
-        checkpoint.check_resumable(_whole(tmp_path, 3), run, FACTS, **SAME)
+        resume.check_resumable(_whole(tmp_path, 3), run, FACTS, **SAME)
 
 
 def test_other_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"facts.vocab_size was 0, is 9"):
-        checkpoint.check_resumable(_whole(tmp_path, 3), toy_run(), DataFacts(FACTS.categories, 9), **SAME)
+        resume.check_resumable(_whole(tmp_path, 3), toy_run(), DataFacts(FACTS.categories, 9), **SAME)
     rebuilt = dataclasses.replace(FACTS, sha256={"toy": "9f"})
-    with pytest.raises(ValueError, match=r"facts.sha256.toy was None, is '9f'. Go on with the same, or"):
-        checkpoint.check_resumable(checkpoint.latest(tmp_path), toy_run(), rebuilt, **SAME)
+    message = r"what is read as 'toy' has changed \(other SHA-256\). Go on with the same, or"
+    with pytest.raises(ValueError, match=message):
+        resume.check_resumable(checkpoint.latest(tmp_path), toy_run(), rebuilt, **SAME)
 
 
 @pytest.mark.parametrize("changed", [{"world": 4}, {"stage": 2}, {"dtype": torch.bfloat16}])
@@ -121,7 +134,7 @@ def test_another_number_of_ranks_stage_or_precision_is_refused(
     with pytest.raises(
         ValueError, match=rf"written with {key}=.* use as many ranks and the same --ds-config"
     ):
-        checkpoint.check_resumable(_whole(tmp_path, 3), toy_run(), FACTS, **SAME | changed)
+        resume.check_resumable(_whole(tmp_path, 3), toy_run(), FACTS, **SAME | changed)
 
 
 def test_a_kill_while_saving_leaves_the_older_checkpoint(tmp_path: Path) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pretrain.engine import RECIPE_OWNS, check_config, is_fast_in_bfloat16, resolve_config, teacher_config
+from pretrain.engine import (
+    RECIPE_OWNS,
+    check_config,
+    is_fast_in_bfloat16,
+    resolve_config,
+    start_distributed,
+    teacher_config,
+)
 from pretrain.train import read_ds_config
 from tests.engine.toy import toy_run
 from tests.paths import ROOT
@@ -37,6 +45,31 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, text: str, rule:
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"zero9\.json .*{rule}"):
         read_ds_config(path)
+
+
+def test_a_key_that_zero_does_not_know_is_refused_with_the_one_that_was_meant() -> None:
+    with pytest.raises(
+        ValueError, match=r"zero_optimization.overlap_com=True .* did you mean 'overlap_comm'\?"
+    ):
+        check_config({"zero_optimization": {"stage": 2, "overlap_com": True}}, toy_run(), 1)
+
+
+def test_a_port_that_is_taken_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        place = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConnectionError, match=rf"cannot meet at 127.0.0.1:{port} .* --master_port"):
+            start_distributed()
 
 
 @pytest.mark.parametrize("stage", [None, 0, 4])

@@ -22,11 +22,12 @@ import pytest
 import torch
 
 from pretrain.collectives import mean_over_ranks, rank, world_size
-from pretrain.config import Run, shrink
+from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.recipes import load
 from tests.data.sets import good_set, write_tokenizer
 from tests.engine.launch import TIMEOUT, environment
+from tests.fakes import shrink
 from tests.paths import ROOT
 
 STEPS = 5

@@ -37,6 +37,15 @@ def test_overrides_are_typed_and_nested() -> None:
         (["--optim.lr", "-1"], "optim.lr=-1.0 must be positive"),
         (["--recipe", "m3i.dmo"], "recipe='m3i.dmo' is unknown; choose from ['m3i.vit_b16'"),
         (["--data", "labelled"], "--data 'labelled' must look like NAME=DIR"),
+        (
+            ["--data", "labelled=a", "labelled=b", "captioned=c"],
+            "--data names 'labelled' twice: give NAME=DIR once",
+        ),
+        (
+            ["--batch", "63"],
+            "batch=63 counts images and must be a multiple of objective.input.mixed=2: set 64",
+        ),
+        (["--out", "README.md"], "--out README.md is a file: name a folder"),
         (["--data", "labelled=a"], "recipe m3i.demo has the sources ['captioned', 'labelled']: give"),
         (["--ds-config", "no.json"], "--ds-config no.json is no file; choose one of"),
         (["--workers", "-1"], "--workers -1 must not be negative"),
@@ -56,11 +65,21 @@ def test_a_mistake_is_told_with_its_remedy(
 
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit):
-        main([*GOOD, "--optim.lrr", "1"])
+    for mistake in (["--optim.lrr", "1"], ["--batch", "63"]):
+        with pytest.raises(SystemExit):
+            main([*GOOD, *mistake])
     assert main([*GOOD, "--workers", "-1"]) == MISTAKE
     printed = capsys.readouterr()
     assert printed.out + printed.err == ""
+
+
+def test_help_lists_every_field_with_the_value_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--recipe", "m3i.vit_b16", "--help"])
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert not ended.value.code
+    assert "--ds-config" in printed and "The fields of m3i.vit_b16" in printed
+    assert "--teacher.momentum FLOAT at step 0 (default: 0.995)" in printed
 
 
 def test_mistakes_are_told_before_torch_is_loaded() -> None:

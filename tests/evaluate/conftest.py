@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import DataFacts, shrink
+from pretrain.config import DataFacts
 from pretrain.recipes import load
 from tests.evaluate.runs import write_run
 from tests.evaluate.sets import COLORS, write_set
+from tests.fakes import shrink
 
 
 @pytest.fixture(scope="session")

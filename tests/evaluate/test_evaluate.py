@@ -13,7 +13,7 @@ import torch
 
 from data_prep.schema import Manifest, write_manifest
 from pretrain.checkpoint import load_towers
-from pretrain.config import DataFacts, shrink
+from pretrain.config import DataFacts
 from pretrain.data.decode import decode_image
 from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
@@ -24,6 +24,7 @@ from pretrain.pretrainer import normalise
 from pretrain.recipes import load
 from tests.evaluate.runs import write_run
 from tests.evaluate.sets import COLORS, write_set
+from tests.fakes import shrink
 
 CPU = torch.device("cpu")
 
@@ -147,7 +148,9 @@ def test_run_without_checkpoint_is_told(data: Path, tmp_path: Path) -> None:
 
 
 def test_missing_checkpoint_names_those_that_are_there(run_folder: Path, data: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"step_000002 cannot be used.*'step_000000', 'step_000003'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"step_000002 cannot be used.*choose one of the whole ones, steps \[0, 3\]"
+    ):
         evaluate([str(run_folder), "--data", str(data), "--steps", "2"])
     with pytest.raises(ValueError, match=r"step 'best' is unknown; choose from \['first', 'last'\]"):
         evaluate([str(run_folder), "--data", str(data), "--steps", "best"])

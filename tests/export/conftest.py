@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import DataFacts, shrink
+from pretrain.config import DataFacts
 from pretrain.export.trained import Trained, read_trained
 from pretrain.recipes import load
 from tests.evaluate.runs import write_run
+from tests.fakes import shrink
 
 FACTS = DataFacts(categories=("apple", "boat", "cat", "door", "egg"), vocab_size=100)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.config import DataFacts, Pool, Run, shrink
+from pretrain.config import DataFacts, Pool, Run
 from pretrain.export.formats import export
 from pretrain.export.trained import Trained
 from pretrain.models import internimage_layouts as layouts
@@ -18,6 +18,7 @@ from pretrain.pretrainer import Towers
 from pretrain.recipes import load
 from tests.evaluate.runs import randomised
 from tests.export.conftest import FACTS, last
+from tests.fakes import shrink
 from tests.paths import SHARED, needs_shared
 
 

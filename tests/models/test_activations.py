@@ -12,10 +12,10 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from pretrain.config import shrink
 from pretrain.models.activations import CHECKPOINTS
 from pretrain.models.backbone import build_encoder
 from pretrain.recipes import load
+from tests.fakes import shrink
 
 
 def encoder_of(recipe: str, choice: str) -> nn.Module:

@@ -11,11 +11,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from pretrain.config import Backbone, DataFacts, shrink
+from pretrain.config import Backbone, DataFacts
 from pretrain.models.backbone import build_encoder
 from pretrain.models.feature_norm import MOMENTUM, FeatureNorm
 from pretrain.pretrainer import Towers
 from pretrain.recipes import load
+from tests.fakes import shrink
 
 WIDTH = 6
 

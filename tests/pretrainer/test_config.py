@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from pretrain.config import Backbone, Mask, Optim, Run, Source, Views, shrink
+from pretrain.config import Backbone, Mask, Optim, Run, Source, Views
 from pretrain.models.backbone import build_encoder
 from pretrain.objectives import OBJECTIVES, Input, Objective, Target
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
 from pretrain.recipes import load, names
+from tests.fakes import shrink
 
 
 @pytest.mark.parametrize("recipe", names())

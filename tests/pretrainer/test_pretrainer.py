@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pretrain.balance import BalanceTracker
-from pretrain.config import DataFacts, shrink
+from pretrain.config import DataFacts
 from pretrain.objectives import Input, Objective, Target
 from pretrain.pretrainer import Pretrainer, Temperature, Towers, batch_std, normalise, owned_places
 from pretrain.recipes import load, names
-from tests.fakes import FACTS, random_batch
+from tests.fakes import FACTS, random_batch, shrink
 
 
 def tiny_run(recipe: str = "m3i.vit_b16"):

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from data_prep.schema import Manifest, Shard, index_bytes, index_path, sha256_file, write_manifest
-from pretrain.config import Run, shrink
+from pretrain.config import Run
 from pretrain.recipes import load
+from tests.fakes import shrink
 from tests.report.fake_run import write_run
 
 CATEGORIES = ("apple", "boat", "cat")

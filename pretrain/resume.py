@@ -1,0 +1,71 @@
+"""May a run go on from what lies in its folder?"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.checkpoint import latest, steps_in
+from pretrain.config import DataFacts, Run
+
+HARMLESS = ("save_every", "log_every", "max_bad")  # fields of Run that may change at a resume
+
+
+def newest_or_none(out: Path) -> Path | None:
+    """The newest whole checkpoint, every byte read; None when there never was one, ValueError when all are broken."""
+    folder = latest(out, hashes=True)
+    if folder is None and (steps := steps_in(out)):
+        raise ValueError(
+            f"none of the checkpoints of steps {sorted(steps)} in {out} is whole: copy them again, or delete "
+            f"{out / 'checkpoints'} to start from the beginning, or name another --out"
+        )
+    return folder
+
+
+def check_resumable(
+    folder: Path, run: Run, facts: DataFacts, *, world: int, stage: int, dtype: torch.dtype
+) -> None:
+    """ValueError that names every difference between the saved run and this one that forbids going on."""
+    saved = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("run", "facts")}
+    present = {"run": json.loads(run.to_json()), "facts": json.loads(facts.to_json())}
+    harmless = {f"run.{name}" for name in HARMLESS}
+    differing = [
+        _told_difference(name, old, new)
+        for name, old, new in differences(saved, present)
+        if name not in harmless
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} was made with another recipe or other data: {'; '.join(differing)}. Go on with the same, "
+            "or start anew with another --out"
+        )
+    state = json.loads((folder / "state.json").read_text())
+    for key, value in {"world": world, "stage": stage, "dtype": str(dtype)}.items():
+        if state[key] != value:
+            raise ValueError(
+                f"{folder} was written with {key}={state[key]} and this start has {key}={value}; DeepSpeed's files "
+                "fit only the same: use as many ranks and the same --ds-config, or another --out"
+            )
+
+
+def _told_difference(name: str, old: Any, new: Any) -> str:
+    prefix = "facts.sha256."
+    if name.startswith(prefix):
+        return f"what is read as {name.removeprefix(prefix)!r} has changed (other SHA-256)"
+    return f"{name} was {reprlib.repr(old)}, is {reprlib.repr(new)}"
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of everything that differs between two JSON values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        prefix = f"{name}." if name else ""
+        return [
+            found
+            for key in sorted(old.keys() | new.keys())
+            for found in differences(old.get(key), new.get(key), f"{prefix}{key}")
+        ]
+    return [] if old == new else [(name, old, new)]
