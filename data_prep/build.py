@@ -220,5 +220,5 @@ def _require_good(
     if not any(done.shard for done in finished.values()):
         raise ValueError(
             f"{collection.name}/{collection.split}: none of {total} inputs is good ({counts}): see"
-            f" {folder / DROPPED_NAME}"
+            f" {folder / DROPPED_NAME}, mend the input and build into an empty folder"
         )

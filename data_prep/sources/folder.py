@@ -241,7 +241,8 @@ def _captions(name: str, raw: Sequence[bytes] | None) -> tuple[list[str], tuple[
         try:
             text = clean_caption(caption)
         except UnicodeDecodeError as error:
-            dropped.append(Dropped(name, "caption_encoding", str(error)))
+            said = f"caption {caption[:40]!r} must be UTF-8 ({error.reason}): save the table as UTF-8"
+            dropped.append(Dropped(name, "caption_encoding", said))
             continue
         if not text:
             dropped.append(Dropped(name, "caption_empty", "nothing left but spaces and control characters"))
