@@ -96,7 +96,8 @@ def save(engine: Trainable, out: Path, facts: DataFacts, tokenizer: Path | None)
 
 def _is_of_the_disk(error: Exception) -> bool:
     """torch.save tells a failed write as RuntimeError of its zip writer, safetensors as an error of its own."""
-    return isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error)
+    by_zip_writer = any(word in str(error) for word in ("inline_container", "PytorchStreamWriter"))
+    return isinstance(error, (OSError, SafetensorError)) or by_zip_writer
 
 
 def restore(engine: Trainable, folder: Path) -> None:
@@ -243,6 +244,7 @@ def _prune(out: Path) -> None:
 
 
 def steps_in(out: Path) -> set[int]:
+    """Steps of which a checkpoint lies in OUT, whole or not."""
     folders = (out / "checkpoints").glob("step_*")
     return {int(match[1]) for folder in folders if (match := _STEP_NAME.fullmatch(folder.name))}
 

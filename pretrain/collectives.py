@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -28,6 +33,24 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Mean of `values` over the ranks, in a new tensor without gradient."""
     return sum_over_ranks(values) / world_size()
+
+
+def from_first_rank(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, told to all ranks; an OSError or ValueError of it is raised by all of them.
+
+    A collective call. An error of rank 0 alone would leave the others waiting for it.
+    """
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = work()
+        except (OSError, ValueError) as error:
+            outcome[1] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -244,11 +244,12 @@ class Run:
                 f"batch={self.batch} counts images and must be a multiple of "
                 f"objective.input.mixed={self.objective.input.mixed}: set {self.batch + 1}"
             )
-        num_second = self.mask.ratio * self.grid**2
-        if self.objective.input.mixed == 2 and num_second != round(num_second):
+        num_second, patches = self.mask.ratio * self.grid**2, self.grid**2
+        if self.objective.input.mixed == 2 and abs(num_second - round(num_second)) > 1e-3:
+            nearest = min(max(round(num_second), 1), patches - 1) / patches
             raise ValueError(
-                f"mask.ratio={self.mask.ratio} of {self.grid} x {self.grid} patches is {num_second}, "
-                f"which must be a whole number: set {round(num_second) / self.grid**2:g}"
+                f"mask.ratio={self.mask.ratio} of {self.grid} x {self.grid} patches is {num_second:g}, which must be "
+                f"a whole number: set {nearest:.6f}"
             )
         if self.views.size % self.mask.patch:
             raise ValueError(

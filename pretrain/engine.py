@@ -102,8 +102,15 @@ def check_config(ds_config: dict[str, Any], run: Run, world: int) -> None:
             )
         if key not in DS_CONFIG_OWNS:
             raise ValueError(f"{key!r} in the ds config is not used; choose from {sorted(DS_CONFIG_OWNS)}")
+    for key in ("zero_optimization", "bf16"):
+        if not isinstance(ds_config.get(key, {}), dict):
+            raise ValueError(
+                f"{key}={ds_config[key]!r} in the ds config must be an object, such as {{...}} in zero3.json"
+            )
+    if unknown := sorted(ds_config.get("bf16", {}).keys() - {"enabled"}):
+        raise ValueError(f"bf16.{unknown[0]} in the ds config is not used; choose from ['enabled']")
     stage = ds_config.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2, 3):
+    if stage is True or stage not in (1, 2, 3):
         raise ValueError(
             f"zero_optimization.stage={stage!r} in the ds config must be 1, 2 or 3: for one rank take 1, which then "
             "divides nothing"
@@ -122,7 +129,8 @@ def _check_zero(section: dict[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        near = difflib.get_close_matches(key, DeepSpeedZeroConfig.model_fields, 1)
+        known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
+        near = difflib.get_close_matches(key, known, 1) if first["type"] == "extra_forbidden" else []
         remedy = f"did you mean {near[0]!r}?" if near else "see the documentation of DeepSpeed's ZeRO"
         raise ValueError(
             f"zero_optimization.{key}={reprlib.repr(first['input'])} in the ds config: {first['msg']}; {remedy}"

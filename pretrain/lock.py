@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,12 @@ LOCK = ".lock"
 def only_writer(out: Path) -> Iterator[None]:
     """Holds OUT for this process; ValueError names the process that already does.
 
-    Two runs in one folder would delete each other's checkpoints. On a file system without locks nothing is
-    checked.
+    Two runs in one folder would delete each other's checkpoints. A file system without locks is warned of.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"--out {out} lies below a file ({error.strerror}): name another folder") from error
     with (out / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -29,9 +32,8 @@ def only_writer(out: Path) -> Iterator[None]:
                 f"{out} is being written by {file.read().strip() or 'another process'}: wait for it, end it, or "
                 "name another --out"
             ) from None
-        except OSError:  # no locks here
-            yield
-            return
+        except OSError as error:
+            warnings.warn(f"{out} cannot be locked ({error}): start no second run there", stacklevel=2)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -14,8 +14,8 @@ import logging
 import os
 import sys
 import warnings
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from itertools import pairwise
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +32,6 @@ INTERRUPTED = 130
 
 def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
     """The resolved run and the paths; prints what is wrong and exits (SystemExit) or raises ValueError."""
-    first_rank = os.environ.get("RANK", "0") == "0"
     parser = argparse.ArgumentParser(
         prog="pretrain/main.py", description=__doc__, allow_abbrev=False, add_help=False
     )
@@ -54,11 +53,7 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
     if {"--help", "-h"} & set(arguments):
         show_help(parser, arguments)
     paths, overrides = parser.parse_known_args(arguments)
-    with (
-        nullcontext() if first_rank else redirect_stderr(None),
-        nullcontext() if first_rank else redirect_stdout(None),
-    ):
-        run = override(recipes.load(paths.recipe), overrides)
+    run = override(recipes.load(paths.recipe), overrides)
     paths.data = match_sources(run, paths.data)
     if not paths.ds_config.is_file():
         there = sorted(str(path) for path in (ROOT / "ds_configs").glob("*.json"))
@@ -86,10 +81,12 @@ def override(run: Run, arguments: list[str]) -> Run:
 
 def show_help(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     """Prints the options that name places, then every field of the recipe with its value there; SystemExit."""
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--recipe", default="m3i.demo")
+    run = recipes.load(chosen.parse_known_args(arguments)[0].recipe)
     parser.print_help()
-    chosen = [after for name, after in pairwise(arguments) if name == "--recipe"] or ["m3i.demo"]
-    print(f"\nThe fields of {chosen[0]}:")
-    override(recipes.load(chosen[0]), ["--help"])
+    print(f"\nThe fields of {run.name}:")
+    override(run, ["--help"])
 
 
 def match_sources(run: Run, pairs: list[str]) -> dict[str, Path]:
@@ -114,11 +111,24 @@ def main(arguments: list[str]) -> int:
     """Exit code. A mistake of the user's is told in one message, a fault of ours as a traceback."""
     first_rank = os.environ.get("RANK", "0") == "0"
     try:
-        run, paths = parse(arguments)
+        with nullcontext() if first_rank else silence():
+            run, paths = parse(arguments)
+        return start(run, paths)
     except (ValueError, OSError) as error:
         if first_rank:
             print(f"error: {error}", file=sys.stderr)
         return MISTAKE
+    except KeyboardInterrupt:
+        if first_rank:
+            print(
+                "\ninterrupted: the same command goes on from the last checkpoint, if there is one",
+                file=sys.stderr,
+            )
+        return INTERRUPTED
+
+
+def start(run: Run, paths: argparse.Namespace) -> int:
+    """Trains; exit code as of `main`. Imports torch and DeepSpeed, which takes seconds."""
     quieten()
     from pretrain.train import Paths, is_told_by_this_rank, train
 
@@ -131,11 +141,14 @@ def main(arguments: list[str]) -> int:
         if is_told_by_this_rank(error):
             print(f"\nerror: {explain(error, paths.out)}", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
-        if first_rank:
-            print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        return INTERRUPTED
     return 0
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """What all ranks would say, rank 0 says."""
+    with redirect_stderr(None), redirect_stdout(None):
+        yield
 
 
 def explain(error: Exception, out: Path) -> str:

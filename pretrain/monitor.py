@@ -119,8 +119,7 @@ class Monitor:
         if self._first_rank and sys.stderr.isatty():
             self._bar.write(line, file=sys.stdout)
         elif self._first_rank:  # a file: redrawing the bar around every line would fill it
-            print(line)
-        sys.stdout.flush()
+            print(line, flush=True)
 
     def _write(self, record: dict[str, Any]) -> None:
         self._log.write(json.dumps(record) + "\n")

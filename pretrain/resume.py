@@ -12,7 +12,12 @@ import torch
 from pretrain.checkpoint import latest, steps_in
 from pretrain.config import DataFacts, Run
 
-HARMLESS = ("save_every", "log_every", "max_bad")  # fields of Run that may change at a resume
+HARMLESS = (
+    "save_every",
+    "log_every",
+    "max_bad",
+    "backbone.checkpoint",
+)  # fields of Run that may change at a resume
 
 
 def newest_or_none(out: Path) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from data_prep.schema import TOKENIZER_FOLDER
 from pretrain import checkpoint, resume
-from pretrain.collectives import rank, world_size
+from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.config import Run
 from pretrain.data.loader import Loader
 from pretrain.engine import Engine, describe, resolve_config, start_distributed
@@ -41,12 +41,13 @@ def train(run: Run, paths: Paths) -> None:
     ds_config = read_ds_config(paths.ds_config)
     device = start_distributed()
     config, machine = resolve_config(ds_config, run, device)
-    with only_writer(paths.out) if rank() == 0 else nullcontext():
+    with ExitStack() as held:
+        from_first_rank(lambda: held.enter_context(only_writer(paths.out)))
         _train(run, paths, config, machine, device)
 
 
 def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device: torch.device) -> None:
-    folder = newest_checkpoint(paths.out)
+    folder = from_first_rank(lambda: resume.newest_or_none(paths.out))
     first_step = 0 if folder is None else checkpoint.step_of(folder)
     tokenizer = tokenizer_folder(run, paths)
     place = {"rank": rank(), "world": world_size()}
@@ -102,17 +103,12 @@ def tokenizer_folder(run: Run, paths: Paths) -> Path | None:
     return paths.tokenizer if captioned else None
 
 
-def newest_checkpoint(out: Path) -> Path | None:
-    """What rank 0 finds, told to all: it reads every byte once."""
-    found = [resume.newest_or_none(out) if rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
 def is_told_by_this_rank(error: Exception) -> bool:
     """True on the first rank that fails with this message, so that what all ranks find wrong is told once."""
     if not dist.is_initialized():
-        return rank_of_launcher() == 0
+        return rank_of_launcher() == 0 or isinstance(
+            error, ConnectionError
+        )  # which node fails to meet matters
     try:
         return dist.distributed_c10d._get_default_store().add(f"told/{error}", 1) == 1
     except (RuntimeError, ValueError):  # rank 0 hosts the store: it has told its error and gone

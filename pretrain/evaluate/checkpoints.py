@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.checkpoint import checkpoint_folder, latest
+from pretrain.checkpoint import checkpoint_folder, latest, steps_in
 from pretrain.intact import verify
 
 
@@ -30,8 +30,8 @@ def find_checkpoint(run_folder: Path, name: str) -> Path:
     folder = checkpoint_folder(run_folder, 0 if name == "first" else int(name))
     problem = verify(folder, hashes=False) if folder.is_dir() else "there is none"
     if problem is not None:
-        there = sorted((run_folder / "checkpoints").glob("step_*"))
-        whole = [int(path.name.removeprefix("step_")) for path in there if verify(path, hashes=False) is None]
+        steps = sorted(steps_in(run_folder))
+        whole = [step for step in steps if verify(checkpoint_folder(run_folder, step), hashes=False) is None]
         remedy = (
             f"choose one of the whole ones, steps {whole}" if whole else "the run holds no whole checkpoint"
         )

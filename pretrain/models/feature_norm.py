@@ -37,9 +37,10 @@ class FeatureNorm(nn.Module):
         if not self.training:
             return ((features.float() - self.mean) * (self.variance + EPS).rsqrt()).to(features.dtype)
         out, mean, variance = _Standardise.apply(features, self.mean.clone())
-        with torch.no_grad():
-            self.mean.lerp_(mean, MOMENTUM)
-            self.variance.lerp_(variance, MOMENTUM)
+        with torch.no_grad():  # the optimizer skips a batch that is not finite, and so does the average
+            is_finite = mean.isfinite() & variance.isfinite()
+            self.mean.lerp_(torch.where(is_finite, mean, self.mean), MOMENTUM)
+            self.variance.lerp_(torch.where(is_finite, variance, self.variance), MOMENTUM)
         return out
 
     @torch.no_grad()

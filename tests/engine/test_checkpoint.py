@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from pretrain import checkpoint, intact, resume
 from pretrain.config import DataFacts
 from tests.engine.launch import start
 from tests.engine.toy import FACTS, toy_run
+from tests.paths import ROOT
 
 Disk = namedtuple("Disk", "total used free")
 
@@ -147,3 +150,17 @@ def test_a_kill_while_saving_leaves_the_older_checkpoint(tmp_path: Path) -> None
     again = checkpoint.checkpoint_folder(out, 2)
     checkpoint._make_room(again, again.with_name(".tmp-step_000002"), 0)
     assert list(left_over.rglob("*.safetensors")) == []
+
+
+def test_a_disk_that_fills_while_torch_writes_is_known_by_its_error(tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, sys, torch; from pretrain.checkpoint import _is_of_the_disk\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: torch.save(torch.zeros(1_000_000), sys.argv[1])\n"
+        "except Exception as error: sys.exit(0 if _is_of_the_disk(error) else repr(error))\n"
+        "sys.exit('nothing was raised')"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "file")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

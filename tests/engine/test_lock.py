@@ -37,5 +37,15 @@ def test_a_folder_without_locks_is_still_used(tmp_path: Path, monkeypatch: pytes
         raise OSError("no locks available")
 
     monkeypatch.setattr("pretrain.lock.fcntl.flock", no_locks)
-    with only_writer(tmp_path):
+    refusal = pytest.warns(UserWarning, match=r"cannot be locked \(no locks available\): start no second run")
+    with refusal, only_writer(tmp_path):
+        pass
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ValueError, match="lies below a file .* name another"),
+        only_writer(tmp_path / "file" / "run"),
+    ):
         pass

@@ -65,9 +65,9 @@ def test_a_mistake_is_told_with_its_remedy(
 
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
-    for mistake in (["--optim.lrr", "1"], ["--batch", "63"]):
+    for arguments in ([*GOOD, "--optim.lrr", "1"], [*GOOD, "--batch", "63"], [], ["--help"]):
         with pytest.raises(SystemExit):
-            main([*GOOD, *mistake])
+            main(arguments)
     assert main([*GOOD, "--workers", "-1"]) == MISTAKE
     printed = capsys.readouterr()
     assert printed.out + printed.err == ""
@@ -75,7 +75,7 @@ def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_help_lists_every_field_with_the_value_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["--recipe", "m3i.vit_b16", "--help"])
+        main(["--recipe=m3i.vit_b16", "--help"])
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert not ended.value.code
     assert "--ds-config" in printed and "The fields of m3i.vit_b16" in printed

@@ -45,6 +45,17 @@ def test_equals_torch_batch_norm_in_outputs_and_gradients():
     torch.testing.assert_close(mean, MOMENTUM * tokens.mean((0, 1)))
 
 
+def test_a_batch_that_is_not_finite_leaves_the_statistics_alone():
+    norm, (tokens, _) = FeatureNorm(WIDTH), inputs()
+    norm(tokens)
+    before = norm.mean.clone(), norm.variance.clone()
+    broken = tokens.clone()
+    broken[0, 0, 2] = float("inf")
+    norm(broken)
+    assert torch.equal(norm.mean[2], before[0][2]) and torch.equal(norm.variance[2], before[1][2])
+    assert norm(tokens).isfinite().all()
+
+
 def _on_rank(rank: int, world: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world)
