@@ -151,6 +151,7 @@ class DCNv3(nn.Module):
             packed.unflatten(-1, (self.groups, COLUMNS)),
             offset_scale=self.offset_scale,
             has_scale=self.center_feature_scale,
+            path=FUSED,
         )
 
 

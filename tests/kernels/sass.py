@@ -126,7 +126,11 @@ def _read(cubin: bytes, tools: Path) -> Machine:
     backward = [(target, source) for source, target in jumps.items() if target < source]
     assert len(backward) <= 1, f"{len(backward)} loops: instructions a loop cannot be told"
     first, last = backward[0] if backward else (0, -1)
-    forward = [min(target, last) - source for source, target in jumps.items() if first <= source < target]
+    forward = [
+        min(target, last) - source
+        for source, target in jumps.items()
+        if first <= source <= min(last, target - 1)
+    ]
     loop = last - first + 1
     spills = stack + operations.count("LDL") + operations.count("STL")
     products = sum(operation in ("HMMA", "HGMMA") for operation in operations)
