@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from pretrain.kernels.check import Kind, check
 from pretrain.kernels.dcnv3_choice import triton_obstacle
 from tests.paths import ROOT
 
@@ -64,8 +65,6 @@ needs_gpu = pytest.mark.skipif(
 @pytest.mark.parametrize("group_width", [16, 32])
 @pytest.mark.parametrize("side", [48, 24, 12, 6])
 def test_kernels_on_the_gpu_equal_the_reference_and_repeat(side, group_width, dtype):
-    from pretrain.kernels.__main__ import LIMITS, Shape, check
-
-    report = check(Shape(2, side, side, 4, group_width), torch.device("cuda"), dtype, "triton")
-    assert max(report.errors.values()) < LIMITS[dtype]
-    assert report.is_repeatable
+    kind = Kind(2, side, 4, group_width)
+    report = check(kind, torch.device("cuda"), dtype, "triton")
+    assert report.is_close(dtype) and report.is_repeatable, report
