@@ -17,6 +17,7 @@ from pretrain.kernels.packed_row import COLUMNS, FIRST_LOGIT
 # Greatest error over the greatest number of a result: rounding of inputs' dtype, sums in float32.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 CHECKED_GROUPS = 4  # of each shape: enough to see every mistake, and the float64 reference stays small
+QUEUED = 10  # calls between two events of a GPU
 NAMES = ("out", "grad_value", "grad_offset_and_mask")
 Operator = Callable[..., Tensor]  # (path, value, packed) or (path, value, offset, mask) -> out
 
@@ -122,17 +123,20 @@ def check(kind: Kind, device: torch.device, dtype: torch.dtype, path: str) -> Ch
 
 
 def seconds(function: Callable[[], object], device: torch.device, rounds: int = 20) -> float:
-    """Median time of one call, after a first that may compile; on a GPU between events of its stream."""
+    """Median time of one call, after a first that may compile; on a GPU between events of its stream, several
+    calls at a time, so that the device does not wait for the host.
+    """
     function()
     times = []
     for _ in range(rounds):
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            function()
+            for _ in range(QUEUED):
+                function()
             end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
+            times.append(start.elapsed_time(end) / 1e3 / QUEUED)
         else:
             begun = time.perf_counter()
             function()
