@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pretrain.kernels.dcnv3_launch import Launch, Product, launch_for
+from pretrain.kernels.dcnv3_launch import COMPILE_OPTIONS, Launch, Product, launch_for
 from pretrain.kernels.triton_gather import grad_packed_kernel, sample_kernel
 from pretrain.kernels.triton_scatter import grad_value_atomic_kernel, grad_value_kernel, reach_kernel
 
@@ -37,7 +37,7 @@ def fused_dcnv3(
     positions = value.shape[0] * value.shape[1] * value.shape[2]
     sample_kernel[(triton.cdiv(positions, launch.sample.positions), packed.shape[3])](
         value, packed, out, positions, *shape, *_options(value, packed, offset_scale, has_scale),
-        POSITIONS=launch.sample.positions, num_warps=launch.sample.warps,
+        POSITIONS=launch.sample.positions, num_warps=launch.sample.warps, **COMPILE_OPTIONS,
     )  # fmt: skip
     return out
 
@@ -57,7 +57,7 @@ def grad_packed(
     positions = value.shape[0] * value.shape[1] * value.shape[2]
     grad_packed_kernel[(triton.cdiv(positions, launch.grad_packed.positions), packed.shape[3])](
         grad_out, value, packed, grad, positions, *shape, *_options(value, packed, offset_scale, has_scale),
-        POSITIONS=launch.grad_packed.positions, num_warps=launch.grad_packed.warps,
+        POSITIONS=launch.grad_packed.positions, num_warps=launch.grad_packed.warps, **COMPILE_OPTIONS,
     )  # fmt: skip
     return grad
 
@@ -81,7 +81,7 @@ def grad_value(
     positions = grad_out.shape[0] * grad_out.shape[1] * grad_out.shape[2]
     grad_value_atomic_kernel[(triton.cdiv(positions, tile.positions), packed.shape[3])](
         grad_out, packed, grad, positions, *shape, *options,
-        POSITIONS=tile.positions, num_warps=tile.warps,
+        POSITIONS=tile.positions, num_warps=tile.warps, **COMPILE_OPTIONS,
     )  # fmt: skip
     return grad.to(grad_out.dtype)
 
@@ -97,7 +97,7 @@ def _grad_value_product(
         reach = grad_out.new_empty(images, groups, num_tiles, 4, dtype=torch.float32)
         reach_kernel[(num_tiles, groups, images)](
             packed, reach, *shape, across, OFFSET_SCALE=options[1],
-            QUERY_ROWS=product.query_rows, QUERY_COLUMNS=product.query_columns, num_warps=1,
+            QUERY_ROWS=product.query_rows, QUERY_COLUMNS=product.query_columns, num_warps=1, **COMPILE_OPTIONS,
         )  # fmt: skip
     else:
         across, reach = 0, grad
@@ -108,7 +108,7 @@ def _grad_value_product(
         ROWS=product.rows, COLUMNS=product.columns,
         QUERY_ROWS=product.query_rows, QUERY_COLUMNS=product.query_columns,
         IS_BANDED=product.is_banded, PRECISION=dot_precision(grad_out.dtype),
-        num_warps=product.warps, num_stages=1,
+        num_warps=product.warps, **COMPILE_OPTIONS,
     )  # fmt: skip
     return grad
 

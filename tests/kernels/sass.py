@@ -19,7 +19,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pretrain.kernels.dcnv3_launch import PRODUCTS, Gather, Launch, Product, default_launch  # noqa: E402
+from pretrain.kernels.dcnv3_launch import (  # noqa: E402
+    COMPILE_OPTIONS,
+    PRODUCTS,
+    Gather,
+    Launch,
+    Product,
+    default_launch,
+)
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 KERNELS = ("sample", "grad_packed", "grad_value_atomic", "reach", "small", "medium", "large")
@@ -85,7 +92,7 @@ def compile_one(configuration: Configuration) -> Machine:
             signature[argument] = "i32"
     places = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
-    options = {"num_warps": configuration.tile.warps, "num_stages": 1}
+    options = {"num_warps": configuration.tile.warps} | COMPILE_OPTIONS
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return _read(built.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
 
