@@ -11,6 +11,7 @@ from dataclasses import dataclass
 # For every kernel: products and sums in one instruction (no longer Triton's default from 3.10 on), and no
 # copies ahead of the loop, which has nothing to wait for that registers could hold.
 COMPILE_OPTIONS = {"enable_fp_fusion": True, "num_stages": 1}
+SMALL_SIDE = 8  # positions: a map up to here on both sides takes the small tiles
 DENSE_POSITIONS = 256  # largest map, in positions, whose tiles are all multiplied; larger ones skip tiles
 
 
@@ -42,10 +43,10 @@ class Launch:
     grad_value_atomic: Gather
 
 
-SMALL = Product(8, 8, query_rows=4, query_columns=8, is_banded=False, warps=1)  # up to 8 x 8
-MEDIUM = Product(4, 16, query_rows=4, query_columns=8, is_banded=False, warps=1)  # up to DENSE_POSITIONS
+SMALL = Product(8, 8, query_rows=4, query_columns=8, is_banded=False, warps=1)
+MEDIUM = Product(4, 16, query_rows=4, query_columns=8, is_banded=False, warps=1)
 LARGE = Product(4, 8, query_rows=4, query_columns=8, is_banded=True, warps=1)
-SMALL_WIDE = Product(8, 8, query_rows=4, query_columns=8, is_banded=False, warps=2)
+SMALL_WIDE = Product(4, 8, query_rows=4, query_columns=8, is_banded=False, warps=2)
 MEDIUM_WIDE = Product(4, 16, query_rows=4, query_columns=8, is_banded=False, warps=2)
 LARGE_WIDE = Product(4, 8, query_rows=4, query_columns=8, is_banded=True, warps=2)
 PRODUCTS = {2: (SMALL, MEDIUM, LARGE), 4: (SMALL_WIDE, MEDIUM_WIDE, LARGE_WIDE)}  # by bytes of a number
@@ -79,5 +80,5 @@ def launch_for(height: int, width: int, groups: int, group_width: int, itemsize:
 def default_launch(height: int, width: int, group_width: int, itemsize: int) -> Launch:
     small, medium, large = PRODUCTS[itemsize]
     sample, grad_packed, atomic = GATHERS[itemsize, group_width]
-    dense = small if max(height, width) <= small.rows else medium
+    dense = small if max(height, width) <= SMALL_SIDE else medium
     return Launch(sample, grad_packed, dense if height * width <= DENSE_POSITIONS else large, atomic)

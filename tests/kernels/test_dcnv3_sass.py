@@ -19,10 +19,8 @@ pytestmark = pytest.mark.skipif(
 STAGES = ((48, 10, "large"), (24, 20, "large"), (12, 40, "medium"), (6, 80, "small"))  # InternImage-H, 192 px
 BATCH = 64
 OFFSET_LIMIT = 3.0  # pixels; where no position samples further, the large map's tiles skip all but 9 others
-# float16 has the registers of bfloat16 and fewer conversions; `python tests/kernels/sass.py` shows all.
-CONFIGURATIONS = [
-    Configuration(k, d, g) for d, g in (("bf16", 32), ("bf16", 16), ("fp32", 32)) for k in KERNELS
-]
+# float16 has the registers of bfloat16 and fewer conversions; `python tests/kernels/sass.py` shows it too.
+CONFIGURATIONS = [Configuration(k, d, g) for d in ("bf16", "fp32") for g in (32, 16) for k in KERNELS]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +52,11 @@ def test_backward_takes_at_most_26_instructions_an_element(machines, side, group
     assert sum(parts.values()) <= 26.0, parts
 
 
+@pytest.mark.parametrize("group_width", [32, 16])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_packed_gradient_crosses_no_shared_memory_barrier(machines, dtype):
-    assert machines[Configuration("grad_packed", dtype, 32)].shared_barriers == 0
+@pytest.mark.parametrize("kernel", ["sample", "grad_packed"])
+def test_no_value_of_the_gathering_kernels_crosses_shared_memory(machines, kernel, dtype, group_width):
+    assert machines[Configuration(kernel, dtype, group_width)].shared_barriers == 0
 
 
 @pytest.mark.parametrize("product", ["small", "medium", "large"])
