@@ -17,11 +17,20 @@ from pretrain.kernels.triton_points import (
     POINTS,
     SCALE_LOGIT,
     cell,
+    corner_weights,
     exponential,
     largest_logit,
     location,
+    owned_positions,
     packed_number,
 )
+
+
+@triton.jit
+@no_type_check
+def add(total, start, weight, inside):
+    """`total` plus the weighted value at `start`; nothing where that lies outside the map."""
+    return total + tl.load(start, mask=inside[:, None], other=0.0).to(tl.float32) * weight[:, None]
 
 
 @triton.jit
@@ -43,11 +52,7 @@ def sample_kernel(
     HALF: tl.constexpr = GROUP_WIDTH // 2
     channels = groups * GROUP_WIDTH
     group = tl.program_id(1)
-    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    is_valid = position < num_positions
-    image = position // (height * width)
-    place = position - image * (height * width)
-    row, column = place // width, place % width
+    position, is_valid, image, place, row, column = owned_positions(num_positions, height, width, POSITIONS)
     rows = packed_pointer + (position.to(tl.int64) * groups + group) * PACKED
     images = value_pointer + image.to(tl.int64) * (height * width * channels) + group * GROUP_WIDTH
     channel = tl.arange(0, HALF)[None, :]
@@ -59,36 +64,28 @@ def sample_kernel(
         x, y = location(rows, point, row, column, OFFSET_SCALE, is_valid)
         mask = exponential(rows, point, largest, is_valid)
         total += mask
-        corner, share_x, share_y, has_left, has_right, has_upper, has_lower = cell(
-            x, y, is_valid, height, width
-        )
+        corner, share_x, share_y, inside = cell(x, y, is_valid, height, width)
+        weights = corner_weights(mask, share_x, share_y)
         start = (images + corner * channels)[:, None] + channel
-        lower, upper = mask * share_y, mask - mask * share_y
-        weight, inside = (upper - upper * share_x)[:, None], (has_upper & has_left)[:, None]
-        first += tl.load(start, mask=inside, other=0.0).to(tl.float32) * weight
-        second += tl.load(start + HALF, mask=inside, other=0.0).to(tl.float32) * weight
-        weight, inside = (upper * share_x)[:, None], (has_upper & has_right)[:, None]
-        first += tl.load(start + channels, mask=inside, other=0.0).to(tl.float32) * weight
-        second += tl.load(start + channels + HALF, mask=inside, other=0.0).to(tl.float32) * weight
+        first = add(first, start, weights[0], inside[0])
+        second = add(second, start + HALF, weights[0], inside[0])
+        first = add(first, start + channels, weights[1], inside[1])
+        second = add(second, start + channels + HALF, weights[1], inside[1])
         start += width * channels
-        weight, inside = (lower - lower * share_x)[:, None], (has_lower & has_left)[:, None]
-        first += tl.load(start, mask=inside, other=0.0).to(tl.float32) * weight
-        second += tl.load(start + HALF, mask=inside, other=0.0).to(tl.float32) * weight
-        weight, inside = (lower * share_x)[:, None], (has_lower & has_right)[:, None]
-        first += tl.load(start + channels, mask=inside, other=0.0).to(tl.float32) * weight
-        second += tl.load(start + channels + HALF, mask=inside, other=0.0).to(tl.float32) * weight
+        first = add(first, start, weights[2], inside[2])
+        second = add(second, start + HALF, weights[2], inside[2])
+        first = add(first, start + channels, weights[3], inside[3])
+        second = add(second, start + channels + HALF, weights[3], inside[3])
     sampled_share = 1.0 / total
     if HAS_SCALE:
         scale = tl.sigmoid(packed_number(rows, SCALE_LOGIT, is_valid))
         sampled_share *= 1.0 - scale
+    first *= sampled_share[:, None]
+    second *= sampled_share[:, None]
+    if HAS_SCALE:
         centre = (images + place * channels)[:, None] + channel
-        first *= sampled_share[:, None]
-        second *= sampled_share[:, None]
-        first += tl.load(centre, mask=is_valid[:, None], other=0.0).to(tl.float32) * scale[:, None]
-        second += tl.load(centre + HALF, mask=is_valid[:, None], other=0.0).to(tl.float32) * scale[:, None]
-    else:
-        first *= sampled_share[:, None]
-        second *= sampled_share[:, None]
+        first = add(first, centre, scale, is_valid)
+        second = add(second, centre + HALF, scale, is_valid)
     out = (out_pointer + position.to(tl.int64) * channels + group * GROUP_WIDTH)[:, None] + channel
     tl.store(out, first.to(out_pointer.dtype.element_ty), mask=is_valid[:, None])
     tl.store(out + HALF, second.to(out_pointer.dtype.element_ty), mask=is_valid[:, None])
@@ -138,11 +135,7 @@ def grad_packed_kernel(
     IS_WIDE: tl.constexpr = GROUP_WIDTH == 32
     channels = groups * GROUP_WIDTH
     group = tl.program_id(1)
-    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    is_valid = position < num_positions
-    image = position // (height * width)
-    place = position - image * (height * width)
-    row, column = place // width, place % width
+    position, is_valid, image, place, row, column = owned_positions(num_positions, height, width, POSITIONS)
     row_start = (position.to(tl.int64) * groups + group) * PACKED
     rows = packed_pointer + row_start
     images = value_pointer + image.to(tl.int64) * (height * width * channels) + group * GROUP_WIDTH
@@ -165,19 +158,13 @@ def grad_packed_kernel(
     for point in tl.static_range(POINTS):
         x, y = location(rows, point, row, column, OFFSET_SCALE, is_valid)
         mask = exponential(rows, point, largest, is_valid)
-        corner, share_x, share_y, has_left, has_right, has_upper, has_lower = cell(
-            x, y, is_valid, height, width
-        )
+        corner, share_x, share_y, inside = cell(x, y, is_valid, height, width)
         start = (images + corner * channels)[:, None] + columns
-        upper_left = product(start, has_upper & has_left, grad_first, grad_second, SLICE, IS_WIDE)
-        upper_right = product(
-            start + channels, has_upper & has_right, grad_first, grad_second, SLICE, IS_WIDE
-        )
+        upper_left = product(start, inside[0], grad_first, grad_second, SLICE, IS_WIDE)
+        upper_right = product(start + channels, inside[1], grad_first, grad_second, SLICE, IS_WIDE)
         start += width * channels
-        lower_left = product(start, has_lower & has_left, grad_first, grad_second, SLICE, IS_WIDE)
-        lower_right = product(
-            start + channels, has_lower & has_right, grad_first, grad_second, SLICE, IS_WIDE
-        )
+        lower_left = product(start, inside[2], grad_first, grad_second, SLICE, IS_WIDE)
+        lower_right = product(start + channels, inside[3], grad_first, grad_second, SLICE, IS_WIDE)
         slope_upper, slope_lower = upper_right - upper_left, lower_right - lower_left
         upper = upper_left + share_x * slope_upper
         slope_y = lower_left + share_x * slope_lower - upper
@@ -192,18 +179,16 @@ def grad_packed_kernel(
             right_tile = put(right_tile, slope_x, 2 * point - SLICE, columns)
             right_tile = put(right_tile, slope_y, 2 * point + 1 - SLICE, columns)
         right_tile = put(right_tile, sampled, FIRST_LOGIT + point - SLICE, columns)
-    mean = along / total
-    sampled_share = 1.0 / total
+    mean, sampled_share = along / total, 1.0 / total
     right_tile -= masks * mean[:, None]
     if HAS_SCALE:
         scale = tl.sigmoid(packed_number(rows, SCALE_LOGIT, is_valid))
+        sampled_share *= 1.0 - scale
+    right_tile *= sampled_share[:, None]
+    if HAS_SCALE:
         centre = (images + place * channels)[:, None] + columns
         difference = product(centre, is_valid, grad_first, grad_second, SLICE, IS_WIDE) - mean
-        sampled_share *= 1.0 - scale
-        right_tile *= sampled_share[:, None]
         right_tile = put(right_tile, difference * scale * (1.0 - scale), SCALE_LOGIT - SLICE, columns)
-    else:
-        right_tile *= sampled_share[:, None]
     left_tile *= sampled_share[:, None]
     grad_rows = (grad_packed_pointer + row_start)[:, None] + columns
     tl.store(grad_rows, left_tile.to(grad_packed_pointer.dtype.element_ty), mask=is_valid[:, None])

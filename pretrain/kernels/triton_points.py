@@ -57,8 +57,8 @@ def location(rows, point: tl.constexpr, row, column, OFFSET_SCALE: tl.constexpr,
 @triton.jit
 @no_type_check
 def cell(x, y, is_valid, height, width):
-    """The cell around (x, y): its upper left position, the shares of its right and of its lower corners, and
-    which of left, right, upper, lower lie inside the map. Validity of the position is part of the rows'.
+    """The cell around (x, y): place of its upper left corner in the map, the shares of its right and of its
+    lower corners, and which corners (upper left, upper right, lower left, lower right) lie inside the map.
     """
     left, top = tl.floor(x), tl.floor(y)
     share_x, share_y = x - left, y - top
@@ -67,4 +67,26 @@ def cell(x, y, is_valid, height, width):
     has_right = (left >= -1) & (left < width - 1)
     has_upper = (top >= 0) & (top < height) & is_valid
     has_lower = (top >= -1) & (top < height - 1) & is_valid
-    return top * width + left, share_x, share_y, has_left, has_right, has_upper, has_lower
+    inside = (has_upper & has_left, has_upper & has_right, has_lower & has_left, has_lower & has_right)
+    return top * width + left, share_x, share_y, inside
+
+
+@triton.jit
+@no_type_check
+def corner_weights(mask, share_x, share_y):
+    """Bilinear weights of upper left, upper right, lower left and lower right corner, times the mask."""
+    lower = mask * share_y
+    upper = mask - lower
+    return upper - upper * share_x, upper * share_x, lower - lower * share_x, lower * share_x
+
+
+@triton.jit
+@no_type_check
+def owned_positions(num_positions, height, width, POSITIONS: tl.constexpr):
+    """What a program along axis 0 owns: positions in the whole batch and their validity, image, place in the
+    image's map, row and column.
+    """
+    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    image = position // (height * width)
+    place = position - image * (height * width)
+    return position, position < num_positions, image, place, place // width, place % width

@@ -20,9 +20,11 @@ from pretrain.kernels.triton_points import (
     POINTS,
     SCALE_LOGIT,
     cell,
+    corner_weights,
     exponential,
     largest_logit,
     location,
+    owned_positions,
     packed_number,
 )
 
@@ -215,11 +217,7 @@ def grad_value_atomic_kernel(
     """Adds every position's gradient to the corners that it sampled, in the order in which programs arrive."""
     channels = groups * GROUP_WIDTH
     group = tl.program_id(1)
-    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    is_valid = position < num_positions
-    image = position // (height * width)
-    place = position - image * (height * width)
-    row, column = place // width, place % width
+    position, is_valid, image, place, row, column = owned_positions(num_positions, height, width, POSITIONS)
     rows = packed_pointer + (position.to(tl.int64) * groups + group) * PACKED
     images = grad_value_pointer + image.to(tl.int64) * (height * width * channels) + group * GROUP_WIDTH
     channel = tl.arange(0, GROUP_WIDTH)[None, :]
@@ -238,17 +236,11 @@ def grad_value_atomic_kernel(
     for point in tl.static_range(POINTS):
         x, y = location(rows, point, row, column, OFFSET_SCALE, is_valid)
         mask = exponential(rows, point, largest, is_valid) * share
-        corner, share_x, share_y, has_left, has_right, has_upper, has_lower = cell(
-            x, y, is_valid, height, width
-        )
+        corner, share_x, share_y, inside = cell(x, y, is_valid, height, width)
+        weights = corner_weights(mask, share_x, share_y)
         start = (images + corner * channels)[:, None] + channel
-        lower, upper = mask * share_y, mask - mask * share_y
-        weight, inside = (upper - upper * share_x)[:, None], (has_upper & has_left)[:, None]
-        tl.atomic_add(start, grad * weight, mask=inside, sem="relaxed")
-        weight, inside = (upper * share_x)[:, None], (has_upper & has_right)[:, None]
-        tl.atomic_add(start + channels, grad * weight, mask=inside, sem="relaxed")
+        tl.atomic_add(start, grad * weights[0][:, None], mask=inside[0][:, None], sem="relaxed")
+        tl.atomic_add(start + channels, grad * weights[1][:, None], mask=inside[1][:, None], sem="relaxed")
         start += width * channels
-        weight, inside = (lower - lower * share_x)[:, None], (has_lower & has_left)[:, None]
-        tl.atomic_add(start, grad * weight, mask=inside, sem="relaxed")
-        weight, inside = (lower * share_x)[:, None], (has_lower & has_right)[:, None]
-        tl.atomic_add(start + channels, grad * weight, mask=inside, sem="relaxed")
+        tl.atomic_add(start, grad * weights[2][:, None], mask=inside[2][:, None], sem="relaxed")
+        tl.atomic_add(start + channels, grad * weights[3][:, None], mask=inside[3][:, None], sem="relaxed")
