@@ -1,4 +1,4 @@
-"""What does DCNv3 compute, and which implementation computes it here?
+"""What does DCNv3 compute, from offsets and masks or from packed rows?
 
 out[q] = sum_k mask_k bilinear(value, q stride - padding + centre + (grid_k dilation + offset_k) offset_scale)
 for every output position q and group, value zero outside its map. Points k run over x first, y inside;
@@ -10,10 +10,17 @@ Source: "InternImage" (arXiv 2211.05778), Section 3.1.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from pretrain.kernels.dcnv3_choice import Call, choose_path, compiler_obstacle, triton_obstacle
+from pretrain.kernels.dcnv3_gather import sample_compiled, sample_reference
 from pretrain.kernels.dcnv3_sparse import sample_sparse
+from pretrain.kernels.packed_row import unpack
+
+PATHS = {"reference": sample_reference, "sparse": sample_sparse, "compiled": sample_compiled}
+FUSED = "triton"  # the path that takes packed rows and no other
 
 
 def dcnv3(
@@ -41,9 +48,11 @@ def dcnv3(
     """
     points = sampling_points(kernel_size, remove_center)
     _check_shapes(value, offset, mask, kernel_size, stride, padding, dilation, groups, len(points))
-    path = path or choose_path(value.dtype)
-    if path not in PATHS:
-        raise ValueError(f"dcnv3 path={path!r} is unknown; choose from {sorted(PATHS)}")
+    if path is None:
+        width = value.shape[3] // groups
+        grid = (kernel_size, stride, padding, dilation, remove_center)
+        path = choose_path(Call(value.device.type, value.dtype, width, *grid, is_packed=False)).path
+    _check_path(path, value.device.type)
     dtype = torch.promote_types(value.dtype, torch.float32)
     n, height, width, _ = offset.shape
     centre = dilation * (kernel_size - 1) // 2
@@ -57,45 +66,57 @@ def dcnv3(
     return PATHS[path](value.to(dtype), x, y, mask.to(dtype).view(x.shape)).to(value.dtype)
 
 
-def sample_reference(
+def dcnv3_blended(
     value: Float[Tensor, "n h w c"],
-    x: Float[Tensor, "n ho wo g p"],
-    y: Float[Tensor, "n ho wo g p"],
-    mask: Float[Tensor, "n ho wo g p"],
+    offset: Float[Tensor, "n ho wo gp2"],
+    logits: Float[Tensor, "n ho wo g p"],
+    scale: Float[Tensor, "n ho wo g"] | None = None,
+    **options,
 ) -> Float[Tensor, "n ho wo c"]:
-    """Mask-weighted sum of the bilinear samples at pixels (x, y), by autograd: twice differentiable.
+    """`dcnv3` from mask logits, blended with its own value: (1 - s) sampled + s value, s = sigmoid(scale).
 
-    Keeps every gathered corner for the backward pass: 4 p times the size of `value`.
+    The mask's softmax runs in float32, whatever the dtype. No blend without `scale`. `options` are dcnv3's.
     """
-    n, height, width, channels = value.shape
-    _, out_height, out_width, groups, points = x.shape
-    table = value.view(n, height * width, groups, channels // groups).transpose(1, 2)
-    left, top = x.detach().floor(), y.detach().floor()
-    right_share, bottom_share = x - left, y - top
-    out = 0
-    for step_x, share_x in ((0, 1 - right_share), (1, right_share)):
-        for step_y, share_y in ((0, 1 - bottom_share), (1, bottom_share)):
-            column, row = left.long() + step_x, top.long() + step_y
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            place = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-            place = place.permute(0, 3, 1, 2, 4).reshape(n, groups, -1, 1)
-            corner = table.gather(2, place.expand(-1, -1, -1, channels // groups))
-            corner = corner.unflatten(2, (out_height, out_width, points))
-            weight = share_x * share_y * mask * inside
-            out = out + torch.einsum("nghwpd,nhwgp->nhwgd", corner, weight)
-    return out.flatten(3)
+    groups = logits.shape[3]
+    mask = F.softmax(logits, -1, dtype=torch.promote_types(value.dtype, torch.float32)).to(value.dtype)
+    sampled = dcnv3(value, offset, mask.flatten(-2), groups=groups, **options)
+    if scale is None:
+        return sampled
+    by_group = (tensor.unflatten(-1, (groups, -1)) for tensor in (sampled, value))
+    return torch.lerp(*by_group, scale.sigmoid()[..., None]).flatten(-2)
 
 
-PATHS = {"reference": sample_reference, "sparse": sample_sparse}
+def dcnv3_packed(
+    value: Float[Tensor, "n h w c"],
+    packed: Float[Tensor, "n h w g 32"],
+    *,
+    offset_scale: float = 1.0,
+    has_scale: bool,
+    is_atomic: bool = False,
+    path: str | None = None,
+) -> Float[Tensor, "n h w c"]:
+    """`dcnv3_blended` for a 3 x 3 grid at stride 1 from packed rows (packed_row.py), without their columns
+    of the centre scale unless `has_scale`; out has the dtype of `value`.
 
-
-def choose_path(dtype: torch.dtype) -> str:
-    """Name of the implementation for values of this dtype.
-
-    float64 is for proofs (gradcheck needs double backward); anything else takes the sparse path, which on
-    one CPU thread was faster at every measured shape (benchmarks/dcnv3_cpu.py) and keeps no gathered corners.
+    On the Triton path this is one kernel forward. Its gradients are deterministic; `is_atomic` sums the
+    gradient of the value by atomic additions instead, for comparison. Other paths unpack and ignore it.
+    Raises ValueError for shapes that do not fit together, and for a path that is unknown or cannot run here.
     """
-    return "reference" if dtype == torch.float64 else "sparse"
+    _check_packed(value, packed)
+    groups, device = packed.shape[3], value.device.type
+    if path is None:
+        path = choose_path(Call(device, value.dtype, value.shape[3] // groups)).path
+    if path == FUSED:
+        obstacle = triton_obstacle(device)
+        if obstacle is not None:
+            raise ValueError(f"dcnv3 path={path!r} cannot run on {device}: {obstacle}")
+        from pretrain.kernels.dcnv3_triton import fused_dcnv3  # here: Triton is optional
+
+        return fused_dcnv3(value, packed, offset_scale, has_scale, is_atomic)
+    offset, logits, scale = unpack(packed)
+    return dcnv3_blended(
+        value, offset, logits, scale if has_scale else None, offset_scale=offset_scale, path=path
+    )
 
 
 def sampling_points(kernel_size: int, remove_center: bool) -> list[tuple[int, int]]:
@@ -129,3 +150,22 @@ def _check_shapes(
                 f"kernel_size={kernel_size}, stride={stride}, padding={padding}, dilation={dilation}, "
                 f"groups={groups} and {points} points needs {expected}"
             )
+
+
+def _check_packed(value: Tensor, packed: Tensor) -> None:
+    groups = packed.shape[3]
+    if packed.shape[:3] != value.shape[:3] or value.shape[3] % groups or packed.device != value.device:
+        raise ValueError(
+            f"dcnv3 packed rows have shape {tuple(packed.shape)} on {packed.device}, but a value of "
+            f"{tuple(value.shape)} on {value.device} needs [n, h, w, groups, 32] of the same n, h, w and "
+            "device, with groups that divide its channels"
+        )
+
+
+def _check_path(path: str, device: str) -> None:
+    if path not in PATHS:
+        raise ValueError(f"dcnv3 path={path!r} is unknown; choose from {sorted(PATHS)}")
+    if path == "compiled" and not torch.compiler.is_compiling():
+        obstacle = compiler_obstacle(device)
+        if obstacle is not None:
+            raise ValueError(f"dcnv3 path={path!r} cannot run on {device}: {obstacle}; or use another path")

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pretrain.kernels.dcnv3 import dcnv3
+from pretrain.kernels.dcnv3 import FUSED, dcnv3_blended, dcnv3_packed
+from pretrain.kernels.dcnv3_choice import Call, choose_path
+from pretrain.kernels.packed_row import COLUMNS, SCALE_LOGIT
 from pretrain.models.internimage_config import InternImageConfig
 
 DCN_KERNEL = 3  # side of the sampling grid in every published size
@@ -66,6 +68,7 @@ class DCNv3(nn.Module):
     """Deformable convolution whose offsets and masks are predicted from a depth-wise convolution.
 
     [b, h, w, c] -> [b, h, w, c]. The mask's softmax runs in float32, whatever the dtype of the parameters.
+    Where the fused kernels serve, offsets, mask logits and centre scale come out of one matrix product.
     """
 
     def __init__(self, config: InternImageConfig, stage: int):
@@ -78,8 +81,8 @@ class DCNv3(nn.Module):
         size = config.dw_kernel_size
         depthwise = nn.Conv2d(width, width, size, padding=(size - 1) // 2, groups=width)
         self.dw_conv = nn.Sequential(depthwise, nn.Sequential(ChannelsLast(), layer_norm(width)), nn.GELU())
-        self.offset = nn.Linear(width, self.groups * points * 2)
-        self.mask = nn.Linear(width, self.groups * points)
+        self.offset = GroupLinear(width, self.groups, points * 2)
+        self.mask = GroupLinear(width, self.groups, points)
         self.input_proj = nn.Linear(width, width)
         self.output_proj = nn.Linear(width, width)
         if config.center_feature_scale:
@@ -88,8 +91,6 @@ class DCNv3(nn.Module):
 
     def reset_parameters(self) -> None:
         """Every point starts on the regular grid with equal weight; projections start Xavier-uniform."""
-        for projection in (self.offset, self.mask):
-            projection.apply(_init_zero)
         for projection in (self.input_proj, self.output_proj):
             projection.apply(_init_xavier)
         if self.center_feature_scale:
@@ -99,25 +100,86 @@ class DCNv3(nn.Module):
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         value = self.input_proj(x)
         guide = self.dw_conv(x.permute(0, 3, 1, 2))
-        logits = self.mask(guide).unflatten(-1, (self.groups, -1))
-        sampled = dcnv3(
-            value,
-            self.offset(guide),
-            F.softmax(logits, -1, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype).flatten(-2),
+        call = Call(
+            value.device.type,
+            value.dtype,
+            value.shape[3] // self.groups,
             kernel_size=DCN_KERNEL,
             padding=DCN_KERNEL // 2,
-            groups=self.groups,
+            remove_center=self.remove_center,
+        )
+        sample = self._sample_packed if choose_path(call).path == FUSED else self._sample
+        return self.output_proj(sample(value, guide))
+
+    def _sample(
+        self, value: Float[Tensor, "b h w c"], guide: Float[Tensor, "b h w c"]
+    ) -> Float[Tensor, "b h w c"]:
+        offset, logits = self.offset(guide), self.mask(guide)
+        scale = None
+        if self.center_feature_scale:
+            weight, bias = self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias
+            scale = F.linear(guide, weight, bias)
+        return dcnv3_blended(
+            value,
+            offset,
+            logits.unflatten(-1, (self.groups, -1)),
+            scale,
+            kernel_size=DCN_KERNEL,
+            padding=DCN_KERNEL // 2,
             offset_scale=self.offset_scale,
             remove_center=self.remove_center,
         )
+
+    def _sample_packed(
+        self, value: Float[Tensor, "b h w c"], guide: Float[Tensor, "b h w c"]
+    ) -> Float[Tensor, "b h w c"]:
+        """`_sample` from packed rows: the weights of three projections, put together, give a row a group.
+
+        Each of the modules that own those weights lays a copy of them in front of what it is given, in its own
+        forward. So no module touches another's parameters, ZeRO-3 gathers and releases each as it is used, in
+        the backward pass too, and the published names stay. The copy costs c**2 numbers a call.
+        """
+        weight = guide.new_zeros(self.groups, COLUMNS - SCALE_LOGIT, guide.shape[3])
+        bias = guide.new_zeros(self.groups, COLUMNS - SCALE_LOGIT)
         if self.center_feature_scale:
-            weight, bias = self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias
-            scale = F.linear(guide, weight, bias).sigmoid()[..., None]
-            blended = torch.lerp(
-                sampled.unflatten(-1, (self.groups, -1)), value.unflatten(-1, (self.groups, -1)), scale
-            )
-            sampled = blended.flatten(-2)
-        return self.output_proj(sampled)
+            weight = torch.cat([self.center_feature_scale_proj_weight[:, None], weight[:, 1:]], dim=1)
+            bias = torch.cat([self.center_feature_scale_proj_bias[:, None], bias[:, 1:]], dim=1)
+        weight, bias = self.offset(*self.mask(weight, bias))
+        packed = F.linear(guide, weight.flatten(0, 1), bias.flatten())
+        return dcnv3_packed(
+            value,
+            packed.unflatten(-1, (self.groups, COLUMNS)),
+            offset_scale=self.offset_scale,
+            has_scale=self.center_feature_scale,
+            path=FUSED,
+        )
+
+
+class GroupLinear(nn.Module):
+    """A linear layer to `outputs` numbers for each group, whose weights can also join a larger product.
+
+    forward(x [*b, c]) -> [*b, groups * outputs]. forward(weight [g, k, c], bias [g, k]) -> the same with the
+    layer's own rows of each group in front: [g, outputs + k, c], [g, outputs + k].
+    """
+
+    def __init__(self, width: int, groups: int, outputs: int):
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(groups * outputs, width))
+        self.bias = nn.Parameter(torch.empty(groups * outputs))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(
+        self, x: Float[Tensor, "*b c"], bias: Float[Tensor, "g k"] | None = None
+    ) -> Float[Tensor, "*b d"] | tuple[Float[Tensor, "g k2 c"], Float[Tensor, "g k2"]]:
+        if bias is None:
+            return F.linear(x, self.weight, self.bias)
+        weight = torch.cat([self.weight.unflatten(0, (self.groups, -1)), x], dim=1)
+        return weight, torch.cat([self.bias.unflatten(0, (self.groups, -1)), bias], dim=1)
 
 
 class Mlp(nn.Module):
@@ -149,11 +211,6 @@ class ChannelsFirst(nn.Module):
 
 def layer_norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, eps=1e-6)
-
-
-def _init_zero(linear: nn.Module) -> None:
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
 
 
 def _init_xavier(linear: nn.Module) -> None:

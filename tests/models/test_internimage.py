@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pretrain.kernels.dcnv3 import dcnv3_packed
+from pretrain.kernels.dcnv3_choice import Choice
+from pretrain.models import internimage_block
 from pretrain.models.internimage import (
     INTERNIMAGE,
     InternImage,
@@ -215,3 +218,30 @@ def test_bfloat16_model_stays_close_to_float32():
 def test_impossible_configurations_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         replace(TINY, **fields)
+
+
+@pytest.mark.parametrize("has_scale", [True, False])
+def test_packed_projection_gives_what_three_projections_give(monkeypatch, has_scale):
+    """The fused path of a GPU, sampled here by the reference: same outputs, same gradient of every parameter."""
+    torch.manual_seed(0)
+    dcn = DCNv3(replace(TINY, center_feature_scale=has_scale, offset_scale=2.0), stage=1).double()
+    for parameter in dcn.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 4, 5, 32, dtype=torch.float64)
+
+    def derivatives() -> list[Tensor]:
+        out = dcn(x)
+        return [out.detach(), *torch.autograd.grad(out.sin().sum(), list(dcn.parameters()))]
+
+    expected = derivatives()
+    packed_shapes = []
+
+    def sampled_by_reference(value: Tensor, packed: Tensor, **options) -> Tensor:
+        packed_shapes.append(tuple(packed.shape))
+        return dcnv3_packed(value, packed, **options | {"path": "reference"})
+
+    monkeypatch.setattr(internimage_block, "choose_path", lambda call: Choice("triton", "a test"))
+    monkeypatch.setattr(internimage_block, "dcnv3_packed", sampled_by_reference)
+    for found, wanted in zip(derivatives(), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert packed_shapes == [(2, 4, 5, 2, 32)]
