@@ -104,9 +104,7 @@ def check_config(ds_config: dict[str, Any], run: Run, world: int) -> None:
             raise ValueError(f"{key!r} in the ds config is not used; choose from {sorted(DS_CONFIG_OWNS)}")
     for key in ("zero_optimization", "bf16"):
         if not isinstance(ds_config.get(key, {}), dict):
-            raise ValueError(
-                f"{key}={ds_config[key]!r} in the ds config must be an object, such as {{...}} in zero3.json"
-            )
+            raise ValueError(f"{key}={ds_config[key]!r} in the ds config must be an object, as in zero3.json")
     if unknown := sorted(ds_config.get("bf16", {}).keys() - {"enabled"}):
         raise ValueError(f"bf16.{unknown[0]} in the ds config is not used; choose from ['enabled']")
     stage = ds_config.get("zero_optimization", {}).get("stage")

@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         if first_rank:
             print(
-                "\ninterrupted: the same command goes on from the last checkpoint, if there is one",
+                "\ninterrupted: the same command goes on from the last checkpoint, if any",
                 file=sys.stderr,
             )
         return INTERRUPTED
@@ -147,7 +147,7 @@ def start(run: Run, paths: argparse.Namespace) -> int:
 @contextmanager
 def silence() -> Iterator[None]:
     """What all ranks would say, rank 0 says."""
-    with redirect_stderr(None), redirect_stdout(None):
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
         yield
 
 

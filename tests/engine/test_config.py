@@ -47,6 +47,19 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, text: str, rule:
         read_ds_config(path)
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"zero_optimization": 3}, r"zero_optimization=3 .* must be an object"),
+        (GOOD | {"bf16": True}, r"bf16=True .* must be an object"),
+        (GOOD | {"bf16": {"enable": True}}, r"bf16.enable .* is not used; choose from \['enabled'\]"),
+    ],
+)
+def test_a_section_of_another_shape_is_refused(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_config(section, toy_run(), 1)
+
+
 def test_a_key_that_zero_does_not_know_is_refused_with_the_one_that_was_meant() -> None:
     with pytest.raises(
         ValueError, match=r"zero_optimization.overlap_com=True .* did you mean 'overlap_comm'\?"

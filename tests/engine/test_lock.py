@@ -45,7 +45,7 @@ def test_a_folder_without_locks_is_still_used(tmp_path: Path, monkeypatch: pytes
 def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(ValueError, match="lies below a file .* name another"),
+        pytest.raises(ValueError, match=r"lies below a file .* name another"),
         only_writer(tmp_path / "file" / "run"),
     ):
         pass
