@@ -13,8 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 RunBlock = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 # Kept by `selective`: linear layers, convolutions, attention, and operators of our own. Not mm: under ZeRO-3
-# DeepSpeed's F.linear adds the bias into the product of a map that is not 2-D, and done again on a kept product
-# it would be added twice. Those layers are computed again.
+# DeepSpeed's F.linear adds the bias into the product of what is not rows, and done again on a kept product it
+# would be added twice. InternImage multiplies rows; the linear layers of a ViT are computed again under ZeRO-3.
 EXPENSIVE = (
     torch.ops.aten.addmm.default,
     torch.ops.aten.convolution.default,
@@ -23,7 +23,7 @@ EXPENSIVE = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
-NAMESPACE = "m3i"  # of our own operators
+NAMESPACE = "pretrain"  # of our own operators, pretrain.kernels
 
 
 def _policy(context: Any, operator: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:

@@ -83,8 +83,8 @@ class DCNv3(nn.Module):
         self.dw_conv = nn.Sequential(depthwise, nn.Sequential(ChannelsLast(), layer_norm(width)), nn.GELU())
         self.offset = GroupLinear(width, self.groups, points * 2)
         self.mask = GroupLinear(width, self.groups, points)
-        self.input_proj = nn.Linear(width, width)
-        self.output_proj = nn.Linear(width, width)
+        self.input_proj = MapLinear(width, width)
+        self.output_proj = MapLinear(width, width)
         if config.center_feature_scale:
             self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(self.groups, width))
             self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(self.groups))
@@ -118,7 +118,7 @@ class DCNv3(nn.Module):
         scale = None
         if self.center_feature_scale:
             weight, bias = self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias
-            scale = F.linear(guide, weight, bias)
+            scale = map_linear(guide, weight, bias)
         return dcnv3_blended(
             value,
             offset,
@@ -145,7 +145,7 @@ class DCNv3(nn.Module):
             weight = torch.cat([self.center_feature_scale_proj_weight[:, None], weight[:, 1:]], dim=1)
             bias = torch.cat([self.center_feature_scale_proj_bias[:, None], bias[:, 1:]], dim=1)
         weight, bias = self.offset(*self.mask(weight, bias))
-        packed = F.linear(guide, weight.flatten(0, 1), bias.flatten())
+        packed = map_linear(guide, weight.flatten(0, 1), bias.flatten())
         return dcnv3_packed(
             value,
             packed.unflatten(-1, (self.groups, COLUMNS)),
@@ -177,9 +177,25 @@ class GroupLinear(nn.Module):
         self, x: Float[Tensor, "*b c"], bias: Float[Tensor, "g k"] | None = None
     ) -> Float[Tensor, "*b d"] | tuple[Float[Tensor, "g k2 c"], Float[Tensor, "g k2"]]:
         if bias is None:
-            return F.linear(x, self.weight, self.bias)
+            return map_linear(x, self.weight, self.bias)
         weight = torch.cat([self.weight.unflatten(0, (self.groups, -1)), x], dim=1)
         return weight, torch.cat([self.bias.unflatten(0, (self.groups, -1)), bias], dim=1)
+
+
+class MapLinear(nn.Linear):
+    """nn.Linear on the last axis of a map; see `map_linear`."""
+
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b d"]:
+        return map_linear(x, self.weight, self.bias)
+
+
+def map_linear(
+    x: Float[Tensor, "*b c"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"]
+) -> Float[Tensor, "*b d"]:
+    """F.linear as one product of rows. Under ZeRO-3 DeepSpeed's F.linear fuses the bias for rows only, and
+    adds it in place to maps, whose product selective checkpointing could then not keep.
+    """
+    return F.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
 
 
 class Mlp(nn.Module):
@@ -187,9 +203,9 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = MapLinear(width, hidden)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc2 = MapLinear(hidden, width)
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
         return self.fc2(self.act(self.fc1(x)))
