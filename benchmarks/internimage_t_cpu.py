@@ -17,12 +17,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from dcnv3_cpu import by_grid_sample  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.dcnv3_cpu import by_grid_sample  # noqa: E402
 from pretrain import provenance  # noqa: E402
 from pretrain.models.internimage import INTERNIMAGE, InternImage  # noqa: E402
 

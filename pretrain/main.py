@@ -16,7 +16,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # The launcher puts pretrain/ first, whose `data` and `export` are no top-level modules.
@@ -28,6 +30,7 @@ from pretrain.config import Run  # noqa: E402
 MISTAKE = 2  # exit code for a command line that cannot be right, as argparse has it
 FAILED = 1
 INTERRUPTED = 130
+NUMBERS: dict[Any, tuple[type, str]] = {"int": (int, "a whole number"), "float": (float, "a number")}
 
 
 def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
@@ -66,9 +69,10 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
 
 
 def override(run: Run, arguments: list[str]) -> Run:
-    """`run` with the fields that the command line names; SystemExit after tyro has told what is wrong."""
+    """`run` with the fields that the command line names; ValueError, or SystemExit after tyro has told it."""
     import tyro
 
+    check_numbers(run, arguments)
     return tyro.cli(
         Run,
         prog="pretrain/main.py ...",
@@ -77,6 +81,26 @@ def override(run: Run, arguments: list[str]) -> Run:
         args=arguments,
         use_underscores=True,
     )
+
+
+def check_numbers(run: Run, arguments: list[str]) -> None:
+    """ValueError for what follows the name of a number and is none; tyro would tell it in Python's words."""
+    for name, text in pairwise(" ".join(arguments).replace("=", " ").split()):
+        owner: Any = None
+        value: Any = run
+        *_, field = parts = name.removeprefix("--").replace("-", "_").split(".")
+        for part in parts:
+            owner, value = value, value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+        declared = getattr(type(owner), "__annotations__", {}).get(
+            field
+        )  # a weight of 4 is a float all the same
+        if not name.startswith("--") or declared not in NUMBERS:
+            continue
+        read, words = NUMBERS[declared]
+        try:
+            read(text)
+        except ValueError:
+            raise ValueError(f"{name} {text!r} must be {words}, such as {value}") from None
 
 
 def show_help(parser: argparse.ArgumentParser, arguments: list[str]) -> None:

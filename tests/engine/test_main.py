@@ -33,7 +33,9 @@ def test_overrides_are_typed_and_nested() -> None:
     ("arguments", "message"),
     [
         (["--optim.lrr", "1"], "--optim.lr"),  # the remedy: the option that was meant
-        (["--optim.lr", "fast"], "fast"),
+        (["--optim.lr", "fast"], "--optim.lr 'fast' must be a number, such as 0.0006"),
+        (["--steps=4.5"], "--steps '4.5' must be a whole number, such as 500"),
+        (["--data.labelled.weight", "much"], "--data.labelled.weight 'much' must be a number, such as 4"),
         (["--optim.lr", "-1"], "optim.lr=-1.0 must be positive"),
         (["--recipe", "m3i.dmo"], "recipe='m3i.dmo' is unknown; choose from ['m3i.vit_b16'"),
         (["--data", "labelled"], "--data 'labelled' must look like NAME=DIR"),
