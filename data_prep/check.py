@@ -38,6 +38,9 @@ from data_prep.schema import (
 _MEMBER = re.compile(rf"({KEY_PATTERN.pattern})\.([a-z.]+)")
 
 
+TOLD_WITH = {"cls": "category", "mask.png": "objects"}  # member -> field that its record then needs
+
+
 class BadDataSet(Exception):
     """What is wrong with a data set: shard, member, rule and remedy in one sentence."""
 
@@ -164,6 +167,9 @@ def _check_sample(key: str, sample: list[_Member], manifest: Manifest) -> None:
     if last.extension != "json":
         raise BadDataSet(f"member {key}.json is missing after {last.name}")
     record = _record(last)
+    told = {"sha256", "size"} | {field for part, field in TOLD_WITH.items() if part in parts}
+    if missing := sorted(told - record.keys()):
+        raise BadDataSet(f"member {last.name}: it lacks {missing}, which every record of such a sample has")
     checksums = record["crc32"]
     if hashlib.sha256(image.content).hexdigest() != record["sha256"]:
         raise BadDataSet(f"member {image.name}: its sha256 is not that of {last.name}")

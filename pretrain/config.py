@@ -290,7 +290,7 @@ class DataFacts:
 
     categories: tuple[str, ...]  # names by index; empty without category supervision
     vocab_size: int  # of the tokenizer; 0 without text supervision
-    sha256: dict[str, str] = field(default_factory=dict)  # of every source's manifest, and of the tokenizer
+    sha256: dict[str, str] = field(default_factory=dict)  # "data.NAME" of a source's manifest; "tokenizer"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

@@ -155,7 +155,7 @@ class Loader:
             is_small = source.shards.num_bytes <= VERIFIED_BYTES
             source.shards.verify(len(source.shards.shard_sizes) if is_small else 1)
         captions = sources.captions
-        sha256 = {source.name: source.shards.sha256 for source in sources.opened}
+        sha256 = {f"data.{source.name}": source.shards.sha256 for source in sources.opened}
         if captions is not None:
             sha256["tokenizer"] = captions.sha256
         self.facts = DataFacts(sources.categories, 0 if captions is None else captions.vocab_size, sha256)

@@ -23,16 +23,13 @@ class Captions:
 
     def __init__(self, folder: Path, length: int) -> None:
         self._tokenizer, self.padding = _load(folder)  # number of the padding token
+        # Of everything that decides the token numbers; the length is a field of the recipe.
+        self.sha256 = hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
         self.length = length  # tokens; longer captions are cut, shorter ones padded
         self._tokenizer.enable_truncation(length)
         padding_token = self._tokenizer.id_to_token(self.padding)
         self._tokenizer.enable_padding(length=length, pad_id=self.padding, pad_token=padding_token)
         self.vocab_size = self._tokenizer.get_vocab_size()
-
-    @property
-    def sha256(self) -> str:
-        """Of everything that decides the token numbers: vocabulary, normalisation, special tokens, length."""
-        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def encode(self, caption: str) -> tuple[Int[Tensor, " length"], Bool[Tensor, " length"]]:
         """Token numbers and which of them are real; special tokens included."""

@@ -7,14 +7,16 @@ import json
 import re
 import shutil
 import tarfile
+import zlib
 from pathlib import Path
 
 import pytest
 
 from data_prep.__main__ import main
 from data_prep.build import Options, build
-from data_prep.check import BadDataSet, check
-from data_prep.schema import index_path
+from data_prep.check import BadDataSet, _check_sample, _Member, check
+from data_prep.samples import json_bytes
+from data_prep.schema import index_path, parse_manifest
 from data_prep.sources.scenes import Scenes
 
 
@@ -162,3 +164,14 @@ def test_stats_tell_counts_captions_and_categories(folder, capsys):
     text = capsys.readouterr().out
     assert "6 samples in 2 shards" in text and "captions     18" in text and "categories   24" in text
     assert "left out     nothing" in text
+
+
+@pytest.mark.parametrize("field", ["sha256", "size", "category", "objects"])
+def test_a_record_without_a_needed_field_is_named(folder, field):
+    parts = {"jpg": b"image", "cls": b"0", "mask.png": b"mask"}
+    record = {"sha256": "", "size": [1, 1], "category": "a", "objects": []}
+    del record[field]
+    whole = json_bytes({**record, "crc32": {"json": zlib.crc32(json_bytes(record))}})
+    sample = [_Member(f"x.{e}", "x", e, content, 0, 0) for e, content in {**parts, "json": whole}.items()]
+    with pytest.raises(BadDataSet, match=rf"member x.json: it lacks \['{field}'\]"):
+        _check_sample("x", sample, parse_manifest(folder))
