@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretrain.models.activations import CHECKPOINTS, RunBlock, keep_all
-from pretrain.models.internimage_block import Block, ChannelsFirst, ChannelsLast, layer_norm
+from pretrain.models.internimage_block import Block, ChannelsFirst, ChannelsLast, Norm
 from pretrain.models.internimage_config import INTERNIMAGE, LEVEL2, InternImageConfig
 from pretrain.models.pooling import AttentionPool, init_linear_and_norm
 
@@ -96,7 +96,7 @@ class InternImageClassifier(nn.Module):
             heads = StrideTokens(config)
             self.dcnv3_head_x4, self.dcnv3_head_x3 = heads.dcnv3_head_x4, heads.dcnv3_head_x3
             self.clip_projector = AttentionPool(TOKEN_WIDTH, POOLED_WIDTH, POOL_HEADS)
-            self.fc_norm = nn.Sequential(layer_norm(POOLED_WIDTH))
+            self.fc_norm = nn.Sequential(Norm(POOLED_WIDTH))
             width = POOLED_WIDTH
         else:
             width = int(config.widths[-1] * CONV_HEAD_RATIO)
@@ -149,10 +149,10 @@ class Stem(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.conv1 = nn.Conv2d(3, channels // 2, 3, stride=2, padding=1)
-        self.norm1 = nn.Sequential(ChannelsLast(), layer_norm(channels // 2), ChannelsFirst())
+        self.norm1 = nn.Sequential(ChannelsLast(), Norm(channels // 2), ChannelsFirst())
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1)
-        self.norm2 = nn.Sequential(ChannelsLast(), layer_norm(channels))
+        self.norm2 = nn.Sequential(ChannelsLast(), Norm(channels))
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b h4 w4 c"]:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -169,10 +169,10 @@ class Stage(nn.Module):
         width = config.widths[index]
         self.run = run
         self.blocks = nn.ModuleList(Block(config, index, drop_path) for drop_path in drop_paths)
-        self.norm = nn.Sequential(layer_norm(width)) if config.has_stage_norm else None
+        self.norm = nn.Sequential(Norm(width)) if config.has_stage_norm else None
         self.post_norm_ids = config.level2_post_norm_block_ids if index == LEVEL2 else ()
         if self.post_norm_ids:
-            self.post_norms = nn.ModuleList(nn.Sequential(layer_norm(width)) for _ in self.post_norm_ids)
+            self.post_norms = nn.ModuleList(nn.Sequential(Norm(width)) for _ in self.post_norm_ids)
         self.downsample = Downsample(width) if index < config.num_stages - 1 else None
 
     def forward(
@@ -193,7 +193,7 @@ class Downsample(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.conv = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
-        self.norm = nn.Sequential(ChannelsLast(), layer_norm(2 * width))
+        self.norm = nn.Sequential(ChannelsLast(), Norm(2 * width))
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c2"]:
         return self.norm(self.conv(x.permute(0, 3, 1, 2)))

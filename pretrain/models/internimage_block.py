@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pretrain.kernels.dcnv3 import FUSED, dcnv3_blended, dcnv3_packed
 from pretrain.kernels.dcnv3_choice import Call, choose_path
 from pretrain.kernels.packed_row import COLUMNS, SCALE_LOGIT
+from pretrain.kernels.pointwise import NORM_EPS, depthwise_norm_gelu, gelu_linear, residual_norm
 from pretrain.models.internimage_config import InternImageConfig
 
 DCN_KERNEL = 3  # side of the sampling grid in every published size
@@ -30,16 +31,17 @@ class Block(nn.Module):
         self.res_post_norm = config.res_post_norm
         self.layer_scale = config.layer_scale
         self.drop_path = drop_path
-        self.norm1 = nn.Sequential(layer_norm(width))
+        self.norm1 = nn.Sequential(Norm(width))
         self.dcn = DCNv3(config, stage)
-        self.norm2 = nn.Sequential(layer_norm(width))
+        self.norm2 = nn.Sequential(Norm(width))
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
         if config.res_post_norm:
-            self.res_post_norm1 = nn.Sequential(layer_norm(width))
-            self.res_post_norm2 = nn.Sequential(layer_norm(width))
-        if config.layer_scale is not None:
-            self.gamma1 = nn.Parameter(torch.full((width,), config.layer_scale))
-            self.gamma2 = nn.Parameter(torch.full((width,), config.layer_scale))
+            self.res_post_norm1 = nn.Sequential(Norm(width))
+            self.res_post_norm2 = nn.Sequential(Norm(width))
+        for name in ("gamma1", "gamma2"):
+            gamma = None if config.layer_scale is None else nn.Parameter(torch.empty(width))
+            self.register_parameter(name, gamma)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         if self.layer_scale is not None:
@@ -47,21 +49,29 @@ class Block(nn.Module):
             nn.init.constant_(self.gamma2, self.layer_scale)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        branch1 = self._branch(x, self.dcn, self.norm1, "res_post_norm1")
-        x = x + self._drop(branch1 if self.layer_scale is None else self.gamma1 * branch1)
-        branch2 = self._branch(x, self.mlp, self.norm2, "res_post_norm2")
-        return x + self._drop(branch2 if self.layer_scale is None else self.gamma2 * branch2)
-
-    def _branch(
-        self, x: Float[Tensor, "b h w c"], function: nn.Module, norm: nn.Module, outer: str
-    ) -> Float[Tensor, "b h w c"]:
+        outer1 = outer2 = following = None
         if self.post_norm:
-            return norm(function(x))
-        y = function(norm(x))
-        return getattr(self, outer)(y) if self.res_post_norm else y
+            outer1, outer2 = self.norm1(None), self.norm2(None)
+        else:
+            following = self.norm2(None)
+        if self.res_post_norm:
+            outer1, outer2 = self.res_post_norm1(None), self.res_post_norm2(None)
+        branch = self.dcn(x if self.post_norm else self.norm1(x))
+        share = self._share(x)
+        x, normed = residual_norm(
+            x, branch, share=share, gamma=self.gamma1, outer=outer1, following=following
+        )
+        branch = self.mlp(x if self.post_norm else normed)
+        return residual_norm(x, branch, share=self._share(x), gamma=self.gamma2, outer=outer2)[0]
 
-    def _drop(self, branch: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        return _drop_path(branch, self.drop_path) if self.training and self.drop_path else branch
+    def _share(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, " b"] | None:
+        """What stochastic depth multiplies each image's branch by: zero with probability `drop_path`, else
+        more than one, so that the mean stays.
+        """
+        if not self.training or not self.drop_path:
+            return None
+        keep = 1 - self.drop_path
+        return x.new_empty(x.shape[0]).bernoulli_(keep).div_(keep)
 
 
 class DCNv3(nn.Module):
@@ -79,8 +89,9 @@ class DCNv3(nn.Module):
         self.center_feature_scale = config.center_feature_scale
         points = DCN_KERNEL**2 - config.remove_center
         size = config.dw_kernel_size
-        depthwise = nn.Conv2d(width, width, size, padding=(size - 1) // 2, groups=width)
-        self.dw_conv = nn.Sequential(depthwise, nn.Sequential(ChannelsLast(), layer_norm(width)), nn.GELU())
+        # Lists, for the published names alone: convolution, norm and GELU are one step.
+        norm = nn.ModuleList([nn.Identity(), Norm(width)])
+        self.dw_conv = nn.ModuleList([DepthwiseNormGelu(width, size), norm])
         self.offset = GroupLinear(width, self.groups, points * 2)
         self.mask = GroupLinear(width, self.groups, points)
         self.input_proj = MapLinear(width, width)
@@ -99,7 +110,8 @@ class DCNv3(nn.Module):
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         value = self.input_proj(x)
-        guide = self.dw_conv(x.permute(0, 3, 1, 2))
+        depthwise, (_, norm) = self.dw_conv
+        guide = depthwise(x, norm(None))
         call = Call(
             value.device.type,
             value.dtype,
@@ -198,17 +210,45 @@ def map_linear(
     return F.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
 
 
+class DepthwiseNormGelu(nn.Conv2d):
+    """gelu(norm(depth-wise convolution)) on a map; `norm` is weight and bias of the LayerNorm."""
+
+    def __init__(self, width: int, size: int):
+        super().__init__(width, width, size, padding=size // 2, groups=width)
+
+    def forward(self, x: Float[Tensor, "b h w c"], norm: Float[Tensor, "2 c"]) -> Float[Tensor, "b h w c"]:
+        return depthwise_norm_gelu(x, self.weight, self.bias, norm)
+
+
+class GeluLinear(nn.Linear):
+    """linear(gelu(x)) on the last axis of a map; keeps x alone for the backward pass."""
+
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b d"]:
+        return gelu_linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
+
+
 class Mlp(nn.Module):
     """Linear, GELU, Linear on the last axis."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = MapLinear(width, hidden)
-        self.act = nn.GELU()
-        self.fc2 = MapLinear(hidden, width)
+        self.fc2 = GeluLinear(hidden, width)
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.fc1(x))
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm over channels. forward(None) hands a copy of weight and bias, [2, c], to a fused step that
+    normalises in its place: under ZeRO-3 they are there in this module's forward only.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=NORM_EPS)
+
+    def forward(self, x: Float[Tensor, "*b c"] | None) -> Float[Tensor, "*b c"] | Float[Tensor, "2 c"]:
+        return torch.stack([self.weight, self.bias]) if x is None else super().forward(x)
 
 
 class ChannelsLast(nn.Module):
@@ -225,16 +265,6 @@ class ChannelsFirst(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-def layer_norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=1e-6)
-
-
 def _init_xavier(linear: nn.Module) -> None:
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
-
-
-def _drop_path(branch: Float[Tensor, "b h w c"], rate: float) -> Float[Tensor, "b h w c"]:
-    """Stochastic depth: zero for an image with probability `rate`, else scaled so that the mean stays."""
-    keep = 1 - rate
-    return branch * branch.new_empty(branch.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)

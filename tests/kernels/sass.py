@@ -1,16 +1,11 @@
 """How many instructions, registers and spills do the Triton kernels of DCNv3 have on sm_90? No GPU is needed.
 
-    python tests/kernels/sass.py        # every dtype and group width: a minute or two
-
-Compiles offline with the assembler that Triton brings along and reads the machine code back.
+python tests/kernels/sass.py        # every dtype and group width: a minute or two
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -20,13 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pretrain.kernels.dcnv3_launch import (  # noqa: E402
-    COMPILE_OPTIONS,
     PRODUCTS,
     Gather,
     Launch,
     Product,
     default_launch,
 )
+from tests.kernels.machine_code import Code, compile_kernel  # noqa: E402
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 KERNELS = ("sample", "grad_packed", "grad_value_atomic", "reach", "small", "medium", "large")
@@ -71,30 +66,15 @@ def compile_all(configurations: list[Configuration]) -> dict[Configuration, Mach
 
 
 def compile_one(configuration: Configuration) -> Machine:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from pretrain.kernels import triton_gather, triton_scatter
 
     name = configuration.kernel if configuration.kernel not in ("small", "medium", "large") else "grad_value"
     kernel = getattr(triton_gather, f"{name}_kernel", None) or getattr(triton_scatter, f"{name}_kernel")
-    constants = _constants(configuration)
-    wide = {"reach_pointer"} | ({"grad_value_pointer"} if name == "grad_value_atomic" else set())
-    signature, attributes = {}, {}
-    for index, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument.endswith("_pointer"):
-            signature[argument] = "*fp32" if argument in wide else f"*{configuration.dtype}"
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[argument] = "i32"
-    places = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
-    options = {"num_warps": configuration.tile.warps} | COMPILE_OPTIONS
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return _read(built.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
+    wide = ("reach_pointer",) + (("grad_value_pointer",) if name == "grad_value_atomic" else ())
+    code = compile_kernel(
+        kernel, _constants(configuration), configuration.dtype, configuration.tile.warps, wide
+    )
+    return _count(code)
 
 
 def _constants(configuration: Configuration) -> dict[str, object]:
@@ -113,42 +93,19 @@ def _constants(configuration: Configuration) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _read(cubin: bytes, tools: Path) -> Machine:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
-        code = _run(tools / "nvdisasm", "-c", file.name)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    operations, targets, labels = [], {}, {}
-    for line in code.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(operations)
-        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*)", line):
-            if target := re.search(r"`\((\.L_x_\d+)\)", found[2]) if found[1].startswith("BRA") else None:
-                targets[len(operations)] = target[1]
-            operations.append(found[1].split(".")[0])
-    jumps = {source: labels[label] for source, label in targets.items() if labels[label] != source}
-    end = min((s for s, label in targets.items() if labels[label] == s), default=len(operations))
-    backward = [(target, source) for source, target in jumps.items() if target < source]
-    assert len(backward) <= 1, f"{len(backward)} loops: instructions a loop cannot be told"
-    first, last = backward[0] if backward else (0, -1)
+def _count(code: Code) -> Machine:
+    assert len(code.loops) <= 1, f"{len(code.loops)} loops: instructions a loop cannot be told"
+    first, last = code.loops[0] if code.loops else (0, -1)
     forward = [
         min(target, last) - source
-        for source, target in jumps.items()
+        for source, target in code.jumps.items()
         if first <= source <= min(last, target - 1)
     ]
     loop = last - first + 1
-    spills = stack + operations.count("LDL") + operations.count("STL")
-    products = sum(operation in ("HMMA", "HGMMA") for operation in operations)
     return Machine(
-        registers, spills, operations.count("BAR"), end - loop, loop,
-        loop - max(forward, default=0) if backward else 0, products,
+        code.registers, code.spills, code.count("BAR"), code.end - loop, loop,
+        loop - max(forward, default=0) if code.loops else 0, code.count("HMMA", "HGMMA"),
     )  # fmt: skip
-
-
-def _run(*command: object) -> str:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
 
 
 def per_element(

@@ -1,0 +1,142 @@
+"""How do Triton programs add a branch to a map and normalise it, before and after, in one reading?
+
+A program owns whole rows of channels, so that both norms are sums within it. Sums are float32. The gradient
+computes mean and deviation again from the rows that it reads anyway: nothing but inputs and output is kept.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from pretrain.kernels.triton_norm import standardise, standardise_grad
+
+
+@triton.jit
+@no_type_check
+def residual_norm_kernel(
+    x_pointer,  # [rows, width]
+    branch_pointer,  # [rows, width]
+    share_pointer,  # [images]: 0, or 1 / keep
+    gamma_pointer,  # [width]
+    outer_pointer,  # [2, width]: weight and bias of the branch's norm
+    following_pointer,  # [2, width]: of the sum's norm
+    total_pointer,  # [rows, width]
+    normed_pointer,  # [rows, width]
+    num_rows,
+    rows_per_image,
+    width,
+    EPS: tl.constexpr,
+    HAS_SHARE: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
+    HAS_FOLLOWING: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,  # power of 2 that holds a row
+):
+    """total = x + share gamma norm(branch), normed = norm(total); each part only where HAS_ says so."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, CHANNELS)[None, :]
+    is_channel = channel < width
+    is_valid = (row < num_rows) & is_channel
+    place = row.to(tl.int64) * width + channel
+    branch = tl.load(branch_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
+    if HAS_OUTER:
+        branch, _ = standardise(branch, is_channel, width, EPS)
+        branch *= tl.load(outer_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
+        branch += tl.load(outer_pointer + width + channel, mask=is_channel, other=0.0).to(tl.float32)
+    if HAS_GAMMA:
+        branch *= tl.load(gamma_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
+    if HAS_SHARE:
+        branch *= tl.load(share_pointer + row // rows_per_image, mask=row < num_rows, other=0.0).to(
+            tl.float32
+        )
+    total = tl.load(x_pointer + place, mask=is_valid, other=0.0).to(tl.float32) + branch
+    rounded = total.to(total_pointer.dtype.element_ty)
+    tl.store(total_pointer + place, rounded, mask=is_valid)
+    if HAS_FOLLOWING:
+        normed, _ = standardise(rounded.to(tl.float32), is_channel, width, EPS)
+        normed *= tl.load(following_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
+        normed += tl.load(following_pointer + width + channel, mask=is_channel, other=0.0).to(tl.float32)
+        tl.store(normed_pointer + place, normed.to(normed_pointer.dtype.element_ty), mask=is_valid)
+
+
+@triton.jit
+@no_type_check
+def residual_norm_grad_kernel(
+    grad_total_pointer,  # [rows, width]
+    grad_normed_pointer,  # [rows, width]
+    branch_pointer,  # [rows, width]
+    total_pointer,  # [rows, width]
+    share_pointer,  # [images]
+    gamma_pointer,  # [width]
+    outer_pointer,  # [2, width]
+    following_pointer,  # [2, width]
+    grad_x_pointer,  # [rows, width]
+    grad_branch_pointer,  # [rows, width]
+    partial_pointer,  # [programs, 5, width], float32: gamma, outer weight and bias, following weight and bias
+    num_rows,
+    rows_per_image,
+    width,
+    num_tiles,
+    EPS: tl.constexpr,
+    HAS_SHARE: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
+    HAS_FOLLOWING: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Gradients of x and branch, and each program's share of those of the parameters."""
+    channel = tl.arange(0, CHANNELS)[None, :]
+    is_channel = channel < width
+    of_gamma = tl.zeros([ROWS, CHANNELS], tl.float32)
+    of_outer_weight = tl.zeros([ROWS, CHANNELS], tl.float32)
+    of_outer_bias = tl.zeros([ROWS, CHANNELS], tl.float32)
+    of_following_weight = tl.zeros([ROWS, CHANNELS], tl.float32)
+    of_following_bias = tl.zeros([ROWS, CHANNELS], tl.float32)
+    tile = tl.program_id(0)
+    while tile < num_tiles:
+        row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+        is_valid = (row < num_rows) & is_channel
+        place = row.to(tl.int64) * width + channel
+        grad = tl.load(grad_total_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
+        if HAS_FOLLOWING:
+            total = tl.load(total_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
+            standard, scale = standardise(total, is_channel, width, EPS)
+            grad_normed = tl.load(grad_normed_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
+            of_following_weight += grad_normed * standard
+            of_following_bias += grad_normed
+            grad_normed *= tl.load(following_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
+            grad += standardise_grad(grad_normed, standard, scale, is_channel, width)
+        tl.store(grad_x_pointer + place, grad.to(grad_x_pointer.dtype.element_ty), mask=is_valid)
+        if HAS_SHARE:
+            grad *= tl.load(share_pointer + row // rows_per_image, mask=row < num_rows, other=0.0).to(
+                tl.float32
+            )
+        if HAS_OUTER:
+            branch = tl.load(branch_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
+            standard, scale = standardise(branch, is_channel, width, EPS)
+            weight = tl.load(outer_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
+            if HAS_GAMMA:
+                bias = tl.load(outer_pointer + width + channel, mask=is_channel, other=0.0).to(tl.float32)
+                of_gamma += grad * (standard * weight + bias)
+                grad *= tl.load(gamma_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
+            of_outer_weight += grad * standard
+            of_outer_bias += grad
+            grad = standardise_grad(grad * weight, standard, scale, is_channel, width)
+        elif HAS_GAMMA:
+            branch = tl.load(branch_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
+            of_gamma += grad * branch
+            grad *= tl.load(gamma_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
+        tl.store(grad_branch_pointer + place, grad.to(grad_branch_pointer.dtype.element_ty), mask=is_valid)
+        tile += tl.num_programs(0)
+    place = partial_pointer + tl.program_id(0).to(tl.int64) * (5 * width) + tl.arange(0, CHANNELS)
+    is_channel = tl.arange(0, CHANNELS) < width
+    tl.store(place, tl.sum(of_gamma, 0), mask=is_channel)
+    tl.store(place + width, tl.sum(of_outer_weight, 0), mask=is_channel)
+    tl.store(place + 2 * width, tl.sum(of_outer_bias, 0), mask=is_channel)
+    tl.store(place + 3 * width, tl.sum(of_following_weight, 0), mask=is_channel)
+    tl.store(place + 4 * width, tl.sum(of_following_bias, 0), mask=is_channel)
