@@ -10,13 +10,9 @@ hold on a busy machine, milliseconds less so. Writes benchmarks/results/dcnv3_cp
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -26,6 +22,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.record import keep  # noqa: E402
 from pretrain.kernels.dcnv3 import PATHS, dcnv3, sampling_points  # noqa: E402
 
 # batch, side, channels, groups: the demo's kind of map, then the four stages of InternImage-H at 192 px.
@@ -102,29 +99,13 @@ def main() -> None:
         results.append(
             {"batch_side_channels_groups": shape, "milliseconds": times, "times_as_fast_as": ratios}
         )
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    keep(
+        f"dcnv3_cpu_{arguments.threads}t",
+        "with one thread the sparse path is the fastest plain-torch DCNv3 at every shape (float32)",
+        torch.device("cpu"),
+        load_average_before=load,
+        results=results,
     )
-    record = {
-        "claim": "with one thread the sparse path is the fastest plain-torch DCNv3 at every shape (float32)",
-        "commit": commit.stdout.strip(),
-        "date": date.today().isoformat(),
-        "hardware": f"{processor()}, {arguments.threads} thread(s) of {os.cpu_count()} cores",
-        "load_average_before": load,
-        "torch": torch.__version__,
-        "results": results,
-    }
-    path = ROOT / "benchmarks" / "results" / f"dcnv3_cpu_{arguments.threads}t.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def processor() -> str:
-    """Name of the processor, from the kernel where it tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.record import keep
 from pretrain import provenance
 from pretrain.kernels.check import KINDS, Kind, check, inputs, pass_seconds, seconds
 from pretrain.kernels.dcnv3_choice import triton_obstacle
 from pretrain.kernels.packed_row import COLUMNS, unpack
 
-RESULT = Path(__file__).parent / "results" / "dcnv3_gpu.json"
 STAGES = {name: kind for name, kind in KINDS.items() if name.startswith("H stage")}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 COPIED = 2**30  # bytes of the copy that tells the memory's rate
@@ -161,21 +159,15 @@ def main() -> None:
                 for key, p in passes.items()
             ]
             print(f"{name} {implementation:18s} {'; '.join(parts)}")
-    record = {
-        "question": __doc__.splitlines()[0],
-        "commit": provenance.commit(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": provenance.hardware(device),
-        "versions": provenance.versions(),
-        "batch": arguments.batch,
-        "dtype": arguments.dtype,
-        "copy_gigabytes_per_second": rate / 1e9,
-        "stages": stages,
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    partial = RESULT.with_suffix(".part")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(RESULT)
+    keep(
+        "dcnv3_gpu",
+        __doc__.splitlines()[0],
+        device,
+        batch=arguments.batch,
+        dtype=arguments.dtype,
+        copy_gigabytes_per_second=rate / 1e9,
+        stages=stages,
+    )
 
 
 if __name__ == "__main__":

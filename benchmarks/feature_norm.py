@@ -11,18 +11,16 @@ below half of 1 / sqrt(width)).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.record import keep
 from data_prep.schema import TOKENIZER_FOLDER
-from pretrain import provenance
 from pretrain.balance import BalanceTracker
 from pretrain.config import Run
 from pretrain.data.loader import Loader
@@ -30,7 +28,6 @@ from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
 from pretrain.pretrainer import Pretrainer, Towers
 from pretrain.recipes import load
 
-RESULT = Path(__file__).parent / "results" / "feature_norm.json"
 VARIANTS = {  # name -> backbone.token_norm, pool.norm
     "none": ("none", "none"),
     "tokens": ("batch", "none"),
@@ -79,16 +76,13 @@ def main() -> None:
     for name, (of_tokens, of_embedding) in VARIANTS.items():
         backbone, pool = replace(run.backbone, token_norm=of_tokens), replace(run.pool, norm=of_embedding)
         found[name] = follow(name, replace(run, backbone=backbone, pool=pool), folders, options.steps)
-    result = {
-        "claim": "without batch statistics the teacher's features collapse, with those of the tokens they do not",
-        "collapsed_below": round(0.5 * run.backbone.token_width**-0.5, 4),
-        "runs": found,
-        "commit": provenance.commit(),
-        "hardware": provenance.hardware(torch.device("cpu")),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {RESULT}")
+    keep(
+        "feature_norm",
+        "without batch statistics the teacher's features collapse, with those of the tokens they do not",
+        torch.device("cpu"),
+        collapsed_below=round(0.5 * run.backbone.token_width**-0.5, 4),
+        runs=found,
+    )
 
 
 if __name__ == "__main__":

@@ -44,4 +44,12 @@ def hardware(device: torch.device) -> str:
     """Where the numbers were computed, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+    return f"{_processor()}, {os.cpu_count()} cores, {platform.machine()}"
+
+
+def _processor() -> str:
+    """Name of the processor where the kernel tells it, else CPU."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "CPU"

@@ -78,7 +78,10 @@ def dcnv3_blended(
     The mask's softmax runs in float32, whatever the dtype. No blend without `scale`. `options` are dcnv3's.
     """
     groups = logits.shape[3]
-    mask = F.softmax(logits, -1, dtype=torch.promote_types(value.dtype, torch.float32)).to(value.dtype)
+    # Over the first axis: over a last axis of nine, torch's softmax takes ten times as long on a CPU.
+    points_first = logits.flatten(0, -2).t()
+    mask = F.softmax(points_first, 0, dtype=torch.promote_types(value.dtype, torch.float32))
+    mask = mask.t().to(value.dtype).reshape(logits.shape)
     sampled = dcnv3(value, offset, mask.flatten(-2), groups=groups, **options)
     if scale is None:
         return sampled
