@@ -81,7 +81,7 @@ def dcnv3_blended(
     # Over the first axis: over a last axis of nine, torch's softmax takes ten times as long on a CPU.
     points_first = logits.flatten(0, -2).t()
     mask = F.softmax(points_first, 0, dtype=torch.promote_types(value.dtype, torch.float32))
-    mask = mask.t().to(value.dtype).reshape(logits.shape)
+    mask = mask.t().to(value.dtype).contiguous().view(logits.shape)
     sampled = dcnv3(value, offset, mask.flatten(-2), groups=groups, **options)
     if scale is None:
         return sampled

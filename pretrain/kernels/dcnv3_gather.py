@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+DENSE_POSITIONS = 196  # 14 x 14: largest map whose weights from every position to every other are multiplied
+
 
 def sample_reference(
     value: Float[Tensor, "n h w c"],
@@ -30,18 +32,47 @@ def sample_compiled(
     y: Float[Tensor, "n ho wo g p"],
     mask: Float[Tensor, "n ho wo g p"],
 ) -> Float[Tensor, "n ho wo c"]:
-    """`sample_reference`, fused by torch.compile: no gathered corner reaches memory in the forward pass.
+    """`sample_reference` as torch.compile fuses it, by the variant that is faster for the map.
 
-    Differentiable once; compiled at the first call, in tens of seconds. One compilation serves all shapes: one
-    for each would run faster (measured on a CPU: twice as fast forward), but four stages with and without
-    gradient already reach torch's limit of recompilations, past which it silently stops compiling.
+    Large maps: gathered corners, none of which reaches memory in the forward pass. Maps of up to
+    DENSE_POSITIONS: the matrix of all weights from one position to another, times the map; it has no atomic
+    sums and runs on matrix units (on a CPU thread 1.8 times as fast at 12 x 12, 5 times at 6 x 6, but slower
+    from 16 x 16 on: benchmarks/dcnv3_cpu.py).
+
+    Differentiable once; each variant is compiled at its first call, in seconds. One compilation serves all
+    shapes: one for each would run up to 1.5 times as fast forward, but four stages with and without gradient
+    already reach torch's limit of recompilations, past which it silently stops compiling.
     """
-    return _compiled()(value, x, y, mask, _multiply_and_sum)
+    is_small = value.shape[1] * value.shape[2] <= DENSE_POSITIONS
+    return _compiled(_dense if is_small else _gathered)(value, x, y, mask)
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_weighted_corners, dynamic=True)
+def _compiled(variant: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(variant, dynamic=True)
+
+
+@no_type_check  # its caller checks shapes; torch.compile cannot trace a check
+def _gathered(value: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    return _weighted_corners(value, x, y, mask, _multiply_and_sum)
+
+
+@no_type_check
+def _dense(value: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    n, height, width, channels = value.shape
+    _, out_height, out_width, groups, _ = x.shape
+    left, top = x.detach().floor()[..., None], y.detach().floor()[..., None]
+    right_share, bottom_share = x[..., None] - left, y[..., None] - top
+    mask = mask[..., None] + 0 * (right_share + bottom_share)  # what is not finite stays so
+    column = torch.arange(width, dtype=x.dtype, device=x.device)
+    row = torch.arange(height, dtype=y.dtype, device=y.device)
+    of_column = torch.where(column == left, 1 - right_share, torch.where(column == left + 1, right_share, 0))
+    of_row = torch.where(row == top, 1 - bottom_share, torch.where(row == top + 1, bottom_share, 0))
+    weights = ((mask * of_row)[..., None] * of_column[..., None, :]).sum(4)  # [n, ho, wo, g, h, w]
+    weights = weights.permute(0, 3, 1, 2, 4, 5).reshape(n * groups, out_height * out_width, height * width)
+    table = value.view(n, height * width, groups, channels // groups).transpose(1, 2).flatten(0, 1)
+    out = torch.bmm(weights, table).view(n, groups, out_height, out_width, channels // groups)
+    return out.permute(0, 2, 3, 1, 4).flatten(3)
 
 
 @no_type_check  # its callers check shapes; torch.compile cannot trace a check

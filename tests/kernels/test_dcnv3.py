@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pretrain.kernels import dcnv3_gather
 from pretrain.kernels.dcnv3 import PATHS, dcnv3
 from pretrain.kernels.dcnv3_sparse import _dot_gathered, _dot_sampled
 from tests.paths import SHARED, needs_shared
@@ -59,6 +60,38 @@ def test_outputs_and_gradients_equal_the_published_operator(path, case):
     found = [out.detach(), *(leaf.grad for leaf in leaves)]
     for tensor, key in zip(found, ("output", "grad_input", "grad_offset", "grad_mask"), strict=True):
         assert relative(tensor, golden[key]) < 1e-5, key  # float32 against float64: 8e-7 measured
+
+
+@pytest.mark.parametrize("largest", [0, 196], ids=["gathered", "dense"])
+@pytest.mark.parametrize("spread", [0.0, 1.5, 100.0])
+def test_both_compiled_variants_equal_the_reference(monkeypatch, largest, spread):
+    monkeypatch.setattr(dcnv3_gather, "DENSE_POSITIONS", largest)
+    arguments = inputs(spread=spread)
+    pairs = zip(derivatives("compiled", *arguments), derivatives("reference", *arguments), strict=True)
+    for fast, slow in pairs:
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-6)
+
+
+def test_the_compiled_variant_follows_the_size_of_the_map(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dcnv3_gather, "_compiled", lambda variant: asked.append(variant) or variant)
+    for side in (14, 15):
+        value, offset, mask = (
+            torch.rand(1, side, side, 2),
+            torch.rand(1, side, side, 18),
+            torch.rand(1, side, side, 9),
+        )
+        dcnv3(value, offset, mask, path="compiled")
+    assert asked == [dcnv3_gather._dense, dcnv3_gather._gathered]
+
+
+@pytest.mark.parametrize("variant", [dcnv3_gather._dense, dcnv3_gather._gathered])
+def test_a_location_that_is_not_a_number_is_seen_in_the_output(monkeypatch, variant):
+    monkeypatch.setattr(dcnv3_gather, "_compiled", lambda _: variant)
+    value, offset, mask = torch.rand(1, 3, 3, 2), torch.rand(1, 3, 3, 18), torch.rand(1, 3, 3, 9)
+    offset[0, 1, 1, 4] = torch.nan
+    out = dcnv3(value, offset, mask, path="compiled")
+    assert out[0, 1, 1].isnan().all() and out.isnan().sum() == 2
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-9, 1.0, 8.0, 100.0])
