@@ -32,9 +32,8 @@ class Backbone:
     drop_path_schedule: Literal["linear", "uniform"] = "uniform"  # over depth
     token_width: int = 1024  # InternImage: width of the token grid made from the last two stages
     token_norm: Literal["none", "batch"] = "none"  # batch: standardise tokens over the global batch
-    checkpoint: Literal["none", "selective", "full"] = (
-        "none"  # of a block, computed again in the backward pass
-    )
+    # What of a block the backward pass computes again: nothing, the cheap parts, or all of it.
+    activation_checkpoint: Literal["none", "selective", "full"] = "none"
 
     def __post_init__(self) -> None:
         _positive("backbone", token_width=self.token_width)

@@ -16,7 +16,7 @@ HARMLESS = (
     "save_every",
     "log_every",
     "max_bad",
-    "backbone.checkpoint",
+    "backbone.activation_checkpoint",
 )  # fields of Run that may change at a resume
 
 

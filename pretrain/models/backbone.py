@@ -38,7 +38,7 @@ class InternImageEncoder(nn.Module):
         config = dataclasses.replace(
             size, drop_path_rate=backbone.drop_path, drop_path_type=backbone.drop_path_schedule
         )
-        self.dcnv3 = InternImage(config, checkpoint=backbone.checkpoint)
+        self.dcnv3 = InternImage(config, activation_checkpoint=backbone.activation_checkpoint)
         self.heads = StrideTokens(config, backbone.token_width)
         self.norm = FEATURE_NORMS[backbone.token_norm](backbone.token_width)
         self.width, self.stride = backbone.token_width, self.heads.stride
@@ -97,7 +97,7 @@ class ViTEncoder(nn.Module):
             dynamic_img_size=True,
         )
         for block in self.vit.blocks:
-            block.forward = partial(CHECKPOINTS[backbone.checkpoint], block.forward)
+            block.forward = partial(CHECKPOINTS[backbone.activation_checkpoint], block.forward)
         self.norm = FEATURE_NORMS[backbone.token_norm](size.width)
         self.width, self.stride = size.width, size.patch
 

@@ -30,16 +30,16 @@ class InternImage(nn.Module):
     """The backbone alone: images [b, 3, h, w] -> maps [b, h_i, w_i, c_i], one a stage.
 
     Images come in the dtype of the parameters. h_i = ceil(h / stride_i); each map has passed its stage's own
-    norm. `checkpoint` is a key of pretrain.models.activations.CHECKPOINTS.
+    norm. `activation_checkpoint` is a key of pretrain.models.activations.CHECKPOINTS.
     """
 
-    def __init__(self, config: InternImageConfig, *, checkpoint: str = "none"):
+    def __init__(self, config: InternImageConfig, *, activation_checkpoint: str = "none"):
         super().__init__()
         self.config = config
         self.patch_embed = Stem(config.channels)
         drop_paths = iter(config.drop_paths)
         self.levels = nn.ModuleList(
-            Stage(config, index, tuple(islice(drop_paths, depth)), CHECKPOINTS[checkpoint])
+            Stage(config, index, tuple(islice(drop_paths, depth)), CHECKPOINTS[activation_checkpoint])
             for index, depth in enumerate(config.depths)
         )
         self.apply(init_linear_and_norm)
@@ -87,10 +87,10 @@ class InternImageClassifier(nn.Module):
     tokens, attention pooling, LayerNorm, linear.
     """
 
-    def __init__(self, config: InternImageConfig, num_classes: int, *, checkpoint: str = "none"):
+    def __init__(self, config: InternImageConfig, num_classes: int, *, activation_checkpoint: str = "none"):
         super().__init__()
         self.config = config
-        backbone = InternImage(config, checkpoint=checkpoint)
+        backbone = InternImage(config, activation_checkpoint=activation_checkpoint)
         self.patch_embed, self.levels = backbone.patch_embed, backbone.levels
         if config.use_clip_projector:
             heads = StrideTokens(config)

@@ -35,7 +35,7 @@ TOLERANCE = 1e-4  # float32 sums in another order, through five AdamW steps
 PERTURBATION = 0.05  # of weights that start at zero and would hide what multiplies them
 NONE: dict[str, Any] = {}
 DIVIDED = {"stage3_param_persistence_threshold": 0}  # all weights of this model are below that of zero3
-VARIANTS = {  # name -> ds config, what is changed in its ZeRO section, backbone.checkpoint
+VARIANTS = {  # name -> ds config, what is changed in its ZeRO section, backbone.activation_checkpoint
     "zero1": ("zero1", NONE, "none"),
     "zero2": ("zero2", NONE, "none"),
     "zero3": ("zero3", NONE, "none"),
@@ -64,7 +64,7 @@ def run_variant(variant: str, run: Run, facts: Any, batches: list[Batch]) -> lis
     from pretrain.pretrainer import Pretrainer, Towers
 
     name, changes, choice = VARIANTS[variant]
-    run = replace(run, backbone=replace(run.backbone, checkpoint=choice))
+    run = replace(run, backbone=replace(run.backbone, activation_checkpoint=choice))
     ds_config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
     ds_config["bf16"]["enabled"] = False
     ds_config["zero_optimization"] |= changes

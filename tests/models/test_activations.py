@@ -20,7 +20,9 @@ from tests.fakes import shrink
 
 def encoder_of(recipe: str, choice: str) -> nn.Module:
     torch.manual_seed(0)
-    encoder = build_encoder(replace(shrink(load(recipe)).backbone, drop_path=0.0, checkpoint=choice), 64)
+    encoder = build_encoder(
+        replace(shrink(load(recipe)).backbone, drop_path=0.0, activation_checkpoint=choice), 64
+    )
     for parameter in encoder.parameters():
         if not parameter.any():  # weights and biases that start at zero would hide what they do
             nn.init.normal_(parameter, std=0.05)

@@ -163,7 +163,7 @@ def test_checkpointed_blocks_give_the_same_gradients(choice):
     config = replace(
         VARIANTS["res_post_norm"], drop_path_rate=0.3
     )  # the recomputation draws the same branches
-    plain, checkpointed = InternImage(config), InternImage(config, checkpoint=choice)
+    plain, checkpointed = InternImage(config), InternImage(config, activation_checkpoint=choice)
     checkpointed.load_state_dict(plain.state_dict())
     images, gradients = torch.randn(2, 3, 32, 32), []
     for model in (plain, checkpointed):
