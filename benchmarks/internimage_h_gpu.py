@@ -80,7 +80,7 @@ def step(model: InternImage, images: Tensor) -> None:
 
 def shares(model: InternImage, images: Tensor) -> dict[str, float]:
     """Share of each group of kernels in the time that kernels take."""
-    with profile(activities=[ProfilerActivity.CUDA]) as measured:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as measured:
         for _ in range(PROFILED_STEPS):
             step(model, images)
         torch.cuda.synchronize()

@@ -163,8 +163,11 @@ def _dot_gathered(
 
 @cache
 def _silence_sparse_notice() -> None:
-    """Torch announces once a process that its sparse layout is in beta; we use one kernel of it, checked."""
+    """Torch announces once a process that its sparse layout is in beta and, in 2.11, that it is not checked; we
+    use one kernel of it, tested, and say check_invariants=False.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
         empty = torch.zeros(1, dtype=torch.int32)
         torch.sparse_csr_tensor(empty, empty[:0], torch.zeros(0), (0, 1), check_invariants=False)

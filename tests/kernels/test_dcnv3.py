@@ -18,7 +18,11 @@ GOLDEN = SHARED / "golden"
 
 # torch.compile looks at the .grad of its inputs and hides the warning from all but a filter that raises it:
 # torch/_dynamo/variables/builder.py, safe_has_grad.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+# torch 2.11 uses what it deprecates when it first compiles: torch/utils/mkldnn.py, script_method.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+]
 
 
 def inputs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pretrain.kernels import (  # noqa: E402
     triton_residual,
 )
 from pretrain.kernels.pointwise_triton import Rows  # noqa: E402
-from pretrain.models.internimage_config import INTERNIMAGE  # noqa: E402
+from pretrain.models.internimage_config import INTERNIMAGE, InternImageConfig  # noqa: E402
 from tests.kernels.machine_code import Code, compile_kernel  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 BYTES = {"bf16": 2, "fp32": 4}  # float16 differs from bfloat16 by its conversions alone
 BY_ROWS = ("residual_norm", "residual_norm_grad", "norm_gelu", "norm_gelu_grad")
 DEPTHWISE = ("depthwise", "depthwise_flipped", "depthwise_grad_taps")
-WIDTHS = sorted({width for size in INTERNIMAGE.values() for width in size.widths})
+PARTS = ("SHARE", "GAMMA", "OUTER", "FOLLOWING")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Configuration:
     kernel: str
     dtype: str
     width: int  # channels
+    parts: tuple[str, ...] = ()  # of residual_norm
+
+    def __str__(self) -> str:
+        return "-".join([self.kernel, self.dtype, str(self.width), *self.parts])
 
     def compile(self) -> Code:
         itemsize, wide = BYTES[self.dtype], ("partial_pointer",)
@@ -48,7 +53,7 @@ class Configuration:
             module = triton_norm
             if self.kernel.startswith("residual"):
                 module = triton_residual
-                constants |= {f"HAS_{part}": True for part in ("SHARE", "GAMMA", "OUTER", "FOLLOWING")}
+                constants |= {f"HAS_{part}": part in self.parts for part in PARTS}
             return compile_kernel(
                 getattr(module, f"{self.kernel}_kernel"), constants, self.dtype, launch.warps, wide
             )
@@ -70,17 +75,25 @@ def rows_launch(kernel: str, dtype: str, width: int) -> Rows:
     return pointwise_triton.rows_launch(width, BYTES[dtype], held)
 
 
+def parts_of(config: InternImageConfig) -> tuple[str, ...]:
+    """What the first branch of a block joins with: the second leaves FOLLOWING out."""
+    gamma = () if config.layer_scale is None else ("GAMMA",)
+    if config.post_norm:
+        return ("SHARE", *gamma, "OUTER")
+    return ("SHARE", *gamma, *(("OUTER",) if config.res_post_norm else ()), "FOLLOWING")
+
+
 def launches() -> list[Configuration]:
-    """One of every launch that a published width leads to: several widths share one."""
+    """One of every launch that a published size leads to: several widths share one."""
     chosen = {}
-    for dtype in BYTES:
-        for width in WIDTHS:
-            for kernel in BY_ROWS:
-                key = (kernel, dtype, rows_launch(kernel, dtype, width))
-                chosen[key] = Configuration(kernel, dtype, width)
-            for kernel in DEPTHWISE:
-                key = (kernel, dtype, pointwise_triton.tile_launch(width, BYTES[dtype]))
-                chosen[key] = Configuration(kernel, dtype, width)
+    for config, dtype in product(INTERNIMAGE.values(), BYTES):
+        for width, kernel in product(config.widths, BY_ROWS):
+            parts = parts_of(config) if kernel.startswith("residual") else ()
+            key = (kernel, dtype, rows_launch(kernel, dtype, width), parts)
+            chosen[key] = Configuration(kernel, dtype, width, parts)
+        for width, kernel in product(config.widths, DEPTHWISE):
+            key = (kernel, dtype, pointwise_triton.tile_launch(width, BYTES[dtype]))
+            chosen[key] = Configuration(kernel, dtype, width)
         chosen["gelu_grad", dtype] = Configuration("gelu_grad", dtype, 0)
     return list(chosen.values())
 
@@ -94,7 +107,7 @@ def codes() -> dict[Configuration, Code]:
         return dict(zip(CONFIGURATIONS, pool.map(Configuration.compile, CONFIGURATIONS), strict=True))
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda c: f"{c.kernel}-{c.dtype}-{c.width}")
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 def test_no_register_is_spilled(codes, configuration):
     assert codes[configuration].spills == 0
 
