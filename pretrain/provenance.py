@@ -14,19 +14,21 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "transformers")
 
 
 def commit() -> str | None:
-    """Commit of the working tree, with "+changes" if tracked files differ from it; None outside git."""
-    root = Path(__file__).resolve().parent.parent
+    """Commit of the working tree, with "+changes" if tracked files differ from it, other than results of
+    benchmarks, which are its products; None outside git.
+    """
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        head = _git("rev-parse", "HEAD")
+        changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()
+    return head + ("+changes" if changes else "")
+
+
+def _git(*command: str) -> str:
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def versions() -> dict[str, str]:
