@@ -73,6 +73,25 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """Global features that are targets: embedding -> hidden -> width, and the same once more to predict them."""
+
+    hidden: int = 4096
+    width: int = 256
+    temperature: float = 0.2  # of the softmax over candidates, global and dense (MoCo v3, section 5)
+    dense_samples: int = 16  # patches an image whose dense features enter one softmax over the global batch
+
+    def __post_init__(self) -> None:
+        _positive(
+            "projection",
+            hidden=self.hidden,
+            width=self.width,
+            temperature=self.temperature,
+            dense_samples=self.dense_samples,
+        )
+
+
+@dataclass(frozen=True)
 class Text:
     """BERT-shaped text encoder, trained from scratch with the backbone."""
 
@@ -137,9 +156,9 @@ class Views:
 
 @dataclass(frozen=True)
 class Mask:
-    """Block-wise mask of the mixed input, as in BEiT: True patches show the second image."""
+    """Block-wise mask of the input, as in BEiT: True patches show the second image, or nothing."""
 
-    ratio: float = 0.5  # fraction of patches given to the second image, in (0, 1)
+    ratio: float = 0.5  # fraction of patches that are hidden of the (first) image, in (0, 1)
     patch: int = 16  # pixels, side of one square
     min_block: int = 16  # patches, smallest block that is drawn
     aspect: float = 0.3  # block height / width is log-uniform in [aspect, 1 / aspect]
@@ -219,6 +238,7 @@ class Run:
     backbone: Backbone = field(default_factory=Backbone)
     decoder: Decoder = field(default_factory=Decoder)
     pool: Pool = field(default_factory=Pool)
+    projection: Projection = field(default_factory=Projection)
     text: Text = field(default_factory=Text)
     views: Views = field(default_factory=Views)
     mask: Mask = field(default_factory=Mask)
@@ -244,7 +264,7 @@ class Run:
                 f"objective.input.mixed={self.objective.input.mixed}: set {self.batch + 1}"
             )
         num_second, patches = self.mask.ratio * self.grid**2, self.grid**2
-        if self.objective.input.mixed == 2 and abs(num_second - round(num_second)) > 1e-3:
+        if self.objective.input.hides and abs(num_second - round(num_second)) > 1e-3:
             nearest = min(max(round(num_second), 1), patches - 1) / patches
             raise ValueError(
                 f"mask.ratio={self.mask.ratio} of {self.grid} x {self.grid} patches is {num_second:g}, which must be "

@@ -12,12 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker, fork
-from pretrain.config import DataFacts, Run
+from pretrain.config import DataFacts, Projection, Run
 from pretrain.data.batch import Batch
 from pretrain.data.geometry import relative_positions
 from pretrain.data.mask import num_hidden
-from pretrain.kernels.contrastive import contrastive_nats
-from pretrain.likelihoods import category_nats, gaussian_nats
+from pretrain.kernels.contrastive import contrastive_nats, matching_nats
+from pretrain.likelihoods import POSITIONAL, category_nats, decorrelation_nats
 from pretrain.models.backbone import build_encoder
 from pretrain.models.decoder import DenseDecoder
 from pretrain.models.feature_norm import FEATURE_NORMS, FeatureNorm
@@ -25,7 +25,11 @@ from pretrain.models.pooling import AttentionPool
 from pretrain.models.text import TextEncoder
 from pretrain.objectives import Target
 
-TeacherCall = Callable[[Float[Tensor, "n 3 s s"]], Float[Tensor, "n l d"]]
+# (images) -> tokens [n, l, d]; (images, project=True) -> (tokens, projections [n, p])
+TeacherCall = Callable[..., Any]
+SPATIAL = ("pixels", "dense")  # kinds with a value at every patch
+EMBEDDED = ("global", "category", "text")  # kinds that are predicted from the image's embedding
+SCATTER = 2654435761  # 2^32 over the golden ratio: multiples of it are spread evenly (Knuth, TAOCP, 6.4)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Losses:
 
 
 class Towers(nn.Module):
-    """Everything that is kept after pre-training: image encoder, pooling, label heads, text encoder.
+    """Everything that is kept after pre-training: image encoder, and as far as the run's targets need them
+    pooling, projector of global features, label heads and text encoder.
 
     The teacher is a second one of these. Calling it encodes images into tokens.
     """
@@ -51,18 +56,39 @@ class Towers(nn.Module):
                 f"mask.patch={run.mask.patch} must equal {self.encoder.stride}, the pixels along one side of a "
                 f"token of {run.backbone.size}: mask squares are tokens"
             )
-        self.pool = AttentionPool(self.encoder.width, run.pool.width, run.pool.heads)
-        self.pool_norm = FEATURE_NORMS[run.pool.norm](run.pool.width)
-        self.norm = nn.LayerNorm(run.pool.width, eps=1e-6)
-        if facts.categories:
+        kinds = {target.kind for target in active_targets(run, facts).values()}
+        if kinds & set(EMBEDDED):
+            self.pool = AttentionPool(self.encoder.width, run.pool.width, run.pool.heads)
+            self.pool_norm = FEATURE_NORMS[run.pool.norm](run.pool.width)
+            self.norm = nn.LayerNorm(run.pool.width, eps=1e-6)
+        if "global" in kinds:
+            self.projector = projector(run.pool.width, run.projection)
+        if "category" in kinds:
             self.category = nn.Linear(run.pool.width, len(facts.categories))
-        if facts.vocab_size:
+        if "text" in kinds:
             self.text = TextEncoder(run.text, facts.vocab_size)
             self.text_projection = nn.Linear(run.text.width, run.pool.width, bias=False)
             self.image_projection = nn.Linear(run.pool.width, run.pool.width, bias=False)
 
-    def forward(self, images: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n l d"]:
-        return self.encoder(images)
+    def forward(
+        self, images: Float[Tensor, "n 3 s s"], project: bool = False
+    ) -> Float[Tensor, "n l d"] | tuple[Float[Tensor, "n l d"], Float[Tensor, "n p"]]:
+        """Tokens, and with `project` global features beside them."""
+        tokens = self.encoder(images)
+        return (tokens, self.projector(self.embed_tokens(tokens))) if project else tokens
+
+    @property
+    def has_embedding(self) -> bool:
+        """Has the run trained a global embedding of images?"""
+        return hasattr(self, "pool")
+
+    @property
+    def has_categories(self) -> bool:
+        return hasattr(self, "category")
+
+    @property
+    def has_texts(self) -> bool:
+        return hasattr(self, "text")
 
     def embed_tokens(
         self, tokens: Float[Tensor, "n l d"], owned: Bool[Tensor, "n l"] | None = None
@@ -83,9 +109,40 @@ class Towers(nn.Module):
     def fold_norms(self) -> None:
         """Hands what FeatureNorms do in eval mode to the layers before them, for readers that know none."""
         self.encoder.fold_norm()
-        if isinstance(self.pool_norm, FeatureNorm):
+        if self.has_embedding and isinstance(self.pool_norm, FeatureNorm):
             self.pool_norm.fold_into(self.pool.cross_dcn.proj)
             self.pool_norm = nn.Identity()
+
+
+def projector(width: int, projection: Projection) -> nn.Sequential:
+    """Linear, batch norm, ReLU, Linear, batch norm: embedding [n, width] -> [n, projection.width].
+
+    Batch norms without affine, over all ranks. Source: MoCo v3 and BYOL (arXiv 2006.07733), section 3.3.
+    """
+    return nn.Sequential(
+        nn.Linear(width, projection.hidden, bias=False),
+        FeatureNorm(projection.hidden),
+        nn.ReLU(),
+        nn.Linear(projection.hidden, projection.width, bias=False),
+        FeatureNorm(projection.width),
+    )
+
+
+class MaskPatch(nn.Module):
+    """What the hidden patches of a masked input show: one learned patch, for every backbone alike.
+
+    A linear patch embedding turns it into one learned vector, the mask token of BEiT (arXiv 2106.08254).
+    """
+
+    def __init__(self, patch: int) -> None:
+        super().__init__()
+        self.pixels = nn.Parameter(torch.zeros(3, patch, patch))  # the mean colour
+
+    def forward(
+        self, images: Float[Tensor, "b 3 s s"], hidden: Bool[Tensor, "b 1 s s"]
+    ) -> Float[Tensor, "b 3 s s"]:
+        repeats = images.shape[-1] // self.pixels.shape[-1]
+        return torch.where(hidden, self.pixels.repeat(1, repeats, repeats), images)
 
 
 class Temperature(nn.Module):
@@ -122,33 +179,45 @@ class Pretrainer(nn.Module):
         self.run = run
         self.targets = active_targets(run, facts)
         self.student = Towers(run, facts)
-        if self._of_kind("dense"):
-            self.decoder = DenseDecoder(run.decoder, self.student.encoder.width)
+        if spatial := self._of_kind(*SPATIAL):
+            widths = {"pixels": 3 * run.mask.patch**2, "dense": self.student.encoder.width}
+            used = {target.kind: widths[target.kind] for target in spatial.values()}
+            self.decoder = DenseDecoder(run.decoder, self.student.encoder.width, used)
+        if self._of_kind("global"):
+            self.predictor = projector(run.projection.width, run.projection)
         if self._of_kind("text"):
             self.temperature = Temperature(run.text.init_scale, run.text.max_scale)
+        if run.objective.input.is_masked:
+            self.mask_patch = MaskPatch(run.mask.patch)
 
     def forward(self, batch: Batch, teacher: TeacherCall, tracker: BalanceTracker) -> Losses:
-        """One mixed input for every group of `input.mixed` images, all targets scored.
+        """One input for every group of `input.mixed` images, all targets scored.
 
-        `teacher` encodes normalised images into tokens without gradient; `tracker` owns the weight of the
-        label losses and sees both gradients that arrive at the encoder's output.
+        `teacher` encodes normalised images without gradient; `tracker` owns the weight of the label losses
+        and sees both gradients that arrive at the encoder's output.
         """
         dtype = next(self.parameters()).dtype
         images = normalise(batch.views[:, 0], self.run.views.mean, self.run.views.std, dtype)
-        tokens = self.student(self._mix(images, batch.mask))
+        tokens = self.student(self._input(images, batch.mask))
         for_images, for_labels = fork(tokens, tracker)
         owned = self._owned(batch)
+        z_y = self._taught(batch, teacher, dtype)
         nats, diagnostics = {}, {}
-        if dense := self._of_kind("dense"):
-            z_y = self._dense_targets(dense, batch, teacher, dtype)
-            for name, target in dense.items():
-                nats[name] = self._dense_nats(target, batch, for_images, owned, z_y[name])
-            diagnostics["std_teacher"] = batch_std(torch.cat([z.mean(dim=1) for z in z_y.values()]))
-        if labels := {**self._of_kind("category"), **self._of_kind("text")}:
+        for name, target in self._of_kind(*SPATIAL).items():
+            z = z_y[name] if name in z_y else self._pixels(target, batch)
+            nats[name] = self._spatial_nats(target, batch, for_images, owned, z)
+        if targets := self._of_kind("global"):
+            projected = self._project(for_images, owned)
+            for name, target in targets.items():
+                nats[name] = self._global_nats(target, projected[self._rows(target, batch)], z_y[name])
+        if labels := self._of_kind("category", "text"):
             embedding = self.student.embed_tokens(self._per_image(for_labels), owned)
             diagnostics["std_embedding"] = batch_std(embedding.detach().float())
             for name, target in labels.items():
                 nats[name] = self._label_nats(target, batch, embedding)
+        if z_y:
+            pooled = [z.mean(dim=1) if z.ndim == 3 else z for z in z_y.values()]
+            diagnostics["std_teacher"] = torch.stack([batch_std(z) for z in pooled]).mean()
         weight = tracker.weight
         total = sum(
             self.targets[name].weight * (weight * value if self.targets[name].group == "label" else value)
@@ -156,30 +225,34 @@ class Pretrainer(nn.Module):
         )
         return Losses(total, {name: value.detach() for name, value in nats.items()}, diagnostics)
 
-    def _of_kind(self, kind: str) -> dict[str, Target]:
-        return {name: target for name, target in self.targets.items() if target.kind == kind}
+    def _of_kind(self, *kinds: str) -> dict[str, Target]:
+        return {name: target for name, target in self.targets.items() if target.kind in kinds}
 
-    def _mix(self, images: Float[Tensor, "b 3 s s"], mask: Bool[Tensor, "p g g"]) -> Float[Tensor, "p 3 s s"]:
-        if self.run.objective.input.mixed == 1:
+    def _input(
+        self, images: Float[Tensor, "b 3 s s"], mask: Bool[Tensor, "i g g"]
+    ) -> Float[Tensor, "i 3 s s"]:
+        if not self.run.objective.input.hides:
             return images
         patch = self.run.mask.patch
-        pixels = mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None]
-        return torch.where(pixels, images[1::2], images[0::2])
+        hidden = mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None]
+        if self.run.objective.input.is_masked:
+            return self.mask_patch(images, hidden)
+        return torch.where(hidden, images[1::2], images[0::2])
 
     def _owned(self, batch: Batch) -> Bool[Tensor, "b l"]:
         """For each image, the tokens of its input that show it."""
         mask = batch.mask.flatten(1)
         if self.run.objective.input.mixed == 1:
-            return torch.ones_like(mask[:1]).expand(len(batch.views), -1)
+            return ~mask
         return torch.stack([~mask, mask], dim=1).flatten(0, 1)
 
     def _num_owned(self, target: Target) -> int:
         """Tokens that each image of the target owns: known without looking, since the mask's count is exact."""
         num_patches = self.run.grid**2
-        if self.run.objective.input.mixed == 1:
+        if not self.run.objective.input.hides:
             return num_patches
-        second = num_hidden(self.run.grid, self.run.mask.ratio)
-        return second if target.image == 1 else num_patches - second
+        hidden = num_hidden(self.run.grid, self.run.mask.ratio)
+        return hidden if target.image == 1 else num_patches - hidden
 
     def _per_image(self, tokens: Float[Tensor, "p l d"]) -> Float[Tensor, "b l d"]:
         return tokens.repeat_interleave(self.run.objective.input.mixed, dim=0)
@@ -190,21 +263,40 @@ class Pretrainer(nn.Module):
         index = torch.arange(len(batch.views), device=batch.views.device)
         return torch.cat([index[slot::mixed] for slot in self.run.objective.slots(target)])
 
-    def _dense_targets(
-        self, targets: dict[str, Target], batch: Batch, teacher: TeacherCall, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """The teacher's tokens of every target view, normalised without affine, float32; one teacher call."""
-        views = [
-            batch.views[self._rows(target, batch), int(target.view == "other")] for target in targets.values()
-        ]
+    def _view(self, target: Target, batch: Batch) -> Tensor:
+        return batch.views[self._rows(target, batch), int(target.view == "other")]
+
+    def _taught(self, batch: Batch, teacher: TeacherCall, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the teacher makes of every target view that it encodes, float32: tokens, normalised without
+        affine, [n, l, d], or projections [n, p]; one teacher call.
+        """
+        targets = {name: target for name, target in self.targets.items() if target.encoder == "ema"}
+        if not targets:
+            return {}
+        views = [self._view(target, batch) for target in targets.values()]
         images = normalise(torch.cat(views), self.run.views.mean, self.run.views.std, dtype)
         with torch.no_grad():
-            tokens = teacher(images).float()
-            tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
-        return dict(zip(targets, tokens.split([len(v) for v in views]), strict=True))
+            if self._of_kind("global"):
+                tokens, projections = teacher(images, project=True)
+            else:
+                tokens = projections = teacher(images)
+            tokens = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)
+        z_y, start = {}, 0
+        for (name, target), view in zip(targets.items(), views, strict=True):
+            encoded = projections.float() if target.kind == "global" else tokens
+            z_y[name] = encoded[start : start + len(view)]
+            start += len(view)
+        return z_y
 
-    def _dense_nats(
-        self, target: Target, batch: Batch, tokens: Tensor, owned: Tensor, z_y: Tensor
+    def _pixels(self, target: Target, batch: Batch) -> Float[Tensor, "n l d"]:
+        """Pixels of every patch of the target view, standardised within the patch (MAE, section 4.1)."""
+        patch = self.run.mask.patch
+        view = self._view(target, batch).float() / 255
+        pixels = F.unfold(view, patch, stride=patch).transpose(1, 2)  # [n, l, 3 patch**2]
+        return F.layer_norm(pixels, pixels.shape[-1:], eps=1e-6)
+
+    def _spatial_nats(
+        self, target: Target, batch: Batch, tokens: Tensor, owned: Tensor, z_y: Float[Tensor, "n l out"]
     ) -> Float[Tensor, ""]:
         rows = self._rows(target, batch)
         owned = owned[rows]
@@ -214,9 +306,46 @@ class Pretrainer(nn.Module):
         relative = relative_positions(
             boxes[:, 0], boxes[:, int(target.view == "other")], batch.sizes[rows, 1], self.run.grid
         )
-        prediction = self.decoder(own, places, relative, self.run.grid)
+        prediction = self.decoder(own, places, relative, self.run.grid, target.kind)
+        if target.score == "boltzmann":
+            return self._dense_matching(prediction, z_y, batch.position[rows])
         scored = ~owned if target.scored == "hidden" else torch.ones_like(owned)
-        return gaussian_nats(prediction, z_y, scored)
+        return POSITIONAL[target.score](prediction, z_y, scored)
+
+    def _dense_matching(
+        self, prediction: Float[Tensor, "n l d"], z_y: Float[Tensor, "n l d"], position: Int[Tensor, " n"]
+    ) -> Float[Tensor, ""]:
+        """Predicted patches against the same patches of their target view and those of all images of the global
+        batch: some of each image, evenly spread from a start that its position in the run's order decides.
+        Where a patch lies, the decoder knows from the views' geometry.
+        """
+        num_patches = prediction.shape[1]
+        num = min(self.run.projection.dense_samples, num_patches)
+        steps = torch.arange(num, device=position.device) * num_patches // num
+        start = position * SCATTER % num_patches
+        drawn = ((start[:, None] + steps) % num_patches)[..., None]
+        pairs = (
+            F.normalize(z.gather(1, drawn.expand(-1, -1, z.shape[-1])).flatten(0, 1).float(), dim=-1)
+            for z in (prediction, z_y)
+        )
+        return matching_nats(*pairs, 1 / self.run.projection.temperature)
+
+    def _project(self, tokens: Float[Tensor, "i l d"], owned: Bool[Tensor, "b l"]) -> Float[Tensor, "b p"]:
+        """Prediction of every image's global features."""
+        embedding = self.student.embed_tokens(self._per_image(tokens), owned)
+        return self.predictor(self.student.projector(embedding))
+
+    def _global_nats(
+        self, target: Target, prediction: Float[Tensor, "n p"], z_y: Float[Tensor, "n p"]
+    ) -> Float[Tensor, ""]:
+        if target.keep == "decorrelation":
+            return decorrelation_nats(prediction, z_y)
+        if target.score == "boltzmann":
+            pair = (F.normalize(z.float(), dim=-1) for z in (prediction, z_y))
+            return matching_nats(*pair, 1 / self.run.projection.temperature)
+        z_y = F.layer_norm(z_y, z_y.shape[-1:], eps=1e-6)
+        everywhere = torch.ones(len(z_y), 1, dtype=torch.bool, device=z_y.device)
+        return POSITIONAL[target.score](prediction[:, None], z_y[:, None], everywhere)
 
     def _label_nats(self, target: Target, batch: Batch, embedding: Float[Tensor, "b e"]) -> Float[Tensor, ""]:
         rows = self._rows(target, batch)
@@ -234,12 +363,14 @@ class Pretrainer(nn.Module):
 
 def active_targets(run: Run, facts: DataFacts) -> dict[str, Target]:
     """The objective's targets that the data can serve; ValueError when that leaves none."""
-    has = {"dense": True, "category": bool(facts.categories), "text": bool(facts.vocab_size)}
-    active = {name: target for name, target in run.objective.targets.items() if has[target.kind]}
+    lacks = {"category": not facts.categories, "text": not facts.vocab_size}
+    active = {
+        name: target for name, target in run.objective.targets.items() if not lacks.get(target.kind, False)
+    }
     if not active:
         raise ValueError(
             f"none of the targets {sorted(run.objective.targets)} has labels in the data: give a source with "
-            "categories or captions, or an objective with a dense target"
+            "categories or captions, or an objective that predicts images"
         )
     return active
 

@@ -16,8 +16,8 @@ def random_batch(run: Run, num_images: int, seed: int = 0) -> Batch:
     """Random views with random crops; even images have a category, odd ones a caption."""
     generator = torch.Generator().manual_seed(seed)
     grid, size = run.grid, run.views.size
-    second = round(run.mask.ratio * grid**2)
-    mask = torch.zeros(num_images // 2, grid**2, dtype=torch.bool)
+    second = round(run.mask.ratio * grid**2) if run.objective.input.hides else 0
+    mask = torch.zeros(num_images // run.objective.input.mixed, grid**2, dtype=torch.bool)
     for row in mask:
         row[torch.randperm(grid**2, generator=generator)[:second]] = True
     boxes = torch.rand(num_images, 2, 5, generator=generator)
@@ -47,9 +47,10 @@ def shrink(run: Run) -> Run:
         log_every=1,
         decoder=replace(run.decoder, layers=1, width=64, ffn=128, heads=4),
         pool=replace(run.pool, heads=4, width=48),
+        projection=replace(run.projection, hidden=64, width=32, dense_samples=4),
         text=replace(run.text, layers=1, width=32, ffn=64, heads=4, length=16),
         backbone=replace(run.backbone, size=f"{run.backbone.family}_tiny", token_width=64),
         views=replace(run.views, size=64),
-        mask=replace(run.mask, patch=16, min_block=4),
+        mask=replace(run.mask, patch=16, min_block=4, ratio=round(run.mask.ratio * 16) / 16),  # 4 x 4 patches
         optim=replace(run.optim, warmup=1),
     )

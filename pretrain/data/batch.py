@@ -24,7 +24,7 @@ class Batch:
     views: UInt8[Tensor, "b 2 3 s s"]
     boxes: Float[Tensor, "b 2 5"]
     sizes: Float[Tensor, "b 2"]
-    mask: Bool[Tensor, "pairs g g"]  # True where the mixed input shows the pair's second image
+    mask: Bool[Tensor, "inputs g g"]  # True where a mixed input shows its second image, a masked one nothing
     category: Int[Tensor, " b"]  # NO_CATEGORY where there is none
     tokens: Int[Tensor, "b length"]  # of the caption; padding where there is none
     token_mask: Bool[Tensor, "b length"]  # True on real tokens; row all False where there is no caption

@@ -119,9 +119,9 @@ class Steps:
         return torch.full((length,), padding), torch.zeros(length, dtype=torch.bool)
 
     def _mask(self, position: int) -> Tensor:
-        """The mask of the input that begins at `position`; all False where an input shows one image."""
+        """The mask of the input that begins at `position`; all False where it hides nothing."""
         grid, mask = self.run.grid, self.run.mask
-        if self.run.objective.input.mixed == 1:
+        if not self.run.objective.input.hides:
             return torch.zeros(grid, grid, dtype=torch.bool)
         generator = _generator(self.run.seed, position, "mask")
         return block_mask(grid, num_hidden(grid, mask.ratio), mask.min_block, mask.aspect, generator)

@@ -1,4 +1,4 @@
-"""Which patches of a mixed input show the second image?"""
+"""Which patches of an input are hidden: show the second image of a pair, or nothing?"""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Features:
     """All that the probes read of one data set under one checkpoint, on the CPU; row i is sample `index[i]`."""
 
     tokens: Float[Tensor, "n d"]  # mean of the encoder's tokens
-    embedding: Float[Tensor, "n e"]  # attention pooling and norm: what the label heads read
+    embedding: Float[Tensor, "n e"] | None  # attention pooling and norm, if the run has trained them
     projected: Float[Tensor, "n e"] | None  # unit vectors in the space of the captions, if the run has text
     classified: Int[Tensor, " n"] | None  # the run's category that its own head says, if it has categories
     labels: Int[Tensor, " n"]  # category of the data set; NO_CATEGORY where a sample has none
@@ -112,7 +112,7 @@ def extract(
     joined = {name: torch.cat(values) for name, values in vectors.items()}
     return Features(
         tokens=joined["tokens"],
-        embedding=joined["embedding"],
+        embedding=joined.get("embedding"),
         projected=joined.get("projected"),
         classified=joined.get("classified"),
         labels=torch.tensor([picture.label for picture in seen]),
@@ -124,11 +124,13 @@ def extract(
 
 def _encode(towers: Towers, run: Run, views: UInt8[Tensor, "n 3 s s"]) -> dict[str, Tensor]:
     tokens = towers(normalise(views, run.views.mean, run.views.std, torch.float32))
-    embedding = towers.embed_tokens(tokens)
-    vectors = {"tokens": tokens.mean(dim=1), "embedding": embedding}
-    if hasattr(towers, "text"):
+    vectors = {"tokens": tokens.mean(dim=1)}
+    if not towers.has_embedding:
+        return vectors
+    embedding = vectors["embedding"] = towers.embed_tokens(tokens)
+    if towers.has_texts:
         vectors["projected"] = towers.project_images(embedding)
-    if hasattr(towers, "category"):
+    if towers.has_categories:
         vectors["classified"] = towers.category(embedding).argmax(dim=1)
     return vectors
 

@@ -42,6 +42,7 @@ class Outcome:
 
 
 def _knn(evidence: Evidence, feature: str) -> Outcome:
+    _check_trained(evidence, feature)
     rows, labels = _labelled(evidence.train), _labels(evidence)
     train, heldout = getattr(evidence.train, feature)[rows], _of_labelled(evidence, feature)
     similarities, indices = knn.nearest(train, heldout, evidence.k)
@@ -50,7 +51,13 @@ def _knn(evidence: Evidence, feature: str) -> Outcome:
     return Outcome(score(predicted, labels, len(evidence.categories)) | settings, predicted)
 
 
+def _check_trained(evidence: Evidence, feature: str) -> None:
+    if getattr(evidence.heldout, feature) is None:
+        raise NotMeasured(f"the run's targets train no {feature}")
+
+
 def _linear(evidence: Evidence, feature: str) -> Outcome:
+    _check_trained(evidence, feature)
     rows, labels = _labelled(evidence.train), _labels(evidence)
     train, heldout = getattr(evidence.train, feature)[rows], _of_labelled(evidence, feature)
     predicted = linear.linear_probe(train, evidence.train.labels[rows], heldout)

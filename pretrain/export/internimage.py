@@ -110,9 +110,10 @@ def published_model(trained: Trained, config: InternImageConfig, is_backbone_alo
         return model
     heads = StrideTokens(config, run.backbone.token_width)
     model.dcnv3_head_x4, model.dcnv3_head_x3 = heads.dcnv3_head_x4, heads.dcnv3_head_x3
-    model.clip_projector = AttentionPool(run.backbone.token_width, run.pool.width, run.pool.heads)
-    model.fc_norm = nn.Sequential(nn.LayerNorm(run.pool.width, eps=1e-6))
-    if trained.facts.categories:
+    if trained.towers.has_embedding:
+        model.clip_projector = AttentionPool(run.backbone.token_width, run.pool.width, run.pool.heads)
+        model.fc_norm = nn.Sequential(nn.LayerNorm(run.pool.width, eps=1e-6))
+    if trained.towers.has_categories:
         model.head = nn.Linear(run.pool.width, len(trained.facts.categories))
     return model
 
@@ -121,9 +122,10 @@ def published_outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Every output that the model can give, computed from the parts under their published names."""
     maps = stage_maps(model.patch_embed, model.levels, images)
     outputs = {f"stage {index + 1}": stage_map for index, stage_map in enumerate(maps)}
-    if hasattr(model, "clip_projector"):
+    if hasattr(model, "dcnv3_head_x3"):
         tokens = stride_tokens(model.dcnv3_head_x3, model.dcnv3_head_x4, maps).flatten(1, 2)
         outputs["tokens"] = tokens
+    if hasattr(model, "clip_projector"):
         outputs["embedding"] = model.fc_norm(model.clip_projector(tokens))
     if hasattr(model, "head"):
         outputs["logits"] = model.head(outputs["embedding"])
@@ -135,11 +137,12 @@ def our_outputs(trained: Trained, images: Tensor) -> dict[str, Tensor]:
     towers = trained.towers
     maps = towers.encoder.dcnv3(images)
     tokens = towers(images)
-    embedding = towers.embed_tokens(tokens)
     outputs = {f"stage {index + 1}": stage_map for index, stage_map in enumerate(maps)}
-    outputs |= {"tokens": tokens, "embedding": embedding}
-    if trained.facts.categories:
-        outputs["logits"] = towers.category(embedding)
+    outputs["tokens"] = tokens
+    if towers.has_embedding:
+        outputs["embedding"] = towers.embed_tokens(tokens)
+    if towers.has_categories:
+        outputs["logits"] = towers.category(outputs["embedding"])
     return outputs
 
 
@@ -159,8 +162,13 @@ def how_to_load(trained: Trained) -> str:
         "model.load_state_dict(state)",
         "```",
     ]
-    if not trained.facts.categories:
-        lines += ["", "There is no `head.*`: the run had no categories."]
+    if not trained.towers.has_embedding:
+        lines += [
+            "",
+            "There is no `clip_projector.*` and no `fc_norm.*`: the run trained no global embedding.",
+        ]
+    if not trained.towers.has_categories:
+        lines += ["", "There is no `head.*`: the run predicted no categories."]
     if num_stages != 4:
         lines += ["", f"This backbone has {num_stages} stages, where every published one has 4."]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How much does each image know of its text among the texts of all ranks? Exact InfoNCE in row chunks."""
+"""How much does each prediction know of its target among those of all ranks? Exact InfoNCE in row chunks."""
 
 from __future__ import annotations
 
@@ -25,6 +25,41 @@ def contrastive_nats(
     gathered log-sum-exps, so no gradient of a gathered feature travels. Source: CLIP, arXiv 2103.00020.
     """
     return _Contrastive.apply(images, texts, has_text, scale)
+
+
+def matching_nats(
+    predictions: Float[Tensor, "n d"], targets: Float[Tensor, "n d"], scale: float
+) -> Float[Tensor, ""]:
+    """-log of the softmax over the targets of the global batch that each prediction gives to its own.
+
+    Unit vectors in float32; gradients reach the predictions alone, so targets may come from a teacher. The
+    mean of the result over ranks is the loss, and so are the gradients; chance is ln(world n). Exact, in row
+    chunks. Source: one direction of MoCo v3 (arXiv 2104.02057), algorithm 1, without its factor 2 tau.
+    """
+    return _Matching.apply(predictions, targets.detach(), scale)
+
+
+class _Matching(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, predictions: Tensor, targets: Tensor, scale: float) -> Tensor:
+        candidates = gather_rows(targets)
+        rows = torch.cat([
+            (scale * predictions[start : start + CHUNK] @ candidates.T).logsumexp(dim=1)
+            for start in range(0, len(predictions), CHUNK)
+        ])  # fmt: skip
+        ctx.save_for_backward(predictions, targets, candidates, rows)
+        ctx.scale = scale
+        return (rows - scale * (predictions * targets).sum(dim=1)).mean()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        predictions, targets, candidates, rows = ctx.saved_tensors
+        gradient = torch.empty_like(predictions)
+        for start in range(0, len(predictions), CHUNK):
+            part = slice(start, start + CHUNK)
+            weight = torch.exp(ctx.scale * predictions[part] @ candidates.T - rows[part, None])
+            gradient[part] = weight @ candidates - targets[part]
+        return gradient * (grad * ctx.scale / len(predictions)), None, None
 
 
 class _Contrastive(torch.autograd.Function):

@@ -42,9 +42,11 @@ class RelativePosition(nn.Module):
 
 
 class DenseDecoder(nn.Module):
-    """Predicts the teacher's token at every patch of a target view from the tokens that an image owns."""
+    """Predicts what every patch of a target view holds from the tokens that an image owns: the teacher's
+    token (`dense`), or its pixels. `widths`: numbers of one prediction, by kind of target.
+    """
 
-    def __init__(self, decoder: Decoder, token_width: int) -> None:
+    def __init__(self, decoder: Decoder, token_width: int, widths: dict[str, int]) -> None:
         super().__init__()
         self.width = decoder.width
         self.embed = nn.Linear(token_width, decoder.width)
@@ -55,7 +57,9 @@ class DenseDecoder(nn.Module):
             for _ in range(decoder.layers)
         )
         self.norm = nn.LayerNorm(decoder.width, eps=1e-6)
-        self.predict = nn.Linear(decoder.width, token_width)
+        self.predict = nn.ModuleDict(
+            {kind: nn.Linear(decoder.width, width) for kind, width in widths.items()}
+        )
         trunc_normal_(self.mask_token, std=0.02)
         self.apply(_init_linear)
 
@@ -65,8 +69,9 @@ class DenseDecoder(nn.Module):
         places: Int[Tensor, "n k"],
         relative: Float[Tensor, "n l 4"],
         grid: int,
-    ) -> Float[Tensor, "n l d"]:
-        """One prediction a target patch.
+        kind: str,
+    ) -> Float[Tensor, "n l out"]:
+        """One prediction of a kind a target patch.
 
         owned: encoder tokens that the image owns; places: their indices in the grid; relative: where each
         target patch lies, as `pretrain.data.geometry.relative_positions` gives it.
@@ -78,7 +83,7 @@ class DenseDecoder(nn.Module):
         tokens = torch.cat([seen, asked], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        return self.predict(self.norm(tokens[:, owned.shape[1] :]))
+        return self.predict[kind](self.norm(tokens[:, owned.shape[1] :]))
 
 
 def _init_linear(module: nn.Module) -> None:

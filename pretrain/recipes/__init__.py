@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pretrain.config import Run
-from pretrain.recipes import m3i
+from pretrain.recipes import m3i, rows
 
-MODULES = {"m3i": m3i}
+MODULES = {"m3i": m3i, "rows": rows}
 
 
 def names() -> list[str]:

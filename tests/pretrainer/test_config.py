@@ -47,7 +47,21 @@ def test_unknown_recipe_lists_the_choices():
         (lambda: replace(load("m3i.demo"), steps=10), r"optim\.warmup=40 is longer than steps=10"),
         (lambda: replace(load("m3i.demo"), data={}), r"run\.data is empty"),
         (lambda: Input(mixed=3), r"input\.mixed=3"),
-        (lambda: Target("dense", "boltzmann"), r"score='boltzmann' does not fit kind='dense'"),
+        (lambda: Target("pixels", "boltzmann"), r"score='boltzmann' does not fit kind='pixels'"),
+        (lambda: Target("dense", "gaussian", "same", "ema", "negatives"), r"needs score='boltzmann'"),
+        (lambda: Target("global", "cosine", "same", "ema", "decorrelation"), r"needs score='gaussian'"),
+        (lambda: Target("pixels", "gaussian", "same", "ema", "none"), r"has no meaning here"),
+        (
+            lambda: Target("pixels", "gaussian", "other", "raw", "none", scored="hidden"),
+            r"scored='hidden' means patches of the input itself",
+        ),
+        (lambda: Input(mixed=2, is_masked=True), r"would hide every patch twice"),
+        (
+            lambda: Objective(
+                Input(), {"p": Target("pixels", "gaussian", "same", "raw", "none", scored="hidden")}
+            ),
+            r"the input hides none",
+        ),
         (lambda: Target("dense", "gaussian"), r"would collapse"),
         (lambda: Target("text", "boltzmann", weight=0), r"weight=0 must be positive"),
         (lambda: Objective(Input(), {}), r"predicts at least one target"),

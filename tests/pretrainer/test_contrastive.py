@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
@@ -12,6 +11,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from pretrain.kernels import contrastive
+from pretrain.likelihoods import decorrelation_nats
+from tests.pretrainer.test_likelihoods import decorrelation_inputs
 
 
 def plain_nats(images, texts, has_text, scale):
@@ -57,26 +58,85 @@ def test_without_any_text_loss_and_gradients_are_zero():
     assert all(torch.equal(value, torch.zeros_like(value)) for value in got)
 
 
-def _rank_gradients(rank: int, world: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def plain_matching(predictions, targets, scale):
+    """One direction of InfoNCE written out."""
+    logits = scale * predictions @ targets.detach().T
+    return F.cross_entropy(logits, torch.arange(len(logits)))
+
+
+def matching_gradients(function, predictions, targets):
+    leaf = predictions.clone().requires_grad_()
+    loss = function(F.normalize(leaf, dim=1), F.normalize(targets, dim=1), 5.0)
+    return [loss.detach(), *torch.autograd.grad(loss, leaf)]
+
+
+def test_matching_equals_the_plain_formula_in_any_chunk_size(monkeypatch):
+    predictions, targets, *_ = inputs(17)
+    expected = matching_gradients(plain_matching, predictions, targets)
+    for chunk in (1, 5, 64):
+        monkeypatch.setattr(contrastive, "CHUNK", chunk)
+        got = matching_gradients(contrastive.matching_nats, predictions, targets)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_no_gradient_reaches_the_targets_of_a_matching():
+    predictions, targets, *_ = inputs(5)
+    targets.requires_grad_()
+    contrastive.matching_nats(predictions.requires_grad_(), targets, 2.0).backward()
+    assert predictions.grad is not None and targets.grad is None
+
+
+def _rank_gradients(rank: int, world: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     images, texts, has_text, scale = inputs(12)
     mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
-    got = loss_and_gradients(contrastive.contrastive_nats, images[mine], texts[mine], has_text[mine], scale)
+    prediction, target = decorrelation_inputs()
+    leaf = prediction[mine].clone().requires_grad_()
+    decorrelation = decorrelation_nats(leaf, target[mine])
+    got = {
+        "pairs": loss_and_gradients(
+            contrastive.contrastive_nats, images[mine], texts[mine], has_text[mine], scale
+        ),
+        "matching": matching_gradients(contrastive.matching_nats, images[mine], texts[mine]),
+        "decorrelation": [decorrelation.detach(), *torch.autograd.grad(decorrelation, leaf)],
+    }
     torch.save(got, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_ranks_together_equal_one_rank(tmp_path, free_port):
-    world = 2
-    mp.spawn(_rank_gradients, (world, free_port, str(tmp_path)), nprocs=world)
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
-    loss, images, texts, scale = loss_and_gradients(plain_nats, *inputs(12))
-    # The trainer averages losses and parameter gradients over ranks; features belong to one rank each.
-    torch.testing.assert_close(sum(p[0] for p in parts) / world, loss, rtol=1e-12, atol=0)
-    torch.testing.assert_close(torch.cat([p[1] for p in parts]) / world, images, rtol=1e-10, atol=1e-14)
-    torch.testing.assert_close(torch.cat([p[2] for p in parts]) / world, texts, rtol=1e-10, atol=1e-14)
-    torch.testing.assert_close(sum(p[3] for p in parts) / world, scale, rtol=1e-10, atol=1e-14)
+@pytest.fixture(scope="module", params=[2, 4])
+def parts(request, tmp_path_factory):
+    """What 2 and 4 ranks found, each on its share of the same rows."""
+    world, folder = request.param, tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank_gradients, (world, str(folder)), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def assert_together(parts, name, expected, per_row, tolerance):
+    """The trainer averages losses and parameter gradients over ranks; features belong to one rank each."""
+    for index, value in enumerate(expected):
+        of_ranks = [part[name][index] for part in parts]
+        found = torch.cat(of_ranks) if index in per_row else sum(of_ranks)
+        torch.testing.assert_close(found / len(parts), value, rtol=tolerance, atol=tolerance * 1e-2)
+
+
+def test_ranks_together_equal_one_rank(parts):
+    expected = loss_and_gradients(plain_nats, *inputs(12))
+    assert_together(parts, "pairs", expected, per_row=(1, 2), tolerance=1e-10)
+
+
+def test_matching_on_several_ranks_equals_one_rank(parts):
+    predictions, targets, *_ = inputs(12)
+    expected = matching_gradients(plain_matching, predictions, targets)
+    assert_together(parts, "matching", expected, per_row=(1,), tolerance=1e-10)
+
+
+def test_decorrelation_on_several_ranks_equals_one_rank(parts):
+    prediction, target = decorrelation_inputs()
+    leaf = prediction.clone().requires_grad_()
+    loss = decorrelation_nats(leaf, target)
+    expected = [loss.detach(), *torch.autograd.grad(loss, leaf)]
+    assert_together(parts, "decorrelation", expected, per_row=(1,), tolerance=1e-4)  # float32
 
 
 def test_features_that_are_not_finite_are_not_hidden():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -34,11 +35,98 @@ def test_every_recipe_shrunken_reaches_every_parameter(recipe):
     model, teacher = build(run)
     losses = model(random_batch(run, 8), teacher, BalanceTracker())
     losses.total.backward()
-    assert set(losses.nats) == {"image_same", "image_other", "category", "text"}
+    assert set(losses.nats) == set(run.objective.targets)
     assert all(torch.isfinite(value) for value in losses.nats.values())
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_masked_input_shows_one_learned_patch_where_it_hides():
+    run = tiny_run("rows.mim_pixel")
+    model, _ = build(run)
+    batch = random_batch(run, 4)
+    images = torch.randn(4, 3, 64, 64)
+    shown, patch = model._input(images, batch.mask), run.mask.patch
+    hidden = batch.mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None].expand_as(images)
+    assert torch.equal(shown[~hidden], images[~hidden])
+    assert torch.equal(
+        shown[hidden], model.mask_patch.pixels.repeat(1, run.grid, run.grid).expand_as(images)[hidden]
+    )
+    assert torch.equal(model._owned(batch), ~batch.mask.flatten(1))
+    assert batch.mask.flatten(1).sum(1).eq(12).all()  # 0.75 of 16
+
+
+def test_pixel_targets_are_the_standardised_patches_of_the_target_view():
+    for row, view in (("mim_pixel", 0), ("siamese_pixel", 1)):
+        run = tiny_run(f"rows.{row}")
+        model, _ = build(run)
+        batch = random_batch(run, 4)
+        (target,) = model.targets.values()
+        pixels = model._pixels(target, batch)
+        patch = batch.views[2, view, :, 16:32, 32:48].double().flatten()  # row 1, column 2 of a 4 x 4 grid
+        expected = (patch - patch.mean()) / patch.std(correction=0)
+        torch.testing.assert_close(pixels[2, 6].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_pixels_are_predicted_without_being_seen():
+    run = tiny_run("rows.mim_pixel")
+    model, teacher = build(run)
+    batch = random_batch(run, 4)
+    views = batch.views.clone()
+    hidden = batch.mask.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None].expand(-1, 3, -1, -1)
+    views[:, 0][hidden] = 255 - views[:, 0][hidden]
+    asked = []
+    model.decoder.register_forward_hook(lambda module, inputs, out: asked.append(out))
+    model(batch, teacher, BalanceTracker())
+    model(replace(batch, views=views), teacher, BalanceTracker())
+    assert torch.equal(*asked)
+
+
+def test_dense_discrimination_matches_each_patch_with_its_own_place(monkeypatch):
+    run = tiny_run("rows.dense_instance_discrimination")
+    model, _ = build(run)
+    position = torch.tensor([0, 5, 9])
+    z = torch.randn(3, 16, 8)
+    seen = []
+    monkeypatch.setattr(
+        "pretrain.pretrainer.matching_nats",
+        lambda *pair_and_scale: seen.extend(pair_and_scale) or torch.tensor(0.0),
+    )
+    model._dense_matching(z, z, position)
+    assert torch.equal(seen[0], seen[1]) and seen[0].shape == (3 * 4, 8)
+    rows = torch.nn.functional.normalize(z, dim=-1)
+    places = [[int((rows[n] == seen[0][4 * n + k]).all(1).nonzero()) for k in range(4)] for n in range(3)]
+    assert all(sorted(p % 4 for p in image) == [image[0] % 4] * 4 for image in places)  # evenly spread
+    assert len({tuple(image) for image in places}) == 3  # from a start of its own in every image
+    model._dense_matching(z[1:], z[1:], position[1:])
+    assert torch.equal(seen[3], seen[0][4:])  # as the position decides, not the place in the batch
+
+
+@pytest.mark.parametrize(
+    ("row", "chance"),
+    [
+        ("instance_discrimination", math.log(8)),
+        ("dense_instance_discrimination", math.log(8 * 4)),
+        ("global_distillation", math.log(8)),
+    ],
+)
+def test_matching_among_equal_targets_is_at_chance(row, chance):
+    run = tiny_run(f"rows.{row}")
+    model, _ = build(run)
+
+    def constant(images, project=False):
+        tokens = torch.arange(48.0).expand(len(images), 16, 48)
+        return (tokens, torch.arange(32.0).expand(len(images), 32)) if project else tokens
+
+    (nats,) = model(random_batch(run, 8), constant, BalanceTracker()).nats.values()
+    assert nats.item() == pytest.approx(chance, rel=1e-5)
+
+
+def test_a_row_without_labels_keeps_no_pooling_and_no_heads():
+    towers = Towers(tiny_run("rows.mim_feature"), FACTS)
+    assert {name.split(".")[0] for name, _ in towers.named_parameters()} == {"encoder"}
+    assert not towers.has_embedding
 
 
 def test_mixed_input_shows_each_image_where_it_owns_the_patch():
@@ -46,7 +134,7 @@ def test_mixed_input_shows_each_image_where_it_owns_the_patch():
     model, _ = build(run)
     batch = random_batch(run, 4)
     images = torch.stack([torch.full((3, 64, 64), float(n)) for n in range(4)])
-    mixed = model._mix(images, batch.mask)
+    mixed = model._input(images, batch.mask)
     owned = model._owned(batch).view(4, run.grid, run.grid)
     patch = run.mask.patch
     for image in range(4):
