@@ -213,9 +213,9 @@ class Engine:
         return losses.total
 
     @torch.no_grad()
-    def teacher(self, images: Tensor) -> Tensor:
-        """Tokens of the teacher's image encoder, [n, 3, s, s] -> [n, l, d]."""
-        return self._teacher(images)
+    def teacher(self, images: Tensor, **options: bool) -> Any:
+        """What the teacher makes of images [n, 3, s, s]: `Towers.forward`, with its options."""
+        return self._teacher(images, **options)
 
     def step(self, batch: Batch) -> Any:
         """One optimizer step and teacher update on this rank's share of the batch; gives the Losses, detached.

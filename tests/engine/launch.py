@@ -22,17 +22,18 @@ def launch(folder: Path, *scenarios: str, world: int = 2) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())
 
 
-def start(folder: Path, *scenarios: str, world: int) -> tuple[list[int], str]:
-    """Exit codes by rank (minus the signal if killed) and the joint output."""
+def start(
+    folder: Path, *arguments: str, world: int, script: Path = ROOT / "tests" / "engine" / "ranks.py"
+) -> tuple[list[int], str]:
+    """Exit codes by rank (minus the signal if killed) and the joint output of `script FOLDER *arguments`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    script = str(ROOT / "tests" / "engine" / "ranks.py")
-    log = folder / "output.txt"
+    log = folder / f"output_{world}.txt"
     with log.open("w") as file:
         processes = [
             subprocess.Popen(
-                [sys.executable, script, str(folder), *scenarios],
+                [sys.executable, str(script), str(folder), *arguments],
                 env=environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_PORT=port),
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -26,7 +24,7 @@ from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.recipes import load
 from tests.data.sets import good_set, write_tokenizer
-from tests.engine.launch import TIMEOUT, environment
+from tests.engine.launch import start
 from tests.fakes import shrink
 from tests.paths import ROOT
 
@@ -114,26 +112,8 @@ def run_rank(folder: Path) -> None:
 
 def launch(folder: Path, world: int) -> dict[str, Any]:
     """What `world` ranks found; AssertionError with their output when one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    log = folder / f"output_{world}.txt"
-    with log.open("w") as file:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(folder)],
-                env=environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_PORT=port),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-            for r in range(world)
-        ]
-        try:
-            codes = [process.wait(TIMEOUT) for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-    assert codes == [0] * world, f"{world} ranks ended with {codes}:\n{log.read_text()}"
+    codes, output = start(folder, world=world, script=Path(__file__))
+    assert codes == [0] * world, f"{world} ranks ended with {codes}:\n{output}"
     return json.loads((folder / f"world_{world}.json").read_text())
 
 
