@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from pretrain.collectives import rank, sum_over_ranks, world_size
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.ema import TeacherAverage
+from pretrain.models.backbone import GATHER_UNITS
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
 from pretrain.randomness import seed_step
 
@@ -178,6 +180,15 @@ def teacher_config(config: dict[str, Any]) -> dict[str, Any]:
     return kept | {"zero_optimization": zero | fixed}
 
 
+def mark_gather_units(module: nn.Module) -> None:
+    """Makes ZeRO-3 gather each block of a backbone whole, in one message, and release it whole.
+
+    Where parameters are gathered module by module, one whose module hands a copy on, as norms and projections
+    of a fused block do, would stay gathered until the end of the backward pass.
+    """
+    set_z3_leaf_modules(module, list(GATHER_UNITS), raise_if_not_found=False)
+
+
 class Engine:
     """Student, teacher, optimizer and loss balance of a run, one `step` at a time.
 
@@ -197,8 +208,10 @@ class Engine:
         self._losses: Any = None
         model.register_forward_hook(self._keep_losses)
         self._optimizer = make_optimizer(model, run.optim)
+        mark_gather_units(model)
         self._student, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=config)
         if self.stage == 3:
+            mark_gather_units(teacher)
             self._teacher, *_ = deepspeed.initialize(model=teacher, config=teacher_config(config))
         else:
             self._teacher = teacher

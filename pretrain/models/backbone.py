@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pretrain.config import Backbone
+from pretrain.models import internimage_block
 from pretrain.models.activations import CHECKPOINTS
 from pretrain.models.feature_norm import FEATURE_NORMS, FeatureNorm
 from pretrain.models.internimage import InternImage, StrideTokens
@@ -110,6 +111,10 @@ class ViTEncoder(nn.Module):
             self.norm.fold_into(self.vit.norm)
             self.norm = nn.Identity()
 
+
+# ZeRO-3 gathers each of these whole. Only what a step calls once: DeepSpeed reduces their gradients at every call's
+# end, and the decoder, made of timm's blocks as ViT is, is called for every dense target.
+GATHER_UNITS = (internimage_block.Block,)
 
 BACKBONES: dict[str, Callable[[Backbone, int], nn.Module]] = {
     "internimage": InternImageEncoder,

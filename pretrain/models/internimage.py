@@ -36,10 +36,15 @@ class InternImage(nn.Module):
     def __init__(self, config: InternImageConfig, *, activation_checkpoint: str = "none"):
         super().__init__()
         self.config = config
+        if activation_checkpoint not in CHECKPOINTS:
+            raise ValueError(
+                f"activation_checkpoint={activation_checkpoint!r} is unknown; choose from {sorted(CHECKPOINTS)}"
+            )
+        run = CHECKPOINTS[activation_checkpoint]
         self.patch_embed = Stem(config.channels)
         drop_paths = iter(config.drop_paths)
         self.levels = nn.ModuleList(
-            Stage(config, index, tuple(islice(drop_paths, depth)), CHECKPOINTS[activation_checkpoint])
+            Stage(config, index, tuple(islice(drop_paths, depth)), run)
             for index, depth in enumerate(config.depths)
         )
         self.apply(init_linear_and_norm)
@@ -167,8 +172,7 @@ class Stage(nn.Module):
     ):
         super().__init__()
         width = config.widths[index]
-        self.run = run
-        self.blocks = nn.ModuleList(Block(config, index, drop_path) for drop_path in drop_paths)
+        self.blocks = nn.ModuleList(Block(config, index, drop_path, run) for drop_path in drop_paths)
         self.norm = nn.Sequential(Norm(width)) if config.has_stage_norm else None
         self.post_norm_ids = config.level2_post_norm_block_ids if index == LEVEL2 else ()
         if self.post_norm_ids:
@@ -179,7 +183,7 @@ class Stage(nn.Module):
         self, x: Float[Tensor, "b h w c"]
     ) -> tuple[Float[Tensor, "b h w c"], Float[Tensor, "b h2 w2 c2"] | None]:
         for index, block in enumerate(self.blocks):
-            x = self.run(block, x)
+            x = block(x)
             if index in self.post_norm_ids:
                 x = self.post_norms[self.post_norm_ids.index(index)](x)
         if self.norm is not None:

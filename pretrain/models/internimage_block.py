@@ -11,6 +11,7 @@ from pretrain.kernels.dcnv3 import FUSED, dcnv3_blended, dcnv3_packed
 from pretrain.kernels.dcnv3_choice import Call, choose_path
 from pretrain.kernels.packed_row import COLUMNS, SCALE_LOGIT
 from pretrain.kernels.pointwise import NORM_EPS, depthwise_norm_gelu, gelu_linear, residual_norm
+from pretrain.models.activations import RunBlock, keep_all
 from pretrain.models.internimage_config import InternImageConfig
 
 DCN_KERNEL = 3  # side of the sampling grid in every published size
@@ -24,9 +25,10 @@ class Block(nn.Module):
     res-post-norm x + norm'(f(norm(x)))         (H)
     """
 
-    def __init__(self, config: InternImageConfig, stage: int, drop_path: float):
+    def __init__(self, config: InternImageConfig, stage: int, drop_path: float, run: RunBlock = keep_all):
         super().__init__()
         width = config.widths[stage]
+        self.run = run  # inside the module's own call, whose hooks under ZeRO-3 must not run twice
         self.post_norm = config.post_norm
         self.res_post_norm = config.res_post_norm
         self.layer_scale = config.layer_scale
@@ -49,6 +51,9 @@ class Block(nn.Module):
             nn.init.constant_(self.gamma2, self.layer_scale)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        return self.run(self._compute, x)
+
+    def _compute(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         outer1 = outer2 = following = None
         if self.post_norm:
             outer1, outer2 = self.norm1(None), self.norm2(None)

@@ -13,7 +13,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from pretrain.engine import start_distributed
+from pretrain.engine import mark_gather_units, start_distributed
 from pretrain.kernels.dcnv3 import dcnv3_packed
 from pretrain.kernels.dcnv3_choice import Choice
 from pretrain.models import internimage_block
@@ -57,15 +57,24 @@ def main(has_scale: bool) -> dict[str, object]:
     plain = Loss(copy.deepcopy(model))
     start_distributed()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    mark_gather_units(model)
     engine, *_ = deepspeed.initialize(model=Loss(model), optimizer=optimizer, config=ZERO3)
     plain_optimizer = torch.optim.SGD(plain.parameters(), lr=RATE)
     internimage_block.dcnv3_packed = sampled_by_reference
-    resident = []
+    resident: list[str] = []
+
+    def note_resident(gradient: Tensor) -> None:
+        """Called when the backward pass has left the last block behind: all of them should be released."""
+        available = [name for name, p in model.levels.named_parameters() if p.ds_status.name == "AVAILABLE"]
+        resident.extend(name for name in available if ".blocks." in name)
+
+    model.patch_embed.register_forward_hook(
+        lambda module, inputs, out: out.register_hook(note_resident) and None
+    )
     for step in range(STEPS):
         images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(step))
         internimage_block.choose_path = lambda call: Choice("triton", "a test")
         engine.backward(engine(images))
-        resident += [name for name, p in model.named_parameters() if p.ds_status.name == "AVAILABLE"]
         engine.step()
         internimage_block.choose_path = lambda call: Choice("reference", "a test")
         plain_optimizer.zero_grad()
