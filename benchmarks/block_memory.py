@@ -12,6 +12,7 @@ benchmarks/results/block_memory.json.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -126,6 +127,7 @@ def seconds(choice: str, block: Block, x: Tensor) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.manual_seed(0)
     config, rows = INTERNIMAGE["internimage_h"], []
     for stage, (width, stride) in enumerate(zip(config.widths, config.strides, strict=True)):

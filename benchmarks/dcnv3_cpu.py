@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/dcnv3_cpu.py --threads 1
 
-Times the sparse path, the reference, and the common formulation by normalised grid_sample (written anew; its
-offset gradients are wrong at integers) in one process, turn about, and keeps the best of all rounds: ratios
-hold on a busy machine, milliseconds less so. Writes benchmarks/results/dcnv3_cpu_<threads>t.json.
+Times the sparse path, the reference, both variants of the compiled path, and the common formulation by normalised
+grid_sample (written anew; its offset gradients are wrong at integers) in one process, turn about, and keeps the best
+of all rounds: ratios hold on a busy machine, milliseconds less so. Writes
+benchmarks/results/dcnv3_cpu_<threads>t.json.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.record import keep  # noqa: E402
+from pretrain.kernels import dcnv3_gather  # noqa: E402
 from pretrain.kernels.dcnv3 import PATHS, dcnv3, sampling_points  # noqa: E402
 
 # batch, side, channels, groups: the demo's kind of map, then the four stages of InternImage-H at 192 px.
@@ -35,6 +38,8 @@ SHAPES = [
     (4, 6, 2560, 80),
 ]
 BASELINE = "grid_sample"
+VARIANTS = {"gathered": 0, "multiplied": 10**6}  # name -> largest map that is multiplied
+LARGEST_BOTH = 16**2  # positions; above, the matrix of all weights takes too much memory to be worth a try
 
 
 def by_grid_sample(value: Tensor, offset: Tensor, mask: Tensor, groups: int) -> Tensor:
@@ -55,6 +60,12 @@ def by_grid_sample(value: Tensor, offset: Tensor, mask: Tensor, groups: int) -> 
     return (sampled * weights).sum(-1).view(n, channels, height, width).permute(0, 2, 3, 1)
 
 
+def compiled(leaves: list[Tensor], groups: int, largest: int) -> Tensor:
+    """The compiled path, with maps of up to `largest` positions multiplied."""
+    with patch.object(dcnv3_gather, "MULTIPLIED_POSITIONS", largest):
+        return dcnv3(*leaves, groups=groups, path="compiled")
+
+
 def measure(shape: tuple[int, int, int, int], rounds: int) -> dict[str, dict[str, float]]:
     """Best milliseconds of forward and backward, by path."""
     batch, side, channels, groups = shape
@@ -64,6 +75,12 @@ def measure(shape: tuple[int, int, int, int], rounds: int) -> dict[str, dict[str
     mask = torch.rand(batch, side, side, groups, 9, generator=generator).softmax(-1).flatten(-2)
     leaves = [tensor.requires_grad_() for tensor in (value, offset, mask)]
     functions = {path: lambda p=path: dcnv3(*leaves, groups=groups, path=p) for path in PATHS}
+    if side**2 <= LARGEST_BOTH:
+        del functions["compiled"]  # the two variants of it in its place
+        functions |= {
+            f"compiled_{name}": lambda m=largest: compiled(leaves, groups, m)
+            for name, largest in VARIANTS.items()
+        }
     functions[BASELINE] = lambda: by_grid_sample(*leaves, groups)
     expected = functions["reference"]().detach()
     best = {}
@@ -101,7 +118,7 @@ def main() -> None:
         )
     keep(
         f"dcnv3_cpu_{arguments.threads}t",
-        "with one thread the sparse path is the fastest plain-torch DCNv3 at every shape (float32)",
+        "the sparse path is the fastest plain-torch DCNv3 at every shape (float32, forward + backward)",
         torch.device("cpu"),
         load_average_before=load,
         results=results,

@@ -9,6 +9,7 @@ must agree to 1e-3 of their largest value. Writes benchmarks/results/internimage
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,7 @@ def seconds(model: InternImage, images: Tensor) -> tuple[float, Tensor]:
 
 @torch.inference_mode()
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.manual_seed(0)
     model = InternImage(INTERNIMAGE["internimage_t"]).eval()
     for module in model.modules():  # offsets start at zero: give them places between pixels

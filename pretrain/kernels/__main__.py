@@ -3,8 +3,8 @@
     python -m pretrain.kernels [--device cuda] [--dtype bfloat16] [--path compiled]
 
 Prints the path and the reason for every kind of shape, compares each path that is used with the float64
-reference, forward and backward, and times it. Exits with 1 if one differs, or does not repeat although it
-should: every path but the compiled one gives the same bits again.
+reference, forward and backward, and times it; then the steps around the operator. Exits with 1 if one
+differs, or does not repeat although it should: every path but the compiled one gives the same bits again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 
 from pretrain import provenance
 from pretrain.kernels.check import KINDS, LIMITS, Kind, check, pass_seconds
+from pretrain.kernels.check_steps import STEPS, check_step
 from pretrain.kernels.dcnv3 import FUSED, PATHS
-from pretrain.kernels.dcnv3_choice import Choice
+from pretrain.kernels.dcnv3_choice import Choice, compiler_obstacle
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in LIMITS}
 ROUNDS = 5  # timings of each pass; the median counts
@@ -29,21 +30,39 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--path", choices=[*PATHS, FUSED], help="this one in place of the chosen")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device = known_device(arguments.device)
     dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     print(f"DCNv3 on {provenance.hardware(device)}, {dtype}, errors below {LIMITS[dtype]:.0e} wanted")
     results = [line(name, kind, device, dtype, arguments.path) for name, kind in KINDS.items()]
+    results = [result for result in results if result is not None]
+    results += [step_line(name, device, dtype) for name in STEPS]
+    if arguments.path == FUSED and len(results) == len(STEPS):
+        sys.exit(
+            f"the path {FUSED} serves no kind here, so nothing of DCNv3 was checked: see the reasons above"
+        )
     if not all(results):
         sys.exit(
             f"{results.count(False)} of {len(results)} kinds differ from the reference: see DIFFERS above"
         )
 
 
-def line(name: str, kind: Kind, device: torch.device, dtype: torch.dtype, path: str | None) -> bool:
-    """Prints what one kind of call does here; whether it passes."""
+def known_device(name: str) -> torch.device:
+    """The device of that name; ends the process with a plain word when it is not there."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        sys.exit(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
+    return device
+
+
+def line(name: str, kind: Kind, device: torch.device, dtype: torch.dtype, path: str | None) -> bool | None:
+    """Prints what one kind of call does here; whether it passes, None if the path does not serve it."""
     if path == FUSED and kind.choice(device, dtype).path != FUSED:
-        print(f"{name:16s} not served by the path {path}")
-        return True
+        print(f"{name:16s} not served by the path {path}: {kind.choice(device, dtype).reason}")
+        return None
+    if path == "compiled" and (obstacle := compiler_obstacle(device.type)):
+        sys.exit(f"--path {path} cannot run here: {obstacle}")
     choice = Choice(path, "asked for") if path else kind.choice(device, dtype)
     report = check(kind, device, dtype, choice.path)
     forward, both = pass_seconds(kind, device, dtype, choice.path, ROUNDS)
@@ -52,8 +71,20 @@ def line(name: str, kind: Kind, device: torch.device, dtype: torch.dtype, path: 
     size = f"{kind.images} x {kind.side} x {kind.side} x {kind.groups * kind.group_width}"
     print(
         f"{name:16s} {size:20s} {choice.path:9s} {'equal' if passes else 'DIFFERS':7s} "
-        f"error {max(report.errors.values()):.0e}{'' if report.is_repeatable else ', not repeatable'}, "
+        f"error {report.largest:.0e}{'' if report.is_repeatable else ', not repeatable'}, "
         f"forward {forward * 1e3:.2f} ms, with backward {both * 1e3:.2f} ms: {choice.reason}"
+    )
+    return passes
+
+
+def step_line(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Prints what one of the steps around the operator does here; whether it passes."""
+    report, forward, both = check_step(name, device, dtype, ROUNDS)
+    passes = report.is_close(dtype) and report.is_repeatable
+    print(
+        f"{name:37s} {report.path:9s} {'equal' if passes else 'DIFFERS':7s} error {report.largest:.0e}"
+        f"{'' if report.is_repeatable else ', not repeatable'}, forward {forward * 1e3:.2f} ms, with backward "
+        f"{both * 1e3:.2f} ms: {report.reason}"
     )
     return passes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -59,7 +60,12 @@ class Check:
     is_repeatable: bool  # a second pass gave the same bits
 
     def is_close(self, dtype: torch.dtype) -> bool:
-        return max(self.errors.values()) < LIMITS[dtype]
+        return all(error < LIMITS[dtype] for error in self.errors.values())  # False for NaN
+
+    @property
+    def largest(self) -> float:
+        """Greatest error of all; NaN if one is."""
+        return max(self.errors.values(), key=lambda error: (math.isnan(error), error))
 
 
 def inputs(kind: Kind, device: torch.device, dtype: torch.dtype, spread: float = 1.0) -> list[Tensor]:

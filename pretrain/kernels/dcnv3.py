@@ -17,7 +17,7 @@ from torch import Tensor
 from pretrain.kernels.dcnv3_choice import Call, choose_path, compiler_obstacle, triton_obstacle
 from pretrain.kernels.dcnv3_gather import sample_compiled, sample_reference
 from pretrain.kernels.dcnv3_sparse import sample_sparse
-from pretrain.kernels.packed_row import unpack
+from pretrain.kernels.packed_row import COLUMNS, unpack
 
 PATHS = {"reference": sample_reference, "sparse": sample_sparse, "compiled": sample_compiled}
 FUSED = "triton"  # the path that takes packed rows and no other
@@ -43,9 +43,13 @@ def dcnv3(
     with points = kernel_size**2 - remove_center and ho = (h + 2 padding - dilation (kernel_size - 1) - 1) //
     stride + 1. Locations and sums are float32 for narrower dtypes, since bfloat16 cannot tell neighbouring
     pixels of a large map apart. `path` overrides the choice of `choose_path`, for tests and measurements.
+    All paths but the reference are differentiable once.
 
-    Raises ValueError for shapes that contradict the options, and for an unknown path.
+    Raises ValueError for shapes that contradict the options, for numbers that are not real, and for an unknown
+    path.
     """
+    _check_numbers(value, offset, mask)
+    _check_at_least_one(kernel_size=kernel_size, stride=stride, dilation=dilation, groups=groups)
     points = sampling_points(kernel_size, remove_center)
     _check_shapes(value, offset, mask, kernel_size, stride, padding, dilation, groups, len(points))
     if path is None:
@@ -54,7 +58,11 @@ def dcnv3(
         path = choose_path(Call(value.device.type, value.dtype, width, *grid, is_packed=False)).path
     _check_path(path, value.device.type)
     dtype = torch.promote_types(value.dtype, torch.float32)
+    value, offset, mask = value.contiguous(), offset.contiguous(), mask.contiguous()
     n, height, width, _ = offset.shape
+    if n == 0:
+        nothing = value.sum() + (offset.sum() + mask.sum()).to(value.dtype)
+        return nothing * value.new_zeros(0, height, width, value.shape[3])
     centre = dilation * (kernel_size - 1) // 2
     grid = torch.tensor(points, dtype=dtype, device=offset.device) * dilation - centre
     shift_x, shift_y = offset.to(dtype).view(n, height, width, groups, len(points), 2).unbind(-1)
@@ -155,8 +163,29 @@ def _check_shapes(
             )
 
 
+def _check_numbers(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        if not tensor.is_floating_point() or tensor.ndim != 4:
+            raise ValueError(
+                f"dcnv3 needs maps [n, h, w, c] of floating point, not {tensor.dtype} with {tensor.ndim} axes"
+            )
+
+
+def _check_at_least_one(**options: int) -> None:
+    for name, value in options.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"dcnv3 {name}={value} must be a whole number of at least 1")
+
+
 def _check_packed(value: Tensor, packed: Tensor) -> None:
+    _check_numbers(value)
+    if packed.ndim != 5 or packed.shape[4] != COLUMNS or packed.dtype != value.dtype:
+        raise ValueError(
+            f"dcnv3 packed rows have shape {tuple(packed.shape)} in {packed.dtype}, but must be "
+            f"[n, h, w, groups, {COLUMNS}] in the value's {value.dtype}"
+        )
     groups = packed.shape[3]
+    _check_at_least_one(groups=groups)
     if packed.shape[:3] != value.shape[:3] or value.shape[3] % groups or packed.device != value.device:
         raise ValueError(
             f"dcnv3 packed rows have shape {tuple(packed.shape)} on {packed.device}, but a value of "
@@ -166,6 +195,10 @@ def _check_packed(value: Tensor, packed: Tensor) -> None:
 
 
 def _check_path(path: str, device: str) -> None:
+    if path == FUSED:
+        raise ValueError(
+            f"dcnv3 path={path!r} takes packed rows: call dcnv3_packed, or choose from {sorted(PATHS)}"
+        )
     if path not in PATHS:
         raise ValueError(f"dcnv3 path={path!r} is unknown; choose from {sorted(PATHS)}")
     if path == "compiled" and not torch.compiler.is_compiling():

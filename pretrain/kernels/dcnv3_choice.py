@@ -45,7 +45,7 @@ def choose_path(call: Call) -> Choice:
     """
     choice = _choose(call)
     if not torch.compiler.is_compiling():
-        _announce(call.device_type, call.dtype, choice)
+        announce("DCNv3", call.device_type, call.dtype, choice)
     return choice
 
 
@@ -126,7 +126,8 @@ def _missing_program(variable: str, names: tuple[str, ...], purpose: str) -> str
 
 
 @cache
-def _announce(device_type: str, dtype: torch.dtype, choice: Choice) -> None:
+def announce(what: str, device_type: str, dtype: torch.dtype, choice: Choice) -> None:
+    """Tells the log which path serves, once a process."""
     logging.getLogger(__name__).info(
-        "DCNv3 on %s in %s: %s path (%s)", device_type, dtype, choice.path, choice.reason
+        "%s on %s in %s: %s path (%s)", what, device_type, dtype, choice.path, choice.reason
     )

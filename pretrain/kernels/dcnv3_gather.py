@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-DENSE_POSITIONS = 196  # 14 x 14: largest map whose weights from every position to every other are multiplied
+MULTIPLIED_POSITIONS = 196  # 14 x 14: largest map that is multiplied by all weights at once
 
 
 def sample_reference(
@@ -35,15 +35,14 @@ def sample_compiled(
     """`sample_reference` as torch.compile fuses it, by the variant that is faster for the map.
 
     Large maps: gathered corners, none of which reaches memory in the forward pass. Maps of up to
-    DENSE_POSITIONS: the matrix of all weights from one position to another, times the map; it has no atomic
-    sums and runs on matrix units (on a CPU thread 1.8 times as fast at 12 x 12, 5 times at 6 x 6, but slower
-    from 16 x 16 on: benchmarks/dcnv3_cpu.py).
+    MULTIPLIED_POSITIONS: the matrix of all weights from one position to another, times the map, without atomic
+    sums. benchmarks/dcnv3_cpu.py times both at every shape, on a CPU: the product is the faster by more the
+    smaller the map is, and keeps more for the backward pass from 12 x 12 on. Not measured on a GPU.
 
-    Differentiable once; each variant is compiled at its first call, in seconds. One compilation serves all
-    shapes: one for each would run up to 1.5 times as fast forward, but four stages with and without gradient
-    already reach torch's limit of recompilations, past which it silently stops compiling.
+    Differentiable once; each variant is compiled at its first call, in seconds, for sizes in general: a map of
+    one position or none, and a change of what needs a gradient, compile again, up to torch's limit of 8.
     """
-    is_small = value.shape[1] * value.shape[2] <= DENSE_POSITIONS
+    is_small = value.shape[1] * value.shape[2] <= MULTIPLIED_POSITIONS
     return _compiled(_dense if is_small else _gathered)(value, x, y, mask)
 
 

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Corners = tuple[Tensor, Tensor, Tensor, Tensor]  # upper left, upper right, lower left, lower right
 
@@ -29,47 +28,81 @@ def sample_sparse(
 ) -> Float[Tensor, "n ho wo c"]:
     """Mask-weighted sum of the bilinear samples at pixels (x, y); all of one dtype, float32 or float64.
 
-    Keeps its four inputs for the backward pass, nothing else; differentiable once.
+    Keeps its four inputs for the backward pass, nothing else; differentiable once. A location that is infinite
+    counts as far outside, as in the published operator; NaN stays NaN.
     """
-    return _Sample.apply(value, x, y, mask)
+    return _sample(value, x, y, mask)
 
 
-class _Sample(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(value, x, y, mask)
-        cell, share_x, share_y = _cells(x, y, value.shape)
-        index = cell.view(-1, cell.shape[-1])
-        table = _padded_rows(value, x.shape[3])
-        out = None
-        for step, weight in zip(
-            _steps(value.shape, x.shape[3]), _weights(share_x, share_y, mask), strict=True
-        ):
-            part = F.embedding_bag(
-                index, table[step:], per_sample_weights=weight.view(index.shape), mode="sum"
-            )
-            out = part if out is None else out.add_(part)
-        return out.view(*x.shape[:3], value.shape[3])
+# Operators of torch.library: torch.compile takes each as one step, without looking inside, on any device.
+@torch.library.custom_op(
+    "pretrain::dcnv3_sparse",
+    mutates_args=(),
+    schema="(Tensor value, Tensor x, Tensor y, Tensor mask) -> Tensor",
+)
+def _sample(value: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    cell, share_x, share_y = _cells(x, y, value.shape)
+    index = cell.view(-1, cell.shape[-1])
+    table = _padded_rows(value, x.shape[3])
+    out = None
+    for step, weight in zip(_steps(value.shape, x.shape[3]), _weights(share_x, share_y, mask), strict=True):
+        part = F.embedding_bag(index, table[step:], per_sample_weights=weight.view(index.shape), mode="sum")
+        out = part if out is None else out.add_(part)
+    return out.view(*x.shape[:3], value.shape[3])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        value, x, y, mask = ctx.saved_tensors
-        rows = grad_out.reshape(mask.numel() // mask.shape[-1], -1)
-        cell, share_x, share_y = _cells(x, y, value.shape)
-        grad_value = grad_x = grad_y = grad_mask = None
-        if ctx.needs_input_grad[0]:
-            grad_value = _grad_value(rows, cell, _weights(share_x, share_y, mask), value.shape)
-        if any(ctx.needs_input_grad[1:]):
-            upper_left, upper_right, lower_left, lower_right = _products(rows, value, cell)
-            slope_upper, slope_lower = upper_right.sub_(upper_left), lower_right.sub_(lower_left)
-            upper = torch.addcmul(upper_left, share_x, slope_upper)
-            slope_y = torch.addcmul(lower_left, share_x, slope_lower).sub_(upper)
-            grad_mask = torch.addcmul(upper, share_y, slope_y)
-            slope_x = torch.lerp(slope_upper, slope_lower, share_y)
-            grad_x = slope_x.mul_(mask).mul_((x >= -1) & (x < value.shape[2]))
-            grad_y = slope_y.mul_(mask).mul_((y >= -1) & (y < value.shape[1]))
-        return grad_value, grad_x, grad_y, grad_mask
+
+@torch.library.custom_op(
+    "pretrain::dcnv3_sparse_grad",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor value, Tensor x, Tensor y, Tensor mask, bool of_value, bool of_weights) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _sample_grad(
+    grad_out: Tensor, value: Tensor, x: Tensor, y: Tensor, mask: Tensor, of_value: bool, of_weights: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of value, x, y and mask; empty where they are not asked for."""
+    rows = grad_out.reshape(mask.numel() // mask.shape[-1], -1)
+    cell, share_x, share_y = _cells(x, y, value.shape)
+    grad_value, grad_x, grad_y, grad_mask = (value.new_empty(0) for _ in range(4))
+    if of_value:
+        grad_value = _grad_value(rows, cell, _weights(share_x, share_y, mask), value.shape).contiguous()
+    if of_weights:
+        upper_left, upper_right, lower_left, lower_right = _products(rows, value, cell)
+        slope_upper, slope_lower = upper_right.sub_(upper_left), lower_right.sub_(lower_left)
+        upper = torch.addcmul(upper_left, share_x, slope_upper)
+        slope_y = torch.addcmul(lower_left, share_x, slope_lower).sub_(upper)
+        grad_mask = torch.addcmul(upper, share_y, slope_y)
+        slope_x = torch.lerp(slope_upper, slope_lower, share_y)
+        grad_x = slope_x.mul_(mask).mul_((x >= -1) & (x < value.shape[2]))
+        grad_y = slope_y.mul_(mask).mul_((y >= -1) & (y < value.shape[1]))
+    return grad_value, grad_x, grad_y, grad_mask
+
+
+@_sample.register_fake
+def _(value, x, y, mask):
+    return value.new_empty(*x.shape[:3], value.shape[3])
+
+
+@_sample_grad.register_fake
+def _(grad_out, value, x, y, mask, of_value, of_weights):
+    of_weights_shape = mask.shape if of_weights else (0,)
+    return (
+        value.new_empty(value.shape if of_value else (0,)),
+        *(mask.new_empty(of_weights_shape) for _ in range(3)),
+    )
+
+
+def _setup(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    gradients = _sample_grad(grad_out, *ctx.saved_tensors, needs[0], any(needs[1:]))
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+
+
+_sample.register_autograd(_backward, setup_context=_setup)
 
 
 def _padded_rows(value: Float[Tensor, "n h w c"], groups: int) -> Float[Tensor, "cells d"]:

@@ -13,16 +13,65 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from pretrain.kernels.dcnv3_choice import FUSED_DTYPES, triton_obstacle
+from pretrain.kernels.dcnv3_choice import FUSED_DTYPES, Choice, announce, triton_obstacle
 
 NORM_EPS = 1e-6  # of every LayerNorm of InternImage
+PATHS = ("torch", "triton")
 FUSED_SIZES = (3, 5)  # sides of the published depth-wise kernels
 
 
 def choose_path(x: Tensor) -> str:
-    """`triton` where its kernels serve the device and the dtype; never on a CPU, where only tests run them."""
-    is_served = x.device.type != "cpu" and x.dtype in FUSED_DTYPES and triton_obstacle(x.device.type) is None
-    return "triton" if is_served else "torch"
+    """`triton` where its kernels serve the device and the dtype; never on a CPU, where only tests run them.
+
+    The log says it once a process, with the reason.
+    """
+    choice = choose(x)
+    if not torch.compiler.is_compiling():
+        announce("the steps around DCNv3", x.device.type, x.dtype, choice)
+    return choice.path
+
+
+def choose(x: Tensor) -> Choice:
+    """Path and reason."""
+    if x.device.type == "cpu":
+        return Choice("torch", "Triton has no CPU backend")
+    if x.dtype not in FUSED_DTYPES:
+        return Choice(
+            "torch", f"no fused kernels: dtype {x.dtype} is not among {', '.join(map(str, FUSED_DTYPES))}"
+        )
+    obstacle = triton_obstacle(x.device.type)
+    if obstacle is not None:
+        return Choice("torch", f"no fused kernels: {obstacle}")
+    return Choice("triton", "the fused kernels serve this device and dtype")
+
+
+def _checked(path: str | None, x: Tensor) -> str:
+    """The path asked for, or the chosen one; ValueError when it is unknown or cannot run on x's device."""
+    if path is None:
+        return choose_path(x)
+    if path not in PATHS:
+        raise ValueError(f"path={path!r} is unknown; choose from {PATHS}")
+    obstacle = triton_obstacle(x.device.type) if path == "triton" else None
+    if obstacle is not None:
+        raise ValueError(f"path={path!r} cannot run on {x.device.type}: {obstacle}")
+    return path
+
+
+def _check_residual(x: Tensor, branch: Tensor, *parts: Tensor | None) -> None:
+    """ValueError unless branch is as large as x, and share, gamma, outer and following fit it."""
+    n, c = len(x), x.shape[-1]
+    wanted = {"share": (n,), "gamma": (c,), "outer": (2, c), "following": (2, c)}
+    found = {"branch": (branch, tuple(x.shape))}
+    found |= {
+        name: (part, shape)
+        for (name, shape), part in zip(wanted.items(), parts, strict=True)
+        if part is not None
+    }
+    for name, (part, shape) in found.items():
+        if tuple(part.shape) != shape:
+            raise ValueError(
+                f"residual_norm {name} has shape {tuple(part.shape)}, but a map of {tuple(x.shape)} needs {shape}"
+            )
 
 
 def residual_norm(
@@ -38,9 +87,12 @@ def residual_norm(
     """(total, norm(total; following)) with total = x + share gamma norm(branch; outer), in the dtype of x.
 
     `outer` and `following` are weight and bias of a LayerNorm over channels; `share` is what stochastic depth
-    multiplies an image's branch by. What is None is left out; without `following` the second result is None.
+    multiplies an image's branch by, without gradient. What is None is left out; without `following` the second
+    result is None. Differentiable once on the Triton path. Raises ValueError for shapes that do not fit.
     """
-    if (path or choose_path(x)) == "triton":
+    _check_residual(x, branch, share, gamma, outer, following)
+    share = None if share is None else share.detach()
+    if _checked(path, x) == "triton":
         from pretrain.kernels import pointwise_triton  # here: Triton is optional
 
         total, normed = pointwise_triton.residual_norm(x, branch, share, gamma, outer, following, NORM_EPS)
@@ -51,7 +103,7 @@ def residual_norm(
         branch = gamma * branch
     if share is not None:
         branch = branch * share[:, None, None, None]
-    total = x + branch
+    total = x + branch.to(x.dtype)
     if following is None:
         return total, None
     return total, F.layer_norm(total, total.shape[-1:], *following.unbind(), NORM_EPS)
@@ -65,22 +117,41 @@ def depthwise_norm_gelu(
     *,
     path: str | None = None,
 ) -> Float[Tensor, "n h w c"]:
-    """gelu(norm(depth-wise convolution of x)): odd k, stride 1, as large as x; zero outside the map."""
-    if path is None:
-        path = choose_path(x) if weight.shape[-1] in FUSED_SIZES else "torch"
-    if path == "triton":
+    """gelu(norm(depth-wise convolution of x)): odd k, stride 1, as large as x; zero outside the map.
+
+    `norm` is weight and bias. Differentiable once on the Triton path, which serves k = 3 and 5. Raises
+    ValueError for a kernel that is not square and odd, or does not fit x.
+    """
+    size = weight.shape[-1]
+    if weight.shape != (x.shape[-1], 1, size, size) or size % 2 == 0:
+        raise ValueError(
+            f"depth-wise weight has shape {tuple(weight.shape)}, but a map of {x.shape[-1]} channels needs "
+            f"[{x.shape[-1]}, 1, k, k] with odd k"
+        )
+    if path == "triton" and size not in FUSED_SIZES:
+        raise ValueError(f"path='triton' has kernels of size {FUSED_SIZES}, not {size}: leave the path out")
+    if _checked(path if size in FUSED_SIZES else "torch", x) == "triton":
         from pretrain.kernels import pointwise_triton  # here: Triton is optional
 
         return pointwise_triton.depthwise_norm_gelu(x, weight.flatten(1).t(), bias, norm, NORM_EPS)
-    padding, channels = weight.shape[-1] // 2, x.shape[-1]
-    pre = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=channels).permute(0, 2, 3, 1)
+    channels = x.shape[-1]
+    pre = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=size // 2, groups=channels).permute(
+        0, 2, 3, 1
+    )
     return F.gelu(F.layer_norm(pre, (channels,), *norm.unbind(), NORM_EPS))
 
 
 def gelu_linear(
     x: Float[Tensor, "b c"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"]
 ) -> Float[Tensor, "b d"]:
-    """linear(gelu(x)), of which x alone is kept for the gradient: gelu(x) is computed again there."""
+    """linear(gelu(x)), of which x alone is kept for the gradient: gelu(x) is computed again there.
+
+    Under autocast all three are cast as F.linear would cast them.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     return _GeluLinear.apply(x, weight, bias)
 
 
@@ -99,10 +170,10 @@ class _GeluLinear(torch.autograd.Function):
 
 
 def gelu_again(
-    x: Float[Tensor, "b c"], grad: Float[Tensor, "b c"], *, path: str | None = None
-) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b c"]]:
+    x: Float[Tensor, "*b c"], grad: Float[Tensor, "*b c"], *, path: str | None = None
+) -> tuple[Float[Tensor, "*b c"], Float[Tensor, "*b c"]]:
     """gelu(x), and the gradient of x from that of gelu(x)."""
-    if (path or choose_path(x)) == "triton":
+    if _checked(path, x) == "triton":
         from pretrain.kernels import pointwise_triton  # here: Triton is optional
 
         return pointwise_triton.gelu_grad(x, grad)

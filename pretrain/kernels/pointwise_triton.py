@@ -23,7 +23,8 @@ from pretrain.kernels.triton_residual import residual_norm_grad_kernel, residual
 NUMBERS = 1024  # that one program of an elementwise kernel takes
 FORWARD, BACKWARD = 32, 16  # bytes of every tensor that a thread of a kernel of whole rows holds
 MAX_WARPS = 16
-GRAD_PROGRAMS = 1024  # programs that share the rows of a gradient: 8 on each of the 132 processors of an H200
+GRAD_PROGRAMS = 1024  # at most, of a gradient: 8 on each of the 132 processors of an H200
+ROWS_A_PROGRAM = 16  # at least, of a gradient: its partial sums are then a sixth of what it reads, or less
 TAP_PROGRAMS = 2048  # of the taps' gradient, about
 
 
@@ -104,19 +105,22 @@ def residual_norm_grad(
     following: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the branch, and [5, c] in float32: gamma, outer and following weight and bias."""
+    """Gradients of x, of the branch, and [vectors, c] in float32: of gamma, outer and following, one row or two
+    for each that there is.
+    """
     grad_total, grad_normed = grad_total.contiguous(), grad_normed.contiguous()
     branch, total = branch.contiguous(), total.contiguous()
     grad_x, grad_branch = torch.empty_like(grad_total), torch.empty_like(grad_total)
     rows, per_image, width = _row_counts(grad_total)
     launch = rows_launch(width, grad_total.element_size(), BACKWARD)
     tiles = triton.cdiv(rows, launch.rows)
-    programs = min(tiles, GRAD_PROGRAMS)
-    partial = grad_total.new_empty(programs, 5, width, dtype=torch.float32)
+    programs = _grad_programs(rows, tiles)
+    num_vectors = sum(_VECTORS[name] for name, part in _named(gamma, outer, following) if part is not None)
+    partial = grad_total.new_empty(programs, num_vectors, width, dtype=torch.float32)
     residual_norm_grad_kernel[(programs,)](
         grad_total, grad_normed, branch, total, *_or_dummy(grad_total, share, gamma, outer, following),
         grad_x, grad_branch, partial, rows, per_image, width, tiles, EPS=eps,
-        **_has(share, gamma, outer, following),
+        **_has(share, gamma, outer, following), NUM_VECTORS=num_vectors,
         ROWS=launch.rows, CHANNELS=launch.channels, num_warps=launch.warps, **COMPILE_OPTIONS,
     )  # fmt: skip
     return grad_x, grad_branch, partial.sum(0)
@@ -125,7 +129,21 @@ def residual_norm_grad(
 def _row_counts(x: Tensor) -> tuple[int, int, int]:
     """Rows, rows of an image, numbers of a row."""
     width = x.shape[-1]
-    return x.numel() // width, x[0].numel() // width, width
+    return x.shape[:-1].numel(), x.shape[1:-1].numel(), width
+
+
+def _grad_programs(rows: int, tiles: int) -> int:
+    """Programs that share the rows of a gradient: each leaves partial sums as large as a row or more."""
+    return max(1, min(tiles, GRAD_PROGRAMS, rows // ROWS_A_PROGRAM))
+
+
+_VECTORS = {"gamma": 1, "outer": 2, "following": 2}  # rows of its gradient
+
+
+def _named(
+    gamma: Tensor | None, outer: Tensor | None, following: Tensor | None
+) -> list[tuple[str, Tensor | None]]:
+    return list(zip(_VECTORS, (gamma, outer, following), strict=True))
 
 
 def _or_dummy(dummy: Tensor, *tensors: Tensor | None) -> list[Tensor]:
@@ -149,7 +167,8 @@ def _(x, branch, share, gamma, outer, following, eps):
 @residual_norm_grad.register_fake
 def _(grad_total, grad_normed, branch, total, share, gamma, outer, following, eps):
     grad = torch.empty_like(grad_total, memory_format=torch.contiguous_format)
-    return grad, torch.empty_like(grad), grad.new_empty(5, grad.shape[-1], dtype=torch.float32)
+    num_vectors = sum(_VECTORS[name] for name, part in _named(gamma, outer, following) if part is not None)
+    return grad, torch.empty_like(grad), grad.new_empty(num_vectors, grad.shape[-1], dtype=torch.float32)
 
 
 def _setup_residual(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -165,15 +184,12 @@ def _residual_backward(ctx, grad_total: Tensor, grad_normed: Tensor) -> tuple[Te
     grad_x, grad_branch, of_vectors = residual_norm_grad(
         grad_total, grad_normed, branch, total, share, gamma, outer, following, ctx.eps
     )
-    return (
-        grad_x,
-        grad_branch,
-        None,
-        None if gamma is None else of_vectors[0].to(gamma.dtype),
-        None if outer is None else of_vectors[1:3].to(outer.dtype),
-        None if following is None else of_vectors[3:5].to(following.dtype),
-        None,
-    )
+    start, of_parts = 0, []
+    for name, part in _named(gamma, outer, following):
+        rows = of_vectors[start : start + _VECTORS[name]]
+        of_parts.append(None if part is None else rows.view(part.shape).to(part.dtype))
+        start += 0 if part is None else _VECTORS[name]
+    return grad_x, grad_branch, None, *of_parts, None
 
 
 residual_norm.register_autograd(_residual_backward, setup_context=_setup_residual)
@@ -219,7 +235,7 @@ def depthwise_norm_gelu_grad(
     rows, _, width = _row_counts(x)
     launch = rows_launch(width, grad_out.element_size(), BACKWARD)
     tiles = triton.cdiv(rows, launch.rows)
-    of_vectors = x.new_empty(min(tiles, GRAD_PROGRAMS), 3, width, dtype=torch.float32)
+    of_vectors = x.new_empty(_grad_programs(rows, tiles), 3, width, dtype=torch.float32)
     grad_pre = torch.empty_like(x)
     norm_gelu_grad_kernel[(of_vectors.shape[0],)](
         grad_out, pre, norm, grad_pre, of_vectors, rows, width, tiles, EPS=eps,

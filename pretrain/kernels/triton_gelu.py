@@ -47,7 +47,7 @@ def gelu_grad_kernel(
     is_valid = place < num_numbers
     x = tl.load(x_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
     grad_out = tl.load(grad_out_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
-    below, bell = normal_distribution(x)
-    slope = below + x * (0.3989422804014327 * bell)
-    tl.store(out_pointer + place, (x * below).to(out_pointer.dtype.element_ty), mask=is_valid)
-    tl.store(grad_pointer + place, (grad_out * slope).to(grad_pointer.dtype.element_ty), mask=is_valid)
+    tl.store(out_pointer + place, gelu(x).to(out_pointer.dtype.element_ty), mask=is_valid)
+    tl.store(
+        grad_pointer + place, (grad_out * gelu_slope(x)).to(grad_pointer.dtype.element_ty), mask=is_valid
+    )

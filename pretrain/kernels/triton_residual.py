@@ -11,7 +11,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from pretrain.kernels.triton_norm import standardise, standardise_grad
+from pretrain.kernels.triton_norm import standardise, standardise_grad, vector
 
 
 @triton.jit
@@ -45,10 +45,10 @@ def residual_norm_kernel(
     branch = tl.load(branch_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
     if HAS_OUTER:
         branch, _ = standardise(branch, is_channel, width, EPS)
-        branch *= tl.load(outer_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
-        branch += tl.load(outer_pointer + width + channel, mask=is_channel, other=0.0).to(tl.float32)
+        branch *= vector(outer_pointer, 0, channel, is_channel, width)
+        branch += vector(outer_pointer, 1, channel, is_channel, width)
     if HAS_GAMMA:
-        branch *= tl.load(gamma_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
+        branch *= vector(gamma_pointer, 0, channel, is_channel, width)
     if HAS_SHARE:
         branch *= tl.load(share_pointer + row // rows_per_image, mask=row < num_rows, other=0.0).to(
             tl.float32
@@ -58,8 +58,8 @@ def residual_norm_kernel(
     tl.store(total_pointer + place, rounded, mask=is_valid)
     if HAS_FOLLOWING:
         normed, _ = standardise(rounded.to(tl.float32), is_channel, width, EPS)
-        normed *= tl.load(following_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
-        normed += tl.load(following_pointer + width + channel, mask=is_channel, other=0.0).to(tl.float32)
+        normed *= vector(following_pointer, 0, channel, is_channel, width)
+        normed += vector(following_pointer, 1, channel, is_channel, width)
         tl.store(normed_pointer + place, normed.to(normed_pointer.dtype.element_ty), mask=is_valid)
 
 
@@ -76,7 +76,7 @@ def residual_norm_grad_kernel(
     following_pointer,  # [2, width]
     grad_x_pointer,  # [rows, width]
     grad_branch_pointer,  # [rows, width]
-    partial_pointer,  # [programs, 5, width], float32: gamma, outer weight and bias, following weight and bias
+    partial_pointer,  # [programs, vectors, width], float32: of gamma, outer and following, where they are
     num_rows,
     rows_per_image,
     width,
@@ -86,6 +86,7 @@ def residual_norm_grad_kernel(
     HAS_GAMMA: tl.constexpr,
     HAS_OUTER: tl.constexpr,
     HAS_FOLLOWING: tl.constexpr,
+    NUM_VECTORS: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -109,7 +110,7 @@ def residual_norm_grad_kernel(
             grad_normed = tl.load(grad_normed_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
             of_following_weight += grad_normed * standard
             of_following_bias += grad_normed
-            grad_normed *= tl.load(following_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
+            grad_normed *= vector(following_pointer, 0, channel, is_channel, width)
             grad += standardise_grad(grad_normed, standard, scale, is_channel, width)
         tl.store(grad_x_pointer + place, grad.to(grad_x_pointer.dtype.element_ty), mask=is_valid)
         if HAS_SHARE:
@@ -119,24 +120,30 @@ def residual_norm_grad_kernel(
         if HAS_OUTER:
             branch = tl.load(branch_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
             standard, scale = standardise(branch, is_channel, width, EPS)
-            weight = tl.load(outer_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
+            weight = vector(outer_pointer, 0, channel, is_channel, width)
             if HAS_GAMMA:
-                bias = tl.load(outer_pointer + width + channel, mask=is_channel, other=0.0).to(tl.float32)
+                bias = vector(outer_pointer, 1, channel, is_channel, width)
                 of_gamma += grad * (standard * weight + bias)
-                grad *= tl.load(gamma_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
+                grad *= vector(gamma_pointer, 0, channel, is_channel, width)
             of_outer_weight += grad * standard
             of_outer_bias += grad
             grad = standardise_grad(grad * weight, standard, scale, is_channel, width)
         elif HAS_GAMMA:
             branch = tl.load(branch_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
             of_gamma += grad * branch
-            grad *= tl.load(gamma_pointer + channel, mask=is_channel, other=0.0).to(tl.float32)
+            grad *= vector(gamma_pointer, 0, channel, is_channel, width)
         tl.store(grad_branch_pointer + place, grad.to(grad_branch_pointer.dtype.element_ty), mask=is_valid)
         tile += tl.num_programs(0)
-    place = partial_pointer + tl.program_id(0).to(tl.int64) * (5 * width) + tl.arange(0, CHANNELS)
+    # Rows of the partial sums, one after the other, of the parameters that there are.
+    place = partial_pointer + tl.program_id(0).to(tl.int64) * (NUM_VECTORS * width) + tl.arange(0, CHANNELS)
     is_channel = tl.arange(0, CHANNELS) < width
-    tl.store(place, tl.sum(of_gamma, 0), mask=is_channel)
-    tl.store(place + width, tl.sum(of_outer_weight, 0), mask=is_channel)
-    tl.store(place + 2 * width, tl.sum(of_outer_bias, 0), mask=is_channel)
-    tl.store(place + 3 * width, tl.sum(of_following_weight, 0), mask=is_channel)
-    tl.store(place + 4 * width, tl.sum(of_following_bias, 0), mask=is_channel)
+    if HAS_GAMMA:
+        tl.store(place, tl.sum(of_gamma, 0), mask=is_channel)
+        place += width
+    if HAS_OUTER:
+        tl.store(place, tl.sum(of_outer_weight, 0), mask=is_channel)
+        tl.store(place + width, tl.sum(of_outer_bias, 0), mask=is_channel)
+        place += 2 * width
+    if HAS_FOLLOWING:
+        tl.store(place, tl.sum(of_following_weight, 0), mask=is_channel)
+        tl.store(place + width, tl.sum(of_following_bias, 0), mask=is_channel)

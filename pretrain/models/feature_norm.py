@@ -58,9 +58,13 @@ class FeatureNorm(nn.Module):
         layer.bias -= self.mean * scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureNorm:
-        """Moves the statistics with the module but keeps them in float32: a bfloat16 average stands still."""
+        """Moves the statistics with the module but keeps them in float32, unrounded: a bfloat16 average stands
+        still.
+        """
+        kept = (self.mean, self.variance)
         super()._apply(fn, recurse)
-        self.mean, self.variance = self.mean.float(), self.variance.float()
+        if not kept[0].is_meta:
+            self.mean, self.variance = (old.to(self.mean.device) for old in kept)
         return self
 
 

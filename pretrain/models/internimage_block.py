@@ -76,7 +76,7 @@ class Block(nn.Module):
         if not self.training or not self.drop_path:
             return None
         keep = 1 - self.drop_path
-        return x.new_empty(x.shape[0]).bernoulli_(keep).div_(keep)
+        return torch.empty(len(x), device=x.device).bernoulli_(keep).div_(keep)  # float32: 1 / keep is exact
 
 
 class DCNv3(nn.Module):
@@ -154,7 +154,8 @@ class DCNv3(nn.Module):
 
         Each of the modules that own those weights lays a copy of them in front of what it is given, in its own
         forward. So no module touches another's parameters, ZeRO-3 gathers and releases each as it is used, in
-        the backward pass too, and the published names stay. The copy costs c**2 numbers a call.
+        the backward pass too, and the published names stay. The copy costs c**2 numbers a block, kept until
+        the backward pass: of InternImage-H 95 million, 1 % of what 64 images keep at 192 px.
         """
         weight = guide.new_zeros(self.groups, COLUMNS - SCALE_LOGIT, guide.shape[3])
         bias = guide.new_zeros(self.groups, COLUMNS - SCALE_LOGIT)
@@ -212,7 +213,7 @@ def map_linear(
     """F.linear as one product of rows. Under ZeRO-3 DeepSpeed's F.linear fuses the bias for rows only, and
     adds it in place to maps, whose product selective checkpointing could then not keep.
     """
-    return F.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+    return F.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
 
 
 class DepthwiseNormGelu(nn.Conv2d):
@@ -229,7 +230,7 @@ class GeluLinear(nn.Linear):
     """linear(gelu(x)) on the last axis of a map; keeps x alone for the backward pass."""
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b d"]:
-        return gelu_linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
+        return gelu_linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], self.out_features)
 
 
 class Mlp(nn.Module):

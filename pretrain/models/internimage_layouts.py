@@ -41,8 +41,8 @@ class Report:
             keys = getattr(self, name)
             if keys:
                 raise ValueError(
-                    f"checkpoint does not fit the model: {len(keys)} {name}, first {keys[0]!r}; every tensor must "
-                    "match one of the model: check its size, its layout and the number of classes"
+                    f"checkpoint does not fit the model: {len(keys)} {name}, first {keys[0]!r} (in all {self}); "
+                    "every tensor must match one of the model: check its size, its layout and the number of classes"
                 )
         return self
 
@@ -65,7 +65,7 @@ RENAMED_ENDINGS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 SKIPPED_PREFIXES: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "pretraining": ("mask_token", "mm_dcnv3."),
+    "pretraining": ("mask_token", "mm_dcnv3."),  # the first is a whole key
     "huggingface": (),
 }
 
@@ -83,6 +83,10 @@ PARTS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
+CONTAINERS = ("state_dict", "model", "module")  # under these keys training codes keep the tensors
+WRAPPERS = ("module.", "_orig_mod.", "backbone.")  # of DistributedDataParallel, torch.compile, OpenMMLab
+
+
 def detect_layout(state: State) -> str:
     """Name of the layout that the keys speak of."""
     if "mask_token" in state or any(key.startswith("dcnv3.") for key in state):
@@ -92,16 +96,39 @@ def detect_layout(state: State) -> str:
     return "plain"
 
 
-def read(state: State, model: nn.Module, layout: str | None = None) -> tuple[dict[str, Tensor], Report]:
+def _unwrapped(state: Mapping[str, Any]) -> State:
+    """The tensors of a checkpoint, out of the containers that training codes put them into; ValueError names
+    what is no tensor.
+    """
+    for container in CONTAINERS:
+        if isinstance(state.get(container), Mapping):
+            return _unwrapped(state[container])
+    for prefix in WRAPPERS:
+        if state and all(key.startswith(prefix) for key in state):
+            return _unwrapped({key.removeprefix(prefix): tensor for key, tensor in state.items()})
+    odd = [key for key, tensor in state.items() if not isinstance(tensor, Tensor)]
+    if odd:
+        raise ValueError(
+            f"checkpoint entry {odd[0]!r} is {type(state[odd[0]]).__name__}, no tensor: pass the mapping of tensors "
+            f"(one under {', '.join(CONTAINERS)} is found by itself)"
+        )
+    return state
+
+
+def read(
+    state: Mapping[str, Any], model: nn.Module, layout: str | None = None
+) -> tuple[dict[str, Tensor], Report]:
     """Checkpoint -> tensors under the names of `model`, an InternImageClassifier, and what became of each.
 
-    Not strict by itself: `model.load_state_dict(tensors)` after `report.require_exact()` is.
+    Not strict by itself: `model.load_state_dict(tensors)` after `report.require_exact()` is. Containers such as
+    {"model": ...} and wrappers' prefixes are looked through. Raises ValueError for what is no tensor.
     """
+    state = _unwrapped(state)
     layout = layout or detect_layout(state)
     _check_layout(layout)
     expected = model.state_dict()
     theirs = {to_layout_key(key, layout): key for key in expected}
-    skipped = tuple(key for key in state if key not in theirs and key.startswith(SKIPPED_PREFIXES[layout]))
+    skipped = tuple(key for key in state if key not in theirs and _is_skipped(key, layout))
     found = {key: theirs[key] for key in state if key in theirs}
     fits = {key: ours for key, ours in found.items() if state[key].shape == expected[ours].shape}
     present = set(found.values())
@@ -168,8 +195,25 @@ def join(parts: Mapping[str, State]) -> dict[str, Tensor]:
     return state
 
 
+PUBLISHED_NEUTRAL = ("num_classes", "with_cp", "out_indices", "init_cfg", "pretrained", "type")
+PUBLISHED_CHOICES = {
+    "core_op": ("DCNv3", "DCNv3_pytorch"), "norm_layer": ("LN",), "act_layer": ("GELU",), "drop_rate": (0, 0.0),
+}  # fmt: skip
+
+
 def config_from_published(fields: Mapping[str, Any]) -> InternImageConfig:
-    """The published constructor's keyword arguments -> our configuration. Raises TypeError for an unknown one."""
+    """The published constructor's keyword arguments -> our configuration.
+
+    Arguments that change no number of the backbone (PUBLISHED_NEUTRAL) are passed over. Raises ValueError for a
+    choice that we have not, TypeError for an unknown argument.
+    """
+    for name, choices in PUBLISHED_CHOICES.items():
+        if fields.get(name, choices[0]) not in choices:
+            raise ValueError(f"InternImage {name}={fields[name]!r} is not served; choose from {choices}")
+    passed_over = (*PUBLISHED_NEUTRAL, *PUBLISHED_CHOICES)
+    fields = {name: value for name, value in fields.items() if name not in passed_over}
+    if fields.get("level2_post_norm") and not fields.get("level2_post_norm_block_ids"):
+        raise ValueError("level2_post_norm=True needs level2_post_norm_block_ids, the blocks that it follows")
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     if not known.pop("level2_post_norm", "level2_post_norm_block_ids" in known):
         known.pop("level2_post_norm_block_ids", None)
@@ -188,6 +232,12 @@ def _part_of(key: str) -> tuple[str, str]:
             if key.startswith(hub):
                 return part, own + key.removeprefix(hub)
     raise ValueError(f"{key!r} is no tensor of InternImage's plain layout: `read` the checkpoint first")
+
+
+def _is_skipped(key: str, layout: str) -> bool:
+    return any(
+        key.startswith(name) if name.endswith(".") else key == name for name in SKIPPED_PREFIXES[layout]
+    )
 
 
 def _check_layout(layout: str) -> None:

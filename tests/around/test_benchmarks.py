@@ -31,6 +31,8 @@ def test_forward_operations_are_those_of_the_published_size():
     ("residual_norm_grad_kernel", "residual and norms"),
     ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", "matrix products"),
     ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matrix products"),
+    ("triton_red_fused_add_gather_mul_3", "operator"),
+    ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolutions"),
     ("void at::native::vectorized_elementwise_kernel<4, GeluCUDAKernelImpl>", "other pointwise"),
     ("Memset (Device)", "rest"),
 ])  # fmt: skip

@@ -24,6 +24,7 @@ from pretrain.models.internimage_config import InternImageConfig
 
 # So few programs that each takes several tiles, as on large maps.
 pointwise_triton.GRAD_PROGRAMS, pointwise_triton.TAP_PROGRAMS = 2, 10
+pointwise_triton.ROWS_A_PROGRAM = 1
 
 Function = Callable[..., list[Tensor]]  # (path, *leaves) -> outputs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -15,8 +15,6 @@ from typing import Any
 
 from pretrain.kernels.dcnv3_launch import COMPILE_OPTIONS
 
-DIVISIBLE = ("width", "channels", "num_numbers")  # arguments that are multiples of 16 in every published size
-
 
 @dataclass(frozen=True)
 class Code:
@@ -36,14 +34,26 @@ class Code:
         """First and last instruction of each."""
         return sorted((target, source) for source, target in self.jumps.items() if target < source)
 
+    @property
+    def atomics(self) -> int:
+        """Instructions that add to memory in an order that changes from run to run."""
+        return self.count("ATOM", "ATOMG", "ATOMS", "RED", "REDG")
+
     def count(self, *names: str) -> int:
         return sum(operation.split(".")[0] in names for operation in self.operations)
 
 
 def compile_kernel(
-    kernel: Any, constants: Mapping[str, object], dtype: str, warps: int, wide: tuple[str, ...] = ()
+    kernel: Any,
+    constants: Mapping[str, object],
+    dtype: str,
+    warps: int,
+    wide: tuple[str, ...] = (),
+    divisible: tuple[str, ...] = (),
 ) -> Code:
-    """`dtype` is that of all pointers but `wide` ones, which are float32."""
+    """`dtype` is that of all pointers but `wide` ones, which are float32; `divisible` numbers are multiples of 16,
+    which Triton sees by itself when it compiles for a call.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -55,7 +65,7 @@ def compile_kernel(
             continue
         is_pointer = argument.endswith("_pointer")
         signature[argument] = "i32" if not is_pointer else "*fp32" if argument in wide else f"*{dtype}"
-        if is_pointer or argument in DIVISIBLE:
+        if is_pointer or argument in divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)

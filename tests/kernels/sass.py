@@ -57,6 +57,7 @@ class Machine:
     loop: int  # of one warp, in one round of the loop that does its work
     skipped_loop: int  # in one round that is skipped
     matrix_products: int  # instructions of the tensor cores
+    atomics: int  # instructions that add to memory
 
 
 def compile_all(configurations: list[Configuration]) -> dict[Configuration, Machine]:
@@ -104,7 +105,7 @@ def _count(code: Code) -> Machine:
     loop = last - first + 1
     return Machine(
         code.registers, code.spills, code.count("BAR"), code.end - loop, loop,
-        loop - max(forward, default=0) if code.loops else 0, code.count("HMMA", "HGMMA"),
+        loop - max(forward, default=0) if code.loops else 0, code.count("HMMA", "HGMMA"), code.atomics,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from types import ModuleType
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from pretrain.kernels import __main__ as command
+from pretrain.kernels import check_steps
 from pretrain.kernels import dcnv3 as operator
-from pretrain.kernels.check import KINDS, Kind, check, exact_pixels
+from pretrain.kernels.check import KINDS, Check, Kind, check, exact_pixels
+from pretrain.kernels.check_steps import STEPS
 from tests.paths import ROOT
 
 SMALL = {
@@ -29,14 +32,47 @@ def on_a_cpu(monkeypatch) -> None:
 def test_the_command_names_path_and_reason_of_every_kind(on_a_cpu, capsys):
     command.main()
     _, *lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(SMALL)
-    assert all("sparse" in line and "equal" in line and "fastest plain-torch" in line for line in lines)
+    kinds, steps = lines[: len(SMALL)], lines[len(SMALL) :]
+    assert [line.split()[0] for line in kinds] == list(SMALL)
+    assert all("sparse" in line and "equal" in line and "fastest plain-torch" in line for line in kinds)
+    assert [line.startswith(name) for line, name in zip(steps, STEPS, strict=True)] == [True] * len(STEPS)
+    assert all(" torch " in line and "equal" in line and "no CPU backend" in line for line in steps)
+
+
+def test_the_command_fails_where_a_step_differs_from_its_plain_formulation(on_a_cpu, monkeypatch, capsys):
+    right = check_steps.gelu_again
+
+    def wrong_in_float32(x, grad, path):
+        return [1.01 * out if x.dtype == torch.float32 else out for out in right(x, grad, path=path)]
+
+    monkeypatch.setattr(check_steps, "gelu_again", wrong_in_float32)
+    with pytest.raises(SystemExit, match="1 of 5 kinds differ"):
+        command.main()
+    assert capsys.readouterr().out.count("DIFFERS") == 1
+
+
+def test_a_check_with_a_gradient_that_is_not_a_number_fails():
+    report = Check({"out": 1e-7, "grad_value": float("nan"), "rest": 1e-7}, is_repeatable=True)
+    assert not report.is_close(torch.float32) and math.isnan(report.largest)
+
+
+@pytest.mark.parametrize("name", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", ["kernels", "--device", name])
+    with pytest.raises(SystemExit, match=f"--device {name} cannot be used here"):
+        command.main()
+
+
+def test_asking_for_a_path_that_serves_nothing_fails(on_a_cpu, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kernels", "--device", "cpu", "--path", "triton"])
+    with pytest.raises(SystemExit, match="serves no kind here, so nothing of DCNv3 was checked"):
+        command.main()
 
 
 def test_the_command_fails_where_a_path_differs_from_the_reference(on_a_cpu, monkeypatch, capsys):
     right = operator.PATHS["sparse"]
     monkeypatch.setitem(operator.PATHS, "sparse", lambda value, x, y, mask: right(value, x + 0.01, y, mask))
-    with pytest.raises(SystemExit, match="2 of 2 kinds differ"):
+    with pytest.raises(SystemExit, match="2 of 5 kinds differ"):
         command.main()
     assert capsys.readouterr().out.count("DIFFERS") == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain.kernels import dcnv3_gather
-from pretrain.kernels.dcnv3 import PATHS, dcnv3
+from pretrain.kernels.dcnv3 import PATHS, dcnv3, dcnv3_packed
 from pretrain.kernels.dcnv3_sparse import _dot_gathered, _dot_sampled
 from tests.paths import SHARED, needs_shared
 
@@ -69,7 +70,7 @@ def test_outputs_and_gradients_equal_the_published_operator(path, case):
 @pytest.mark.parametrize("largest", [0, 196], ids=["gathered", "dense"])
 @pytest.mark.parametrize("spread", [0.0, 1.5, 100.0])
 def test_both_compiled_variants_equal_the_reference(monkeypatch, largest, spread):
-    monkeypatch.setattr(dcnv3_gather, "DENSE_POSITIONS", largest)
+    monkeypatch.setattr(dcnv3_gather, "MULTIPLIED_POSITIONS", largest)
     arguments = inputs(spread=spread)
     pairs = zip(derivatives("compiled", *arguments), derivatives("reference", *arguments), strict=True)
     for fast, slow in pairs:
@@ -96,6 +97,49 @@ def test_a_location_that_is_not_a_number_is_seen_in_the_output(monkeypatch, vari
     offset[0, 1, 1, 4] = torch.nan
     out = dcnv3(value, offset, mask, path="compiled")
     assert out[0, 1, 1].isnan().all() and out.isnan().sum() == 2
+
+
+@pytest.mark.parametrize("path", PLAIN)
+def test_maps_that_came_from_channels_first_are_taken(path):
+    *leaves, grad = inputs()
+    expected = derivatives(path, *leaves, grad)
+    turned = [leaf.detach().permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for leaf in leaves]
+    found = derivatives(path, *(leaf.requires_grad_() for leaf in turned), grad)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("path", PLAIN)
+def test_an_empty_batch_gives_an_empty_map_and_empty_gradients(path):
+    *leaves, grad = (tensor[:0] for tensor in inputs())
+    found = derivatives(path, *leaves, grad)
+    assert [tuple(tensor.shape) for tensor in found] == [tuple(t.shape) for t in (grad, *leaves)]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"groups": 0}, r"groups=0 must be a whole number of at least 1"),
+    ({"stride": 0}, r"stride=0 must be"),
+    ({"dilation": 0}, r"dilation=0 must be"),
+    ({"value": torch.zeros(2, 5, 7, 8, dtype=torch.int32)}, r"floating point, not torch\.int32"),
+    ({"value": torch.zeros(5, 7, 8)}, r"with 3 axes"),
+    ({"path": "triton"}, r"path='triton' takes packed rows: call dcnv3_packed"),
+])  # fmt: skip
+def test_what_cannot_be_sampled_is_named(change, message):
+    value, offset, mask, _ = inputs()
+    arguments = {"value": value, "offset": offset, "mask": mask, "groups": 2} | change
+    with pytest.raises(ValueError, match=message):  # users have no shape checker before it
+        inspect.unwrap(dcnv3)(**arguments)
+
+
+@pytest.mark.parametrize(("packed", "message"), [
+    (torch.zeros(1, 3, 3, 1, 24), r"must be \[n, h, w, groups, 32\]"),
+    (torch.zeros(1, 3, 3, 32), r"must be \[n, h, w, groups, 32\]"),
+    (torch.zeros(1, 3, 3, 1, 32).bfloat16(), r"in torch\.bfloat16, but must be .* torch\.float32"),
+    (torch.zeros(1, 3, 3, 0, 32), r"groups=0 must be"),
+])  # fmt: skip
+def test_packed_rows_that_do_not_fit_are_named(packed, message):
+    with pytest.raises(ValueError, match=message):  # users have no shape checker before it
+        inspect.unwrap(dcnv3_packed)(torch.zeros(1, 3, 3, 16), packed, has_scale=True)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-9, 1.0, 8.0, 100.0])

@@ -79,7 +79,7 @@ def test_a_missing_compiler_is_named_with_its_remedy(monkeypatch):
 
 
 def test_the_choice_is_announced_once(caplog):
-    dcnv3_choice._announce.cache_clear()
+    dcnv3_choice.announce.cache_clear()
     with caplog.at_level(logging.INFO, logger="pretrain.kernels.dcnv3_choice"):
         for _ in range(3):
             choose_path(Call("cpu", torch.float32, 32))

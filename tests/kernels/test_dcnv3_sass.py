@@ -40,6 +40,14 @@ def test_no_register_is_spilled(machines, configuration):
     assert machines[configuration].spills == 0
 
 
+@pytest.mark.parametrize(
+    "configuration", CONFIGURATIONS, ids=lambda c: f"{c.kernel}-{c.dtype}-{c.group_width}"
+)
+def test_only_the_atomic_variant_adds_to_memory(machines, configuration):
+    """The interpreter runs one program after the other and cannot show that an order changes."""
+    assert (machines[configuration].atomics > 0) == (configuration.kernel == "grad_value_atomic")
+
+
 @pytest.mark.parametrize(("side", "groups", "product"), STAGES)
 def test_forward_takes_at_most_5_instructions_an_element(machines, side, groups, product):
     assert instructions(machines, "sample", side, groups) <= 5.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -106,6 +107,47 @@ def test_gelu_linear_leaves_frozen_parameters_alone():
     weight, bias = torch.randn(4, 3), torch.randn(4)
     gelu_linear(x, weight, bias).sum().backward()
     assert x.grad is not None and weight.grad is None and bias.grad is None
+
+
+def test_gelu_linear_trains_under_autocast_as_a_linear_layer_does():
+    torch.manual_seed(0)
+    operands = [torch.randn(*s, requires_grad=True) for s in ((5, 3), (4, 3), (4,))]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = gelu_linear(*operands), F.linear(F.gelu(operands[0]), *operands[1:])
+    assert found.dtype == expected.dtype == torch.bfloat16
+    gradients = [torch.autograd.grad(out.float().sum(), operands) for out in (found, expected)]
+    assert all(g.dtype == torch.float32 for g in gradients[0])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)  # bfloat16
+
+
+def test_residual_norm_has_the_dtype_of_its_map_whatever_the_parts_have():
+    x, branch = torch.randn(2, 3, 4, 8).bfloat16(), torch.randn(2, 3, 4, 8).bfloat16()
+    total, _ = residual_norm(
+        x, branch, gamma=torch.randn(8), share=torch.tensor([0.0, 2.0], requires_grad=True)
+    )
+    assert total.dtype == torch.bfloat16 and not total.requires_grad
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"branch": torch.zeros(1, 3, 4, 8)}, r"branch has shape \(1, 3, 4, 8\), but a map of \(2, 3, 4, 8\)"),
+    ({"share": torch.zeros(1)}, r"share has shape \(1,\), .* needs \(2,\)"),
+    ({"gamma": torch.zeros(1)}, r"gamma has shape \(1,\), .* needs \(8,\)"),
+    ({"following": torch.zeros(3, 8)}, r"following has shape \(3, 8\), .* needs \(2, 8\)"),
+    ({"path": "tritn"}, r"path='tritn' is unknown; choose from"),
+    ({"path": "triton"}, r"path='triton' cannot run on cpu"),
+])  # fmt: skip
+def test_what_does_not_fit_a_residual_is_named(options, message):
+    x = torch.zeros(2, 3, 4, 8)
+    with pytest.raises(ValueError, match=message):  # users have no shape checker before it
+        inspect.unwrap(residual_norm)(x, **{"branch": x} | options)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 4, 4), (4, 1, 3, 5), (3, 1, 3, 3)])
+def test_a_kernel_that_is_not_square_odd_and_of_every_channel_is_refused(shape):
+    norm = torch.stack([torch.ones(4), torch.zeros(4)])
+    with pytest.raises(ValueError, match=r"depth-wise weight has shape .* needs \[4, 1, k, k\] with odd k"):
+        inspect.unwrap(depthwise_norm_gelu)(torch.zeros(1, 6, 6, 4), torch.zeros(shape), torch.zeros(4), norm)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -77,7 +77,10 @@ def test_ranks_together_equal_one_rank(tmp_path, free_port):
 
 
 def test_statistics_stay_float32_in_a_bfloat16_module():
-    norm = torch.nn.Sequential(FeatureNorm(WIDTH)).bfloat16()[0]
+    norm = FeatureNorm(WIDTH)
+    norm.mean.fill_(1.2345678)  # no number of bfloat16
+    norm = torch.nn.Sequential(norm).bfloat16()[0]
+    assert norm.mean.eq(1.2345678).all()
     out = norm(inputs()[0].bfloat16())
     assert (norm.mean.dtype, out.dtype) == (torch.float32, torch.bfloat16)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import zlib
 from dataclasses import replace
 
@@ -25,7 +27,7 @@ from pretrain.models.internimage import (
 from pretrain.models.internimage_block import Block, DCNv3
 from pretrain.models.internimage_layouts import config_from_published
 from pretrain.models.pooling import init_linear_and_norm
-from tests.paths import SHARED, needs_shared
+from tests.paths import ROOT, SHARED, needs_shared
 
 GOLDEN = SHARED / "golden"
 PUBLISHED = [f"internimage_{size}" for size in ("t", "s", "b", "l", "xl", "h", "g")]
@@ -181,6 +183,37 @@ def test_drop_path_keeps_the_mean_and_rests_in_eval_mode():
     assert share.mean().item() == pytest.approx(1, abs=0.02)
     model, images = InternImage(replace(TINY, drop_path_rate=0.9)).eval(), torch.randn(1, 3, 32, 32)
     assert torch.equal(model(images)[-1], model(images)[-1])
+
+
+def test_an_empty_batch_gives_empty_maps():
+    maps = InternImage(TINY)(torch.zeros(0, 3, 32, 32))
+    assert [len(stage_map) for stage_map in maps] == [0] * len(maps)
+
+
+def test_a_model_trains_under_autocast():
+    torch.manual_seed(0)
+    model = InternImage(TINY)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = model(torch.randn(1, 3, 32, 32))
+    sum(stage_map.float().square().sum() for stage_map in maps).backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_cpu_model_compiles_without_graph_break():
+    """In a process without the shape checker, which no compiler can trace."""
+    script = str(ROOT / "tests" / "models" / "compiled_model.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert errors.keys() == {"fixed sizes", "any size"}
+    assert max(errors.values()) < 1e-4, errors  # float32; 1e-6 measured
+
+
+def test_an_unknown_activation_checkpoint_lists_the_choices():
+    with pytest.raises(
+        ValueError, match=r"activation_checkpoint='ful' is unknown; choose from \['full', 'none'"
+    ):
+        InternImage(TINY, activation_checkpoint="ful")
 
 
 def test_drop_path_schedules():

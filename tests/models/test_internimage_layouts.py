@@ -102,3 +102,47 @@ def test_unknown_names_are_refused(model):
         join({"body": {}})
     with pytest.raises(ValueError, match="mask_token=none"):
         write({}, "pretraining")
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"model": state, "epoch": 3},
+    lambda state: {"state_dict": state},
+    lambda state: {f"module.{key}": tensor for key, tensor in state.items()},
+    lambda state: {"model": {f"_orig_mod.{key}": tensor for key, tensor in state.items()}},
+])  # fmt: skip
+def test_containers_and_wrappers_are_looked_through(model, wrap):
+    state = numbered(model)
+    back, report = read(wrap(state), model)
+    report.require_exact()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_an_entry_that_is_no_tensor_is_named(model):
+    with pytest.raises(ValueError, match=r"'head\.bias' is int, no tensor"):
+        read(numbered(model) | {"head.bias": 3}, model)
+
+
+def test_a_key_that_only_begins_like_a_skipped_one_is_unexpected(model):
+    theirs = write(numbered(model), "pretraining", torch.zeros(1)) | {
+        "mask_token_proj.weight": torch.zeros(1)
+    }
+    _, report = read(theirs, model)
+    assert report.unexpected == ("mask_token_proj.weight",) and report.skipped == ("mask_token",)
+
+
+def test_the_message_of_a_misfit_counts_every_kind(model):
+    state = numbered(model)
+    del state["head.bias"]
+    _, report = read(state | {"extra": torch.zeros(1)}, model)
+    with pytest.raises(ValueError, match=r"1 missing, first 'head\.bias' \(in all .*1 missing, 1 unexpected"):
+        report.require_exact()
+
+
+def test_published_arguments_that_change_no_number_are_passed_over():
+    fields = config_to_published(TINY)
+    published = fields | {"core_op": "DCNv3", "norm_layer": "LN", "act_layer": "GELU", "num_classes": 9}
+    assert config_from_published(published) == TINY
+    with pytest.raises(ValueError, match=r"norm_layer='BN' is not served"):
+        config_from_published(fields | {"norm_layer": "BN"})
+    with pytest.raises(ValueError, match=r"needs level2_post_norm_block_ids"):
+        config_from_published({"channels": 16, "depths": [1], "groups": [1], "level2_post_norm": True})
