@@ -25,8 +25,9 @@ from pretrain.balance import BalanceTracker
 from pretrain.config import Run
 from pretrain.data.loader import Loader
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
-from pretrain.pretrainer import Pretrainer, Towers
+from pretrain.pretrainer import Pretrainer
 from pretrain.recipes import load
+from pretrain.towers import Towers
 
 VARIANTS = {  # name -> backbone.token_norm, pool.norm
     "none": ("none", "none"),

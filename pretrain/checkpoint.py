@@ -34,7 +34,7 @@ from torch import Tensor
 from pretrain import intact, provenance, randomness
 from pretrain.collectives import rank, sum_over_ranks, world_size
 from pretrain.config import DataFacts, Run
-from pretrain.pretrainer import Towers
+from pretrain.towers import Towers
 
 KEEP_NEWEST = 2  # besides step 0, from which evaluation tells what pre-training changed
 SPARE_BYTES = 16 * 2**20  # for the small files

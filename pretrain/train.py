@@ -21,7 +21,8 @@ from pretrain.engine import Engine, describe, resolve_config, start_distributed
 from pretrain.intact import write_text
 from pretrain.lock import only_writer
 from pretrain.monitor import Monitor
-from pretrain.pretrainer import Pretrainer, Towers
+from pretrain.pretrainer import Pretrainer
+from pretrain.towers import Towers
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample, check_bad_share
 from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
-from pretrain.pretrainer import Towers, normalise
+from pretrain.pretrainer import normalise
+from pretrain.towers import Towers
 
 IMAGES_AT_ONCE = 128
 

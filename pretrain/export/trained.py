@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.schema import MANIFEST_NAME, Manifest
 from pretrain.checkpoint import load_towers
 from pretrain.config import DataFacts, Run
-from pretrain.pretrainer import Towers
+from pretrain.towers import Towers
 
 
 @dataclass(frozen=True)

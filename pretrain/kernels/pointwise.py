@@ -93,9 +93,9 @@ def residual_norm(
     _check_residual(x, branch, share, gamma, outer, following)
     share = None if share is None else share.detach()
     if _checked(path, x) == "triton":
-        from pretrain.kernels import pointwise_triton  # here: Triton is optional
+        from pretrain.kernels import residual_triton  # here: Triton is optional
 
-        total, normed = pointwise_triton.residual_norm(x, branch, share, gamma, outer, following, NORM_EPS)
+        total, normed = residual_triton.residual_norm(x, branch, share, gamma, outer, following, NORM_EPS)
         return total, normed if following is not None else None
     if outer is not None:
         branch = F.layer_norm(branch, branch.shape[-1:], *outer.unbind(), NORM_EPS)

@@ -83,7 +83,7 @@ def num_parameters(run: Run, record: Record) -> tuple[int, int]:
     """Parameters of the student without decoders, and of its image encoder alone; nothing is allocated."""
     import torch
 
-    from pretrain.pretrainer import Towers
+    from pretrain.towers import Towers
 
     with torch.device("meta"):
         towers = Towers(run, record.facts)

@@ -18,7 +18,8 @@ from pretrain.data.text import Captions
 from pretrain.evaluate.features import Pictures
 from pretrain.evaluate.knn import nearest
 from pretrain.evaluate.zero_shot import class_vectors
-from pretrain.pretrainer import Towers, normalise
+from pretrain.pretrainer import normalise
+from pretrain.towers import Towers
 
 IMAGES_AT_ONCE = 64
 MAX_NAMES = 200  # class names that are scored: their texts cost more than the images

@@ -59,7 +59,8 @@ def m3i_run() -> Run:
 def run_variant(variant: str, run: Run, facts: Any, batches: list[Batch]) -> list[dict[str, float]]:
     """What the log says of every step, from equal weights."""
     from pretrain.engine import Engine, resolve_config
-    from pretrain.pretrainer import Pretrainer, Towers
+    from pretrain.pretrainer import Pretrainer
+    from pretrain.towers import Towers
 
     name, changes, choice = VARIANTS[variant]
     run = replace(run, backbone=replace(run.backbone, activation_checkpoint=choice))

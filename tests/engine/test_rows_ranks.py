@@ -52,7 +52,8 @@ def share(batch: Batch) -> Batch:
 def learn(run: Run) -> dict[str, Any]:
     """Losses of every step; parameters that did not move; whether the teacher moved."""
     from pretrain.engine import Engine, resolve_config
-    from pretrain.pretrainer import Pretrainer, Towers
+    from pretrain.pretrainer import Pretrainer
+    from pretrain.towers import Towers
 
     name = "zero3" if world_size() > 1 else "zero1"  # alone, a rank partitions nothing
     ds_config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())

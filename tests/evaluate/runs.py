@@ -12,7 +12,7 @@ import torch.distributed as dist
 from pretrain import checkpoint
 from pretrain.balance import BalanceTracker
 from pretrain.config import DataFacts, Run
-from pretrain.pretrainer import Towers
+from pretrain.towers import Towers
 
 
 def write_run(

@@ -14,8 +14,8 @@ from pretrain.export.formats import export
 from pretrain.export.trained import Trained
 from pretrain.models import internimage_layouts as layouts
 from pretrain.models.internimage import INTERNIMAGE, InternImageClassifier
-from pretrain.pretrainer import Towers
 from pretrain.recipes import load
+from pretrain.towers import Towers
 from tests.evaluate.runs import randomised
 from tests.export.conftest import FACTS, last
 from tests.fakes import shrink

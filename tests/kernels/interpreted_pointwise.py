@@ -17,14 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 from torch import Tensor
 
-from pretrain.kernels import dcnv3_choice, pointwise, pointwise_triton
+from pretrain.kernels import dcnv3_choice, pointwise, pointwise_launch, pointwise_triton, residual_triton
 from pretrain.models import internimage_block
 from pretrain.models.internimage import InternImage
 from pretrain.models.internimage_config import InternImageConfig
 
 # So few programs that each takes several tiles, as on large maps.
-pointwise_triton.GRAD_PROGRAMS, pointwise_triton.TAP_PROGRAMS = 2, 10
-pointwise_triton.ROWS_A_PROGRAM = 1
+pointwise_launch.GRAD_PROGRAMS, pointwise_launch.ROWS_A_PROGRAM, pointwise_triton.TAP_PROGRAMS = 2, 1, 10
 
 Function = Callable[..., list[Tensor]]  # (path, *leaves) -> outputs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -116,9 +115,9 @@ def opcheck() -> dict[str, str]:
     gamma, norm, share = (t.requires_grad_() for t in (normal(16), normal(2, 16), torch.ones(1)))
     share = share.detach()
     found = torch.library.opcheck(
-        pointwise_triton.residual_norm, (x, branch, share, gamma, norm, norm.detach().clone(), 1e-6)
+        residual_triton.residual_norm, (x, branch, share, gamma, norm, norm.detach().clone(), 1e-6)
     )
-    found |= torch.library.opcheck(pointwise_triton.residual_norm, (x, branch, None, None, norm, None, 1e-6))
+    found |= torch.library.opcheck(residual_triton.residual_norm, (x, branch, None, None, norm, None, 1e-6))
     taps = normal(9, 16).requires_grad_()
     found |= torch.library.opcheck(pointwise_triton.depthwise_norm_gelu, (x, taps, gamma, norm, 1e-6))
     return found | torch.library.opcheck(pointwise_triton.gelu_grad, (x.detach(), branch.detach()))

@@ -13,13 +13,13 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from pretrain.kernels import (  # noqa: E402
-    pointwise_triton,
+    pointwise_launch,
     triton_depthwise,
     triton_gelu,
     triton_norm,
     triton_residual,
 )
-from pretrain.kernels.pointwise_triton import Rows, Tile  # noqa: E402
+from pretrain.kernels.pointwise_launch import Rows, Tile  # noqa: E402
 from pretrain.models.internimage_config import INTERNIMAGE, InternImageConfig  # noqa: E402
 from tests.kernels.machine_code import Code, compile_kernel  # noqa: E402
 
@@ -50,12 +50,12 @@ class Configuration:
 
     @property
     def rows(self) -> Rows:
-        held = pointwise_triton.BACKWARD if self.kernel.endswith("_grad") else pointwise_triton.FORWARD
-        return pointwise_triton.rows_launch(self.width, BYTES[self.dtype], held)
+        held = pointwise_launch.BACKWARD if self.kernel.endswith("_grad") else pointwise_launch.FORWARD
+        return pointwise_launch.rows_launch(self.width, BYTES[self.dtype], held)
 
     @property
     def tile(self) -> Tile:
-        return pointwise_triton.tile_launch(self.width, BYTES[self.dtype])
+        return pointwise_launch.tile_launch(self.width, BYTES[self.dtype])
 
     @property
     def launch(self) -> tuple[object, ...]:
@@ -76,7 +76,7 @@ class Configuration:
             kernel = getattr(module, f"{self.kernel}_kernel")
             return compile_kernel(kernel, constants, self.dtype, self.rows.warps, WIDE, ("width",))
         if self.kernel == "gelu_grad":
-            constants = {"NUMBERS": pointwise_triton.NUMBERS}
+            constants = {"NUMBERS": pointwise_launch.NUMBERS}
             return compile_kernel(
                 triton_gelu.gelu_grad_kernel, constants, self.dtype, 4, divisible=("num_numbers",)
             )

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from pretrain.config import Backbone, DataFacts
 from pretrain.models.backbone import build_encoder
 from pretrain.models.feature_norm import MOMENTUM, FeatureNorm
-from pretrain.pretrainer import Towers
 from pretrain.recipes import load
+from pretrain.towers import Towers
 from tests.fakes import shrink
 
 WIDTH = 6

@@ -11,8 +11,9 @@ import torch
 from pretrain.balance import BalanceTracker
 from pretrain.config import DataFacts
 from pretrain.objectives import Input, Objective, Target
-from pretrain.pretrainer import Pretrainer, Temperature, Towers, batch_std, normalise, owned_places
+from pretrain.pretrainer import Pretrainer, Temperature, batch_std, normalise, owned_places
 from pretrain.recipes import load, names
+from pretrain.towers import Towers
 from tests.fakes import FACTS, random_batch, shrink
 
 

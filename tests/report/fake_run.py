@@ -15,7 +15,7 @@ from pretrain import intact
 from pretrain.config import DataFacts, Run
 from pretrain.data.text import Captions
 from pretrain.optim import learning_rate, teacher_momentum
-from pretrain.pretrainer import Towers
+from pretrain.towers import Towers
 
 
 def write_log(folder: Path, run: Run, steps: int, every: int = 1) -> None:
