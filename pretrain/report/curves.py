@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from pretrain.config import Run
+from pretrain.objectives import LABELS, Target
 from pretrain.report.record import Record
 from pretrain.visualize.chart import Chart, Level, Line, draw
 from pretrain.visualize.markup import Html, element
@@ -61,14 +63,27 @@ def chance_nats(record: Record, name: str) -> Level | None:
     target = record.run.objective.targets.get(name)
     if target is None:
         return None
-    if target.kind == "dense":
-        return Level("predicting the mean, 0.5", 0.5)
+    if target.kind in ("pixels", "dense", "global"):
+        return _chance_of_images(record.run, target)
     if target.kind == "category" and record.facts and record.facts.categories:
         count = len(record.facts.categories)
         return Level(f"chance, ln {count}", math.log(count))
     if target.kind == "text" and (pairs := texts_in_batch(record)) > 1:
         return Level(f"chance, ln {pairs}", math.log(pairs))
     return None
+
+
+def _chance_of_images(run: Run, target: Target) -> Level | None:
+    """The same of a target that is made of images: the likelihood decides."""
+    if target.score == "boltzmann":
+        mixed, slots = run.objective.input.mixed, len(run.objective.slots(target))
+        candidates = run.batch // mixed * slots
+        if target.kind == "dense":
+            candidates *= min(run.projection.dense_samples, run.grid**2)
+        return Level(f"chance, ln {candidates}", math.log(candidates))
+    if target.score == "cosine" or target.keep == "decorrelation":
+        return Level("nothing in common, 1", 1.0)
+    return Level("predicting the mean, 0.5", 0.5) if target.score == "gaussian" else None
 
 
 def texts_in_batch(record: Record) -> int:
@@ -84,7 +99,9 @@ def width_of(diagnostic: str, record: Record) -> int | None:
     if diagnostic == "std_embedding":
         return run.pool.width
     if diagnostic == "std_teacher":
-        return token_width(record)
+        kinds = {target.kind for target in run.objective.targets.values() if target.encoder == "ema"}
+        widths = {"dense": token_width(record), "global": run.projection.width}
+        return widths[kinds.pop()] if len(kinds) == 1 else None  # a mean over several widths has no one limit
     return None
 
 
@@ -128,8 +145,10 @@ def _scored(record: Record, name: str) -> str:
     target = record.run.objective.targets.get(name)
     if target is None:
         return "nats"
-    if target.kind != "dense":
+    if target.kind in LABELS:
         return f"nats, mean over images with a {name}"
+    if target.kind == "global" or target.score == "boltzmann":
+        return "nats, mean over images" if target.kind == "global" else "nats, mean over sampled patches"
     return f"nats a dimension, mean over {'hidden' if target.scored == 'hidden' else 'all'} patches"
 
 

@@ -21,6 +21,7 @@ from pretrain.data.loader import Loader
 from pretrain.data.order import Order
 from pretrain.data.sources import Sources, open_sources
 from pretrain.data.text import Captions
+from pretrain.objectives import LABELS
 from pretrain.visualize.correspondence import landing, tinted_view
 from pretrain.visualize.markup import Child, Html, element, figure, key
 from pretrain.visualize.picture import Outline, mask_picture, outlined, pixels
@@ -202,7 +203,7 @@ def _pixels(view: UInt8[Tensor, "3 s s"]) -> UInt8[np.ndarray, "s s 3"]:
 def legend(run: Run) -> Html:
     """Which outline belongs to which view."""
     targets = run.objective.targets.items()
-    same = ", ".join(name for name, target in targets if target.kind == "dense" and target.view == "same")
+    same = ", ".join(name for name, target in targets if target.kind not in LABELS and target.view == "same")
     other = ", ".join(name for name, target in targets if target.view == "other")
     items = [("swatch view1", f"view 1: the input{f', and the target of {same}' if same else ''}")]
     if other:
