@@ -38,7 +38,9 @@ VARIANTS = {  # name -> backbone.token_norm, pool.norm
 
 def follow(name: str, run: Run, folders: dict[str, Path], steps: int) -> list[dict[str, float]]:
     """Losses and spreads of every 25th step of a plain training loop."""
-    loader = Loader(run, folders, folders["captioned"] / TOKENIZER_FOLDER, rank=0, world=1)
+    has_text = any(source.supervision == "text" for source in run.data.values())
+    tokenizer = folders["captioned"] / TOKENIZER_FOLDER if has_text else None
+    loader = Loader(run, folders, tokenizer, rank=0, world=1)
     torch.manual_seed(run.seed)
     model, teacher = Pretrainer(run, loader.facts), Towers(run, loader.facts)
     teacher.load_state_dict(model.student.state_dict())
