@@ -10,6 +10,7 @@ Score = Literal["gaussian", "laplace", "cosine", "boltzmann"]
 Encoder = Literal["raw", "ema", "learned"]
 Keep = Literal["none", "stop_gradient", "negatives", "decorrelation"]
 Group = Literal["image", "label"]
+View = Literal["same", "other"]
 
 EVERY_IMAGE = -1
 
@@ -57,7 +58,7 @@ class Target:
 
     kind: Kind
     score: Score
-    view: Literal["same", "other"] = "same"  # the augmented view that is encoded: the input's own or another
+    view: View = "same"  # the augmented view that is encoded: the input's own or another
     encoder: Encoder = "learned"  # who makes z_y; gradients reach only a learned encoder
     keep: Keep = "negatives"  # what keeps z_y from collapsing
     image: int = EVERY_IMAGE  # which of the mixed images, 0 or 1; EVERY_IMAGE for all
@@ -169,21 +170,16 @@ INSTANCE: dict[str, Objective] = {
 }
 
 
-def _two_images(
-    first: Literal["same", "other"], second: Literal["same", "other"], **labels: Target
-) -> Objective:
+def _taught(view: View, image: int = EVERY_IMAGE) -> Target:
+    """The teacher's tokens of a view; of the input's own view those patches that it hides."""
+    scored = "hidden" if view == "same" else "all"
+    return Target("dense", "gaussian", view, "ema", "stop_gradient", image, scored=scored)
+
+
+def _two_images(first: View, second: View, **labels: Target) -> Objective:
     """M3I with a choice of the view that is predicted for either image of a mixed input."""
-    image_0 = Target(
-        "dense", "gaussian", first, "ema", "stop_gradient", 0, scored="hidden" if first == "same" else "all"
-    )
-    image_1 = Target(
-        "dense", "gaussian", second, "ema", "stop_gradient", 1, scored="hidden" if second == "same" else "all"
-    )
-    return Objective(MIXED, {f"image_{first}": image_0, _second_name(first, second): image_1} | labels)
-
-
-def _second_name(first: str, second: str) -> str:
-    return f"image_{second}" if second != first else f"image_{second}_second"
+    names = (f"image_{first}", f"image_{second}" + "_second" * (first == second))
+    return Objective(MIXED, dict(zip(names, (_taught(first, 0), _taught(second, 1)), strict=True)) | labels)
 
 
 # Two images in one input, four targets: M3I paper, section 3.3 and figure 2. The visible part of the mask is
@@ -198,8 +194,8 @@ M3I: dict[str, Objective] = {
     "m3i_without_mixing": Objective(
         MASKED,
         {
-            "image_same": Target("dense", "gaussian", "same", "ema", "stop_gradient", scored="hidden"),
-            "image_other": Target("dense", "gaussian", "other", "ema", "stop_gradient"),
+            "image_same": _taught("same"),
+            "image_other": _taught("other"),
             "category": CATEGORY,
             "text": TEXT,
         },
