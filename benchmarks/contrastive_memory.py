@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.record import keep
-from pretrain.kernels.contrastive import CHUNK, contrastive_nats
+from pretrain.kernels.contrastive import LOGITS, contrastive_nats
 
 WIDTH = 512
 FORMS = ("chunked", "at_once")
@@ -88,7 +88,7 @@ def main() -> None:
         "the contrastive loss in row chunks takes at most a twentieth of the memory of all logits at once",
         torch.device("cpu"),
         width=WIDTH,
-        rows_a_chunk=CHUNK,
+        logits_at_once=LOGITS,
         measured={"chunked": [small["chunked"], chunked], "at_once": [small["at_once"], half_at_once]},
         at_once_megabytes_at_all_pairs=dense,
         share_of_all_at_once=chunked["megabytes"] / dense,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pretrain.collectives import gather_rows, rank, world_size
 
-CHUNK = 1024  # rows of the logits that live at once: 1024 x 40,000 float32 are 164 MB
+LOGITS = 2**24  # that live at once, in whole rows: 64 MB in float32, of which a step holds three
 
 
 def contrastive_nats(
@@ -43,10 +43,8 @@ class _Matching(torch.autograd.Function):
     @staticmethod
     def forward(ctx, predictions: Tensor, targets: Tensor, scale: float) -> Tensor:
         candidates = gather_rows(targets)
-        rows = torch.cat([
-            (scale * predictions[start : start + CHUNK] @ candidates.T).logsumexp(dim=1)
-            for start in range(0, len(predictions), CHUNK)
-        ])  # fmt: skip
+        parts = _parts(len(predictions), len(candidates))
+        rows = torch.cat([(scale * predictions[part] @ candidates.T).logsumexp(dim=1) for part in parts])
         ctx.save_for_backward(predictions, targets, candidates, rows)
         ctx.scale = scale
         return (rows - scale * (predictions * targets).sum(dim=1)).mean()
@@ -55,9 +53,8 @@ class _Matching(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         predictions, targets, candidates, rows = ctx.saved_tensors
         gradient = torch.empty_like(predictions)
-        for start in range(0, len(predictions), CHUNK):
-            part = slice(start, start + CHUNK)
-            weight = torch.exp(ctx.scale * predictions[part] @ candidates.T - rows[part, None])
+        for part in _parts(len(predictions), len(candidates)):
+            weight = (ctx.scale * predictions[part] @ candidates.T).sub_(rows[part, None]).exp_()
             gradient[part] = weight @ candidates - targets[part]
         return gradient * (grad * ctx.scale / len(predictions)), None, None
 
@@ -93,10 +90,10 @@ class _Contrastive(torch.autograd.Function):
 
 def _log_sum_exp(own: Tensor, others: Tensor, valid: Tensor, scale: Tensor) -> Tensor:
     """log of the sum over valid `others` of exp(scale own.other), [n]; 0 where nothing is valid."""
-    out = []
-    for start in range(0, len(own), CHUNK):
-        logits = scale * own[start : start + CHUNK] @ others.T
-        out.append(logits.masked_fill(~valid, -torch.inf).logsumexp(dim=1))
+    out = [
+        (scale * own[part] @ others.T).masked_fill_(~valid, -torch.inf).logsumexp(dim=1)
+        for part in _parts(len(own), len(others))
+    ]
     return torch.cat(out).masked_fill(~valid.any(), 0.0)
 
 
@@ -105,14 +102,21 @@ def _row_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Derivative of the sum over both softmaxes by `own`, [n, d], and by the scale, scalar."""
     gradient, by_scale = torch.empty_like(own), scale.new_zeros(())
-    for start in range(0, len(own), CHUNK):
-        stop = min(start + CHUNK, len(own))
+    for part in _parts(len(own), len(others)):
+        start, stop = part.start, min(part.stop, len(own))
         mine = torch.arange(first + start, first + stop, device=own.device)
-        cosine = own[start:stop] @ others.T
+        cosine = own[part] @ others.T
         logits = scale * cosine
-        weight = torch.exp(logits - rows[mine, None]) + torch.exp(logits - columns[None, :])
+        weight = torch.exp(logits - rows[mine, None])
+        weight += logits.sub_(columns[None, :]).exp_()
         weight[torch.arange(stop - start, device=own.device), mine] -= 2
-        weight = torch.where(valid[mine, None] & valid[None, :], weight, 0)
-        gradient[start:stop] = scale * weight @ others
-        by_scale = by_scale + (weight * cosine).sum()
+        weight.masked_fill_(~(valid[mine, None] & valid[None, :]), 0)
+        gradient[part] = scale * (weight @ others)
+        by_scale = by_scale + cosine.flatten() @ weight.flatten()
     return gradient, by_scale
+
+
+def _parts(rows: int, columns: int) -> list[slice]:
+    """Runs of rows of a logit matrix with at most LOGITS numbers each, but a row at least."""
+    step = max(1, LOGITS // max(columns, 1))
+    return [slice(start, start + step) for start in range(0, rows, step)]

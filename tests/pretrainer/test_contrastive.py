@@ -38,8 +38,8 @@ def loss_and_gradients(function, images, texts, has_text, scale):
 
 def test_equals_the_plain_formula_in_any_chunk_size(monkeypatch):
     expected = loss_and_gradients(plain_nats, *inputs(17))
-    for chunk in (1, 5, 64):
-        monkeypatch.setattr(contrastive, "CHUNK", chunk)
+    for rows in (1, 5, 64):
+        monkeypatch.setattr(contrastive, "LOGITS", 17 * rows)
         got = loss_and_gradients(contrastive.contrastive_nats, *inputs(17))
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
@@ -73,8 +73,8 @@ def matching_gradients(function, predictions, targets):
 def test_matching_equals_the_plain_formula_in_any_chunk_size(monkeypatch):
     predictions, targets, *_ = inputs(17)
     expected = matching_gradients(plain_matching, predictions, targets)
-    for chunk in (1, 5, 64):
-        monkeypatch.setattr(contrastive, "CHUNK", chunk)
+    for rows in (1, 5, 64):
+        monkeypatch.setattr(contrastive, "LOGITS", 17 * rows)
         got = matching_gradients(contrastive.matching_nats, predictions, targets)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
