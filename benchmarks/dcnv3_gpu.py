@@ -26,10 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.record import keep
+from benchmarks.record import gpu, keep
 from pretrain import provenance
 from pretrain.kernels.check import KINDS, Kind, check, inputs, pass_seconds, seconds
-from pretrain.kernels.dcnv3_choice import triton_obstacle
 from pretrain.kernels.packed_row import COLUMNS, unpack
 
 STAGES = {name: kind for name, kind in KINDS.items() if name.startswith("H stage")}
@@ -133,14 +132,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit(
-            "no GPU is visible: nothing was measured and nothing written; run this on a machine with one"
-        )
-    obstacle = triton_obstacle("cuda")
-    if obstacle is not None:
-        sys.exit(f"the fused kernels cannot run on this GPU: {obstacle}")
-    device, dtype = torch.device("cuda"), DTYPES[arguments.dtype]
+    device, dtype = gpu(), DTYPES[arguments.dtype]
     rate, published = copy_rate(device), published_operator()
     print(f"{provenance.hardware(device)}: a copy moves {rate / 1e9:.0f} GB/s")
     if published is None:

@@ -31,9 +31,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.record import keep
+from benchmarks.record import gpu, keep
 from pretrain import provenance
-from pretrain.kernels.dcnv3_choice import Choice, triton_obstacle
+from pretrain.kernels.dcnv3_choice import Choice
 from pretrain.models.internimage import INTERNIMAGE, InternImage
 
 PEAK = 989e12  # operations a second
@@ -123,14 +123,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images")
     parser.add_argument("--pixels", type=int, default=192, help="side of an image")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit(
-            "no GPU is visible: nothing was measured and nothing written; run this on a machine with one"
-        )
-    obstacle = triton_obstacle("cuda")
-    if obstacle is not None:
-        sys.exit(f"the fused kernels cannot run on this GPU: {obstacle}")
-    device = torch.device("cuda")
+    device = gpu()
     images = torch.randn(
         arguments.batch, 3, arguments.pixels, arguments.pixels, device=device, dtype=torch.bfloat16
     )

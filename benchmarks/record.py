@@ -1,16 +1,30 @@
-"""How is a measurement kept? As JSON that names the commit, the hardware, the versions and the day."""
+"""How is a measurement kept, and on what? As JSON that names the commit, the hardware, versions and the day."""
 
 from __future__ import annotations
 
 import json
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from pretrain import provenance
+from pretrain.kernels.dcnv3_choice import triton_obstacle
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def gpu() -> torch.device:
+    """The GPU to measure; ends the process with the reason where none can run the fused kernels."""
+    if not torch.cuda.is_available():
+        sys.exit(
+            "no GPU is visible: nothing was measured and nothing written; run this on a machine with one"
+        )
+    obstacle = triton_obstacle("cuda")
+    if obstacle is not None:
+        sys.exit(f"the fused kernels cannot run on this GPU: {obstacle}")
+    return torch.device("cuda")
 
 
 def keep(name: str, claim: str, device: torch.device, **measured: object) -> None:

@@ -78,7 +78,7 @@ class Projection:
 
     hidden: int = 4096
     width: int = 256
-    temperature: float = 0.2  # of the softmax over candidates, global and dense (MoCo v3, section 5)
+    temperature: float = 0.2  # of the softmax over candidates, global and dense (MoCo v3, arXiv 2104.02057)
     dense_samples: int = 16  # patches an image whose dense features enter one softmax over the global batch
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pretrain.collectives import mean_over_ranks, sum_over_ranks, world_size
 
-DECORRELATION_WEIGHT = 5e-3  # of all correlations of one feature with others (Barlow Twins, section 3)
+DECORRELATION_WEIGHT = 5e-3  # of all correlations of one feature with others (Barlow Twins, arXiv 2103.03230)
 EPS = 1e-5
 
 

@@ -189,16 +189,18 @@ class Pretrainer(nn.Module):
                 tokens, projections = teacher(images, project=True)
             else:
                 tokens = projections = teacher(images)
-            tokens = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)
         z_y, start = {}, 0
         for (name, target), view in zip(targets.items(), views, strict=True):
-            encoded = projections.float() if target.kind == "global" else tokens
-            z_y[name] = encoded[start : start + len(view)]
+            part = slice(start, start + len(view))
+            if target.kind == "global":
+                z_y[name] = projections[part].float()
+            else:
+                z_y[name] = F.layer_norm(tokens[part].float(), tokens.shape[-1:], eps=1e-6)
             start += len(view)
         return z_y
 
     def _pixels(self, target: Target, batch: Batch) -> Float[Tensor, "n l d"]:
-        """Pixels of every patch of the target view, standardised within the patch (MAE, section 4.1)."""
+        """Pixels of every patch of the target view, standardised within the patch (MAE, arXiv 2111.06377)."""
         patch = self.run.mask.patch
         view = self._view(target, batch).float() / 255
         pixels = F.unfold(view, patch, stride=patch).transpose(1, 2)  # [n, l, 3 patch**2]

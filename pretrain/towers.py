@@ -92,7 +92,7 @@ class Towers(nn.Module):
 def projector(width: int, projection: Projection) -> nn.Sequential:
     """Linear, batch norm, ReLU, Linear, batch norm: embedding [n, width] -> [n, projection.width].
 
-    Batch norms without affine, over all ranks. Source: MoCo v3 and BYOL (arXiv 2006.07733), section 3.3.
+    Batch norms without affine, over all ranks. Source: MoCo v3 (arXiv 2104.02057), BYOL (arXiv 2006.07733).
     """
     return nn.Sequential(
         nn.Linear(width, projection.hidden, bias=False),

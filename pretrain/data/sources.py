@@ -58,6 +58,7 @@ def open_sources(run: Run, folders: Mapping[str, Path], tokenizer: Path | None) 
     """
     _check_names(run, folders)
     shards = {name: ShardFolder(folders[name]) for name in run.data}
+    _check_supervision(run)
     labelled = [name for name, source in run.data.items() if source.supervision == "category"]
     with_text = [name for name, source in run.data.items() if source.supervision == "text"]
     for name in labelled:
@@ -105,6 +106,17 @@ def _check_names(run: Run, folders: Mapping[str, Path]) -> None:
             f"--data names {unknown}, recipe {run.name!r} draws from {sorted(run.data)} only: "
             "leave them out or add them to the recipe's data"
         )
+
+
+def _check_supervision(run: Run) -> None:
+    """ValueError for labels that would be read and then ignored."""
+    kinds = {target.kind for target in run.objective.targets.values()}
+    for name, source in run.data.items():
+        if source.supervision not in (*kinds, "none"):
+            raise ValueError(
+                f"data.{name}.supervision={source.supervision!r} would be ignored, recipe {run.name!r} predicts "
+                f"{sorted(kinds)} only: ask for 'none', or take an objective with that target"
+            )
 
 
 def _captions(

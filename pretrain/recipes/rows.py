@@ -10,7 +10,7 @@ from pretrain.config import Mask, Run, Source
 from pretrain.objectives import OBJECTIVES, Objective
 from pretrain.recipes import m3i
 
-EPOCHS = 400  # of ImageNet-1k: the paper's comparison of single instances (M3I, table 3)
+EPOCHS = 400  # of ImageNet-1k: the paper's comparison of single instances (M3I, arXiv 2211.09807)
 PIXEL_RATIO, FEATURE_RATIO = 0.75, 0.625  # hidden: MAE; near the 0.6 of SiameseIM, whole on 8 x 8 and 16 x 16
 
 
@@ -37,7 +37,7 @@ def vit_b16(row: str) -> Run:
 
     deepspeed pretrain/main.py --recipe rows.NAME --data imagenet1k=DIR --ds-config ds_configs/zero2.json
         --out DIR
-    Expected (paper, table 3): fine-tuned top-1 from 77.1 (global distillation) to 83.7 (siamese feature). Not
+    Expected (paper): fine-tuned top-1 from 77.1 (global distillation) to 83.7 (siamese feature). Not
     run by us at this size.
     """
     run, objective = m3i.vit_b16(), OBJECTIVES[row]

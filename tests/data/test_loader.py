@@ -281,6 +281,15 @@ def test_a_tokenizer_that_nothing_reads_is_refused(folders: dict[str, Path]) -> 
         Loader(run, {"names": folders["names"]}, folders["talk"] / "tokenizer", rank=0, world=1)
 
 
+def test_labels_that_no_target_predicts_are_refused(folders: dict[str, Path]) -> None:
+    objective = Objective(Input(), {"text": Target("text", "boltzmann")})
+    run = small_run(data={"names": Source("category")}, objective=objective)
+    with pytest.raises(
+        ValueError, match=r"data\.names\.supervision='category' would be ignored, .* predicts \['text'\]"
+    ):
+        Loader(run, {"names": folders["names"]}, None, rank=0, world=1)
+
+
 def test_a_changed_shard_is_named_before_the_first_step(tmp_path: Path) -> None:
     folder = good_set(tmp_path / "names", has_text=False)
     shard = folder / "000001.tar"

@@ -26,11 +26,9 @@ from pretrain.recipes import load
 from tests.data.sets import good_set, write_tokenizer
 from tests.engine.launch import start
 from tests.fakes import shrink
-from tests.paths import ROOT
 
 STEPS = 5
 TOLERANCE = 1e-4  # float32 sums in another order, through five AdamW steps
-PERTURBATION = 0.05  # of weights that start at zero and would hide what multiplies them
 NONE: dict[str, Any] = {}
 DIVIDED = {"stage3_param_persistence_threshold": 0}  # all weights of this model are below that of zero3
 VARIANTS = {  # name -> ds config, what is changed in its ZeRO section, backbone.activation_checkpoint
@@ -58,23 +56,11 @@ def m3i_run() -> Run:
 
 def run_variant(variant: str, run: Run, facts: Any, batches: list[Batch]) -> list[dict[str, float]]:
     """What the log says of every step, from equal weights."""
-    from pretrain.engine import Engine, resolve_config
-    from pretrain.pretrainer import Pretrainer
-    from pretrain.towers import Towers
+    from tests.engine.whole_engine import float32_engine  # here: only ranks need DeepSpeed
 
     name, changes, choice = VARIANTS[variant]
     run = replace(run, backbone=replace(run.backbone, activation_checkpoint=choice))
-    ds_config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
-    ds_config["bf16"]["enabled"] = False
-    ds_config["zero_optimization"] |= changes
-    config, _ = resolve_config(ds_config, run, torch.device("cpu"))
-    torch.manual_seed(run.seed)
-    model = Pretrainer(run, facts)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=PERTURBATION)
-    engine = Engine(model, Towers(run, facts), run, config)
+    engine = float32_engine(run, facts, name, changes)
     curve = []
     for batch in batches:
         losses = engine.step(batch)

@@ -26,11 +26,9 @@ from pretrain.objectives import OBJECTIVES
 from pretrain.recipes import load
 from tests.engine.launch import start
 from tests.fakes import FACTS, random_batch, shrink
-from tests.paths import ROOT
 
 STEPS, IMAGES = 3, 8
 TOLERANCE = 2e-4  # float32 sums in another order, through three AdamW steps
-PERTURBATION = 0.05  # of weights that start at zero and would hide what multiplies them
 FAMILIES = ("vit", "internimage")
 
 
@@ -51,21 +49,10 @@ def share(batch: Batch) -> Batch:
 
 def learn(run: Run) -> dict[str, Any]:
     """Losses of every step; parameters that did not move; whether the teacher moved."""
-    from pretrain.engine import Engine, resolve_config
-    from pretrain.pretrainer import Pretrainer
-    from pretrain.towers import Towers
+    from tests.engine.whole_engine import float32_engine  # here: only ranks need DeepSpeed
 
     name = "zero3" if world_size() > 1 else "zero1"  # alone, a rank partitions nothing
-    ds_config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
-    ds_config["bf16"]["enabled"] = False
-    config, _ = resolve_config(ds_config, run, torch.device("cpu"))
-    torch.manual_seed(run.seed)
-    model = Pretrainer(run, FACTS)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=PERTURBATION)
-    engine = Engine(model, Towers(run, FACTS), run, config)
+    engine = float32_engine(run, FACTS, name)
     before = {key: value.clone() for key, value in engine.average.state().items()}
     curve = []
     for step in range(STEPS):

@@ -1,0 +1,33 @@
+"""Which engine do ranks compare? The real one around the real model, in float32 on the CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pretrain.config import DataFacts, Run
+from pretrain.engine import Engine, resolve_config
+from pretrain.pretrainer import Pretrainer
+from pretrain.towers import Towers
+from tests.paths import ROOT
+
+PERTURBATION = 0.05  # of weights that start at zero and would hide what multiplies them
+NONE: Mapping[str, Any] = {}
+
+
+def float32_engine(run: Run, facts: DataFacts, name: str, changes: Mapping[str, Any] = NONE) -> Engine:
+    """With ds_configs/NAME.json, whose ZeRO section takes `changes`; equal weights on any number of ranks."""
+    ds_config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    ds_config["bf16"]["enabled"] = False
+    ds_config["zero_optimization"] |= changes
+    config, _ = resolve_config(ds_config, run, torch.device("cpu"))
+    torch.manual_seed(run.seed)
+    model = Pretrainer(run, facts)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=PERTURBATION)
+    return Engine(model, Towers(run, facts), run, config)
