@@ -45,7 +45,7 @@ def follow(name: str, run: Run, folders: dict[str, Path], steps: int) -> list[di
     model, teacher = Pretrainer(run, loader.facts), Towers(run, loader.facts)
     teacher.load_state_dict(model.student.state_dict())
     teacher.requires_grad_(False).eval()
-    optimizer, tracker, rows = make_optimizer(model, run.optim), BalanceTracker(run.balance.gamma), []
+    optimizer, tracker, rows = make_optimizer(model, run.optim), BalanceTracker(run.objective.gamma), []
     for step, batch in zip(range(steps), loader, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, run)

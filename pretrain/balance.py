@@ -28,8 +28,10 @@ class BalanceTracker:
     ranks.
     """
 
-    def __init__(self, gamma: float = 1.0, decay: float = 0.99, device: torch.device | str = "cpu") -> None:
-        self._gamma = gamma
+    def __init__(
+        self, gamma: float | None = 1.0, decay: float = 0.99, device: torch.device | str = "cpu"
+    ) -> None:
+        self._gamma = gamma  # None: the weight stays 1
         self._decay = decay
         self._squares = torch.zeros(2, device=device)  # of this step on this rank, the label's times weight^2
         self._averages = torch.zeros(2, device=device)  # not yet corrected for their start at zero
@@ -72,8 +74,9 @@ class BalanceTracker:
         self._averages = torch.where(is_seen, self._averages.lerp(norms, 1 - self._decay), self._averages)
         self._counts = self._counts + is_seen
         corrected = self._averages / (1 - self._decay**self._counts)
-        weight = self._gamma * corrected[IMAGE] / corrected[LABEL]  # nan until both have been seen
-        self._weight = torch.where(torch.isfinite(weight) & (weight > 0), weight, self._weight)
+        if self._gamma is not None:
+            weight = self._gamma * corrected[IMAGE] / corrected[LABEL]  # nan until both have been seen
+            self._weight = torch.where(torch.isfinite(weight) & (weight > 0), weight, self._weight)
         self._norms = norms
         self._squares = torch.zeros_like(self._squares)
 

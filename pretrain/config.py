@@ -92,6 +92,69 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Tags:
+    """Decoder whose queries are the tags (Query2Label, arXiv 2107.10834), and its weighted asymmetric loss
+    (HVP-MTL, arXiv 2310.07510, section 3.1).
+    """
+
+    layers: int = 2
+    width: int = 768
+    ffn: int = 3072
+    heads: int = 4
+    chunk: int = 1024  # tags decoded at once; the backward pass computes each such part again
+    positive_weight: float = 10.0  # eta: factor of the loss of tags that an image has
+    positive_focus: float = 4.0  # gamma+: power of 1 - p there
+    negative_focus: float = 1.0  # gamma-: power of p at tags that it has not
+    min_score: float = 0.5  # confidence from which the data's tag counts as one that the image has
+
+    def __post_init__(self) -> None:
+        _positive(
+            "tags",
+            layers=self.layers,
+            width=self.width,
+            ffn=self.ffn,
+            heads=self.heads,
+            chunk=self.chunk,
+            positive_weight=self.positive_weight,
+        )
+        _fraction("tags", min_score=self.min_score)
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(
+                f"tags.width={self.width} must be a multiple of tags.heads={self.heads} and of 4"
+            )
+        if min(self.positive_focus, self.negative_focus) < 0:
+            raise ValueError(
+                f"tags.positive_focus={self.positive_focus} and tags.negative_focus={self.negative_focus} must not "
+                "be negative"
+            )
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Prototypes that both views of an image must share (SwAV, arXiv 2006.09882, section 4)."""
+
+    prototypes: int = 3000
+    hidden: int = 2048
+    width: int = 128  # of the unit features that are compared with the prototypes
+    temperature: float = 0.1  # of the softmax over prototypes
+    epsilon: float = 0.05  # of the entropy in Sinkhorn's algorithm
+    iterations: int = 3
+    max_exponent: float = 10.0  # similarities / epsilon are cut there (HVP-MTL, section 3.2)
+
+    def __post_init__(self) -> None:
+        _positive(
+            "clusters",
+            prototypes=self.prototypes,
+            hidden=self.hidden,
+            width=self.width,
+            temperature=self.temperature,
+            epsilon=self.epsilon,
+            iterations=self.iterations,
+            max_exponent=self.max_exponent,
+        )
+
+
+@dataclass(frozen=True)
 class Text:
     """BERT-shaped text encoder, trained from scratch with the backbone."""
 
@@ -156,10 +219,11 @@ class Views:
 
 @dataclass(frozen=True)
 class Mask:
-    """Block-wise mask of the input, as in BEiT: True patches show the second image, or nothing."""
+    """Mask of the input: True patches show the second image, or nothing."""
 
     ratio: float = 0.5  # fraction of patches that are hidden of the (first) image, in (0, 1)
     patch: int = 16  # pixels, side of one square
+    shape: Literal["blocks", "scattered"] = "blocks"  # as in BEiT, or every patch by itself, as in SimMIM
     min_block: int = 16  # patches, smallest block that is drawn
     aspect: float = 0.3  # block height / width is log-uniform in [aspect, 1 / aspect]
 
@@ -175,7 +239,7 @@ class Mask:
 class Source:
     """One data set of the mixture and the supervision that is taken from it."""
 
-    supervision: Literal["category", "text", "none"]
+    supervision: Literal["category", "text", "tags", "none"]
     weight: float = 1.0  # share of the samples, relative to the other sources
 
     def __post_init__(self) -> None:
@@ -215,13 +279,11 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Balance:
-    """Dynamic weight of the label losses: gamma x |gradient of image losses| / |gradient of label losses|."""
+    """Dynamic weight of the label losses: objective.gamma x |gradient of image losses| / |that of label losses|."""
 
-    gamma: float = 1.0
     decay: float = 0.99  # of the moving averages of the two norms
 
     def __post_init__(self) -> None:
-        _positive("balance", gamma=self.gamma)
         if not 0 <= self.decay < 1:
             raise ValueError(f"balance.decay={self.decay} must lie in [0, 1)")
 
@@ -239,6 +301,8 @@ class Run:
     decoder: Decoder = field(default_factory=Decoder)
     pool: Pool = field(default_factory=Pool)
     projection: Projection = field(default_factory=Projection)
+    tags: Tags = field(default_factory=Tags)
+    clusters: Clusters = field(default_factory=Clusters)
     text: Text = field(default_factory=Text)
     views: Views = field(default_factory=Views)
     mask: Mask = field(default_factory=Mask)
@@ -290,7 +354,7 @@ class Run:
 
     @property
     def grid(self) -> int:
-        """Patches along one side of a view."""
+        """Squares of the mask along one side of a view."""
         return self.views.size // self.mask.patch
 
     def to_json(self) -> str:
@@ -305,11 +369,14 @@ class Run:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the model must know of the data: read from the manifests, kept in every checkpoint."""
+    """What the model must know of data and guide: read at the start, kept in every checkpoint."""
 
     categories: tuple[str, ...]  # names by index; empty without category supervision
     vocab_size: int  # of the tokenizer; 0 without text supervision
-    sha256: dict[str, str] = field(default_factory=dict)  # "data.NAME" of a source's manifest; "tokenizer"
+    tags: tuple[str, ...] = ()  # names by number; empty without tags supervision
+    guide_width: int = 0  # of the features of the frozen encoder that targets need; 0 without
+    guide_codes: int = 0  # of its codebook; 0 where it is no tokenizer
+    sha256: dict[str, str] = field(default_factory=dict)  # "data.NAME" of a manifest; "tokenizer"; "guide"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

@@ -219,7 +219,7 @@ class Engine:
                 parameter.data = parameter.data.to(self.dtype)
         self._teacher.eval()
         self.average = TeacherAverage(model.student, teacher)
-        self.balance = BalanceTracker(run.balance.gamma, run.balance.decay, self.device)
+        self.balance = BalanceTracker(run.objective.gamma, run.balance.decay, self.device)
 
     def _keep_losses(self, module: nn.Module, inputs: Any, losses: Any) -> Tensor:
         self._losses = losses

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from pretrain.config import Backbone, Balance, Decoder, Mask, Optim, Pool, Run, Source, Teacher, Text, Views
+from pretrain.config import Backbone, Decoder, Mask, Optim, Pool, Run, Source, Teacher, Text, Views
 from pretrain.objectives import OBJECTIVES
 
 IMAGENET_1K = 1_281_167  # images
 PAIRS_427M = 427_000_000  # image-text pairs: LAION-400M, YFCC-15M, CC12M (section 4.1)
 LABELLED_15M = 15_000_000  # image-category pairs: ImageNet-22k (section 4.1)
+DEMO_GAMMA = 50.0  # 32,000 images teach through their labels first
 
 
 def vit_b16() -> Run:
@@ -80,7 +81,7 @@ def demo() -> Run:
     text = replace(m3i.targets["text"], weight=0.1)
     return Run(
         name="m3i.demo",
-        objective=replace(m3i, targets=m3i.targets | {"text": text}),
+        objective=replace(m3i, targets=m3i.targets | {"text": text}, gamma=DEMO_GAMMA),
         data={"labelled": Source("category", weight=4), "captioned": Source("text")},
         batch=64,
         steps=500,
@@ -99,7 +100,6 @@ def demo() -> Run:
         mask=Mask(patch=8),
         optim=Optim(lr=6e-4, weight_decay=0.05, warmup=40),
         teacher=Teacher(0.97, 0.99),
-        balance=Balance(gamma=50.0),
         save_every=100,
         log_every=5,
     )

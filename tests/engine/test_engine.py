@@ -54,7 +54,7 @@ def reference() -> tuple[list[dict[str, float]], ToyTowers]:
             "image": decay * norms["image"] + (1 - decay) * image,
             "label": decay * norms["label"] + (1 - decay) * label,
         }
-        weight = run.balance.gamma * norms["image"] / norms["label"]  # the bias correction cancels
+        weight = run.objective.gamma * norms["image"] / norms["label"]  # the bias correction cancels
         with torch.no_grad():
             for target, source in (
                 *zip(teacher.parameters(), model.student.parameters(), strict=True),

@@ -45,7 +45,7 @@ class _Untrained:
 
     def __init__(self, run: Run, towers: Towers, step: int) -> None:
         self.run, self.steps_done = run, step
-        self.balance = BalanceTracker(run.balance.gamma, run.balance.decay)
+        self.balance = BalanceTracker(run.objective.gamma, run.balance.decay)
         weights: Mapping[str, torch.Tensor] = {name: p.detach() for name, p in towers.named_parameters()}
         kept = towers.state_dict().keys()
         self.average = SimpleNamespace(
