@@ -15,10 +15,13 @@ from pretrain.likelihoods import decorrelation_nats
 from tests.pretrainer.test_likelihoods import decorrelation_inputs
 
 
-def plain_nats(images, texts, has_text, scale):
-    """CLIP's loss written out on the rows that have a text."""
+def plain_nats(images, texts, has_text, scale, ids=None):
+    """CLIP's loss written out on the rows that have a text; rows of equal `ids` are no negatives of each other."""
     logits = scale * images[has_text] @ texts[has_text].T
     diagonal = torch.arange(len(logits))
+    if ids is not None:
+        is_other = ~torch.eye(len(logits), dtype=torch.bool)
+        logits = logits.masked_fill((ids[has_text][:, None] == ids[has_text]) & is_other, -torch.inf)
     return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
 
 
@@ -29,10 +32,10 @@ def inputs(rows: int, width: int = 8, dtype=torch.float64):
     return images, texts, has_text, torch.tensor(3.0, dtype=dtype)
 
 
-def loss_and_gradients(function, images, texts, has_text, scale):
+def loss_and_gradients(function, images, texts, has_text, scale, *ids):
     leaves = [t.clone().requires_grad_() for t in (images, texts, scale)]
     units = [F.normalize(leaf, dim=1) for leaf in leaves[:2]]
-    loss = function(*units, has_text, leaves[2])
+    loss = function(*units, has_text, leaves[2], *ids)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
@@ -42,6 +45,30 @@ def test_equals_the_plain_formula_in_any_chunk_size(monkeypatch):
         monkeypatch.setattr(contrastive, "LOGITS", 17 * rows)
         got = loss_and_gradients(contrastive.contrastive_nats, *inputs(17))
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+def repeated(rows: int):
+    """Numbers of texts of which some stand several times, on every rank and across ranks."""
+    return torch.arange(rows) % 5
+
+
+def test_equal_texts_are_no_negatives_of_each_other(monkeypatch):
+    expected = loss_and_gradients(plain_nats, *inputs(17), repeated(17))
+    assert expected[0] != plain_nats(*(F.normalize(t, dim=1) for t in inputs(17)[:2]), *inputs(17)[2:])
+    for rows in (1, 5, 64):
+        monkeypatch.setattr(contrastive, "LOGITS", 17 * rows)
+        got = loss_and_gradients(contrastive.contrastive_nats, *inputs(17), repeated(17))
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_texts_have_one_number_where_all_their_tokens_are_equal():
+    tokens = torch.randint(30_000, (2000, 16), generator=torch.Generator().manual_seed(0))
+    tokens[1000:] = tokens[:1000]
+    tokens[1500:, 15] += 1
+    tokens[1250:1500, [3, 4]] = tokens[1250:1500, [4, 3]]
+    ids = contrastive.text_ids(tokens)
+    _, expected = torch.unique(tokens, dim=0, return_inverse=True)
+    assert torch.equal(ids[:, None] == ids, expected[:, None] == expected)
 
 
 def test_is_log_n_when_all_embeddings_are_equal():
@@ -97,6 +124,9 @@ def _rank_gradients(rank: int, world: int, folder: str) -> None:
         "pairs": loss_and_gradients(
             contrastive.contrastive_nats, images[mine], texts[mine], has_text[mine], scale
         ),
+        "repeated": loss_and_gradients(
+            contrastive.contrastive_nats, images[mine], texts[mine], has_text[mine], scale, repeated(12)[mine]
+        ),
         "matching": matching_gradients(contrastive.matching_nats, images[mine], texts[mine]),
         "decorrelation": [decorrelation.detach(), *torch.autograd.grad(decorrelation, leaf)],
     }
@@ -125,6 +155,11 @@ def test_ranks_together_equal_one_rank(parts):
     assert_together(parts, "pairs", expected, per_row=(1, 2), tolerance=1e-10)
 
 
+def test_equal_texts_on_several_ranks_are_no_negatives_of_each_other(parts):
+    expected = loss_and_gradients(plain_nats, *inputs(12), repeated(12))
+    assert_together(parts, "repeated", expected, per_row=(1, 2), tolerance=1e-10)
+
+
 def test_matching_on_several_ranks_equals_one_rank(parts):
     predictions, targets, *_ = inputs(12)
     expected = matching_gradients(plain_matching, predictions, targets)
@@ -143,5 +178,6 @@ def test_features_that_are_not_finite_are_not_hidden():
     images, texts, has_text, scale = inputs(6)
     has_text[:] = True
     texts[4] = torch.nan
-    assert contrastive._log_sum_exp(images, texts, has_text, scale).isnan().all()
+    pairs = contrastive._Pairs(has_text, torch.arange(6), 0)
+    assert contrastive._log_sum_exp(images, texts, pairs, scale).isnan().all()
     assert contrastive.contrastive_nats(images, texts, has_text, scale).isnan()
