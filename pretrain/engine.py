@@ -27,8 +27,10 @@ from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.ema import TeacherAverage
 from pretrain.models.backbone import GATHER_UNITS
+from pretrain.models.guides import Guide
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
 from pretrain.randomness import seed_step
+from pretrain.targets import TargetEncoders
 
 RECIPE_OWNS = {  # key of a ds config -> field of the recipe that decides it
     "optimizer": "optim",
@@ -194,10 +196,18 @@ class Engine:
 
     `model` is a Pretrainer with attribute `student`, `teacher` a second module built like `model.student`,
     whose weights are overwritten with the student's; both lie on the device of `start_distributed`, equal
-    on all ranks. `config` comes from `resolve_config`.
+    on all ranks. `config` comes from `resolve_config`; `guide` is the frozen encoder, where targets need one: every
+    rank holds it whole, in the model's precision.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module, run: Run, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        run: Run,
+        config: dict[str, Any],
+        guide: Guide | None = None,
+    ) -> None:
         self.run, self.steps_done = run, 0
         self.stage, self.dtype = describe(config)["stage"], describe(config)["dtype"]
         self.device = next(model.parameters()).device
@@ -219,6 +229,9 @@ class Engine:
                 parameter.data = parameter.data.to(self.dtype)
         self._teacher.eval()
         self.average = TeacherAverage(model.student, teacher)
+        if guide is not None:
+            guide = guide.to(self.device, self.dtype)
+        self._encoders = TargetEncoders(self.teacher, guide)
         self.balance = BalanceTracker(run.objective.gamma, run.balance.decay, self.device)
 
     def _keep_losses(self, module: nn.Module, inputs: Any, losses: Any) -> Tensor:
@@ -226,9 +239,9 @@ class Engine:
         return losses.total
 
     @torch.no_grad()
-    def teacher(self, images: Tensor, **options: bool) -> Any:
-        """What the teacher makes of images [n, 3, s, s]: `Towers.forward`, with its options."""
-        return self._teacher(images, **options)
+    def teacher(self, images: Tensor, *asked: Any) -> Any:
+        """What the teacher makes of images [n, 3, s, s], as `Towers.forward` is asked."""
+        return self._teacher(images, *asked)
 
     def step(self, batch: Batch) -> Any:
         """One optimizer step and teacher update on this rank's share of the batch; gives the Losses, detached.
@@ -242,7 +255,7 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr
         batch = batch.to(self.device)
-        total = self._student(batch=batch, teacher=self.teacher, tracker=self.balance)
+        total = self._student(batch=batch, encoders=self._encoders, tracker=self.balance)
         losses, self._losses = self._losses, None
         self._student.backward(total)
         self.balance.advance()

@@ -1,7 +1,8 @@
 """How is a pre-training run started?
 
 deepspeed pretrain/main.py --recipe m3i.demo --data NAME=DIR [NAME=DIR ...] --out DIR [--ds-config FILE]
-    [--tokenizer DIR] [--workers N] [--wandb] [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
+    [--tokenizer DIR] [--guide DIR] [--workers N] [--wandb]
+    [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
 
 The same command again goes on from the last checkpoint in --out. Without a launcher it runs as one process.
 """
@@ -49,6 +50,7 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
         help="memory and communication: a JSON file of ds_configs/ (zero3.json)",
     )
     parser.add_argument("--tokenizer", type=Path, help="instead of that beside the captioned shards")
+    parser.add_argument("--guide", type=Path, help="folder of the frozen encoder that the targets need")
     parser.add_argument("--workers", type=int, default=0, help="decoding processes for each rank")
     parser.add_argument("--wandb", action="store_true", help="also log to wandb (WANDB_MODE=offline works)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the launcher
@@ -159,7 +161,15 @@ def start(run: Run, paths: argparse.Namespace) -> int:
     try:
         train(
             run,
-            Paths(paths.data, paths.out, paths.ds_config, paths.tokenizer, paths.workers, paths.wandb),
+            Paths(
+                paths.data,
+                paths.out,
+                paths.ds_config,
+                paths.tokenizer,
+                paths.guide,
+                paths.workers,
+                paths.wandb,
+            ),
         )
     except (ValueError, OSError, FloatingPointError) as error:
         if is_told_by_this_rank(error):

@@ -37,6 +37,10 @@ FORMS: dict[Kind, dict[tuple[Encoder, Keep], tuple[Score, ...]]] = {
 }
 LABELS = ("category", "text", "tags")
 GUIDED = ("frozen", "tokenizer")  # encoders that --guide names
+OUTPUTS = {
+    "frozen": "guide",
+    "tokenizer": "codes",
+}  # encoder -> space of its features; else the target's kind
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,11 @@ class Target:
                 f"uniformity={self.uniformity} must be 0, or positive with kind='dense', score='gaussian', "
                 "encoder='ema', whose targets it spreads"
             )
+
+    @property
+    def output(self) -> str:
+        """Which numbers the prediction of a patch holds: pixels, dense (the teacher's), guide or codes."""
+        return OUTPUTS.get(self.encoder, self.kind)
 
     @property
     def group(self) -> Group:

@@ -1,4 +1,4 @@
-"""What is kept after pre-training, and what does the teacher average? The towers over images and texts."""
+"""What is kept after pre-training, and what does the teacher average? The towers over images, texts and tags."""
 
 from __future__ import annotations
 
@@ -6,30 +6,32 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from pretrain.config import DataFacts, Projection, Run
+from pretrain.config import DataFacts, Run
 from pretrain.models.backbone import build_encoder
 from pretrain.models.feature_norm import FEATURE_NORMS, FeatureNorm
 from pretrain.models.pooling import AttentionPool
+from pretrain.models.prototypes import Prototypes
+from pretrain.models.tag_decoder import TagDecoder
 from pretrain.models.text import TextEncoder
 from pretrain.objectives import Target
 
-EMBEDDED = ("global", "category", "text")  # kinds that are predicted from the image's embedding
+EMBEDDED = ("global", "category", "text", "clusters")  # kinds that are predicted from the image's embedding
 
 
 class Towers(nn.Module):
     """Everything that is kept after pre-training: image encoder, and as far as the run's targets need them
-    pooling, projector of global features, label heads and text encoder.
+    pooling, projectors of global features and clusters, label heads, tag decoder and text encoder.
 
-    The teacher is a second one of these. Calling it encodes images into tokens.
+    The teacher is a second one of these. Calling it gives what a teacher is asked for.
     """
 
     def __init__(self, run: Run, facts: DataFacts) -> None:
         super().__init__()
         self.encoder = build_encoder(run.backbone, run.views.size)
-        if self.encoder.stride != run.mask.patch:
+        if run.mask.patch % self.encoder.stride:
             raise ValueError(
-                f"mask.patch={run.mask.patch} must equal {self.encoder.stride}, the pixels along one side of a "
-                f"token of {run.backbone.size}: mask squares are tokens"
+                f"mask.patch={run.mask.patch} must be a multiple of {self.encoder.stride}, the pixels along one side "
+                f"of a token of {run.backbone.size}: mask squares are whole tokens"
             )
         kinds = {target.kind for target in active_targets(run, facts).values()}
         if kinds & set(EMBEDDED):
@@ -37,7 +39,13 @@ class Towers(nn.Module):
             self.pool_norm = FEATURE_NORMS[run.pool.norm](run.pool.width)
             self.norm = nn.LayerNorm(run.pool.width, eps=1e-6)
         if "global" in kinds:
-            self.projector = projector(run.pool.width, run.projection)
+            self.projector = projector(run.pool.width, run.projection.hidden, run.projection.width)
+        if "clusters" in kinds:
+            clusters = run.clusters
+            self.cluster_projector = projector(run.pool.width, clusters.hidden, clusters.width)
+            self.prototypes = Prototypes(clusters.width, clusters.prototypes)
+        if "tags" in kinds:
+            self.tags = TagDecoder(run.tags, self.encoder.width, len(facts.tags))
         if "category" in kinds:
             self.category = nn.Linear(run.pool.width, len(facts.categories))
         if "text" in kinds:
@@ -46,11 +54,18 @@ class Towers(nn.Module):
             self.image_projection = nn.Linear(run.pool.width, run.pool.width, bias=False)
 
     def forward(
-        self, images: Float[Tensor, "n 3 s s"], project: bool = False
-    ) -> Float[Tensor, "n l d"] | tuple[Float[Tensor, "n l d"], Float[Tensor, "n p"]]:
-        """Tokens, and with `project` global features beside them."""
-        tokens = self.encoder(images)
-        return (tokens, self.projector(self.embed_tokens(tokens))) if project else tokens
+        self, images: Float[Tensor, "n 3 s s"], kinds: tuple[str, ...], summary: bool
+    ) -> dict[str, Tensor]:
+        """What a teacher says of images, by kind of target, of those asked for: `dense` tokens [n, l, d], before
+        them the summary if asked; `global` projections [n, p]; `tags` similarities to the labels [n, k], float32.
+        """
+        tokens = self.encoder(images, summary)
+        patches, said = tokens[:, int(summary) :], {"dense": tokens}
+        if "global" in kinds:
+            said["global"] = self.projector(self.embed_tokens(patches))
+        if "tags" in kinds:
+            said["tags"] = self.tags(patches, None, images.shape[-1] // self.encoder.stride)[1]
+        return {kind: said[kind] for kind in kinds}
 
     @property
     def has_embedding(self) -> bool:
@@ -89,29 +104,28 @@ class Towers(nn.Module):
             self.pool_norm = nn.Identity()
 
 
-def projector(width: int, projection: Projection) -> nn.Sequential:
-    """Linear, batch norm, ReLU, Linear, batch norm: embedding [n, width] -> [n, projection.width].
+def projector(width: int, hidden: int, out: int) -> nn.Sequential:
+    """Linear, batch norm, ReLU, Linear, batch norm: embedding [n, width] -> [n, out].
 
     Batch norms without affine, over all ranks. Source: MoCo v3 (arXiv 2104.02057), BYOL (arXiv 2006.07733).
     """
     return nn.Sequential(
-        nn.Linear(width, projection.hidden, bias=False),
-        FeatureNorm(projection.hidden),
+        nn.Linear(width, hidden, bias=False),
+        FeatureNorm(hidden),
         nn.ReLU(),
-        nn.Linear(projection.hidden, projection.width, bias=False),
-        FeatureNorm(projection.width),
+        nn.Linear(hidden, out, bias=False),
+        FeatureNorm(out),
     )
 
 
 def active_targets(run: Run, facts: DataFacts) -> dict[str, Target]:
     """The objective's targets that the data can serve; ValueError when that leaves none."""
-    lacks = {"category": not facts.categories, "text": not facts.vocab_size}
-    active = {
-        name: target for name, target in run.objective.targets.items() if not lacks.get(target.kind, False)
-    }
+    has = {"category": bool(facts.categories), "text": bool(facts.vocab_size), "tags": bool(facts.tags)}
+    targets = run.objective.targets.items()
+    active = {name: target for name, target in targets if has.get(target.kind, True)}
     if not active:
         raise ValueError(
             f"none of the targets {sorted(run.objective.targets)} has labels in the data: give a source with "
-            "categories or captions, or an objective that predicts images"
+            "categories, captions or tags, or an objective that predicts images"
         )
     return active

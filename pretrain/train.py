@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from contextlib import ExitStack, closing
@@ -15,11 +16,12 @@ import torch.distributed as dist
 from data_prep.schema import TOKENIZER_FOLDER
 from pretrain import checkpoint, resume
 from pretrain.collectives import from_first_rank, rank, world_size
-from pretrain.config import Run
+from pretrain.config import DataFacts, Run
 from pretrain.data.loader import Loader
 from pretrain.engine import Engine, describe, resolve_config, start_distributed
 from pretrain.intact import write_text
 from pretrain.lock import only_writer
+from pretrain.models.guides import Guide, open_guide
 from pretrain.monitor import Monitor
 from pretrain.pretrainer import Pretrainer
 from pretrain.towers import Towers
@@ -33,6 +35,7 @@ class Paths:
     out: Path
     ds_config: Path
     tokenizer: Path | None = None  # folder; that of the first captioned data set if None
+    guide: Path | None = None  # folder of the frozen encoder that targets need
     workers: int = 0  # processes that decode for each rank; 0 = the training process itself
     wandb: bool = False
 
@@ -52,13 +55,15 @@ def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device:
     first_step = 0 if folder is None else checkpoint.step_of(folder)
     tokenizer = tokenizer_folder(run, paths)
     place = {"rank": rank(), "world": world_size()}
+    guide = read_guide(run, paths.guide)
     loader = Loader(run, paths.data, tokenizer, **place, workers=paths.workers, start_step=first_step)
+    facts = with_guide(loader.facts, guide)
     if folder is not None:  # refuses another recipe before minutes of building
-        resume.check_resumable(folder, run, loader.facts, **describe(config))
+        resume.check_resumable(folder, run, facts, **describe(config))
     torch.manual_seed(run.seed)  # equal weights on all ranks
     with torch.device(device):
-        model, teacher = Pretrainer(run, loader.facts), Towers(run, loader.facts)
-    engine = Engine(model, teacher, run, config)
+        model, teacher = Pretrainer(run, facts), Towers(run, facts)
+    engine = Engine(model, teacher, run, config, guide)
     if folder is not None:
         checkpoint.restore(engine, folder)
     if rank() == 0:
@@ -68,7 +73,7 @@ def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device:
     with closing(loader), Monitor(paths.out, run, first_step, wandb=paths.wandb) as monitor:
         monitor.say(f"{machine}; {'from the beginning' if folder is None else f'from {folder}'}")
         if folder is None:
-            checkpoint.save(engine, paths.out, loader.facts, tokenizer)
+            checkpoint.save(engine, paths.out, facts, tokenizer)
         batches = iter(loader)
         while engine.steps_done < run.steps:
             with monitor.waiting_for_data():
@@ -77,7 +82,7 @@ def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device:
             monitor.after_step(engine, losses, loader.dropped)
             if engine.steps_done % run.save_every == 0 or engine.steps_done == run.steps:
                 with monitor.uncounted():
-                    saved = checkpoint.save(engine, paths.out, loader.facts, tokenizer)
+                    saved = checkpoint.save(engine, paths.out, facts, tokenizer)
                 monitor.say(f"saved {saved}")
 
 
@@ -102,6 +107,35 @@ def tokenizer_folder(run: Run, paths: Paths) -> Path | None:
     if paths.tokenizer is None and captioned and captioned[0] in paths.data:
         return paths.data[captioned[0]] / TOKENIZER_FOLDER
     return paths.tokenizer if captioned else None
+
+
+def read_guide(run: Run, folder: Path | None) -> Guide | None:
+    """The frozen encoder that targets need; ValueError when one is needed and not named, or named and not needed."""
+    if run.objective.needs_guide and folder is None:
+        raise ValueError(
+            f"recipe {run.name!r} predicts what a frozen encoder says: name its folder by --guide (a CLIP or vision "
+            "model saved by Hugging Face or open_clip, a run of ours, a tokenizer of `python -m pretrain.codebook`)"
+        )
+    if folder is None:
+        return None
+    if not run.objective.needs_guide:
+        raise ValueError(f"--guide {folder} would be ignored, no target of recipe {run.name!r} asks for it")
+    guide = open_guide(folder)
+    needs_codes = any(target.encoder == "tokenizer" for target in run.objective.targets.values())
+    if needs_codes and not guide.num_codes:
+        raise ValueError(
+            f"--guide {folder} has no codebook, recipe {run.name!r} predicts codes: make one by `python -m "
+            f"pretrain.codebook {folder} --data DIR --out DIR`"
+        )
+    return guide
+
+
+def with_guide(facts: DataFacts, guide: Guide | None) -> DataFacts:
+    """The facts, and what the model must know of the guide."""
+    if guide is None:
+        return facts
+    sha256 = facts.sha256 | {"guide": guide.sha256}
+    return dataclasses.replace(facts, guide_width=guide.width, guide_codes=guide.num_codes, sha256=sha256)
 
 
 def is_told_by_this_rank(error: Exception) -> bool:

@@ -20,7 +20,7 @@ from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample, check_bad_share
 from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
-from pretrain.pretrainer import normalise
+from pretrain.inputs import normalise
 from pretrain.towers import Towers
 
 IMAGES_AT_ONCE = 128
@@ -124,7 +124,7 @@ def extract(
 
 
 def _encode(towers: Towers, run: Run, views: UInt8[Tensor, "n 3 s s"]) -> dict[str, Tensor]:
-    tokens = towers(normalise(views, run.views.mean, run.views.std, torch.float32))
+    tokens = towers.encoder(normalise(views, run.views.mean, run.views.std, torch.float32))
     vectors = {"tokens": tokens.mean(dim=1)}
     if not towers.has_embedding:
         return vectors

@@ -94,7 +94,7 @@ def prove(trained: Trained, folder: Path) -> list[Agreement]:
     agreements = []
     for size in (trained.run.views.size, trained.run.views.size + 2 * trained.towers.encoder.stride):
         images = random_images(size)
-        ours = trained.towers(images)
+        ours = trained.towers.encoder(images)
         theirs = model.forward_features(images)[:, model.num_prefix_tokens :]
         agreements.append(compare(WEIGHTS, "tokens", size, ours, theirs))
         agreements.append(compare(WEIGHTS, "pooled features", size, ours.mean(dim=1), model(images)))

@@ -43,7 +43,7 @@ class RelativePosition(nn.Module):
 
 class DenseDecoder(nn.Module):
     """Predicts what every patch of a target view holds from the tokens that an image owns: the teacher's
-    token (`dense`), or its pixels. `widths`: numbers of one prediction, by kind of target.
+    token (`dense`), a guide's, a code, or its pixels. `widths`: numbers of one prediction, by Target.output.
     """
 
     def __init__(self, decoder: Decoder, token_width: int, widths: dict[str, int]) -> None:
@@ -58,7 +58,7 @@ class DenseDecoder(nn.Module):
         )
         self.norm = nn.LayerNorm(decoder.width, eps=1e-6)
         self.predict = nn.ModuleDict(
-            {kind: nn.Linear(decoder.width, width) for kind, width in widths.items()}
+            {output: nn.Linear(decoder.width, width) for output, width in widths.items()}
         )
         trunc_normal_(self.mask_token, std=0.02)
         self.apply(_init_linear)
@@ -69,9 +69,9 @@ class DenseDecoder(nn.Module):
         places: Int[Tensor, "n k"],
         relative: Float[Tensor, "n l 4"],
         grid: int,
-        kind: str,
+        output: str,
     ) -> Float[Tensor, "n l out"]:
-        """One prediction of a kind a target patch.
+        """One prediction a target patch.
 
         owned: encoder tokens that the image owns; places: their indices in the grid; relative: where each
         target patch lies, as `pretrain.data.geometry.relative_positions` gives it.
@@ -83,7 +83,7 @@ class DenseDecoder(nn.Module):
         tokens = torch.cat([seen, asked], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        return self.predict[kind](self.norm(tokens[:, owned.shape[1] :]))
+        return self.predict[output](self.norm(tokens[:, owned.shape[1] :]))
 
 
 def _init_linear(module: nn.Module) -> None:

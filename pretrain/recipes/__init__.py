@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pretrain.config import Run
-from pretrain.recipes import m3i, rows
+from pathlib import Path
 
-MODULES = {"m3i": m3i, "rows": rows}
+from pretrain.config import Run
+from pretrain.recipes import hvp, m3i, mvp, rows
+
+MODULES = {"m3i": m3i, "mvp": mvp, "hvp": hvp, "rows": rows}
 
 
 def names() -> list[str]:
@@ -14,7 +16,12 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Run:
-    """The run that a recipe describes; ValueError lists all recipes when the name is unknown."""
+    """The run that a recipe describes, or that a recipe.json holds, as every run leaves one in its folder.
+
+    ValueError lists all recipes when the name is unknown, and names the field of a file that does not fit.
+    """
+    if name.endswith(".json"):
+        return Run.from_json(Path(name).read_text())
     module, _, recipe = name.partition(".")
     if module not in MODULES or recipe not in MODULES[module].RECIPES:
         raise ValueError(f"recipe={name!r} is unknown; choose from {names()}")

@@ -1,4 +1,4 @@
-"""Pre-training by any single row of the table of objectives: ViT-B/16 on ImageNet-1k, or small on the scenes."""
+"""Pre-training by any row of the table of objectives: at its paper's size, or small on the scenes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import partial
 
 from pretrain.config import Mask, Run, Source
-from pretrain.objectives import OBJECTIVES, Objective
-from pretrain.recipes import m3i
+from pretrain.objectives import HVP, MVP, OBJECTIVES, Objective
+from pretrain.recipes import hvp, m3i, mvp
 
 EPOCHS = 400  # of ImageNet-1k: the paper's comparison of single instances (M3I, arXiv 2211.09807)
 PIXEL_RATIO, FEATURE_RATIO = 0.75, 0.625  # hidden: MAE; near the 0.6 of SiameseIM, whole on 8 x 8 and 16 x 16
@@ -18,8 +18,10 @@ def _mask(objective: Objective, mask: Mask, grid: int) -> Mask:
     """As many patches hidden as the row's first user hides; a mixed input keeps its half."""
     if not objective.input.is_masked or len(objective.targets) > 1:
         return mask
-    is_pixels = next(iter(objective.targets.values())).kind == "pixels"
-    wanted = PIXEL_RATIO if is_pixels else FEATURE_RATIO
+    target = next(iter(objective.targets.values()))
+    wanted = PIXEL_RATIO if target.kind == "pixels" else FEATURE_RATIO
+    if target.summary:  # MVP: the whole sequence is scored, and less of it hidden
+        wanted = mvp.HIDDEN
     return replace(mask, ratio=round(wanted * grid**2) / grid**2)
 
 
@@ -56,6 +58,11 @@ def vit_b16(row: str) -> Run:
 
 def demo(row: str) -> Run:
     """`m3i.demo` with another row: the same backbone, images, steps and optimizer, so that rows compare."""
+    return small(row, m3i.demo().data)
+
+
+def small(row: str, data: dict[str, Source]) -> Run:
+    """The run of `demo` on other data; labels that no target of the row predicts are left unread."""
     run, objective = m3i.demo(), OBJECTIVES[row]
     weights = {name: target.weight for name, target in run.objective.targets.items()}
     targets = {
@@ -63,16 +70,21 @@ def demo(row: str) -> Run:
     }
     if len(targets) > 1:  # the weight of a single target is a factor of the learning rate
         objective = replace(objective, targets=targets)
+    if len({target.group for target in targets.values()}) == 2 and objective.gamma is not None:
+        objective = replace(objective, gamma=objective.gamma * m3i.DEMO_GAMMA)
     return replace(
         run,
         name=f"rows.{row}_demo",
         objective=objective,
-        data=_supervised(objective, run.data),
+        data=_supervised(objective, data),
         projection=replace(run.projection, hidden=256, width=64),
+        tags=replace(run.tags, layers=1, width=128, ffn=256),
+        clusters=replace(run.clusters, prototypes=96, hidden=256, width=64),
         mask=_mask(objective, run.mask, run.grid),
     )
 
 
 ROWS = tuple(row for row in OBJECTIVES if row != "m3i")  # m3i has recipes of its own
 RECIPES: dict[str, Callable[[], Run]] = {row: partial(vit_b16, row) for row in ROWS}
+RECIPES |= {row: mvp.vit_b16 for row in MVP} | {row: partial(hvp.ablation, row) for row in HVP}
 RECIPES |= {f"{row}_demo": partial(demo, row) for row in ROWS}

@@ -18,7 +18,7 @@ from pretrain.data.text import Captions
 from pretrain.evaluate.features import Pictures
 from pretrain.evaluate.knn import nearest
 from pretrain.evaluate.zero_shot import class_vectors
-from pretrain.pretrainer import normalise
+from pretrain.inputs import normalise
 from pretrain.towers import Towers
 
 IMAGES_AT_ONCE = 64
@@ -119,7 +119,7 @@ def look(
 def _tokens(
     towers: Towers, run: Run, views: UInt8[Tensor, "n 3 s s"], device: torch.device
 ) -> Float[Tensor, "n l d"]:
-    return towers(normalise(views.to(device), run.views.mean, run.views.std, torch.float32)).cpu()
+    return towers.encoder(normalise(views.to(device), run.views.mean, run.views.std, torch.float32)).cpu()
 
 
 def _name_scores(

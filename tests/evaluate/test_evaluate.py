@@ -20,7 +20,7 @@ from pretrain.data.views import center_view
 from pretrain.evaluate.__main__ import evaluate, main
 from pretrain.evaluate.features import extract
 from pretrain.evaluate.probes import PROBES
-from pretrain.pretrainer import normalise
+from pretrain.inputs import normalise
 from pretrain.recipes import load
 from tests.evaluate.runs import write_run
 from tests.evaluate.sets import COLORS, write_set
@@ -79,7 +79,7 @@ def test_features_are_those_of_the_towers(run_folder: Path, data: Path) -> None:
     found = extract(towers, run, data / "heldout", device=CPU, workers=0, title="test")
     sample = ShardFolder(data / "heldout").sample(7)
     view = center_view(decode_image(sample["png"]), run.views.size)[None]
-    tokens = towers(normalise(view, run.views.mean, run.views.std, torch.float32))
+    tokens = towers.encoder(normalise(view, run.views.mean, run.views.std, torch.float32))
     # A batch of one and a batch of twenty sum in another order: float32 rounding.
     torch.testing.assert_close(found.tokens[7], tokens.mean(dim=1)[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.embedding[7], towers.embed_tokens(tokens)[0], rtol=1e-4, atol=1e-4)

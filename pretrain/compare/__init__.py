@@ -1,0 +1,1 @@
+"""Which method is worth what? Rows of the table under one backbone, data, budget and seeds, side by side."""

@@ -1,0 +1,164 @@
+"""Which method is worth what, on equal terms?
+
+python -m pretrain.compare everything --data scenes=DIR/train --sets scenes=DIR --out DIR [--seeds 0 1 2]
+    [--only NAME ...] [--steps N] [--batch N] [--fine-tune EPOCHS] [--guide NAME=DIR ...] [--jobs N] [--ranks N]
+    [--full] [--dry-run]
+
+One row of the table of objectives after the other is pre-trained on the same data with the same backbone, budget and
+seeds, and probed on every set. The same command again goes on where it stopped; OUT/comparison.md, .svg and .json
+show what there is so far. --full takes the paper's size; --dry-run prints all commands, for a cluster's own queue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.schema import write_atomic
+from pretrain.compare import result
+from pretrain.compare.comparisons import COMPARISONS, Comparison, choose
+from pretrain.compare.plan import Job, Settings, plan
+from pretrain.compare.work import commands_left, work_off
+from pretrain.lock import only_writer
+from pretrain.visualize.dots import Dot, Panel, dot_panels
+
+INTERRUPTED = 130
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m pretrain.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(_offer(name, comparison) for name, comparison in COMPARISONS.items()),
+        allow_abbrev=False,
+    )
+    parser.add_argument("comparison", help=f"one of {', '.join(COMPARISONS)}")
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="NAME=DIR", help="data sets to pre-train on"
+    )
+    parser.add_argument(
+        "--sets", nargs="+", required=True, metavar="NAME=DIR", help="folders of train/ and heldout/"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the comparison")
+    parser.add_argument(
+        "--guide", nargs="+", default=[], metavar="NAME=DIR", help="frozen encoders, by variant"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="some of the variants")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds (0)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of every run, in place of the recipe's")
+    parser.add_argument("--batch", type=int, help="images of a step, in place of the recipe's")
+    parser.add_argument("--fine-tune", type=int, default=0, help="epochs of fine-tuning (0: none)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (1)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a run (1)")
+    parser.add_argument("--full", action="store_true", help="the paper's size in place of the small one")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands that are left and end")
+    return parser.parse_args(arguments)
+
+
+def _offer(name: str, comparison: Comparison) -> str:
+    source = f" ({comparison.source})" if comparison.source else ""
+    return (
+        f"  {name}: {comparison.about}{source}; {len(comparison.variants)} variants; with --full {comparison.epochs} "
+        f"epochs, about {comparison.gpu_hours} hours of one H200 a variant and seed (from operations, not measured)"
+    )
+
+
+def named_folders(option: str, pairs: Sequence[str]) -> dict[str, Path]:
+    """NAME=DIR of the command line by name, absolute; ValueError for another form or a name given twice."""
+    folders: dict[str, Path] = {}
+    for pair in pairs:
+        name, separator, folder = pair.partition("=")
+        if not separator or not name or not folder:
+            raise ValueError(f"{option} {pair!r} must look like NAME=DIR")
+        if name in folders:
+            raise ValueError(f"{option} names {name!r} twice: give every folder a name of its own")
+        folders[name] = Path(folder).resolve()
+    return folders
+
+
+def compare(arguments: list[str] | None = None) -> int:
+    """Works the comparison off and writes what it found; exit code 1 when a run failed.
+
+    ValueError and OSError for what the user can mend, before anything is run.
+    """
+    options = parse(arguments)
+    comparison = choose(options.comparison, tuple(options.only))
+    if options.jobs < 1:
+        raise ValueError(f"--jobs {options.jobs} must be positive")
+    settings = Settings(
+        data=named_folders("--data", options.data),
+        sets=named_folders("--sets", options.sets),
+        guides=named_folders("--guide", options.guide),
+        out=options.out.resolve(),
+        seeds=tuple(options.seeds),
+        is_full=options.full,
+        steps=options.steps,
+        batch=options.batch,
+        fine_tune=options.fine_tune,
+        ranks=options.ranks,
+    )
+    jobs = plan(comparison, settings)
+    if options.dry_run:
+        for job in jobs:
+            print(*(shlex.join(command) for command in commands_left(job)), sep="\n")
+        return 0
+    with only_writer(settings.out):
+        failures = work_off(jobs, options.jobs)
+        publish(options.comparison, comparison, settings, jobs)
+    for failure in failures:
+        print(
+            f"failed: {failure.job.folder.name}, code {failure.code}: {shlex.join(failure.command)}",
+            file=sys.stderr,
+        )
+    return 1 if failures else 0
+
+
+def publish(name: str, comparison: Comparison, settings: Settings, jobs: Sequence[Job]) -> None:
+    """Writes comparison.json, .md and .svg of what is measured so far, and prints the table."""
+    found = result.collect(jobs)
+    if not found.methods:
+        print("nothing is measured yet: no run has reached its end")
+        return
+    names = list(found.methods)
+    panels = [
+        Panel(
+            column.title, found.chance[column], tuple(_dot(found.methods[method][column]) for method in names)
+        )
+        for column in found.columns
+    ]
+    text = result.table(comparison, settings, jobs, found)
+    marked = [variant.name for variant in comparison.variants if variant.row == "m3i"]
+    record = result.record(name, comparison, settings, jobs, found)
+    for suffix, content in {
+        "json": json.dumps(record, indent=1) + "\n",
+        "md": text,
+        "svg": dot_panels(names, panels, marked),
+    }.items():
+        write_atomic(settings.out / f"comparison.{suffix}", content.encode())
+    print(text)
+    print(f"written to {settings.out}/comparison.md, .svg and .json")
+
+
+def _dot(spread: result.Spread) -> Dot | None:
+    return Dot(spread.mean, spread.deviation, spread.values) if spread.values else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code. A mistake of the user's is told in one message."""
+    try:
+        return compare(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on with what is left", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""How is what the student predicts of each kind of target scored? One function a kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, cached_property
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pretrain.collapse import Seen
+from pretrain.data.geometry import relative_positions
+from pretrain.data.mask import num_hidden
+from pretrain.inputs import Encoded, owned_places, rows_of
+from pretrain.kernels.contrastive import contrastive_nats, matching_nats, text_ids
+from pretrain.kernels.sinkhorn import cluster_nats, sinkhorn_codes
+from pretrain.likelihoods import (
+    POSITIONAL,
+    agreement_nats,
+    bernoulli_nats,
+    category_nats,
+    code_nats,
+    decorrelation_nats,
+    uniform_part,
+)
+from pretrain.objectives import Group, Target
+from pretrain.targets import positives
+
+if TYPE_CHECKING:
+    from pretrain.pretrainer import Pretrainer
+
+SCATTER = 2654435761  # 2^32 over the golden ratio: multiples of it are spread evenly (Knuth, TAOCP, 6.4)
+
+# nats of a target, and what could be seen of its collapse
+Scored = tuple[Float[Tensor, ""], Seen | None]
+
+
+class Step:
+    """One batch in the middle of its forward pass; what several targets read of it is computed once."""
+
+    def __init__(self, model: Pretrainer, encoded: Encoded, z_y: dict[str, Tensor]) -> None:
+        self.model, self.run, self.encoded, self.z_y = model, model.run, encoded, z_y
+        self.batch = encoded.batch
+        self.embedding: Callable[[Group], Float[Tensor, "b e"]] = cache(self._embed)
+
+    def _embed(self, group: Group) -> Float[Tensor, "b e"]:
+        return self.model.student.embed_tokens(self.encoded.tokens[group], self.encoded.owned)
+
+    @cached_property
+    def projected(self) -> Float[Tensor, "b p"]:
+        """Prediction of every image's global features."""
+        return self.model.predictor(self.model.student.projector(self.embedding("image")))
+
+    @cached_property
+    def tags(self) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"]]:
+        """Logits of the tags, and similarities of the image to their embeddings."""
+        encoded = self.encoded
+        return self.model.student.tags(encoded.tokens["label"], encoded.owned, self.model.grid)
+
+    def rows(self, target: Target) -> Int[Tensor, " n"]:
+        """Indices in the batch of the images that a target is about."""
+        return rows_of(self.run.objective, target, self.batch)
+
+
+def spatial_nats(step: Step, name: str, target: Target) -> Scored:
+    """Pixels, features or codes of every patch, from the decoder that the target names."""
+    rows, z_y = step.rows(target), step.z_y[name]
+    prediction = PREDICTED[target.decoder](step, target, rows)
+    owned = step.encoded.owned[rows]
+    scored = ~owned if target.scored == "hidden" else torch.ones_like(owned)
+    if target.summary:
+        scored = F.pad(scored, (1, 0), value=True)
+    if target.encoder == "tokenizer":
+        return code_nats(prediction, z_y, scored), _seen_codes(z_y, prediction.shape[-1])
+    seen = None if target.kind == "pixels" else Seen(z_y.mean(dim=1), prediction.detach().float().mean(dim=1))
+    if target.score == "boltzmann":
+        return _dense_matching(step, prediction, z_y, step.batch.position[rows]), seen
+    nats = POSITIONAL[target.score](prediction, z_y, scored)
+    if target.uniformity:
+        nats = nats + 0.5 * target.uniformity * uniform_part(prediction, z_y)
+    return nats, seen
+
+
+def _by_transformer(step: Step, target: Target, rows: Tensor) -> Float[Tensor, "n l out"]:
+    """From the tokens that the image owns, wherever its target view lies."""
+    model, encoded, batch = step.model, step.encoded, step.batch
+    places = owned_places(encoded.owned[rows], _num_owned(step, target))
+    tokens = encoded.tokens["image"][rows]
+    own = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
+    boxes = batch.boxes[rows]
+    relative = relative_positions(
+        boxes[:, 0], boxes[:, int(target.view == "other")], batch.sizes[rows, 1], model.grid
+    )
+    return model.decoder(own, places, relative, model.grid, target.output)
+
+
+def _by_linear(step: Step, target: Target, rows: Tensor) -> Float[Tensor, "n l out"]:
+    """From the token at the same place, whoever owns it."""
+    tokens = step.encoded.tokens["image"][rows]
+    if target.summary:
+        tokens = torch.cat([step.encoded.summary["image"][rows, None], tokens], dim=1)
+    return step.model.linear[target.output](tokens)
+
+
+PREDICTED: dict[str, Callable[[Step, Target, Tensor], Tensor]] = {
+    "transformer": _by_transformer,
+    "linear": _by_linear,
+}
+
+
+def _num_owned(step: Step, target: Target) -> int:
+    """Tokens that each image of the target owns: known without looking, since the mask's count is exact."""
+    run, num_tokens = step.run, step.model.grid**2
+    if not run.objective.input.hides:
+        return num_tokens
+    hidden = num_hidden(run.grid, run.mask.ratio) * (step.model.grid // run.grid) ** 2
+    return hidden if target.image == 1 else num_tokens - hidden
+
+
+def _dense_matching(
+    step: Step, prediction: Float[Tensor, "n l d"], z_y: Float[Tensor, "n l d"], position: Int[Tensor, " n"]
+) -> Float[Tensor, ""]:
+    """Predicted patches against the same patches of their target view and those of all images of the global
+    batch: some of each image, evenly spread from a start that its position in the run's order decides.
+    Where a patch lies, the decoder knows from the views' geometry.
+    """
+    num_patches, projection = prediction.shape[1], step.run.projection
+    num = min(projection.dense_samples, num_patches)
+    steps = torch.arange(num, device=position.device) * num_patches // num
+    start = position * SCATTER % num_patches
+    drawn = ((start[:, None] + steps) % num_patches)[..., None]
+    pairs = (
+        F.normalize(z.gather(1, drawn.expand(-1, -1, z.shape[-1])).flatten(0, 1).float(), dim=-1)
+        for z in (prediction, z_y)
+    )
+    return matching_nats(*pairs, 1 / projection.temperature)
+
+
+def global_nats(step: Step, name: str, target: Target) -> Scored:
+    """The projection of the whole image, against one target or all of the global batch."""
+    prediction, z_y = step.projected[step.rows(target)], step.z_y[name]
+    seen = Seen(z_y, prediction.detach().float())
+    if target.keep == "decorrelation":
+        return decorrelation_nats(prediction, z_y), seen
+    if target.score == "boltzmann":
+        pair = (F.normalize(z.float(), dim=-1) for z in (prediction, z_y))
+        return matching_nats(*pair, 1 / step.run.projection.temperature), seen
+    z_y = F.layer_norm(z_y, z_y.shape[-1:], eps=1e-6)
+    everywhere = torch.ones(len(z_y), 1, dtype=torch.bool, device=z_y.device)
+    return POSITIONAL[target.score](prediction[:, None], z_y[:, None], everywhere), seen
+
+
+def label_category_nats(step: Step, name: str, target: Target) -> Scored:
+    """The linear classifier's cross-entropy over the labelled images."""
+    rows, batch = step.rows(target), step.batch
+    logits = step.model.student.category(step.embedding("label")[rows])
+    nats = category_nats(logits, batch.category[rows], batch.has_category[rows], step.run.label_smoothing)
+    return nats, None
+
+
+def text_nats(step: Step, name: str, target: Target) -> Scored:
+    """Images against the texts of the global batch and back; equal texts are no negatives."""
+    rows, batch, student = step.rows(target), step.batch, step.model.student
+    tokens = batch.tokens[rows]
+    texts = student.embed_texts(tokens, batch.token_mask[rows])
+    images = student.project_images(step.embedding("label")[rows])
+    scale = step.model.temperature()
+    return contrastive_nats(images, texts, batch.has_text[rows], scale, text_ids(tokens)), None
+
+
+def tag_nats(step: Step, name: str, target: Target) -> Scored:
+    """Every tag for itself; or the teacher's softmax of similarities to all of them."""
+    rows, batch, tags = step.rows(target), step.batch, step.run.tags
+    logits, similarities = (said[rows] for said in step.tags)
+    if target.score == "boltzmann":
+        z_y = step.z_y[name]
+        return agreement_nats(similarities, z_y), Seen(z_y, similarities.detach(), z_y.softmax(dim=-1))
+    has = positives(batch.tags[rows], logits.shape[-1])
+    nats = bernoulli_nats(
+        logits,
+        has,
+        batch.has_tags[rows],
+        positive_weight=tags.positive_weight,
+        positive_focus=tags.positive_focus,
+        negative_focus=tags.negative_focus,
+    )
+    return nats, None
+
+
+def clusters_nats(step: Step, name: str, target: Target) -> Scored:
+    """Swapped prediction: each view the clusters of the other, whose codes are even over the global batch."""
+    student, clusters = step.model.student, step.run.clusters
+    features = student.cluster_projector(step.embedding("image"))
+    scores = student.prototypes(features)
+    codes = [
+        sinkhorn_codes(of_view, clusters.epsilon, clusters.iterations, clusters.max_exponent)
+        for of_view in (scores[0::2], scores[1::2])  # views of an image stand side by side
+    ]
+    swapped = torch.stack(codes[::-1], dim=1).flatten(0, 1)
+    return cluster_nats(scores, swapped, clusters.temperature), Seen(features.detach().float(), None, swapped)
+
+
+def _seen_codes(codes: Int[Tensor, "n l"], num_codes: int) -> Seen:
+    """How often an image has each code."""
+    counts = torch.zeros(len(codes), num_codes, device=codes.device)
+    counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=torch.float32))
+    return Seen(counts, None, counts / codes.shape[1])
+
+
+SCORES: dict[str, Callable[[Step, str, Target], Scored]] = {
+    "pixels": spatial_nats,
+    "dense": spatial_nats,
+    "global": global_nats,
+    "category": label_category_nats,
+    "text": text_nats,
+    "tags": tag_nats,
+    "clusters": clusters_nats,
+}
