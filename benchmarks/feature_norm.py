@@ -4,8 +4,8 @@
         --captioned data/demo/captioned/train
 
 One process without DeepSpeed, float32, the recipe `m3i.demo` with no feature norm, with that of the tokens alone, and
-with those of tokens and embedding; same seed. Prints and writes losses and the spread of the features (collapsed
-below half of 1 / sqrt(width)).
+with those of tokens and embedding; same seed. Prints and writes losses and what pretrain.collapse measures of
+every target (a spread `std` below half of 1 / sqrt(width) is a collapse).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,6 +23,7 @@ import torch
 from benchmarks.record import keep
 from data_prep.schema import TOKENIZER_FOLDER
 from pretrain.balance import BalanceTracker
+from pretrain.collapse import measure
 from pretrain.config import Run
 from pretrain.data.loader import Loader
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
@@ -36,8 +38,8 @@ VARIANTS = {  # name -> backbone.token_norm, pool.norm
 }
 
 
-def follow(name: str, run: Run, folders: dict[str, Path], steps: int) -> list[dict[str, float]]:
-    """Losses and spreads of every 25th step of a plain training loop."""
+def follow(name: str, run: Run, folders: dict[str, Path], steps: int) -> list[dict[str, Any]]:
+    """Losses and what is measured of the targets at every 25th step of a plain training loop."""
     has_text = any(source.supervision == "text" for source in run.data.values())
     tokenizer = folders["captioned"] / TOKENIZER_FOLDER if has_text else None
     loader = Loader(run, folders, tokenizer, rank=0, world=1)
@@ -60,11 +62,19 @@ def follow(name: str, run: Run, folders: dict[str, Path], steps: int) -> list[di
             for average, current in zip(teacher.buffers(), model.student.buffers(), strict=True):
                 average.copy_(average.lerp(current, share) if current.is_floating_point() else current)
         if step % 25 == 0 or step == steps - 1:
-            values = losses.nats | losses.diagnostics
-            rows.append({"step": step} | {name: round(value.item(), 4) for name, value in values.items()})
+            nats = {name: round(value.item(), 4) for name, value in losses.nats.items()}
+            rows.append({"step": step, **nats, "collapse": rounded(measure(losses.seen))})
             print(name, rows[-1], flush=True)
     loader.close()
     return rows
+
+
+def rounded(measured: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """To four decimals, which is what a reader of a table compares."""
+    return {
+        name: {quantity: round(value, 4) for quantity, value in of_one.items()}
+        for name, of_one in measured.items()
+    }
 
 
 def main() -> None:

@@ -4,8 +4,9 @@
         --captioned data/demo/captioned/train
 
 One process without DeepSpeed, float32, the small recipes `rows.NAME_demo`, the same images, steps and seed for all.
-Tells each loss at the first and the last logged step, and the spread of what the teacher teaches (1 / sqrt(width) is
-even, collapsed below half of it). Far too short to rank methods. Writes benchmarks/results/rows_learn.json.
+Tells each loss at the first and the last logged step, and what pretrain.collapse measures of every target (its `std`
+is 1 / sqrt(width) when spread, collapsed below half of it). Far too short to rank methods. Writes
+benchmarks/results/rows_learn.json.
 """
 
 from __future__ import annotations

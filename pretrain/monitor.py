@@ -1,7 +1,8 @@
 """How goes the run? OUT/log.jsonl, a console line, a progress bar with the time left, and wandb on request.
 
 Between two logged steps nothing is read from the device; at a logged step the losses are averaged over the
-ranks in one collective, and a loss that is not finite ends the run.
+ranks in one collective and the features of all targets measured, a collapse is told loudly, and a loss that is
+not finite ends the run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from pretrain.collapse import Collapse, alarm, measure, replay
 from pretrain.collectives import mean_over_ranks, rank, world_size
 from pretrain.config import Run
 from pretrain.intact import write_text
@@ -43,7 +45,9 @@ class Monitor:
         self._wandb: Any = None
         if not self._first_rank:
             return
-        self._log = _open_log(out / LOG, first_step)
+        kept = _records(out / LOG, until=first_step)
+        self._watch = replay(run, kept)
+        self._log = _open_log(out / LOG, kept)
         self._bar = tqdm(
             total=run.steps,
             initial=first_step,
@@ -54,12 +58,14 @@ class Monitor:
         )
         if wandb:
             self._wandb = _start_wandb(out, run, first_step)
+        self._tell(list(self._watch.collapsed.values()))  # before the checkpoint from which the run goes on
 
     def __enter__(self) -> Monitor:
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._first_rank:
+            self._tell(list(self._watch.collapsed.values()))
             self._bar.close()
             self._log.close()
         if self._wandb is not None:
@@ -90,12 +96,13 @@ class Monitor:
             self._bar.update()
         if step % self._run.log_every and step not in (1, self._run.steps):
             return
-        means = _mean_scalars({"nats": losses.nats, "diagnostics": losses.diagnostics})
+        nats = _mean_scalars(losses.nats)
         seconds = (time.perf_counter() - self._since) / self._steps
         record = {
             "step": step,
             "time": time.time(),
-            **means,
+            "nats": nats,
+            "collapse": measure(losses.seen),
             "grad_norm": float(engine.grad_norm),
             "grad_norm_image": float(engine.balance.image_norm),
             "grad_norm_label": float(engine.balance.label_norm),
@@ -112,7 +119,7 @@ class Monitor:
         self._waited, self._steps, self._since = 0.0, 0, time.perf_counter()
         if self._first_rank:
             self._write(record)
-        check_finite(means["nats"], step)
+        check_finite(nats, step)
 
     def say(self, line: str) -> None:
         """One line on the console of rank 0, above the progress bar."""
@@ -122,6 +129,9 @@ class Monitor:
             print(line, flush=True)
 
     def _write(self, record: dict[str, Any]) -> None:
+        new = self._watch.after(record["step"], record["collapse"])
+        if self._watch.collapsed:
+            record["collapsed"] = sorted(self._watch.collapsed)
         self._log.write(json.dumps(record) + "\n")
         self._log.flush()
         nats = "  ".join(f"{name} {value:.4f}" for name, value in record["nats"].items())
@@ -132,6 +142,15 @@ class Monitor:
         )
         if self._wandb is not None:
             self._wandb.log(record, step=record["step"])
+        self._tell(new)
+
+    def _tell(self, collapses: list[Collapse]) -> None:
+        """Says loudly which targets collapsed and what to do, on the console and to wandb."""
+        if not collapses:
+            return
+        self.say(alarm(collapses))
+        if self._wandb is not None:
+            self._wandb.alert(title="Features collapsed", text=alarm(collapses))
 
 
 def check_finite(nats: dict[str, float], step: int) -> None:
@@ -151,11 +170,10 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _mean_scalars(groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
+def _mean_scalars(values: dict[str, Tensor]) -> dict[str, float]:
     """Mean over ranks of every scalar, with one collective and one wait for the device."""
-    flat = [value.detach().float() for group in groups.values() for value in group.values()]
-    means = iter(mean_over_ranks(torch.stack(flat)).tolist())
-    return {title: {name: next(means) for name in group} for title, group in groups.items()}
+    flat = torch.stack([value.detach().float() for value in values.values()])
+    return dict(zip(values, mean_over_ranks(flat).tolist(), strict=True))
 
 
 def _sum_counts(counts: dict[str, int]) -> dict[str, int]:
@@ -167,21 +185,26 @@ def _sum_counts(counts: dict[str, int]) -> dict[str, int]:
     return {reason: sum(of_rank.get(reason, 0) for of_rank in of_ranks) for reason in reasons}
 
 
-def _open_log(path: Path, first_step: int) -> Any:
-    """The log for appending, without the lines after `first_step` and without those that a crash damaged."""
+def _records(path: Path, until: int) -> list[dict[str, Any]]:
+    """Lines of a log up to a step, without those that a crash damaged."""
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    kept = [f"{line}\n" for line in lines if _step_of(line) <= first_step]
+    return [record for record in map(_record_of, lines) if record is not None and record["step"] <= until]
+
+
+def _record_of(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        return record if isinstance(record["step"], int) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _open_log(path: Path, kept: list[dict[str, Any]]) -> Any:
+    """The log for appending, with nothing but the records that are kept."""
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text("".join(kept))
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
     os.replace(partial, path)
     return path.open("a")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def wandb_id(out: Path, first_step: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from pretrain.collapse import can_collapse, scales
 from pretrain.config import Run
 from pretrain.objectives import LABELS, Target
 from pretrain.report.record import Record
@@ -13,6 +14,29 @@ from pretrain.visualize.markup import Html, element
 
 SPARE_COLOURS = ("var(--extra_1)", "var(--extra_2)", "var(--extra_3)")
 OWN_COLOURS = ("image_same", "image_other", "category", "text")  # CSS variables of the page
+COLLAPSE = {  # title -> quantity of the log, what it says
+    "Spread of the targets": (
+        "std",
+        "Standard deviation over the batch of unit-length features, mean over dimensions: 1/√width when spread "
+        "over the sphere, 0 when all images look the same.",
+    ),
+    "Effective rank of the targets": (
+        "effective_rank",
+        "Directions that the features of a batch use: exp of the entropy of their singular values, at most "
+        "the width and one less than the images.",
+    ),
+    "Agreement of prediction and target": (
+        "agreement",
+        "Mean cosine of the prediction with its own image's target, minus that with the targets of all other "
+        "images: 0 when they say nothing about the image, as collapsed ones do.",
+    ),
+    "Entropy of the codes": (
+        "code_entropy",
+        "Nats of the mean assignment: ln of their number when the codes are used evenly, 0 when one takes all.",
+    ),
+}
+BEST = {"std": "spread, 1/√width", "effective_rank": "all directions", "code_entropy": "even use"}
+NOTHING_SHARED = Level("constant", 0.0)
 IMAGE, LABEL, PLAIN = "var(--image_same)", "var(--category)", "var(--plain)"
 
 
@@ -39,12 +63,7 @@ def curves(record: Record) -> Html | None:
             "λ, the weight of the label losses, follows from their moving averages.",
         ),
         "Schedules": (_schedules(record), None),
-        "Spread of the features": (
-            _features(record),
-            "Standard deviation over the batch of unit-length features, mean over dimensions. Collapsed "
-            "features fall below the lower dashed line, half of 1/√width; features spread over the sphere "
-            "lie at the upper one.",
-        ),
+        **{title: (_collapse(record, quantity), note) for title, (quantity, note) in COLLAPSE.items()},
         "Speed and memory": (_speed(record), None),
     }
     parts = []
@@ -91,26 +110,6 @@ def texts_in_batch(record: Record) -> int:
     total = sum(source.weight for source in record.run.data.values())
     text = sum(source.weight for source in record.run.data.values() if source.supervision == "text")
     return round(record.run.batch * text / total)
-
-
-def width_of(diagnostic: str, record: Record) -> int | None:
-    """Dimensions of the features whose spread a diagnostic measures, when it is known."""
-    run = record.run
-    if diagnostic == "std_embedding":
-        return run.pool.width
-    if diagnostic == "std_teacher":
-        kinds = {target.kind for target in run.objective.targets.values() if target.encoder == "ema"}
-        widths = {"dense": token_width(record), "global": run.projection.width}
-        return widths[kinds.pop()] if len(kinds) == 1 else None  # a mean over several widths has no one limit
-    return None
-
-
-def token_width(record: Record) -> int:
-    """Dimensions of one token of the encoder."""
-    from pretrain.models.backbone import VIT
-
-    backbone = record.run.backbone
-    return VIT[backbone.size].width if backbone.size in VIT else backbone.token_width
 
 
 def _chart(
@@ -179,31 +178,19 @@ def _schedules(record: Record) -> Iterator[Chart]:
     )
 
 
-def _features(record: Record) -> Iterator[Chart]:
-    titles = {
-        "std_teacher": ("Teacher's tokens", IMAGE),
-        "std_embedding": ("Embedding of category and text", LABEL),
-    }
-    for name in record.names("diagnostics"):
-        title, colour = titles.get(name, (name, PLAIN))
-        width = width_of(name, record)
-        levels = []
-        if width:
-            levels = [
-                Level("collapsed below", 0.5 / math.sqrt(width)),
-                Level("1/√width", 1 / math.sqrt(width)),
-            ]
-        unit = f"standard deviation, width {width}" if width else ""
-        yield from _present(
-            _chart(
-                record,
-                title,
-                unit,
-                {name: (("diagnostics", name), colour)},
-                levels=levels,
-                from_zero=bool(width),
-            )
-        )
+def _collapse(record: Record, quantity: str) -> Iterator[Chart]:
+    """One quantity of every target of which it was measured, with its best value and its limit."""
+    for name in record.names("collapse"):
+        *_, last = record.measured(name).values()
+        levels = [NOTHING_SHARED]
+        if scale := scales(last).get(quantity):
+            levels = [Level(BEST[quantity], scale.best)]
+            if can_collapse(record.run, name):
+                levels.append(Level("collapsed below", scale.limit))
+        sizes = "codes" if quantity == "code_entropy" else "width"
+        unit = f"{sizes} {last.get(sizes, 0):,}, {last['rows']:,} images"
+        lines = {name: (("collapse", name, quantity), colour_of(name, record))}
+        yield from _present(_chart(record, name, unit, lines, levels=levels, from_zero=True))
 
 
 def _speed(record: Record) -> Iterator[Chart]:

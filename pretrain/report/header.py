@@ -7,9 +7,9 @@ import statistics
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from pretrain.collapse import judged_after, replay, scales
 from pretrain.config import Run
 from pretrain.report.accuracy import headline
-from pretrain.report.curves import width_of
 from pretrain.report.record import Record
 from pretrain.visualize.markup import Child, Html, element
 from pretrain.visualize.numbers import TIE, duration, magnitude, percent, significant
@@ -103,7 +103,7 @@ def working_seconds(record: Record) -> float:
 
 def verdicts(record: Record) -> list[Verdict]:
     """Evaluation against its start and chance, collapse, and whether all losses fell."""
-    return [*_evaluated(record), _spread(record), _losses(record), *_complete(record)]
+    return [*_evaluated(record), _collapse(record), _losses(record), *_complete(record)]
 
 
 def verdict_box(record: Record) -> Html:
@@ -144,28 +144,28 @@ def _evaluated(record: Record) -> list[Verdict]:
     return verdicts
 
 
-def _spread(record: Record) -> Verdict:
-    """Lowest feature standard deviation after the first tenth against half of 1 / sqrt(width)."""
-    lowest = {}
-    for name in record.names("diagnostics"):
-        width = width_of(name, record)
-        steps, values = record.series("diagnostics", name)
-        late = [v for s, v in zip(steps, values, strict=True) if s >= 0.1 * steps[-1]] if steps else []
-        if width and late:
-            lowest[name] = (min(late), 0.5 / math.sqrt(width))
-    if not lowest:
-        return Verdict(None, "Collapse", "the log holds no feature standard deviation")
-    holds = all(value > limit for value, limit in lowest.values())
-    titles = {"std_teacher": "teacher", "std_embedding": "embedding"}
-    told = "; ".join(
-        f"{titles.get(name, name)} at least {significant(value)}, limit {significant(limit)}"
-        for name, (value, limit) in lowest.items()
-    )
-    return Verdict(
-        holds,
-        "No collapse" if holds else "Features collapsed",
-        f"feature standard deviation after the first tenth: {told}",
-    )
+def _collapse(record: Record) -> Verdict:
+    """The verdict that the monitor gave: which targets collapsed, or the lowest values that count."""
+    names = record.names("collapse")
+    if not names:
+        return Verdict(None, "Collapse", "the log holds no measure of the features")
+    watch = replay(record.run, record.log)
+    if watch.collapsed:
+        told = "; ".join(map(str, watch.collapsed.values()))
+        return Verdict(False, f"Collapsed: {', '.join(watch.collapsed)}", told)
+    told = []
+    for name in names:
+        judged = [v for step, v in record.measured(name).items() if watch.judges(name, step)]
+        if judged:
+            lowest = (
+                f"{quantity.replace('_', ' ')} {significant(min(v[quantity] for v in judged))} "
+                f"(limit {significant(scale.limit)})"
+                for quantity, scale in scales(judged[-1]).items()
+            )
+            told.append(f"{name} {', '.join(lowest)}")
+    if not told:
+        return Verdict(None, "Collapse", f"nothing is logged after step {judged_after(record.run):,} yet")
+    return Verdict(True, "No collapse", f"lowest after the warm-up: {'; '.join(told)}")
 
 
 def _losses(record: Record) -> Verdict:

@@ -42,8 +42,13 @@ class Record:
                 values.append(float(value))
         return steps, values
 
+    def measured(self, target: str) -> dict[int, Mapping[str, float]]:
+        """Step -> what was measured of a target's features, where that was logged."""
+        lines = ((line["step"], (line.get("collapse") or {}).get(target)) for line in self.log)
+        return {step: values for step, values in lines if values}
+
     def names(self, group: str) -> list[str]:
-        """Quantities of a group of the log ("nats", "diagnostics") in the order of the recipe, then as logged."""
+        """Quantities of a group of the log ("nats", "collapse") in the order of the recipe, then as logged."""
         logged = {name: None for line in self.log for name in line.get(group) or {}}
         ordered = [name for name in self.run.objective.targets if name in logged]
         return ordered + [name for name in logged if name not in ordered]

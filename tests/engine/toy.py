@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker, fork
+from pretrain.collapse import Seen
 from pretrain.config import Balance, DataFacts, Mask, Optim, Run, Source, Teacher, Views
 from pretrain.data.batch import Batch
 from pretrain.objectives import OBJECTIVES
@@ -44,7 +45,7 @@ def toy_run(**changes: Any) -> Run:
 class ToyLosses:
     total: Tensor
     nats: dict[str, Tensor]
-    diagnostics: dict[str, Tensor]
+    seen: dict[str, Seen]
 
 
 class ToyTowers(nn.Module):
@@ -91,7 +92,7 @@ class ToyPretrainer(nn.Module):
         return ToyLosses(
             dense + tracker.weight * category,
             {"dense": dense.detach(), "category": category.detach()},
-            {"std": tokens.detach().float().std()},
+            {"dense": Seen(tokens.detach().mean(dim=1))},
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from pretrain.balance import BalanceTracker
 from pretrain.config import DataFacts
 from pretrain.objectives import Input, Objective, Target
-from pretrain.pretrainer import Pretrainer, Temperature, batch_std, normalise, owned_places
+from pretrain.pretrainer import Pretrainer, Temperature, normalise, owned_places
 from pretrain.recipes import load, names
 from pretrain.towers import Towers
 from tests.fakes import FACTS, random_batch, shrink
@@ -274,12 +274,6 @@ def test_mask_patch_must_be_the_token_stride():
 def test_owned_places_lists_the_owned_tokens_in_order():
     owned = torch.tensor([[True, False, True, False], [False, False, True, True]])
     assert owned_places(owned, 2).tolist() == [[0, 2], [2, 3]]
-
-
-def test_batch_std_is_zero_for_a_collapsed_batch_and_one_over_root_width_for_a_sphere():
-    assert batch_std(torch.ones(8, 16)) == 0
-    spread = batch_std(torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)))
-    assert spread.item() == pytest.approx(64**-0.5, rel=0.05)
 
 
 def test_a_temperature_beyond_its_bound_can_come_back_but_not_go_on():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.recipes import load
-from pretrain.report.curves import chance_nats, width_of
+from pretrain.report.curves import chance_nats
 from pretrain.report.record import Record
 from tests.fakes import FACTS
 
@@ -34,10 +34,3 @@ def level(recipe: str, name: str) -> float | None:
 ])  # fmt: skip
 def test_chance_follows_the_likelihood(recipe, target, nats):
     assert level(recipe, target) == pytest.approx(nats)
-
-
-@pytest.mark.parametrize(("recipe", "width"), [
-    ("m3i.demo", 128), ("rows.instance_discrimination_demo", 64), ("rows.mim_pixel_demo", None),
-])  # fmt: skip
-def test_the_spread_of_the_teacher_is_that_of_what_it_teaches(recipe, width):
-    assert width_of("std_teacher", record(recipe)) == width

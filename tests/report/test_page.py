@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pretrain.report.__main__ import main, named_folders
-from pretrain.report.record import read_record
+from pretrain.report.header import verdicts
+from pretrain.report.record import Record, read_record
 from tests.report.conftest import CATEGORIES, small_run
 from tests.report.fake_run import write_checkpoint, write_log
 
@@ -172,16 +175,65 @@ def test_named_folder_overrides_the_recorded_one(run_folder: Path, data: Path) -
     assert changed == {**recorded, "labelled": data / "heldout"}
 
 
-def test_verdict_fails_on_collapse_and_rising_loss(run_folder: Path, tmp_path: Path) -> None:
-    from pretrain.report.header import verdicts
+def test_curves_hold_every_measure_of_every_target(run_folder: Path, page: tuple[str, Reader]) -> None:
+    text, reader = page
+    labels = [attributes.get("aria-label") or "" for _, attributes in reader.elements]
+    for name, ends in {
+        "image_same": ("0.065", "38", "0.7"),
+        "embedding": ("0.072", "25"),
+        "text": ("0.072", "25", "2.1"),
+    }.items():
+        for end in ends:
+            assert f"{name} over steps; at the end {name} {end}" in labels, (name, end)
+    for title in (
+        "Effective rank of the targets",
+        "Agreement of prediction and target",
+        "Entropy of the codes",
+    ):
+        assert f"<h3>{title}</h3>" in text
+    for level, count in {"collapsed below": 9, "spread, 1/√width": 4, "even use": 1, "constant": 2}.items():
+        assert text.count(f">{level}</text>") == count, level
 
-    (tmp_path / "recipe.json").write_text((run_folder / "recipe.json").read_text())
+
+def changed_log(run_folder: Path, out: Path, change: Callable[[dict[str, Any]], None]) -> Record:
+    """The run with a change in each line of its log, and without an evaluation."""
+    shutil.copy(run_folder / "recipe.json", out)
     lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     for line in lines:
-        line["diagnostics"]["std_teacher"] = 0.001
+        change(line)
+    (out / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return read_record(out, {})
+
+
+def test_verdict_fails_on_collapse_and_rising_loss(run_folder: Path, tmp_path: Path) -> None:
+    def change(line: dict[str, Any]) -> None:
+        line["collapse"]["image_same"]["std"] = 0.001
         line["nats"]["text"] = line["step"]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    told = {verdict.claim: verdict.holds for verdict in verdicts(read_record(tmp_path, {}))}
-    assert told["Features collapsed"] is False
-    assert told["1 of 4 losses did not fall"] is False
-    assert told["Evaluation"] is None
+
+    told = {verdict.claim: verdict for verdict in verdicts(changed_log(run_folder, tmp_path, change))}
+    found = told["Collapsed: image_same"]
+    assert found.holds is False
+    assert found.evidence == "target image_same: std 0.001, limit 0.0442, since step 2"
+    assert told["1 of 4 losses did not fall"].holds is False
+    assert told["Evaluation"].holds is None
+    text, _ = read(main([str(tmp_path)]))
+    assert "<strong>Collapsed: image_same</strong>" in text
+
+
+def test_verdict_of_spread_features_names_the_lowest_values_and_their_limits(run_folder: Path) -> None:
+    told = {verdict.claim: verdict for verdict in verdicts(read_record(run_folder, {}))}
+    assert told["No collapse"].holds is True
+    assert (
+        "image_same std 0.065 (limit 0.0442), effective rank 30.4 (limit 3.15)"
+        in told["No collapse"].evidence
+    )
+    assert "code entropy 2.1 (limit 0.347)" in told["No collapse"].evidence
+
+
+def test_a_log_without_measured_features_is_told_and_drawn_without_them(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    record = changed_log(run_folder, tmp_path, lambda line: line.pop("collapse"))
+    assert [v.holds for v in verdicts(record) if v.claim == "Collapse"] == [None]
+    text, _ = read(main([str(tmp_path)]))
+    assert "Losses</h3>" in text and "Effective rank of the targets" not in text
