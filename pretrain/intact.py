@@ -31,9 +31,14 @@ def digest(folder: Path, names: Iterable[str]) -> Digests:
     return digests
 
 
+def mark(folder: Path, digests: Digests) -> None:
+    """Writes the COMPLETE file by which `verify` knows a folder."""
+    write_text(folder / COMPLETE, json.dumps({"files": digests}, indent=1))
+
+
 def publish(partial: Path, folder: Path, digests: Digests) -> None:
     """Marks `partial` as complete and gives it its name in one step that survives a power cut."""
-    write_text(partial / COMPLETE, json.dumps({"files": digests}, indent=1))
+    mark(partial, digests)
     for inner in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         flush(inner)
     os.rename(partial, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,16 +54,20 @@ class Picture:
 
 
 class Pictures:
-    """The samples of a data set as center views of `size` pixels; indexable, for torch's DataLoader."""
+    """The samples of a data set, or those of some numbers, as center views of `size` pixels; indexable, for
+    torch's DataLoader.
+    """
 
-    def __init__(self, folder: Path, size: int) -> None:
+    def __init__(self, folder: Path, size: int, samples: Sequence[int] | None = None) -> None:
         self.shards = ShardFolder(folder)
         self.size = size
+        self.samples = range(len(self.shards)) if samples is None else samples
 
     def __len__(self) -> int:
-        return len(self.shards)
+        return len(self.samples)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, place: int) -> Picture:
+        index = self.samples[place]
         try:
             members = self.shards.sample(index)
             image = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
@@ -82,6 +87,31 @@ class Pictures:
         return int(text)
 
 
+def readable(
+    pictures: Pictures, dropped: Counter[str], *, limit: float, workers: int, title: str
+) -> Iterator[list[Picture]]:
+    """The pictures that can be seen, some at once, with a progress bar named `title`.
+
+    The others are counted in `dropped`, by reason. DataError when they exceed `limit`, ValueError when no picture
+    can be seen.
+    """
+    loader = DataLoader(pictures, IMAGES_AT_ONCE, num_workers=workers, collate_fn=list)
+    interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds between two states of the bar
+    with tqdm(total=len(pictures), desc=title, unit=" image", mininterval=interval) as bar:
+        for batch in loader:
+            good = [picture for picture in batch if picture.view is not None]
+            dropped.update(picture.reason for picture in batch if picture.view is None)
+            bar.update(len(batch))
+            if bad := [picture for picture in batch if picture.view is None]:
+                check_bad_share(dropped, bar.n, limit, f"{pictures.shards.folder}: {bad[-1].message}")
+            if good:
+                yield good
+    if sum(dropped.values()) == len(pictures):
+        raise ValueError(
+            f"{pictures.shards.folder} has no readable image ({dict(dropped)}): build the data set again"
+        )
+
+
 @torch.inference_mode()
 def extract(
     towers: Towers, run: Run, folder: Path, *, device: torch.device, workers: int, title: str
@@ -90,26 +120,15 @@ def extract(
 
     Unreadable samples are left out and counted; DataError when they exceed `run.max_bad`.
     """
-    pictures = Pictures(folder, run.views.size)
-    loader = DataLoader(pictures, IMAGES_AT_ONCE, num_workers=workers, collate_fn=list)
     seen: list[Picture] = []
     vectors: dict[str, list[Tensor]] = {}
     dropped: Counter[str] = Counter()
-    interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds between two states of the bar
-    with tqdm(total=len(pictures), desc=title, unit=" image", mininterval=interval) as bar:
-        for batch in loader:
-            good = [picture for picture in batch if picture.view is not None]
-            dropped.update(picture.reason for picture in batch if picture.view is None)
-            bar.update(len(batch))
-            if bad := [picture for picture in batch if picture.view is None]:
-                check_bad_share(dropped, bar.n, run.max_bad, f"{folder}: {bad[-1].message}")
-            if good:
-                views = torch.stack([picture.view for picture in good]).to(device)
-                for name, value in _encode(towers, run, views).items():
-                    vectors.setdefault(name, []).append(value.cpu())
-                seen += [Picture(p.index, None, p.label, p.caption) for p in good]
-    if not seen:
-        raise ValueError(f"{folder} has no readable image ({dict(dropped)}): build the data set again")
+    pictures = Pictures(folder, run.views.size)
+    for good in readable(pictures, dropped, limit=run.max_bad, workers=workers, title=title):
+        views = torch.stack([picture.view for picture in good]).to(device)
+        for name, value in _encode(towers, run, views).items():
+            vectors.setdefault(name, []).append(value.cpu())
+        seen += [Picture(p.index, None, p.label, p.caption) for p in good]
     joined = {name: torch.cat(values) for name, values in vectors.items()}
     return Features(
         tokens=joined["tokens"],

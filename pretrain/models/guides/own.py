@@ -1,0 +1,59 @@
+"""How does one of our checkpoints become a frozen encoder? The teacher's tokens, as the run saw pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pretrain.checkpoint import latest, load_towers
+from pretrain.models.guides.guide import Opened
+
+READ = ("run.json", "facts.json", "teacher/*")  # what the teacher of a checkpoint is read from
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir()
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / "run.json").is_file() and (folder / "teacher" / "layout.json").is_file()
+
+
+def open_run(folder: Path) -> Opened:
+    """The newest whole checkpoint of a run; ValueError when it has none."""
+    checkpoint = latest(folder)
+    if checkpoint is None:
+        raise ValueError(
+            f"{folder} is a run without a whole checkpoint: wait for its first one, or name another"
+        )
+    return open_checkpoint(checkpoint)
+
+
+def open_checkpoint(folder: Path) -> Opened:
+    """The teacher's image encoder of one checkpoint; ValueError when the checkpoint is damaged."""
+    run, _, towers = load_towers(folder)
+    encoder = towers.encoder
+    files = sorted(path.relative_to(folder).as_posix() for form in READ for path in folder.glob(form))
+    return Opened(
+        OwnTower(encoder),
+        encoder.width,
+        encoder.stride,
+        run.views.size // encoder.stride,
+        run.views.mean,
+        run.views.std,
+        folder,
+        tuple(files),
+    )
+
+
+class OwnTower(nn.Module):
+    """Summary and tokens of one of our encoders."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n l d"]:
+        return self.encoder(images, summary=True)
