@@ -29,6 +29,7 @@ from pretrain.data.loader import Loader
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
 from pretrain.pretrainer import Pretrainer
 from pretrain.recipes import load
+from pretrain.targets import TargetEncoders
 from pretrain.towers import Towers
 
 VARIANTS = {  # name -> backbone.token_norm, pool.norm
@@ -51,7 +52,7 @@ def follow(name: str, run: Run, folders: dict[str, Path], steps: int) -> list[di
     for step, batch in zip(range(steps), loader, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, run)
-        losses = model(batch=batch, teacher=teacher, tracker=tracker)
+        losses = model(batch=batch, encoders=TargetEncoders(teacher), tracker=tracker)
         optimizer.zero_grad()
         losses.total.backward()
         tracker.advance()

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pretrain.collapse import Seen
+from pretrain.config import Projection
 from pretrain.data.geometry import relative_positions
 from pretrain.data.mask import num_hidden
 from pretrain.inputs import Encoded, owned_places, rows_of
@@ -77,7 +78,7 @@ def spatial_nats(step: Step, name: str, target: Target) -> Scored:
         return code_nats(prediction, z_y, scored), _seen_codes(z_y, prediction.shape[-1])
     seen = None if target.kind == "pixels" else Seen(z_y.mean(dim=1), prediction.detach().float().mean(dim=1))
     if target.score == "boltzmann":
-        return _dense_matching(step, prediction, z_y, step.batch.position[rows]), seen
+        return dense_matching(step.run.projection, prediction, z_y, step.batch.position[rows]), seen
     nats = POSITIONAL[target.score](prediction, z_y, scored)
     if target.uniformity:
         nats = nats + 0.5 * target.uniformity * uniform_part(prediction, z_y)
@@ -120,14 +121,17 @@ def _num_owned(step: Step, target: Target) -> int:
     return hidden if target.image == 1 else num_tokens - hidden
 
 
-def _dense_matching(
-    step: Step, prediction: Float[Tensor, "n l d"], z_y: Float[Tensor, "n l d"], position: Int[Tensor, " n"]
+def dense_matching(
+    projection: Projection,
+    prediction: Float[Tensor, "n l d"],
+    z_y: Float[Tensor, "n l d"],
+    position: Int[Tensor, " n"],
 ) -> Float[Tensor, ""]:
     """Predicted patches against the same patches of their target view and those of all images of the global
     batch: some of each image, evenly spread from a start that its position in the run's order decides.
     Where a patch lies, the decoder knows from the views' geometry.
     """
-    num_patches, projection = prediction.shape[1], step.run.projection
+    num_patches = prediction.shape[1]
     num = min(projection.dense_samples, num_patches)
     steps = torch.arange(num, device=position.device) * num_patches // num
     start = position * SCATTER % num_patches

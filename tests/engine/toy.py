@@ -16,6 +16,7 @@ from pretrain.collapse import Seen
 from pretrain.config import Balance, DataFacts, Mask, Optim, Run, Source, Teacher, Views
 from pretrain.data.batch import Batch
 from pretrain.objectives import OBJECTIVES
+from pretrain.targets import TargetEncoders
 
 WIDTH = 24
 NUM_CATEGORIES = 3
@@ -87,8 +88,8 @@ class ToyPretrainer(nn.Module):
         logits = self.student.category(for_labels.mean(dim=1)).float()
         return tokens, dense, F.cross_entropy(logits, batch.category)
 
-    def forward(self, batch: Batch, teacher: Callable, tracker: BalanceTracker) -> ToyLosses:
-        tokens, dense, category = self.losses(batch, teacher, lambda tokens: fork(tokens, tracker))
+    def forward(self, batch: Batch, encoders: TargetEncoders, tracker: BalanceTracker) -> ToyLosses:
+        tokens, dense, category = self.losses(batch, encoders.ema, lambda tokens: fork(tokens, tracker))
         return ToyLosses(
             dense + tracker.weight * category,
             {"dense": dense.detach(), "category": category.detach()},

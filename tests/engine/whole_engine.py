@@ -13,6 +13,7 @@ from pretrain.engine import Engine, resolve_config
 from pretrain.pretrainer import Pretrainer
 from pretrain.towers import Towers
 from tests.paths import ROOT
+from tests.stand_ins import StandInGuide
 
 PERTURBATION = 0.05  # of weights that start at zero and would hide what multiplies them
 NONE: Mapping[str, Any] = {}
@@ -30,4 +31,5 @@ def float32_engine(run: Run, facts: DataFacts, name: str, changes: Mapping[str, 
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(std=PERTURBATION)
-    return Engine(model, Towers(run, facts), run, config)
+    guide = StandInGuide() if run.objective.needs_guide else None
+    return Engine(model, Towers(run, facts), run, config, guide)

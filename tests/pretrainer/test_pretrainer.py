@@ -10,11 +10,16 @@ import torch
 
 from pretrain.balance import BalanceTracker
 from pretrain.config import DataFacts
+from pretrain.inputs import normalise, owned_places, owned_tokens, rows_of
+from pretrain.models.temperature import Temperature
 from pretrain.objectives import Input, Objective, Target
-from pretrain.pretrainer import Pretrainer, Temperature, normalise, owned_places
+from pretrain.pretrainer import Pretrainer
 from pretrain.recipes import load, names
+from pretrain.scoring import dense_matching
+from pretrain.targets import encode
 from pretrain.towers import Towers
 from tests.fakes import FACTS, random_batch, shrink
+from tests.stand_ins import encoders, says
 
 
 def tiny_run(recipe: str = "m3i.vit_b16"):
@@ -34,7 +39,7 @@ def build(run, seed: int = 0, facts: DataFacts = FACTS):
 def test_every_recipe_shrunken_reaches_every_parameter(recipe):
     run = tiny_run(recipe)
     model, teacher = build(run)
-    losses = model(random_batch(run, 8), teacher, BalanceTracker())
+    losses = model(random_batch(run, 8), encoders(teacher), BalanceTracker())
     losses.total.backward()
     assert set(losses.nats) == set(run.objective.targets)
     assert all(torch.isfinite(value) for value in losses.nats.values())
@@ -43,19 +48,43 @@ def test_every_recipe_shrunken_reaches_every_parameter(recipe):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def input_of(model, images, mask):
+    """What the student's encoder is given for a batch of these images."""
+    seen = []
+    handle = model.student.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    batch = replace(random_batch(model.run, len(images)), mask=mask)
+    views = torch.stack([images, images], dim=1)
+    plain = replace(model.run.views, mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3)
+    run, model.run = model.run, replace(model.run, views=plain)
+    model._encode(replace(batch, views=views), BalanceTracker(), torch.float32)
+    model.run = run
+    handle.remove()
+    return seen[0]
+
+
+def owned_by(run, batch):
+    return owned_tokens(run.objective.input, batch.mask, 1)
+
+
 def test_masked_input_shows_one_learned_patch_where_it_hides():
     run = tiny_run("rows.mim_pixel")
     model, _ = build(run)
     batch = random_batch(run, 4)
-    images = torch.randn(4, 3, 64, 64)
-    shown, patch = model._input(images, batch.mask), run.mask.patch
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    shown, patch = input_of(model, images, batch.mask), run.mask.patch
+    images = images.float()
     hidden = batch.mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None].expand_as(images)
-    assert torch.equal(shown[~hidden], images[~hidden])
+    torch.testing.assert_close(shown[~hidden], images[~hidden])
     assert torch.equal(
         shown[hidden], model.mask_patch.pixels.repeat(1, run.grid, run.grid).expand_as(images)[hidden]
     )
-    assert torch.equal(model._owned(batch), ~batch.mask.flatten(1))
+    assert torch.equal(owned_by(run, batch), ~batch.mask.flatten(1))
     assert batch.mask.flatten(1).sum(1).eq(12).all()  # 0.75 of 16
+
+
+def z_y_of(model, batch, teacher=None):
+    kinds = {"dtype": torch.float32, "grid": model.grid}
+    return encode(model.run, model.targets, batch, encoders(teacher), **kinds)
 
 
 def test_pixel_targets_are_the_standardised_patches_of_the_target_view():
@@ -64,8 +93,12 @@ def test_pixel_targets_are_the_standardised_patches_of_the_target_view():
         model, _ = build(run)
         batch = random_batch(run, 4)
         (target,) = model.targets.values()
-        pixels = model._pixels(target, batch)
-        patch = batch.views[2, view, :, 16:32, 32:48].double().flatten()  # row 1, column 2 of a 4 x 4 grid
+        pixels = z_y_of(model, batch)[target.kind]
+        mean, std = (
+            torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (run.views.mean, run.views.std)
+        )
+        patch = batch.views[2, view, :, 16:32, 32:48].double()  # row 1, column 2 of a 4 x 4 grid
+        patch = ((patch / 255 - mean) / std).flatten()
         expected = (patch - patch.mean()) / patch.std(correction=0)
         torch.testing.assert_close(pixels[2, 6].double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -79,28 +112,27 @@ def test_hidden_pixels_are_predicted_without_being_seen():
     views[:, 0][hidden] = 255 - views[:, 0][hidden]
     asked = []
     model.decoder.register_forward_hook(lambda module, inputs, out: asked.append(out))
-    model(batch, teacher, BalanceTracker())
-    model(replace(batch, views=views), teacher, BalanceTracker())
+    model(batch, encoders(teacher), BalanceTracker())
+    model(replace(batch, views=views), encoders(teacher), BalanceTracker())
     assert torch.equal(*asked)
 
 
 def test_dense_discrimination_matches_each_patch_with_its_own_place(monkeypatch):
     run = tiny_run("rows.dense_instance_discrimination")
-    model, _ = build(run)
     position = torch.tensor([0, 5, 9])
     z = torch.randn(3, 16, 8)
     seen = []
     monkeypatch.setattr(
-        "pretrain.pretrainer.matching_nats",
+        "pretrain.scoring.matching_nats",
         lambda *pair_and_scale: seen.extend(pair_and_scale) or torch.tensor(0.0),
     )
-    model._dense_matching(z, z, position)
+    dense_matching(run.projection, z, z, position)
     assert torch.equal(seen[0], seen[1]) and seen[0].shape == (3 * 4, 8)
     rows = torch.nn.functional.normalize(z, dim=-1)
     places = [[int((rows[n] == seen[0][4 * n + k]).all(1).nonzero()) for k in range(4)] for n in range(3)]
     assert all(sorted(p % 4 for p in image) == [image[0] % 4] * 4 for image in places)  # evenly spread
     assert len({tuple(image) for image in places}) == 3  # from a start of its own in every image
-    model._dense_matching(z[1:], z[1:], position[1:])
+    dense_matching(run.projection, z[1:], z[1:], position[1:])
     assert torch.equal(seen[3], seen[0][4:])  # as the position decides, not the place in the batch
 
 
@@ -116,11 +148,14 @@ def test_matching_among_equal_targets_is_at_chance(row, chance):
     run = tiny_run(f"rows.{row}")
     model, _ = build(run)
 
-    def constant(images, project=False):
-        tokens = torch.arange(48.0).expand(len(images), 16, 48)
-        return (tokens, torch.arange(32.0).expand(len(images), 32)) if project else tokens
+    def constant(images, kinds, summary):
+        said = {
+            "dense": torch.arange(48.0).expand(len(images), 16, 48),
+            "global": torch.arange(32.0).expand(len(images), 32),
+        }
+        return {kind: said[kind] for kind in kinds}
 
-    (nats,) = model(random_batch(run, 8), constant, BalanceTracker()).nats.values()
+    (nats,) = model(random_batch(run, 8), encoders(constant), BalanceTracker()).nats.values()
     assert nats.item() == pytest.approx(chance, rel=1e-5)
 
 
@@ -134,9 +169,9 @@ def test_mixed_input_shows_each_image_where_it_owns_the_patch():
     run = tiny_run()
     model, _ = build(run)
     batch = random_batch(run, 4)
-    images = torch.stack([torch.full((3, 64, 64), float(n)) for n in range(4)])
-    mixed = model._input(images, batch.mask)
-    owned = model._owned(batch).view(4, run.grid, run.grid)
+    images = torch.stack([torch.full((3, 64, 64), n, dtype=torch.uint8) for n in range(4)])
+    mixed = input_of(model, images, batch.mask).round()
+    owned = owned_by(run, batch).view(4, run.grid, run.grid)
     patch = run.mask.patch
     for image in range(4):
         patches = mixed[image // 2, 0, patch // 2 :: patch, patch // 2 :: patch]
@@ -148,12 +183,16 @@ def test_roles_follow_the_mask_visible_is_same_view_masked_is_other_view():
     run = tiny_run()
     model, _ = build(run)
     batch = random_batch(run, 4)
-    assert model._rows(model.targets["image_same"], batch).tolist() == [0, 2]
-    assert model._rows(model.targets["image_other"], batch).tolist() == [1, 3]
-    assert (model._owned(batch)[0::2].view_as(batch.mask) == ~batch.mask).all()
+    assert rows_of(run.objective, model.targets["image_same"], batch).tolist() == [0, 2]
+    assert rows_of(run.objective, model.targets["image_other"], batch).tolist() == [1, 3]
+    assert (owned_by(run, batch)[0::2].view_as(batch.mask) == ~batch.mask).all()
     seen = []
-    model(batch, lambda images: (seen.append(images), torch.zeros(len(images), run.grid**2, 48))[1],
-          BalanceTracker())  # fmt: skip
+
+    def watch(images, kinds, summary):
+        seen.append(images)
+        return {"dense": torch.zeros(len(images), run.grid**2, 48)}
+
+    model(batch, encoders(watch), BalanceTracker())
     expected = torch.cat([batch.views[0::2, 0], batch.views[1::2, 1]])
     same = normalise(expected, run.views.mean, run.views.std, torch.float32)
     torch.testing.assert_close(seen[0], same)
@@ -162,7 +201,7 @@ def test_roles_follow_the_mask_visible_is_same_view_masked_is_other_view():
 def test_label_embedding_never_reads_the_other_images_tokens():
     run = tiny_run()
     model, _ = build(run)
-    owned = model._owned(random_batch(run, 4))
+    owned = owned_by(run, random_batch(run, 4))
     tokens = torch.randn(4, run.grid**2, 48)
     noise = torch.where(owned[..., None], tokens, torch.randn_like(tokens))
     torch.testing.assert_close(
@@ -171,7 +210,7 @@ def test_label_embedding_never_reads_the_other_images_tokens():
 
 
 def nats_with_teacher_tokens(model, batch, z_y):
-    return model(batch, lambda images: z_y, BalanceTracker()).nats
+    return model(batch, says(z_y), BalanceTracker()).nats
 
 
 def test_same_view_is_scored_on_hidden_patches_and_other_view_on_all():
@@ -233,7 +272,7 @@ def test_batch_without_labels_still_runs_every_module():
     bare = replace(
         batch, category=torch.full_like(batch.category, -1), token_mask=torch.zeros_like(batch.token_mask)
     )
-    losses = model(bare, teacher, BalanceTracker())
+    losses = model(bare, encoders(teacher), BalanceTracker())
     losses.total.backward()
     assert losses.nats["category"] == 0 and losses.nats["text"] == 0
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
@@ -242,7 +281,7 @@ def test_batch_without_labels_still_runs_every_module():
 def test_targets_without_labels_in_the_data_are_left_out():
     run = tiny_run()
     model, teacher = build(run, facts=DataFacts(categories=FACTS.categories, vocab_size=0))
-    losses = model(random_batch(run, 4), teacher, BalanceTracker())
+    losses = model(random_batch(run, 4), encoders(teacher), BalanceTracker())
     assert set(losses.nats) == {"image_same", "image_other", "category"}
     assert not hasattr(model.student, "text")
 
@@ -259,16 +298,16 @@ def test_balance_weight_multiplies_the_label_losses_only():
     model, teacher = build(run)
     tracker = BalanceTracker()
     tracker.load_state_dict({"averages": [0.0, 0.0], "counts": [0.0, 0.0], "weight": 3.0})
-    losses = model(random_batch(run, 4), teacher, tracker)
+    losses = model(random_batch(run, 4), encoders(teacher), tracker)
     nats = losses.nats
     expected = nats["image_same"] + nats["image_other"] + 3 * (nats["category"] + nats["text"])
     torch.testing.assert_close(losses.total.detach(), expected)
 
 
-def test_mask_patch_must_be_the_token_stride():
+def test_mask_squares_must_be_whole_tokens():
     run = tiny_run()
-    with pytest.raises(ValueError, match=r"mask\.patch=32 must equal 16"):
-        Towers(replace(run, mask=replace(run.mask, patch=32, min_block=1)), FACTS)
+    with pytest.raises(ValueError, match=r"mask\.patch=8 must be a multiple of 16"):
+        Towers(replace(run, mask=replace(run.mask, patch=8)), FACTS)
 
 
 def test_owned_places_lists_the_owned_tokens_in_order():

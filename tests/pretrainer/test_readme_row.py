@@ -15,6 +15,7 @@ from pretrain.recipes import load
 from pretrain.towers import Towers
 from tests.fakes import FACTS, random_batch, shrink
 from tests.paths import ROOT
+from tests.stand_ins import encoders
 
 
 def test_the_row_of_the_readme_learns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +29,7 @@ def test_the_row_of_the_readme_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     run = replace(shrink(load("rows.siamese_feature")), objective=objectives.OBJECTIVES[name])
     torch.manual_seed(0)
     model, teacher = Pretrainer(run, FACTS), Towers(run, FACTS).eval()
-    losses = model(random_batch(run, 4), teacher, BalanceTracker())
+    losses = model(random_batch(run, 4), encoders(teacher), BalanceTracker())
     losses.total.backward()
     assert (
         0.5 < losses.nats["dense"].item() < 1.5
