@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
 from scipy.stats import kendalltau
 
 from pretrain import provenance
@@ -150,7 +151,7 @@ def record(
         "about": comparison.about,
         "commit": provenance.commit(),
         "versions": provenance.versions(),
-        "hardware": provenance.hardware("cpu"),
+        "hardware": provenance.hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "backbone": run.backbone.size,
         "steps": run.steps,

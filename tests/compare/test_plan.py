@@ -1,0 +1,112 @@
+"""Does a comparison give every method the same, and refuse what cannot work before anything is run?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pretrain.compare.comparisons import COMPARISONS, Variant, choose
+from pretrain.compare.plan import Job, Settings, plan
+from pretrain.objectives import OBJECTIVES, SINGLE
+from tests.data.sets import good_set
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    folder = tmp_path_factory.mktemp("compared")
+    for split in ("train", "heldout"):
+        good_set(folder / "names" / split)
+    data = {"names": folder / "names" / "train"}
+    return Settings(data, {"names": folder / "names"}, {}, folder / "out", (3, 5), steps=20)
+
+
+def planned(name: str, settings: Settings) -> list[Job]:
+    return plan(COMPARISONS[name], settings)
+
+
+def test_all_methods_of_a_seed_come_before_the_next_seed(settings: Settings) -> None:
+    jobs = planned("everything", settings)
+    assert [job.run.seed for job in jobs] == [3] * 16 + [5] * 16
+    assert {job.variant.row for job in jobs} == {*SINGLE, "m3i", "m3i_without_mixing"}
+    assert len({job.folder for job in jobs}) == 32
+
+
+def test_methods_differ_in_nothing_but_their_objective(settings: Settings) -> None:
+    for name in ("everything", "target_views", "gradient_ratio", "hvp_losses"):
+        runs = [job.run for job in planned(name, settings)]
+        same = {
+            "name": "",
+            "objective": OBJECTIVES["m3i"],
+            "data": runs[0].data,
+            "mask": runs[0].mask,
+            "seed": 0,
+        }
+        assert len({replace(run, **same).to_json() for run in runs}) == 1
+        assert {(run.steps, run.optim.warmup, tuple(run.data)) for run in runs} == {(20, 2, ("names",))}
+
+
+def test_a_row_is_given_the_one_label_that_it_predicts(settings: Settings) -> None:
+    given = {job.variant.row: job.run.data["names"].supervision for job in planned("everything", settings)}
+    assert given["classification"] == given["m3i"] == given["m3i_without_mixing"] == "category"
+    assert given["contrastive_language_image"] == "text"
+    assert {given[row] for row in SINGLE if row not in ("classification", "contrastive_language_image")} == {
+        "none"
+    }
+
+
+def test_only_the_first_method_of_a_seed_is_evaluated_untrained(settings: Settings) -> None:
+    steps = [
+        job.evaluations["names"][job.evaluations["names"].index("--steps") + 1]
+        for job in planned("m3i", settings)
+    ]
+    assert steps == ["first,last", *["last"] * 4] * 2
+
+
+def test_full_size_takes_the_epochs_of_the_papers_table(settings: Settings) -> None:
+    full = replace(settings, is_full=True, steps=None, batch=4, seeds=(0,))
+    images = 13  # of the small set
+    for name, backbone in (("gradient_ratio", "vit_b16"), ("guides", "vit_b16"), ("hvp_losses", "swin_b")):
+        comparison = COMPARISONS[name]
+        jobs = plan(comparison, replace(full, guides=dict.fromkeys(comparison.guides, settings.out)))
+        assert {job.run.backbone.size for job in jobs} == {backbone}
+        assert {job.run.steps // comparison.epochs for job in jobs} <= {images // 4, images // 4 + 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": (1, 1)}, "names one twice"),
+        ({"guides": {"clip": Path("x")}}, r"--guide names \['clip'\], this comparison needs \[\]"),
+        ({"steps": 0}, "--steps 0 must be positive"),
+        ({"batch": -2}, "--batch -2 must be positive"),
+        ({"ranks": 3}, "must be a multiple of"),
+        ({"fine_tune": -1}, "--fine-tune -1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: Settings, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned("m3i", replace(settings, **changes))
+
+
+def test_a_set_without_held_out_images_is_refused(settings: Settings, tmp_path: Path) -> None:
+    good_set(tmp_path / "half" / "train")
+    with pytest.raises(FileNotFoundError, match="must hold train/ and one of heldout/, val/, test/"):
+        planned("m3i", replace(settings, sets={"half": tmp_path / "half"}))
+
+
+def test_names_that_are_unknown_list_the_choices() -> None:
+    with pytest.raises(ValueError, match=r"comparison 'all' is unknown; choose from \['instances'"):
+        choose("all")
+    with pytest.raises(ValueError, match=r"--only \['m4i'\] are no variants of 'm3i'"):
+        choose("m3i", ("m4i",))
+    with pytest.raises(ValueError, match="has no use for one"):
+        Variant("x", "m3i", "clip")
+
+
+def test_some_variants_can_be_chosen_in_any_order() -> None:
+    assert [variant.name for variant in choose("m3i", ("m3i", "classification")).variants] == [
+        "m3i",
+        "classification",
+    ]

@@ -1,0 +1,89 @@
+"""Is every job done once, whatever is interrupted or fails in between?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pretrain.compare.comparisons import Variant
+from pretrain.compare.plan import Job
+from pretrain.compare.work import commands_left, work_off
+from pretrain.recipes import load
+
+STEPS = 3
+
+
+def python(code: str) -> tuple[str, ...]:
+    return sys.executable, "-c", f"from pathlib import Path; import json, sys; {code}"
+
+
+def job(folder: Path, name: str, train: str = "pass", evaluate: str = "pass") -> Job:
+    """Training leaves a whole checkpoint, evaluation a result; both count how often they ran."""
+    place = folder / name
+    counted = f"log = Path({str(place)!r}); open(log / 'count', 'a').write(sys.argv[0][:1] or '-')"
+    done = place / "checkpoints" / f"step_{STEPS:06d}"
+    trained = f"p = Path({str(done)!r}); p.mkdir(parents=True); (p / 'COMPLETE').write_text('')"
+    result = (
+        f"Path({str(place / 'evaluation-a.json')!r}).write_text(json.dumps({{'checkpoints': {{'s': 1}}}}))"
+    )
+    run = replace(
+        load("rows.auto_encoder_demo"),
+        steps=STEPS,
+        save_every=STEPS,
+        optim=replace(load("m3i.demo").optim, warmup=1),
+    )
+    return Job(
+        Variant(name, "auto_encoder"),
+        run,
+        place,
+        python(f"{counted}; {train}; {trained}"),
+        {"a": python(f"{counted}; {evaluate}; {result}")},
+    )
+
+
+def test_what_is_finished_is_not_done_again(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, name) for name in ("one", "two", "three")]
+    assert work_off(jobs, 2) == []
+    assert work_off(jobs, 2) == []
+    assert [(one.folder / "count").read_text() for one in jobs] == ["--"] * 3
+    (jobs[1].folder / "evaluation-a.json").write_text('{"checkpo')
+    assert len(commands_left(jobs[1])) == 1 and commands_left(jobs[0]) == []
+    assert work_off(jobs, 2) == []
+    assert [(one.folder / "count").read_text() for one in jobs] == ["--", "---", "--"]
+
+
+def test_a_failed_job_is_told_and_does_not_hold_the_others_up(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, "bad", train="print('no such label'); sys.exit(3)"), job(tmp_path, "good")]
+    told: list[str] = []
+    (failure,) = work_off(jobs, 1, told.append)
+    assert failure.job.variant.name == "bad" and failure.code == 3 and failure.told == "no such label"
+    assert "output.txt" in told[0] and "no such label" in told[0]
+    assert commands_left(jobs[1]) == [] and len(commands_left(jobs[0])) == 2
+
+
+def test_a_folder_of_another_recipe_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    first = job(tmp_path, "one")
+    assert work_off([first], 1) == []
+    other = replace(first, run=replace(first.run, batch=32))
+    with pytest.raises(ValueError, match="begun with another recipe"):
+        work_off([other, job(tmp_path, "two")], 1)
+    assert not (tmp_path / "two").exists()
+
+
+def test_an_interrupt_ends_what_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = job(tmp_path, "slow", train="open(log / 'begun', 'w').close(); import time; time.sleep(600)")
+
+    def interrupted(futures):
+        while not (slow.folder / "begun").exists():
+            assert any(not future.done() for future in futures)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pretrain.compare.work.as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        work_off([slow], 1)
+    assert len(commands_left(slow)) == 2
+    assert json.loads((slow.folder / "asked.json").read_text())["steps"] == STEPS
