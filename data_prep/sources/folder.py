@@ -86,8 +86,9 @@ class Folder:
         }
         make = partial(make_sample, source=name, categories=categories, limits=limits)
         is_split = listing.root != self.source
+        num_bytes = sum(sizes) + OVERHEAD * len(items)
         return Collection(
-            name, split, is_split, categories, settings, items, make, sum(sizes) + OVERHEAD * len(items)
+            name, split, is_split, categories, settings, items, make, num_bytes, tags=categories
         )
 
 

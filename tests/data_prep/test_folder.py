@@ -80,6 +80,8 @@ def test_class_folders_of_mixed_formats_keep_their_original_bytes(tmp_path):
     ]:
         assert samples[name][extension] == files[name]
     assert [samples[name]["cls"] for name in ("cat/a.jpg", "dog/c.webp")] == [b"0", b"1"]
+    assert manifest.tags == ("cat", "dog")
+    assert json.loads(samples["dog/c.webp"]["json"])["tags"] == [["dog", 1.0]]
 
 
 def test_splits_share_their_categories(tmp_path):
