@@ -181,6 +181,16 @@ def tags_of(record: Any, vocabulary: Collection[str]) -> list[tuple[str, float]]
     return [(name, float(confidence)) for name, confidence in tags]
 
 
+def fill_prompt(prompt: str, category: str) -> str:
+    """What a caption says of a category: {} in the prompt becomes its name with its article.
+
+    Underscores and hyphens separate words: ("a photo of {}.", "paper_plane") -> "a photo of a paper plane."
+    """
+    words = " ".join(category.replace("_", " ").replace("-", " ").split())
+    is_vowel = words[:1].lower() in tuple("aeiou") or words.lower().startswith("hour")
+    return prompt.replace("{}", f"{'an' if is_vowel else 'a'} {words}")
+
+
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     """Write `folder`/manifest.json whole or not at all; the same manifest gives the same bytes."""
     record = asdict(manifest)

@@ -13,6 +13,7 @@ import pytest
 from data_prep.schema import (
     Manifest,
     Shard,
+    fill_prompt,
     index_bytes,
     index_path,
     read_index,
@@ -91,6 +92,21 @@ def test_what_is_no_list_of_known_names_and_confidences_is_refused(tags):
 def test_a_confidence_outside_0_to_1_is_refused(confidence):
     with pytest.raises(ValueError, match=r"confidence in \[0, 1\]"):
         tags_of({"tags": [["dog", 0.5], ["cat", confidence]]}, ("cat", "dog"))
+
+
+@pytest.mark.parametrize(
+    ("category", "name"),
+    [
+        ("cat", "a cat"),
+        ("apple", "an apple"),
+        ("paper_plane", "a paper plane"),
+        ("t-shirt", "a t shirt"),
+        ("hourglass", "an hourglass"),
+        ("7", "a 7"),
+    ],
+)
+def test_a_prompt_says_the_name_with_its_article(category, name):
+    assert fill_prompt("a photo of {}, {}.", category) == f"a photo of {name}, {name}."
 
 
 def test_a_missing_manifest_names_the_remedy(tmp_path):
