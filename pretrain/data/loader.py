@@ -22,7 +22,7 @@ from pretrain.config import DataFacts, Run
 from pretrain.data.batch import Batch
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample, DataError, check_bad_share
-from pretrain.data.mask import block_mask, num_hidden
+from pretrain.data.mask import draw_mask
 from pretrain.data.order import Order
 from pretrain.data.sources import OpenSource, Sources, open_sources
 from pretrain.data.text import choose_caption
@@ -120,11 +120,11 @@ class Steps:
 
     def _mask(self, position: int) -> Tensor:
         """The mask of the input that begins at `position`; all False where it hides nothing."""
-        grid, mask = self.run.grid, self.run.mask
+        grid = self.run.grid
         if not self.run.objective.input.hides:
             return torch.zeros(grid, grid, dtype=torch.bool)
         generator = _generator(self.run.seed, position, "mask")
-        return block_mask(grid, num_hidden(grid, mask.ratio), mask.min_block, mask.aspect, generator)
+        return draw_mask(grid, self.run.mask, generator)
 
 
 class Loader:
