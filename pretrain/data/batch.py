@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-NO_CATEGORY = -1
+NO_CATEGORY = NO_TAG = -1
+MOST_TAGS = 64  # of one image; of more the most confident are kept
 
 
 @dataclass(frozen=True)
 class Batch:
     """Images 2k and 2k + 1 form pair k when two images are mixed; b counts images, g patches a side.
+
 
     `boxes` hold the crop of each view in pixels of the (possibly flipped) whole image: top, left, height,
     width, then 1 if the image was flipped; `sizes` the image's height and width in pixels.
@@ -28,6 +30,8 @@ class Batch:
     category: Int[Tensor, " b"]  # NO_CATEGORY where there is none
     tokens: Int[Tensor, "b length"]  # of the caption; padding where there is none
     token_mask: Bool[Tensor, "b length"]  # True on real tokens; row all False where there is no caption
+    tags: Int[Tensor, "b most"]  # most confident first, then NO_TAG; 0 or MOST_TAGS wide all through a run
+    has_tags: Bool[Tensor, " b"]  # the source tells tags; none of this image's may be sure enough
     position: Int[Tensor, " b"]  # of the sample in the run's global order
 
     @property

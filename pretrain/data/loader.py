@@ -14,12 +14,13 @@ from random import Random
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data_prep.schema import IMAGE_EXTENSIONS
 from pretrain.config import DataFacts, Run
-from pretrain.data.batch import Batch
+from pretrain.data.batch import MOST_TAGS, NO_TAG, Batch
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample, DataError, check_bad_share
 from pretrain.data.mask import draw_mask
@@ -96,6 +97,7 @@ class Steps:
         if encoded is None:
             raise BadSample("no_image", f"the sample holds {sorted(members)}, none of {IMAGE_EXTENSIONS}")
         category = source.category(members)
+        tags = self._tags(source, members)
         tokens, token_mask = self._tokens(source, members, position)
         image = decode_image(encoded)
         needs_other = self._needs_other[position % run.objective.input.mixed]
@@ -107,7 +109,15 @@ class Steps:
             "category": torch.tensor(category),
             "tokens": tokens,
             "token_mask": token_mask,
+            "tags": tags,
+            "has_tags": torch.tensor(source.gives_tags),
         }
+
+    def _tags(self, source: OpenSource, members: Mapping[str, bytes]) -> Int[Tensor, " most"]:
+        """Tags that are sure enough, the most confident first; as wide for every sample of the run."""
+        told, most = source.tags(members), MOST_TAGS if self.sources.tags else 0
+        sure = [number for number, confidence in told.items() if confidence >= self.run.tags.min_score][:most]
+        return torch.tensor([*sure, *[NO_TAG] * (most - len(sure))], dtype=torch.long)
 
     def _tokens(
         self, source: OpenSource, members: Mapping[str, bytes], position: int
@@ -158,7 +168,12 @@ class Loader:
         sha256 = {f"data.{source.name}": source.shards.sha256 for source in sources.opened}
         if captions is not None:
             sha256["tokenizer"] = captions.sha256
-        self.facts = DataFacts(sources.categories, 0 if captions is None else captions.vocab_size, sha256)
+        self.facts = DataFacts(
+            categories=sources.categories,
+            vocab_size=0 if captions is None else captions.vocab_size,
+            tags=sources.tags,
+            sha256=sha256,
+        )
         self._steps = Steps(run, sources, rank, world)
         self.dropped: dict[str, int] = {}  # reason -> samples replaced so far on this rank
         self._num_reads = 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_prep.schema import IMAGE_EXTENSIONS
 from pretrain.config import Run
-from pretrain.data.batch import Batch
+from pretrain.data.batch import NO_TAG, Batch
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample
 from pretrain.data.loader import Loader
@@ -41,6 +41,7 @@ class Example:
     key: str
     caption: str | None
     category: str | None
+    tags: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,21 @@ def _example(batch: Batch, place: int, order: Order, sources: Sources) -> Exampl
     source = sources.opened[number]
     tokens = batch.tokens[place] if batch.has_text[place] else None
     category = sources.categories[batch.category[place]] if batch.has_category[place] else None
+    sure = batch.tags[place][batch.tags[place] != NO_TAG].tolist()
+    tags = tuple(sources.tags[tag] for tag in sure) if batch.has_tags[place] else None
     for replacement in range(MAX_REPLACED):
         pick = order.pick(number, draw + replacement)
         try:
             key, members = source.shards.read(pick.shard, pick.index)
             source.category(members)
+            source.tags(members)
             encoded = next(members[ext] for ext in IMAGE_EXTENSIONS if ext in members)
             caption = None if tokens is None else _caption(members, sources.captions, tokens)
             image = decode_image(encoded).numpy()
         except (BadSample, StopIteration):
             continue
-        return Example(image, batch.views[place], batch.boxes[place], source.name, key, caption, category)
+        views, boxes = batch.views[place], batch.boxes[place]
+        return Example(image, views, boxes, source.name, key, caption, category, tags)
     raise ValueError(
         f"{MAX_REPLACED} bad samples in a row in {source.name!r}: run `python -m data_prep check`"
     )
@@ -126,7 +131,7 @@ def _card(number: int, pair: Pair, run: Run, needs_other: tuple[bool, ...]) -> H
 def _image_row(example: Example, name: str, has_other: bool, run: Run) -> Html:
     shown = [(0, "view 1")] + ([(1, "view 2")] if has_other else [])
     outlines = [_outline(example, which) for which, _ in shown]
-    label = example.caption or example.category or "without label"
+    label = example.caption or example.category or ", ".join(example.tags or ()) or "without label"
     whole = outlined(example.image, f"{name}, {label}, with its crop boxes", outlines)
     parts = [figure(whole, element("b", name))]
     for which, title in shown:
@@ -158,6 +163,8 @@ def _label(name: str, example: Example) -> Html:
         said = [element("span", "text", class_="tag text"), element("q", example.caption)]
     elif example.category is not None:
         said = [element("span", "category", class_="tag category"), example.category]
+    elif example.tags is not None:
+        said = [element("span", "tags", class_="tag category"), ", ".join(example.tags) or "none is sure"]
     else:
         said = "no label"
     origin = element("span", f"{example.source}/{example.key}", class_="origin")
