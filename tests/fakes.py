@@ -23,7 +23,8 @@ def random_batch(run: Run, num_images: int, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     grid, size = run.grid, run.views.size
     second = round(run.mask.ratio * grid**2) if run.objective.input.hides else 0
-    mask = torch.zeros(num_images // run.objective.input.mixed, grid**2, dtype=torch.bool)
+    num_inputs = num_images * run.objective.input.views // run.objective.input.mixed
+    mask = torch.zeros(num_inputs, grid**2, dtype=torch.bool)
     for row in mask:
         row[torch.randperm(grid**2, generator=generator)[:second]] = True
     boxes = torch.rand(num_images, 2, 5, generator=generator)

@@ -14,7 +14,7 @@ from random import Random
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -69,8 +69,8 @@ class Steps:
         bad: list[str] = []
         rows = [self._row(position, dropped, bad) for position in positions]
         fields = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        masks = [self._mask(position) for position in positions[:: self.run.objective.input.mixed]]
-        batch = Batch(mask=torch.stack(masks), position=torch.tensor(positions), **fields)
+        masks = [self._masks(position) for position in positions[:: self.run.objective.input.mixed]]
+        batch = Batch(mask=torch.cat(masks), position=torch.tensor(positions), **fields)
         return Delivery(batch, len(positions) + dropped.total(), dict(dropped), bad[-1] if bad else "")
 
     def _row(self, position: int, dropped: Counter[str], bad: list[str]) -> dict[str, Tensor]:
@@ -128,13 +128,13 @@ class Steps:
         padding = 0 if captions is None else captions.padding
         return torch.full((length,), padding), torch.zeros(length, dtype=torch.bool)
 
-    def _mask(self, position: int) -> Tensor:
-        """The mask of the input that begins at `position`; all False where it hides nothing."""
-        grid = self.run.grid
-        if not self.run.objective.input.hides:
-            return torch.zeros(grid, grid, dtype=torch.bool)
+    def _masks(self, position: int) -> Bool[Tensor, "views g g"]:
+        """The masks of the inputs that begin at `position`, one a view; all False where they hide nothing."""
+        grid, shown = self.run.grid, self.run.objective.input
+        if not shown.hides:
+            return torch.zeros(shown.views, grid, grid, dtype=torch.bool)
         generator = _generator(self.run.seed, position, "mask")
-        return draw_mask(grid, self.run.mask, generator)
+        return torch.stack([draw_mask(grid, self.run.mask, generator) for _ in range(shown.views)])
 
 
 class Loader:

@@ -49,7 +49,7 @@ class Pair:
     """The images of one input; two of them when the objective mixes."""
 
     examples: tuple[Example, ...]
-    mask: np.ndarray  # bool [g, g], True where the second image shows
+    mask: np.ndarray  # bool [g, g], of view 1: True where the second image shows, or nothing
 
 
 def read_pairs(run: Run, folders: Mapping[str, Path], tokenizer: Path | None, count: int) -> list[Pair]:
@@ -67,7 +67,8 @@ def read_pairs(run: Run, folders: Mapping[str, Path], tokenizer: Path | None, co
     weights = [float(source.weight) for source in run.data.values()]
     order = Order(run.seed, weights, [source.shards.shard_sizes for source in sources.opened])
     examples = [_example(batch, place, order, sources) for place in range(count * mixed)]
-    return [Pair(tuple(examples[mixed * k : mixed * (k + 1)]), batch.mask[k].numpy()) for k in range(count)]
+    masks = batch.mask.view(count, run.objective.input.views, run.grid, run.grid)[:, 0].numpy()
+    return [Pair(tuple(examples[mixed * k : mixed * (k + 1)]), masks[k]) for k in range(count)]
 
 
 def _example(batch: Batch, place: int, order: Order, sources: Sources) -> Example:
@@ -213,6 +214,10 @@ def legend(run: Run) -> Html:
     same = ", ".join(name for name, target in targets if target.kind not in LABELS and target.view == "same")
     other = ", ".join(name for name, target in targets if target.view == "other")
     items = [("swatch view1", f"view 1: the input{f', and the target of {same}' if same else ''}")]
-    if other:
+    if run.objective.input.views == 2:
+        items.append(
+            ("swatch view2", "view 2: an input as well, each view with the other in the place of view 2")
+        )
+    elif other:
         items.append(("swatch view2", f"view 2: the target of {other}"))
     return key(*items, ("", "⇄ flipped"))
