@@ -85,6 +85,7 @@ def build(collection: Collection, folder: Path, options: Options, tokenizer_from
                 shards=tuple(done.shard for done in good),
                 dropped=dict(sorted(Counter(drop.reason for drop in _drops(finished)).items())),
                 builder=settings,
+                tags=tuple(collection.tags),
             )
             write_manifest(folder, manifest)
         shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)

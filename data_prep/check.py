@@ -33,6 +33,7 @@ from data_prep.schema import (
     parse_manifest,
     read_index,
     sha256_file,
+    tags_of,
 )
 
 _MEMBER = re.compile(rf"({KEY_PATTERN.pattern})\.([a-z.]+)")
@@ -186,6 +187,11 @@ def _check_sample(key: str, sample: list[_Member], manifest: Manifest) -> None:
             raise BadDataSet(f"member {key}.{extension} is missing, the manifest says every sample has one")
     if "cls" in parts:
         _check_category(parts["cls"], record["category"], manifest.categories)
+    if manifest.tags:
+        try:
+            tags_of(record, manifest.tags)
+        except ValueError as error:
+            raise BadDataSet(f"member {last.name}: {error}") from error
     _check_pixels(image, parts.get("mask.png"), record)
 
 

@@ -53,6 +53,7 @@ class Collection:
     items: Sequence[Any]  # small and picklable
     make: Callable[[Any], Made]  # pure and picklable
     num_bytes: int  # estimate of the finished shards
+    tags: tuple[str, ...] = ()  # every name that a sample's record["tags"] can hold
 
 
 def members(sample: Sample) -> list[tuple[str, bytes]]:

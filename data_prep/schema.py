@@ -3,8 +3,9 @@
 A data set is a folder: `manifest.json`, shards `000000.tar`, `000001.tar`, ... each with an index
 `000000.tar.idx`, and `tokenizer/` when its samples have captions. A sample is a run of adjacent tar members
 that share a key, image first: `<key>.{jpg,png,webp}` [+ `.txt` caption, UTF-8] [+ `.cls` category number, ASCII]
-[+ `.mask.png` instance numbers, 0 = background] + `.json`. Standard library only: training imports this file and
-nothing else of `data_prep`.
+[+ `.mask.png` instance numbers, 0 = background] + `.json`, whose `tags` are [[name, confidence in [0, 1]], ...]
+with names of the manifest's `tags`. Standard library only: training imports this file and nothing else of
+`data_prep`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import re
 import sys
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -70,6 +71,7 @@ class Manifest:
     builder: Mapping[str, Any] = field(
         default_factory=dict
     )  # the settings that produced it, without paths of output
+    tags: tuple[str, ...] = ()  # every name that tags of samples have; empty: the tags are not promised
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -93,6 +95,8 @@ class Manifest:
             )
         if self.has_category and not self.categories:
             raise ValueError(f"data set {self.name!r} has_category but lists no categories: build it again")
+        if len(set(self.tags)) != len(self.tags):
+            raise ValueError(f"data set {self.name!r} names a tag twice: build it again")
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Manifest:
@@ -134,7 +138,9 @@ def manifest_from_record(record: Any) -> Manifest:
         "shards": list,
         "dropped": dict,
         "builder": dict,
+        "tags": list,
     }
+    record = {"tags": [], **record}  # manifests that were written before there were tags stay what they are
     if missing := sorted(kinds.keys() - record.keys()):
         raise ValueError(f"fields {missing} are missing")
     if unknown := sorted(record.keys() - kinds.keys()):
@@ -142,10 +148,47 @@ def manifest_from_record(record: Any) -> Manifest:
     for name, kind in kinds.items():
         if type(record[name]) is not kind:
             raise ValueError(f"{name}={record[name]!r} must be of type {kind.__name__}")
-    if not all(isinstance(category, str) for category in record["categories"]):
-        raise ValueError("categories must be names (strings)")
-    shards = tuple(Shard(**shard) for shard in record["shards"])
-    return Manifest(**{**record, "categories": tuple(record["categories"]), "shards": shards})
+    for field_name in ("categories", "tags"):
+        if not all(isinstance(name, str) for name in record[field_name]):
+            raise ValueError(f"{field_name} must be names (strings)")
+    typed = {
+        "categories": tuple(record["categories"]),
+        "tags": tuple(record["tags"]),
+        "shards": tuple(Shard(**shard) for shard in record["shards"]),
+    }
+    return Manifest(**{**record, **typed})
+
+
+def tags_of(record: Any, vocabulary: Collection[str]) -> list[tuple[str, float]]:
+    """Names and confidences of the tags in a sample's decoded .json, as they stand there.
+
+    Raises ValueError for anything but a list of [name of the vocabulary, confidence in [0, 1]].
+    """
+    tags = record.get("tags") if isinstance(record, dict) else None
+    if not isinstance(tags, list):
+        raise ValueError(f"tags={tags!r} must be a list, of a name and a confidence each")
+    for tag in tags:
+        match tag:
+            case [str(name), int(confidence) | float(confidence)] if not isinstance(confidence, bool):
+                is_good = name in vocabulary and 0 <= confidence <= 1
+            case _:
+                is_good = False
+        if not is_good:
+            raise ValueError(
+                f"tag {tag!r} must be one of the {len(vocabulary)} names of the manifest's tags and a confidence in "
+                "[0, 1]"
+            )
+    return [(name, float(confidence)) for name, confidence in tags]
+
+
+def fill_prompt(prompt: str, category: str) -> str:
+    """What a caption says of a category: {} in the prompt becomes its name with its article.
+
+    Underscores and hyphens separate words: ("a photo of {}.", "paper_plane") -> "a photo of a paper plane."
+    """
+    words = " ".join(category.replace("_", " ").replace("-", " ").split())
+    is_vowel = words[:1].lower() in tuple("aeiou") or words.lower().startswith("hour")
+    return prompt.replace("{}", f"{'an' if is_vowel else 'a'} {words}")
 
 
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:

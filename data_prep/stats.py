@@ -21,7 +21,7 @@ def describe(folder: Path) -> str:
     manifest = Manifest.read(folder)
     formats: Counter[str] = Counter()
     categories: Counter[str] = Counter()
-    widths, heights, lengths, objects, captions = [], [], [], [], []
+    widths, heights, lengths, objects, captions, tags = [], [], [], [], [], []
     with progress_bar(manifest.num_samples, f"stats {folder.name}", "sample") as bar:
         for shard in manifest.shards:
             with tarfile.open(folder / shard.name) as tar:
@@ -36,6 +36,7 @@ def describe(folder: Path) -> str:
                     lengths += [len(caption.split()) for caption in record["captions"]]
                     captions.append(len(record["captions"]))
                     objects.append(len(record.get("objects", [])))
+                    tags.append(len(record.get("tags", [])))
                     categories[record.get("category", "")] += 1
                     bar.update()
     num_bytes = sum(shard.num_bytes for shard in manifest.shards)
@@ -53,6 +54,8 @@ def describe(folder: Path) -> str:
         )
     if any(objects):
         lines.append(f"  objects      {sum(objects):,}, {_spread(objects)} a sample")
+    if manifest.tags:
+        lines.append(f"  tags         {sum(tags):,} of {len(manifest.tags)} names, {_spread(tags)} a sample")
     lines += _dropped(manifest)
     if manifest.has_category:
         lines += _histogram(manifest, categories)

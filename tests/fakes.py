@@ -7,17 +7,24 @@ from dataclasses import replace
 import torch
 
 from pretrain.config import DataFacts, Run
-from pretrain.data.batch import NO_CATEGORY, Batch
+from pretrain.data.batch import MOST_TAGS, NO_CATEGORY, NO_TAG, Batch
 
-FACTS = DataFacts(categories=("apple", "boat", "cat", "door", "egg"), vocab_size=100)
+FACTS = DataFacts(
+    categories=("apple", "boat", "cat", "door", "egg"),
+    vocab_size=100,
+    tags=("fruit", "pet", "red", "round", "sea", "wood"),
+)
 
 
 def random_batch(run: Run, num_images: int, seed: int = 0) -> Batch:
-    """Random views with random crops; even images have a category, odd ones a caption."""
+    """Random views with random crops; even images have a category, odd ones a caption.
+
+    All have 1 to 3 tags where a target is about tags."""
     generator = torch.Generator().manual_seed(seed)
     grid, size = run.grid, run.views.size
     second = round(run.mask.ratio * grid**2) if run.objective.input.hides else 0
-    mask = torch.zeros(num_images // run.objective.input.mixed, grid**2, dtype=torch.bool)
+    num_inputs = num_images * run.objective.input.views // run.objective.input.mixed
+    mask = torch.zeros(num_inputs, grid**2, dtype=torch.bool)
     for row in mask:
         row[torch.randperm(grid**2, generator=generator)[:second]] = True
     boxes = torch.rand(num_images, 2, 5, generator=generator)
@@ -25,14 +32,22 @@ def random_batch(run: Run, num_images: int, seed: int = 0) -> Batch:
     is_even = torch.arange(num_images) % 2 == 0
     tokens = torch.randint(5, FACTS.vocab_size, (num_images, run.text.length), generator=generator)
     has_token = ~is_even[:, None] & (torch.arange(run.text.length) < run.text.length // 2)
+    views = torch.randint(0, 256, (num_images, 2, 3, size, size), dtype=torch.uint8, generator=generator)
+    has_tags = any(target.kind == "tags" for target in run.objective.targets.values())
+    tags = torch.full((num_images, MOST_TAGS if has_tags else 0), NO_TAG)
+    for row in tags[: num_images * has_tags]:
+        num_tags = int(torch.randint(1, 4, (1,), generator=generator))
+        row[:num_tags] = torch.randperm(len(FACTS.tags), generator=generator)[:num_tags]
     return Batch(
-        views=torch.randint(0, 256, (num_images, 2, 3, size, size), dtype=torch.uint8, generator=generator),
+        views=views,
         boxes=boxes,
         sizes=torch.full((num_images, 2), 100.0),
         mask=mask.view(-1, grid, grid),
         category=torch.where(is_even, torch.arange(num_images) % len(FACTS.categories), NO_CATEGORY),
         tokens=torch.where(has_token, tokens, 0),
         token_mask=has_token,
+        tags=tags,
+        has_tags=torch.full((num_images,), has_tags),
         position=torch.arange(num_images),
     )
 

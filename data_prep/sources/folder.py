@@ -7,8 +7,9 @@ order of the samples is a shuffle fixed by the seed, so that neighbours in a sha
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -17,12 +18,14 @@ import tyro
 
 from data_prep.images import BadImage, Limits, check_image
 from data_prep.samples import Collection, Dropped, Made, Sample
+from data_prep.schema import fill_prompt
 from data_prep.sources.captions_table import clean_caption, read_table
 from data_prep.sources.listing import FileRef, files_of, is_image_name
 
 VERSION = 1  # raise it when the same input gives other bytes
 SPLITS = ("train", "trainval", "val", "valid", "validation", "heldout", "test")
 CAPTIONS_NAME, CLASSES_NAME = "captions.tsv", "classes.tsv"
+_DOUBLED_ARTICLE = re.compile(r"\b(a|an|the)\s+\{\}", re.IGNORECASE)
 OVERHEAD = 5 * 1024  # bytes; tar headers, padding and .json of a sample, for the estimate
 
 
@@ -48,8 +51,15 @@ class Folder:
     seed: int = 0  # of the order of the samples
     min_side: int = Limits.min_side  # pixels; images with a shorter side are dropped
     max_pixels: int = Limits.max_pixels  # width x height, from the header; larger images are dropped unread
+    prompts: tuple[str, ...] = ()  # captions of a class: {} becomes "a paper plane" for paper_plane
 
     def __post_init__(self) -> None:
+        for prompt in self.prompts:
+            if "{}" not in prompt or _DOUBLED_ARTICLE.search(prompt):
+                raise ValueError(
+                    f"prompt {prompt!r} must hold {{}}, the class name with its article, and no article before it: "
+                    'pass --prompts "a photo of {}."'
+                )
         if not self.source.exists():
             raise FileNotFoundError(f"{self.source} does not exist: pass --from a folder of images or a .tar")
 
@@ -74,6 +84,8 @@ class Folder:
                 f"{listing.root} holds no images: it needs class folders, a tar per class, or images with a"
                 f" {CAPTIONS_NAME}"
             )
+        if self.prompts:
+            items = [_with_captions(item, self.prompts, categories, listing) for item in items]
         limits = Limits(self.min_side, self.max_pixels)
         sizes = [item.ref.size() if item.ref else 0 for item in items]
         settings: dict[str, Any] = {
@@ -84,10 +96,13 @@ class Folder:
             "limits": asdict(limits),
             "inputs_sha256": _fingerprint(items, sizes),
         }
+        if self.prompts:
+            settings["prompts"] = list(self.prompts)
         make = partial(make_sample, source=name, categories=categories, limits=limits)
         is_split = listing.root != self.source
+        num_bytes = sum(sizes) + OVERHEAD * len(items)
         return Collection(
-            name, split, is_split, categories, settings, items, make, sum(sizes) + OVERHEAD * len(items)
+            name, split, is_split, categories, settings, items, make, num_bytes, tags=categories
         )
 
 
@@ -185,6 +200,24 @@ def _items(listing: _Listing, prefix: str, categories: tuple[str, ...], seed: in
         key=lambda one: hashlib.sha256(f"{seed}/{one['name']}".encode("utf-8", "surrogateescape")).digest()
     )
     return [Item(key=f"{prefix}-{index:08d}", **one) for index, one in enumerate(found)]
+
+
+def _with_captions(
+    item: Item, prompts: tuple[str, ...], categories: tuple[str, ...], listing: _Listing
+) -> Item:
+    """The item with every prompt as a caption of its class; ValueError where it has none, or captions already."""
+    if listing.table is not None:
+        raise ValueError(
+            f"{listing.root} has a {CAPTIONS_NAME}, prompts make captions of class folders: leave out --prompts, or "
+            f"remove the {CAPTIONS_NAME}"
+        )
+    if item.category is None:
+        raise ValueError(
+            f"{listing.root} has no class folders, prompts need the name of a class for every image such as "
+            f"{item.name!r}: move the images into class folders, or leave out --prompts"
+        )
+    filled = (fill_prompt(prompt, categories[item.category]) for prompt in prompts)
+    return replace(item, captions=tuple(caption.encode("utf-8", "surrogateescape") for caption in filled))
 
 
 def _slug(text: str) -> str:

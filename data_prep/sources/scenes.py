@@ -64,7 +64,9 @@ class Scenes:
         }
         num_bytes = len(indices) * (8 * 1024 + self.size * self.size // 2)
         make = partial(make_scene, seed=self.seed, size=self.size)
-        return Collection("scenes", split, True, CATEGORIES, settings, indices, make, num_bytes)
+        return Collection(
+            "scenes", split, True, CATEGORIES, settings, indices, make, num_bytes, tags=CATEGORIES
+        )
 
 
 def draw_scene(index: int, seed: int, size: int) -> tuple[np.ndarray, Facts, tuple[str, ...]]:

@@ -14,15 +14,16 @@ from random import Random
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data_prep.schema import IMAGE_EXTENSIONS
 from pretrain.config import DataFacts, Run
-from pretrain.data.batch import Batch
+from pretrain.data.batch import MOST_TAGS, NO_TAG, Batch
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample, DataError, check_bad_share
-from pretrain.data.mask import block_mask, num_hidden
+from pretrain.data.mask import draw_mask
 from pretrain.data.order import Order
 from pretrain.data.sources import OpenSource, Sources, open_sources
 from pretrain.data.text import choose_caption
@@ -68,8 +69,8 @@ class Steps:
         bad: list[str] = []
         rows = [self._row(position, dropped, bad) for position in positions]
         fields = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        masks = [self._mask(position) for position in positions[:: self.run.objective.input.mixed]]
-        batch = Batch(mask=torch.stack(masks), position=torch.tensor(positions), **fields)
+        masks = [self._masks(position) for position in positions[:: self.run.objective.input.mixed]]
+        batch = Batch(mask=torch.cat(masks), position=torch.tensor(positions), **fields)
         return Delivery(batch, len(positions) + dropped.total(), dict(dropped), bad[-1] if bad else "")
 
     def _row(self, position: int, dropped: Counter[str], bad: list[str]) -> dict[str, Tensor]:
@@ -96,6 +97,7 @@ class Steps:
         if encoded is None:
             raise BadSample("no_image", f"the sample holds {sorted(members)}, none of {IMAGE_EXTENSIONS}")
         category = source.category(members)
+        tags = self._tags(source, members)
         tokens, token_mask = self._tokens(source, members, position)
         image = decode_image(encoded)
         needs_other = self._needs_other[position % run.objective.input.mixed]
@@ -107,7 +109,15 @@ class Steps:
             "category": torch.tensor(category),
             "tokens": tokens,
             "token_mask": token_mask,
+            "tags": tags,
+            "has_tags": torch.tensor(source.gives_tags),
         }
+
+    def _tags(self, source: OpenSource, members: Mapping[str, bytes]) -> Int[Tensor, " most"]:
+        """Tags that are sure enough, the most confident first; as wide for every sample of the run."""
+        told, most = source.tags(members), MOST_TAGS if self.sources.tags else 0
+        sure = [number for number, confidence in told.items() if confidence >= self.run.tags.min_score][:most]
+        return torch.tensor([*sure, *[NO_TAG] * (most - len(sure))], dtype=torch.long)
 
     def _tokens(
         self, source: OpenSource, members: Mapping[str, bytes], position: int
@@ -118,13 +128,13 @@ class Steps:
         padding = 0 if captions is None else captions.padding
         return torch.full((length,), padding), torch.zeros(length, dtype=torch.bool)
 
-    def _mask(self, position: int) -> Tensor:
-        """The mask of the input that begins at `position`; all False where it hides nothing."""
-        grid, mask = self.run.grid, self.run.mask
-        if not self.run.objective.input.hides:
-            return torch.zeros(grid, grid, dtype=torch.bool)
+    def _masks(self, position: int) -> Bool[Tensor, "views g g"]:
+        """The masks of the inputs that begin at `position`, one a view; all False where they hide nothing."""
+        grid, shown = self.run.grid, self.run.objective.input
+        if not shown.hides:
+            return torch.zeros(shown.views, grid, grid, dtype=torch.bool)
         generator = _generator(self.run.seed, position, "mask")
-        return block_mask(grid, num_hidden(grid, mask.ratio), mask.min_block, mask.aspect, generator)
+        return torch.stack([draw_mask(grid, self.run.mask, generator) for _ in range(shown.views)])
 
 
 class Loader:
@@ -158,7 +168,12 @@ class Loader:
         sha256 = {f"data.{source.name}": source.shards.sha256 for source in sources.opened}
         if captions is not None:
             sha256["tokenizer"] = captions.sha256
-        self.facts = DataFacts(sources.categories, 0 if captions is None else captions.vocab_size, sha256)
+        self.facts = DataFacts(
+            categories=sources.categories,
+            vocab_size=0 if captions is None else captions.vocab_size,
+            tags=sources.tags,
+            sha256=sha256,
+        )
         self._steps = Steps(run, sources, rank, world)
         self.dropped: dict[str, int] = {}  # reason -> samples replaced so far on this rank
         self._num_reads = 0

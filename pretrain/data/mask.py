@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from random import Random
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+
+from pretrain.config import Mask
 
 TRIES = 10  # placements tried for one block before the mask counts as full
 
@@ -17,6 +20,24 @@ def num_hidden(grid: int, ratio: float) -> int:
     return min(max(round(ratio * grid * grid), 1), grid * grid - 1)
 
 
+def draw_mask(grid: int, mask: Mask, generator: Random) -> Bool[Tensor, "g g"]:
+    """A mask of the run's shape with exactly the run's share of True patches."""
+    return SHAPES[mask.shape](grid, num_hidden(grid, mask.ratio), mask, generator)
+
+
+def scattered_mask(grid: int, num: int, generator: Random) -> Bool[Tensor, "g g"]:
+    """A grid x grid mask with exactly `num` True patches, every such mask equally likely.
+
+    Raises ValueError when `num` does not fit in the grid. Source: SimMIM (arXiv 2111.09886), section 3.2.
+    """
+    _check_num(grid, num)
+    # By random() alone, of which alone Python promises the same numbers in every version.
+    order = sorted(range(grid * grid), key=lambda _: generator.random())
+    mask = torch.zeros(grid * grid, dtype=torch.bool)
+    mask[order[:num]] = True
+    return mask.view(grid, grid)
+
+
 def block_mask(grid: int, num: int, min_block: int, aspect: float, generator: Random) -> Bool[Tensor, "g g"]:
     """A grid x grid mask with exactly `num` True patches, made of rectangles.
 
@@ -24,8 +45,7 @@ def block_mask(grid: int, num: int, min_block: int, aspect: float, generator: Ra
     is log-uniform in [aspect, 1 / aspect]. What rectangles cannot fill exactly is topped up next to them.
     Raises ValueError when `num` does not fit in the grid. Source: BEiT (arXiv 2106.08254), algorithm 1.
     """
-    if not 0 <= num <= grid * grid:
-        raise ValueError(f"num={num} must lie in [0, {grid * grid}], the patches of a {grid} x {grid} mask")
+    _check_num(grid, num)
     mask = [[False] * grid for _ in range(grid)]
     missing = num
     while missing > 0 and (block := _new_block(mask, missing, min_block, aspect, generator)):
@@ -36,6 +56,19 @@ def block_mask(grid: int, num: int, min_block: int, aspect: float, generator: Ra
         y, x = _border_patch(mask, generator)
         mask[y][x] = True
     return torch.tensor(mask)
+
+
+SHAPES: dict[str, Callable[[int, int, Mask, Random], Bool[Tensor, "g g"]]] = {
+    "blocks": lambda grid, num, mask, generator: block_mask(
+        grid, num, mask.min_block, mask.aspect, generator
+    ),
+    "scattered": lambda grid, num, mask, generator: scattered_mask(grid, num, generator),
+}
+
+
+def _check_num(grid: int, num: int) -> None:
+    if not 0 <= num <= grid * grid:
+        raise ValueError(f"num={num} must lie in [0, {grid * grid}], the patches of a {grid} x {grid} mask")
 
 
 def _new_block(

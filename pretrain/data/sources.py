@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.schema import TOKENIZER_FOLDER
+from data_prep.schema import TOKENIZER_FOLDER, Manifest, tags_of
 from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
 from pretrain.data.text import Captions
+
+# supervision -> does a data set promise its labels, what they are, where they come from
+NEEDS: dict[str, tuple[Callable[[Manifest], bool], tuple[str, str], str]] = {
+    "category": (
+        lambda manifest: manifest.has_category,
+        ("categories", "a .cls a sample"),
+        "build it from class folders",
+    ),
+    "text": (lambda manifest: manifest.has_text, ("captions", "a .txt a sample"), "build it with captions"),
+    "tags": (
+        lambda manifest: bool(manifest.tags),
+        ("tags", "their names in its manifest"),
+        "build it from scenes or class folders, an older one once more into an empty folder",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,11 @@ class OpenSource:
     shards: ShardFolder
     gives_text: bool
     category_ids: tuple[int, ...]  # number in the data set -> number in the run; empty without supervision
+    tag_ids: Mapping[str, int]  # name -> number in the run; empty without supervision
+
+    @property
+    def gives_tags(self) -> bool:
+        return bool(self.tag_ids)
 
     def category(self, members: Mapping[str, bytes]) -> int:
         """The run's category of a sample, NO_CATEGORY where this source gives none; raises BadSample."""
@@ -40,13 +61,29 @@ class OpenSource:
             )
         return self.category_ids[number]
 
+    def tags(self, members: Mapping[str, bytes]) -> dict[int, float]:
+        """The run's number -> confidence in [0, 1], highest first; empty where this source gives none.
+
+        Of a tag that is told twice the higher confidence counts. Raises BadSample.
+        """
+        if not self.gives_tags:
+            return {}
+        try:
+            told = tags_of(json.loads(members.get("json", b"{}")), self.tag_ids)
+        except ValueError as error:
+            raise BadSample("bad_tags", f".json: {error}") from error
+        ascending = sorted(told, key=lambda tag: tag[1])
+        confidence = {self.tag_ids[name]: score for name, score in ascending}
+        return dict(sorted(confidence.items(), key=lambda tag: (-tag[1], tag[0])))
+
 
 @dataclass(frozen=True)
 class Sources:
     """All data sets of a run, in the order of the recipe, and what they have in common."""
 
     opened: tuple[OpenSource, ...]
-    categories: tuple[str, ...]  # of all labelled sources, first seen first
+    categories: tuple[str, ...]  # of all sources with category supervision, first seen first
+    tags: tuple[str, ...]  # of all sources with tags supervision, first seen first
     captions: Captions | None  # None without text supervision
 
 
@@ -54,43 +91,39 @@ def open_sources(run: Run, folders: Mapping[str, Path], tokenizer: Path | None) 
     """The sources that `run.data` names, found in `folders`; each must hold the labels asked of it.
 
     Raises ValueError or FileNotFoundError: names that do not match, a broken or missing data set, missing
-    categories, captions or tokenizer, or a `tokenizer` that nothing would use.
+    categories, captions, tags or tokenizer, or a `tokenizer` that nothing would use.
     """
     _check_names(run, folders)
     shards = {name: ShardFolder(folders[name]) for name in run.data}
     _check_supervision(run)
-    labelled = [name for name, source in run.data.items() if source.supervision == "category"]
-    with_text = [name for name, source in run.data.items() if source.supervision == "text"]
-    for name in labelled:
-        if not shards[name].manifest.has_category:
-            raise ValueError(
-                f"{folders[name]} has no categories, data.{name}.supervision='category' needs a .cls a "
-                "sample: build it from class folders, or ask for 'text' or 'none'"
+    told_by = {label: [n for n, source in run.data.items() if source.supervision == label] for label in NEEDS}
+    for label, names in told_by.items():
+        for name in names:
+            _check_labels(name, label, shards[name])
+    categories = merge_names(shards[name].manifest.categories for name in told_by["category"])
+    tags = merge_names(shards[name].manifest.tags for name in told_by["tags"])
+    category_number = {category: i for i, category in enumerate(categories)}
+    tag_number = {tag: i for i, tag in enumerate(tags)}
+    opened = []
+    for name in run.data:
+        manifest = shards[name].manifest
+        told_categories = manifest.categories if name in told_by["category"] else ()
+        told_tags = manifest.tags if name in told_by["tags"] else ()
+        opened.append(
+            OpenSource(
+                name=name,
+                shards=shards[name],
+                gives_text=name in told_by["text"],
+                category_ids=tuple(category_number[category] for category in told_categories),
+                tag_ids={tag: tag_number[tag] for tag in told_tags},
             )
-    for name in with_text:
-        if not shards[name].manifest.has_text:
-            raise ValueError(
-                f"{folders[name]} has no captions, data.{name}.supervision='text' needs a .txt a sample: "
-                "build it with captions, or ask for 'category' or 'none'"
-            )
-    categories = merge_names(shards[name].manifest.categories for name in labelled)
-    number = {category: i for i, category in enumerate(categories)}
-    opened = tuple(
-        OpenSource(
-            name=name,
-            shards=shards[name],
-            gives_text=name in with_text,
-            category_ids=tuple(number[c] for c in shards[name].manifest.categories)
-            if name in labelled
-            else (),
         )
-        for name in run.data
-    )
-    return Sources(opened, categories, _captions(run, folders, with_text, tokenizer))
+    captions = _captions(run, folders, told_by["text"], tokenizer)
+    return Sources(tuple(opened), categories, tags, captions)
 
 
 def merge_names(lists: Iterable[Iterable[str]]) -> tuple[str, ...]:
-    """One label space of several: equal names become one category, first seen first."""
+    """One label space of several: equal names become one label, first seen first."""
     return tuple(dict.fromkeys(name for names in lists for name in names))
 
 
@@ -117,6 +150,16 @@ def _check_supervision(run: Run) -> None:
                 f"data.{name}.supervision={source.supervision!r} would be ignored, recipe {run.name!r} predicts "
                 f"{sorted(kinds)} only: ask for 'none', or take an objective with that target"
             )
+
+
+def _check_labels(name: str, label: str, shards: ShardFolder) -> None:
+    """ValueError where a data set does not promise the labels that the recipe takes from it."""
+    is_there, what, remedy = NEEDS[label]
+    if not is_there(shards.manifest):
+        raise ValueError(
+            f"{shards.folder} has no {what[0]}, data.{name}.supervision={label!r} needs {what[1]}: {remedy}, or ask "
+            "for 'none'"
+        )
 
 
 def _captions(

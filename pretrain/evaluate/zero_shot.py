@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# {} is the class name with its article. The first two are CLIP's simplest (arXiv 2103.00020, section 3.1.4);
+from data_prep.schema import fill_prompt
+
+# The first two are CLIP's simplest (arXiv 2103.00020, section 3.1.4);
 # the others are how people, and the captions of the embedded scenes, open a description.
 PROMPTS = (
     "a photo of {}.",
@@ -29,13 +31,6 @@ Encode = Callable[[str], tuple[Int[Tensor, " length"], Bool[Tensor, " length"]]]
 EmbedTexts = Callable[[Int[Tensor, "n length"], Bool[Tensor, "n length"]], Float[Tensor, "n e"]]
 
 
-def describe(category: str) -> str:
-    """A category's name as a caption would say it: "paper_plane" -> "a paper plane"."""
-    words = category.replace("_", " ").strip()
-    is_vowel = words[:1].lower() in tuple("aeiou") or words.lower().startswith("hour")
-    return f"{'an' if is_vowel else 'a'} {words}"
-
-
 def embed_captions(captions: list[str], encode: Encode, embed: EmbedTexts) -> Float[Tensor, "n e"]:
     """Unit vectors of captions, float32 on the CPU; `encode` tokenises one, `embed` runs the text tower."""
     vectors = []
@@ -47,7 +42,7 @@ def embed_captions(captions: list[str], encode: Encode, embed: EmbedTexts) -> Fl
 
 def class_vectors(categories: tuple[str, ...], encode: Encode, embed: EmbedTexts) -> Float[Tensor, "k e"]:
     """One unit vector a category: the normalised mean of the unit vectors of its PROMPTS."""
-    captions = [prompt.format(describe(category)) for category in categories for prompt in PROMPTS]
+    captions = [fill_prompt(prompt, category) for category in categories for prompt in PROMPTS]
     vectors = embed_captions(captions, encode, embed).unflatten(0, (len(categories), len(PROMPTS)))
     return ensemble(vectors)
 

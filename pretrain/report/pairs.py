@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_prep.schema import IMAGE_EXTENSIONS
 from pretrain.config import Run
-from pretrain.data.batch import Batch
+from pretrain.data.batch import NO_TAG, Batch
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample
 from pretrain.data.loader import Loader
@@ -41,6 +41,7 @@ class Example:
     key: str
     caption: str | None
     category: str | None
+    tags: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Pair:
     """The images of one input; two of them when the objective mixes."""
 
     examples: tuple[Example, ...]
-    mask: np.ndarray  # bool [g, g], True where the second image shows
+    mask: np.ndarray  # bool [g, g], of view 1: True where the second image shows, or nothing
 
 
 def read_pairs(run: Run, folders: Mapping[str, Path], tokenizer: Path | None, count: int) -> list[Pair]:
@@ -66,7 +67,8 @@ def read_pairs(run: Run, folders: Mapping[str, Path], tokenizer: Path | None, co
     weights = [float(source.weight) for source in run.data.values()]
     order = Order(run.seed, weights, [source.shards.shard_sizes for source in sources.opened])
     examples = [_example(batch, place, order, sources) for place in range(count * mixed)]
-    return [Pair(tuple(examples[mixed * k : mixed * (k + 1)]), batch.mask[k].numpy()) for k in range(count)]
+    masks = batch.mask.view(count, run.objective.input.views, run.grid, run.grid)[:, 0].numpy()
+    return [Pair(tuple(examples[mixed * k : mixed * (k + 1)]), masks[k]) for k in range(count)]
 
 
 def _example(batch: Batch, place: int, order: Order, sources: Sources) -> Example:
@@ -75,17 +77,21 @@ def _example(batch: Batch, place: int, order: Order, sources: Sources) -> Exampl
     source = sources.opened[number]
     tokens = batch.tokens[place] if batch.has_text[place] else None
     category = sources.categories[batch.category[place]] if batch.has_category[place] else None
+    sure = batch.tags[place][batch.tags[place] != NO_TAG].tolist()
+    tags = tuple(sources.tags[tag] for tag in sure) if batch.has_tags[place] else None
     for replacement in range(MAX_REPLACED):
         pick = order.pick(number, draw + replacement)
         try:
             key, members = source.shards.read(pick.shard, pick.index)
             source.category(members)
+            source.tags(members)
             encoded = next(members[ext] for ext in IMAGE_EXTENSIONS if ext in members)
             caption = None if tokens is None else _caption(members, sources.captions, tokens)
             image = decode_image(encoded).numpy()
         except (BadSample, StopIteration):
             continue
-        return Example(image, batch.views[place], batch.boxes[place], source.name, key, caption, category)
+        views, boxes = batch.views[place], batch.boxes[place]
+        return Example(image, views, boxes, source.name, key, caption, category, tags)
     raise ValueError(
         f"{MAX_REPLACED} bad samples in a row in {source.name!r}: run `python -m data_prep check`"
     )
@@ -126,7 +132,7 @@ def _card(number: int, pair: Pair, run: Run, needs_other: tuple[bool, ...]) -> H
 def _image_row(example: Example, name: str, has_other: bool, run: Run) -> Html:
     shown = [(0, "view 1")] + ([(1, "view 2")] if has_other else [])
     outlines = [_outline(example, which) for which, _ in shown]
-    label = example.caption or example.category or "without label"
+    label = example.caption or example.category or ", ".join(example.tags or ()) or "without label"
     whole = outlined(example.image, f"{name}, {label}, with its crop boxes", outlines)
     parts = [figure(whole, element("b", name))]
     for which, title in shown:
@@ -158,6 +164,8 @@ def _label(name: str, example: Example) -> Html:
         said = [element("span", "text", class_="tag text"), element("q", example.caption)]
     elif example.category is not None:
         said = [element("span", "category", class_="tag category"), example.category]
+    elif example.tags is not None:
+        said = [element("span", "tags", class_="tag category"), ", ".join(example.tags) or "none is sure"]
     else:
         said = "no label"
     origin = element("span", f"{example.source}/{example.key}", class_="origin")
@@ -206,6 +214,10 @@ def legend(run: Run) -> Html:
     same = ", ".join(name for name, target in targets if target.kind not in LABELS and target.view == "same")
     other = ", ".join(name for name, target in targets if target.view == "other")
     items = [("swatch view1", f"view 1: the input{f', and the target of {same}' if same else ''}")]
-    if other:
+    if run.objective.input.views == 2:
+        items.append(
+            ("swatch view2", "view 2: an input as well, each view with the other in the place of view 2")
+        )
+    elif other:
         items.append(("swatch view2", f"view 2: the target of {other}"))
     return key(*items, ("", "⇄ flipped"))

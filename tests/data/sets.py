@@ -32,8 +32,10 @@ def encoded(pixels: np.ndarray, form: str = "JPEG", **options: object) -> bytes:
     return stream.getvalue()
 
 
-def sample(seed: int, has_text: bool = True, has_category: bool = True) -> dict[str, bytes]:
-    """One good sample: extension -> content."""
+def sample(
+    seed: int, has_text: bool = True, has_category: bool = True, tags: object = None
+) -> dict[str, bytes]:
+    """One good sample: extension -> content; `tags` go into its .json as they are."""
     random = Random(seed)
     members = {"jpg": encoded(picture(seed), quality=90)}
     captions = [" ".join(random.choices(WORDS, k=random.randint(3, 12))) for _ in range(3)]
@@ -41,12 +43,16 @@ def sample(seed: int, has_text: bool = True, has_category: bool = True) -> dict[
         members["txt"] = captions[0].encode()
     if has_category:
         members["cls"] = str(seed % len(CATEGORIES)).encode()
-    members["json"] = json.dumps({"captions": captions if has_text else [], "number": seed}).encode()
+    record = {"captions": captions if has_text else [], "number": seed}
+    members["json"] = json.dumps(record if tags is None else {**record, "tags": tags}).encode()
     return members
 
 
 def write_set(
-    folder: Path, shards: Sequence[Sequence[dict[str, bytes]]], categories: tuple[str, ...] = CATEGORIES
+    folder: Path,
+    shards: Sequence[Sequence[dict[str, bytes]]],
+    categories: tuple[str, ...] = CATEGORIES,
+    tags: tuple[str, ...] = (),
 ) -> Path:
     """A complete data set of the given samples; labels as the first sample has them."""
     folder.mkdir(parents=True)
@@ -73,6 +79,7 @@ def write_set(
         has_text="txt" in first,
         has_category="cls" in first,
         shards=tuple(recorded),
+        tags=tags,
     )
     write_manifest(folder, manifest)
     return folder

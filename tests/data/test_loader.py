@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import multiprocessing
 import os
 import pickle
@@ -11,7 +10,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from pretrain.data.batch import NO_CATEGORY, Batch
 from pretrain.data.faults import DataError
 from pretrain.data.loader import Loader
 from pretrain.objectives import Input, Objective, Target
+from tests.data.delivered import assert_same, batches, joined
 from tests.data.sets import good_set, sample, small_run, write_set, write_tokenizer
 from tests.paths import ROOT
 
@@ -32,24 +32,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("sets")
     write_tokenizer(good_set(root / "talk", (8, 4), has_category=False) / "tokenizer")
     return {"names": good_set(root / "names", has_text=False), "talk": root / "talk"}
-
-
-def batches(run: Run, folders: dict[str, Path], num: int, rank: int = 0, world: int = 1, **options: int):
-    loader = Loader(run, folders, None, rank=rank, world=world, **options)
-    delivered = list(islice(loader, num))
-    loader.close()
-    return delivered
-
-
-def joined(parts: Sequence[Batch]) -> Batch:
-    fields = [field.name for field in dataclasses.fields(Batch)]
-    return Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
-
-
-def assert_same(first: Batch, second: Batch) -> None:
-    for field in dataclasses.fields(Batch):
-        one, other = getattr(first, field.name), getattr(second, field.name)
-        assert torch.equal(one, other), field.name
 
 
 @pytest.mark.parametrize("world", [2, 4])

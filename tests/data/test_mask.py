@@ -1,4 +1,4 @@
-"""Does the block-wise mask hold exactly what the mixed input promises?"""
+"""Does a mask hold exactly what the input promises, in blocks or scattered?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from random import Random
 import pytest
 import torch
 
-from pretrain.data.mask import block_mask, num_hidden
+from pretrain.config import Mask
+from pretrain.data.mask import block_mask, draw_mask, num_hidden, scattered_mask
 
 GRIDS = [(4, 4), (6, 4), (12, 16), (14, 16)]  # side of the grid, smallest block
 
@@ -55,3 +56,29 @@ def test_masks_differ_between_generators_and_repeat_for_one() -> None:
 def test_a_count_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"num=17 must lie in \[0, 16\]"):
         block_mask(4, 17, 4, 0.3, Random(0))
+    with pytest.raises(ValueError, match=r"num=-1 must lie in \[0, 16\]"):
+        scattered_mask(4, -1, Random(0))
+
+
+@pytest.mark.parametrize(("grid", "num"), [(2, 0), (2, 4), (6, 22), (14, 118)])
+def test_scattered_mask_holds_exactly_the_wanted_count(grid: int, num: int) -> None:
+    for seed in range(50):
+        mask = scattered_mask(grid, num, Random(seed))
+        assert mask.shape == (grid, grid) and mask.dtype == torch.bool and int(mask.sum()) == num
+
+
+def test_scattered_masks_hide_every_patch_and_every_pair_of_patches_equally_often() -> None:
+    masks = torch.stack([scattered_mask(4, 6, Random(seed)) for seed in range(4000)]).flatten(1).float()
+    together = masks.T @ masks / len(masks)
+    single, pair = 6 / 16, 6 / 16 * 5 / 15
+    # five standard deviations of a share of 4,000 draws
+    assert float((together.diagonal() - single).abs().max()) < 5 * (single * (1 - single) / 4000) ** 0.5
+    apart = together[~torch.eye(16, dtype=torch.bool)]
+    assert float((apart - pair).abs().max()) < 5 * (pair * (1 - pair) / 4000) ** 0.5
+
+
+def test_the_shape_of_a_run_decides_which_mask_is_drawn() -> None:
+    blocks = draw_mask(12, Mask(shape="blocks", min_block=9, aspect=0.5), Random(1))
+    scattered = draw_mask(12, Mask(shape="scattered", ratio=0.25), Random(1))
+    assert torch.equal(blocks, block_mask(12, 72, 9, 0.5, Random(1)))
+    assert torch.equal(scattered, scattered_mask(12, 36, Random(1)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
 import shutil
 import tarfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from data_prep.build import Options, build
 from data_prep.check import BadDataSet, _check_sample, _Member, check
 from data_prep.samples import json_bytes
 from data_prep.schema import index_path, parse_manifest
-from data_prep.sources.scenes import Scenes
+from data_prep.sources.scenes import Scenes, draw_scene
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,10 @@ def test_a_changed_index_is_found(folder):
         (lambda m: m.update(has_text=False), "has_text=false, but every sample has a .txt: copy"),
         (lambda m: m.update(num_samples=7), "manifest.json is not a manifest: num_samples=7"),
         (lambda m: m["shards"].pop(), "must equal the 3"),
+        (
+            lambda m: m.update(tags=["one"]),
+            r"member scenes-00000000.json: tag \['\w+', [\d.]+\] must be one of the 1",
+        ),
     ],
 )
 def test_a_changed_manifest_is_found(folder, change, message):
@@ -163,15 +169,40 @@ def test_stats_tell_counts_captions_and_categories(folder, capsys):
     assert main(["stats", str(folder)]) == 0
     text = capsys.readouterr().out
     assert "6 samples in 2 shards" in text and "captions     18" in text and "categories   24" in text
+    tags = sum(len(draw_scene(index, 0, 32)[1].objects) for index in range(6))
+    assert f"tags         {tags} of 24 names" in text
     assert "left out     nothing" in text
+
+
+def _labelled(record: dict, **parts: bytes) -> list[_Member]:
+    """The members of a sample whose record is `record`."""
+    checksums = {
+        **{e: zlib.crc32(content) for e, content in parts.items()},
+        "json": zlib.crc32(json_bytes(record)),
+    }
+    parts = {"jpg": b"image", **parts, "json": json_bytes({**record, "crc32": checksums})}
+    return [_Member(f"x.{e}", "x", e, content, 0, 0) for e, content in parts.items()]
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ([["star", 0.5], ["unheard", 0.5]], r"tag \['unheard', 0.5\] must be one of the 24 names"),
+        ([["star", 1.5]], r"tag \['star', 1.5\] must .* confidence in \[0, 1\]"),
+        (None, "tags=None must be a list"),
+    ],
+)
+def test_tags_outside_the_vocabulary_or_the_unit_interval_are_named(folder, tags, message):
+    record = {"sha256": hashlib.sha256(b"image").hexdigest(), "size": [1, 1], "tags": tags}
+    manifest = replace(parse_manifest(folder), has_text=False, has_category=False)
+    with pytest.raises(BadDataSet, match=f"member x.json: {message}"):
+        _check_sample("x", _labelled(record), manifest)
 
 
 @pytest.mark.parametrize("field", ["sha256", "size", "category", "objects"])
 def test_a_record_without_a_needed_field_is_named(folder, field):
-    parts = {"jpg": b"image", "cls": b"0", "mask.png": b"mask"}
     record = {"sha256": "", "size": [1, 1], "category": "a", "objects": []}
     del record[field]
-    whole = json_bytes({**record, "crc32": {"json": zlib.crc32(json_bytes(record))}})
-    sample = [_Member(f"x.{e}", "x", e, content, 0, 0) for e, content in {**parts, "json": whole}.items()]
+    sample = _labelled(record, **{"cls": b"0", "mask.png": b"mask"})
     with pytest.raises(BadDataSet, match=rf"member x.json: it lacks \['{field}'\]"):
         _check_sample("x", sample, parse_manifest(folder))

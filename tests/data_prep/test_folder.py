@@ -80,6 +80,8 @@ def test_class_folders_of_mixed_formats_keep_their_original_bytes(tmp_path):
     ]:
         assert samples[name][extension] == files[name]
     assert [samples[name]["cls"] for name in ("cat/a.jpg", "dog/c.webp")] == [b"0", b"1"]
+    assert manifest.tags == ("cat", "dog")
+    assert json.loads(samples["dog/c.webp"]["json"])["tags"] == [["dog", 1.0]]
 
 
 def test_splits_share_their_categories(tmp_path):
@@ -253,6 +255,59 @@ def test_a_changed_input_is_not_taken_for_the_old_one(tmp_path):
     _write(source, {"x/b.jpg": _encoded("JPEG", seed=1)})
     with pytest.raises(ValueError, match="inputs_sha256"):
         _build(source, tmp_path / "out")
+
+
+def test_prompts_give_every_image_the_captions_of_its_class_in_all_splits(tmp_path):
+    files = {
+        f"{split}/{kind}/1.jpg": _encoded("JPEG")
+        for split in ("train", "val")
+        for kind in ("ice-cream", "dog")
+    }
+    command = [
+        "build",
+        "folder",
+        "--from",
+        str(_write(tmp_path / "in", files)),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    prompts = ["a photo of {}.", "{}"]
+    assert main([*command, "--prompts", *prompts, "--workers", "1", "--seed", "3"]) == 0
+    for split in ("train", "val"):
+        folder = tmp_path / "out" / split
+        manifest, samples = check(folder), _samples(folder)
+        assert manifest.has_text and manifest.has_category and manifest.builder["prompts"] == prompts
+        told = {name: json.loads(parts["json"])["captions"] for name, parts in samples.items()}
+        assert told == {
+            "ice-cream/1.jpg": ["a photo of an ice cream.", "an ice cream"],
+            "dog/1.jpg": ["a photo of a dog.", "a dog"],
+        }
+        assert samples["dog/1.jpg"]["txt"] == b"a photo of a dog." and samples["dog/1.jpg"]["cls"] == b"0"
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        assert tokenizer.unk_token_id not in tokenizer("a photo of an ice cream")["input_ids"]
+
+
+def test_without_prompts_a_data_set_from_before_them_is_complete(tmp_path):
+    source = _write(tmp_path / "in", {"x/a.jpg": _encoded("JPEG")})
+    assert "prompts" not in _build(source, tmp_path / "out").builder
+    (other,) = Folder(source, prompts=("{}",)).collections()
+    with pytest.raises(ValueError, match=r"prompts: None there, \['{}'\] asked"):
+        build(other, tmp_path / "out", OPTIONS)
+
+
+@pytest.mark.parametrize("prompt", ["a photo", "", "a photo of a {}.", "The {}"])
+def test_a_prompt_without_a_place_for_the_name_or_with_a_second_article_is_refused(tmp_path, prompt):
+    with pytest.raises(ValueError, match=r"must hold {}, .* no article before it: pass --prompts"):
+        Folder(tmp_path, prompts=("{}", prompt))
+
+
+def test_prompts_without_class_folders_or_beside_a_table_are_refused(tmp_path):
+    source = _write(tmp_path, {"a.jpg": _encoded("JPEG")})
+    with pytest.raises(ValueError, match=r"has no class folders, .* such as 'a.jpg': move"):
+        Folder(source, prompts=("{}",)).collections()
+    _write(source, {"captions.tsv": b"image\tcaption\na.jpg\tfine\n"})
+    with pytest.raises(ValueError, match=r"has a captions.tsv, .* leave out --prompts"):
+        Folder(source, prompts=("{}",)).collections()
 
 
 def test_classes_tsv_gives_the_numbers_and_must_name_every_class(tmp_path):

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
-from data_prep.schema import Manifest, Shard, index_bytes, index_path, read_index, write_manifest
+from data_prep.schema import (
+    Manifest,
+    Shard,
+    fill_prompt,
+    index_bytes,
+    index_path,
+    read_index,
+    tags_of,
+    write_manifest,
+)
 from tests.paths import ROOT
 
 SHARD = Shard("000000.tar", 2, 1024, "0" * 64)
-MANIFEST = Manifest("toys", "train", ("cat", "dog"), 2, False, True, (SHARD,), {"corrupt": 1}, {"seed": 0})
+MANIFEST = Manifest(
+    "toys", "train", ("cat", "dog"), 2, False, True, (SHARD,), {"corrupt": 1}, {"seed": 0}, ("pet", "cat")
+)
 
 
 @pytest.fixture
@@ -36,7 +48,9 @@ def test_what_was_written_is_read_back(folder):
         ("num_samples", 3, "must equal the 2"),
         ("num_samples", "2", "must be of type int"),
         ("shards", [], "no shards"),
-        ("categories", [1], "must be names"),
+        ("categories", [1], "categories must be names"),
+        ("tags", ["cat", None], "tags must be names"),
+        ("tags", ["cat", "pet", "cat"], "names a tag twice"),
         (
             "shards",
             [{"name": "../evil.tar", "num_samples": 2, "num_bytes": 1024, "sha256": "0" * 64}],
@@ -50,6 +64,49 @@ def test_a_contradictory_manifest_is_refused(folder, field, value, message):
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     with pytest.raises(ValueError, match=message):
         Manifest.read(folder)
+
+
+def test_a_manifest_from_before_there_were_tags_is_one_without_tags(folder):
+    path = folder / "manifest.json"
+    record = json.loads(path.read_text())
+    del record["tags"]
+    path.write_text(json.dumps(record))
+    assert Manifest.read(folder) == replace(MANIFEST, tags=())
+
+
+def test_tags_are_read_as_they_stand():
+    record = {"tags": [["dog", 0.25], ["cat", 1]]}
+    assert tags_of(record, ("cat", "dog")) == [("dog", 0.25), ("cat", 1.0)]
+    assert tags_of({"tags": []}, ("cat", "dog")) == []
+
+
+@pytest.mark.parametrize(
+    "tags", [None, "cat", {"cat": 1}, ["cat"], [["cat"]], [[1, "cat"]], [["cow", 0.5]], [["cat", "0.5"]]]
+)
+def test_what_is_no_list_of_known_names_and_confidences_is_refused(tags):
+    with pytest.raises(ValueError, match=r"tag.* must be"):
+        tags_of({"tags": tags}, ("cat", "dog"))
+
+
+@pytest.mark.parametrize("confidence", [-0.01, 1.01, math.nan, math.inf, True, None])
+def test_a_confidence_outside_0_to_1_is_refused(confidence):
+    with pytest.raises(ValueError, match=r"confidence in \[0, 1\]"):
+        tags_of({"tags": [["dog", 0.5], ["cat", confidence]]}, ("cat", "dog"))
+
+
+@pytest.mark.parametrize(
+    ("category", "name"),
+    [
+        ("cat", "a cat"),
+        ("apple", "an apple"),
+        ("paper_plane", "a paper plane"),
+        ("t-shirt", "a t shirt"),
+        ("hourglass", "an hourglass"),
+        ("7", "a 7"),
+    ],
+)
+def test_a_prompt_says_the_name_with_its_article(category, name):
+    assert fill_prompt("a photo of {}, {}.", category) == f"a photo of {name}, {name}."
 
 
 def test_a_missing_manifest_names_the_remedy(tmp_path):

@@ -112,6 +112,8 @@ def toy_batch(step: int, num_images: int, rank: int = 0, world: int = 1) -> Batc
         category=category[share],
         tokens=torch.zeros(n, 4, dtype=torch.long),
         token_mask=torch.zeros(n, 4, dtype=torch.bool),
+        tags=torch.zeros(n, 0, dtype=torch.long),
+        has_tags=torch.zeros(n, dtype=torch.bool),
         position=torch.arange(num_images)[share] + step * num_images,
     )
 

@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
+from data_prep.schema import fill_prompt
 from pretrain.config import DataFacts
 from pretrain.evaluate import knn, linear, zero_shot
 from pretrain.evaluate.accuracy import confusion_counts, score, wilson
@@ -136,9 +137,7 @@ def test_class_vectors_are_the_mean_of_every_prompt_of_their_class() -> None:
 def test_planted_features_are_found_by_every_probe() -> None:
     names = ("red", "green", "blue")
     captions = [f"a {name} thing" for name in names]
-    words = {
-        prompt.format(zero_shot.describe(name)): row for row, name in enumerate(names) for prompt in PROMPTS
-    }
+    words = {fill_prompt(prompt, name): row for row, name in enumerate(names) for prompt in PROMPTS}
     numbers = words | {caption: row for row, caption in enumerate(captions)}
 
     def encode(caption: str) -> tuple[torch.Tensor, torch.Tensor]:
