@@ -13,6 +13,8 @@ FACTS = DataFacts(
     categories=("apple", "boat", "cat", "door", "egg"),
     vocab_size=100,
     tags=("fruit", "pet", "red", "round", "sea", "wood"),
+    guide_width=24,
+    guide_codes=10,
 )
 
 
@@ -63,6 +65,8 @@ def shrink(run: Run) -> Run:
         decoder=replace(run.decoder, layers=1, width=64, ffn=128, heads=4),
         pool=replace(run.pool, heads=4, width=48),
         projection=replace(run.projection, hidden=64, width=32, dense_samples=4),
+        tags=replace(run.tags, layers=1, width=32, ffn=64, chunk=4),
+        clusters=replace(run.clusters, prototypes=12, hidden=32, width=16),
         text=replace(run.text, layers=1, width=32, ffn=64, heads=4, length=16),
         backbone=replace(run.backbone, size=f"{run.backbone.family}_tiny", token_width=64),
         views=replace(run.views, size=64),

@@ -1,4 +1,4 @@
-"""Does every row of the table learn the same under ZeRO-3 on two ranks as alone, on ViT and InternImage?
+"""Does every row of the table learn, go on and export under ZeRO-3 on two ranks as alone, on its backbones?
 
 `python test_rows_ranks.py FOLDER` is one rank of it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from dataclasses import replace
@@ -18,27 +19,36 @@ if __name__ == "__main__":
 
 import pytest
 import torch
+from torch import Tensor
 
 from pretrain.collectives import mean_over_ranks, rank, world_size
 from pretrain.config import Run
 from pretrain.data.batch import Batch
-from pretrain.objectives import OBJECTIVES
+from pretrain.evaluate.checkpoints import find_checkpoint
+from pretrain.export.formats import export
+from pretrain.export.trained import read_trained
+from pretrain.objectives import HVP, OBJECTIVES
 from pretrain.recipes import load
 from tests.engine.launch import start
 from tests.fakes import FACTS, random_batch, shrink
 
 STEPS, IMAGES = 3, 8
+SAVED = 2  # steps before the checkpoint from which the last step is done again
 TOLERANCE = 2e-4  # float32 sums in another order, through three AdamW steps
-FAMILIES = ("vit", "internimage")
+FAMILIES = {row: ("vit", "internimage") for row in OBJECTIVES} | {
+    row: ("vit", "internimage", "swin") for row in HVP
+}
+CASES = [(row, family) for row, families in FAMILIES.items() for family in families]
+FORMATS = {"vit": "timm", "internimage": "internimage", "swin": "timm"}
 
 
 def row_run(row: str, family: str) -> Run:
     """A row at the sizes of a test; every rank sees its own half of IMAGES."""
-    run = shrink(load("m3i.vit_b16" if row == "m3i" else f"rows.{row}"))
-    backbone = replace(run.backbone, family=family, size=f"{family}_tiny", drop_path=0.0)
+    run = load("m3i.vit_b16" if row == "m3i" else f"rows.{row}")
+    run = shrink(replace(run, backbone=replace(run.backbone, family=family, drop_path=0.0)))
     # Without warm-up Adam turns the rounding of gradients that are near 0 into whole steps at the full rate.
     optim = replace(run.optim, warmup=2 * STEPS)
-    return replace(run, batch=IMAGES, steps=2 * STEPS, backbone=backbone, optim=optim)
+    return replace(run, batch=IMAGES, steps=2 * STEPS, optim=optim)
 
 
 def share(batch: Batch) -> Batch:
@@ -47,21 +57,42 @@ def share(batch: Batch) -> Batch:
     return Batch(**{name: value.chunk(world_size())[rank()] for name, value in cut.items()})
 
 
-def learn(run: Run) -> dict[str, Any]:
-    """Losses of every step; parameters that did not move; whether the teacher moved."""
+def learn(run: Run, out: Path) -> dict[str, Any]:
+    """Losses of every step, the last one also as a resumed run repeats it; what did not move and should have."""
+    from pretrain import checkpoint
+    from pretrain.ema import local_master, local_slices
     from tests.engine.whole_engine import float32_engine  # here: only ranks need DeepSpeed
 
     name = "zero3" if world_size() > 1 else "zero1"  # alone, a rank partitions nothing
     engine = float32_engine(run, FACTS, name)
-    before = {key: value.clone() for key, value in engine.average.state().items()}
-    curve = []
-    for step in range(STEPS):
-        losses = engine.step(share(random_batch(run, IMAGES, seed=step)))
-        curve.append({name: mean_over_ranks(value).item() for name, value in losses.nats.items()})
-        curve[-1]["grad_norm"] = float(engine.grad_norm)
-    after = engine.average.state()
-    still = [key for key, value in before.items() if value.numel() and torch.equal(value, after[key])]
-    return {"curve": curve, "still": still}
+    model = engine._student.module
+    parameters = dict(model.named_parameters())
+    owned = [part for part in local_slices(model) if part.numel]
+
+    def masters() -> dict[str, Tensor]:
+        return {s.name: local_master(parameters[s.name], s.numel).clone() for s in owned}
+
+    def step(of: Any) -> dict[str, float]:
+        losses = of.step(share(random_batch(run, IMAGES, seed=of.steps_done)))
+        nats = {name: mean_over_ranks(value).item() for name, value in losses.nats.items()}
+        return nats | {"grad_norm": float(of.grad_norm)}
+
+    weights = masters()
+    teacher = {key: value.clone() for key, value in engine.average.state().items()}
+    curve = [step(engine) for _ in range(SAVED)]
+    if world_size() > 1:
+        saved = checkpoint.save(engine, out, FACTS, None)
+    curve += [step(engine) for _ in range(STEPS - SAVED)]
+    still = [key for key, value in masters().items() if torch.equal(value, weights[key])]
+    still += [
+        f"teacher: {key}" for key, value in engine.average.state().items() if torch.equal(value, teacher[key])
+    ]
+    resumed = curve[SAVED:]
+    if world_size() > 1:
+        again = float32_engine(run, FACTS, name)
+        checkpoint.restore(again, saved)
+        resumed = [step(again) for _ in range(STEPS - SAVED)]
+    return {"curve": curve, "resumed": resumed, "still": still}
 
 
 def run_rank(folder: Path) -> None:
@@ -72,15 +103,21 @@ def run_rank(folder: Path) -> None:
     quieten()
     torch.set_num_threads(1)
     start_distributed()
-    found = {f"{row}-{family}": learn(row_run(row, family)) for family in FAMILIES for row in OBJECTIVES}
+    found = {
+        f"{row}-{family}": learn(row_run(row, family), folder / f"{row}-{family}") for row, family in CASES
+    }
     if rank() == 0:
         (folder / f"world_{world_size()}.json").write_text(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rows")
+
+
+@pytest.fixture(scope="module")
+def worlds(folder: Path) -> dict[int, dict[str, Any]]:
     """Outcome by number of ranks; one launch each, since most of its time is imports."""
-    folder = tmp_path_factory.mktemp("rows")
     outcomes = {}
     for world in (1, 2):
         codes, output = start(folder, world=world, script=Path(__file__))
@@ -89,20 +126,39 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]
     return outcomes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("row", OBJECTIVES)
+@pytest.mark.parametrize(("row", "family"), CASES)
 def test_a_row_at_two_ranks_equals_one_rank(worlds: dict[int, Any], row: str, family: str) -> None:
     computed, expected = (worlds[world][f"{row}-{family}"] for world in (2, 1))
     assert len(computed["curve"]) == STEPS
     assert set(computed["curve"][0]) == {*OBJECTIVES[row].targets, "grad_norm"}
     for step, (found, wanted) in enumerate(zip(computed["curve"], expected["curve"], strict=True)):
+        assert all(map(math.isfinite, found.values()))
         assert found == pytest.approx(wanted, rel=TOLERANCE), f"step {step}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("row", OBJECTIVES)
-def test_a_row_moves_every_part_of_the_teacher(worlds: dict[int, Any], row: str, family: str) -> None:
+@pytest.mark.parametrize(("row", "family"), CASES)
+def test_a_row_moves_every_weight_and_every_part_of_the_teacher(
+    worlds: dict[int, Any], row: str, family: str
+) -> None:
     assert [worlds[world][f"{row}-{family}"]["still"] for world in (1, 2)] == [[], []]
+
+
+@pytest.mark.parametrize(("row", "family"), CASES)
+def test_a_resumed_row_repeats_the_step_after_its_checkpoint(
+    worlds: dict[int, Any], row: str, family: str
+) -> None:
+    outcome = worlds[2][f"{row}-{family}"]
+    assert outcome["resumed"] == outcome["curve"][SAVED:]
+
+
+@pytest.mark.parametrize(("row", "family"), CASES)
+def test_a_row_exports_with_proof_from_two_ranks(
+    worlds: dict[int, Any], folder: Path, row: str, family: str
+) -> None:
+    out = folder / f"{row}-{family}"
+    trained = read_trained(out, find_checkpoint(out, "last"), "teacher")
+    exported = export(trained, FORMATS[family], out / "exported")
+    assert exported.proof and all(agreement.cosine > 0.9999 for agreement in exported.proof)
 
 
 if __name__ == "__main__":
