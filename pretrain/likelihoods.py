@@ -65,7 +65,7 @@ def code_nats(
 ) -> Float[Tensor, ""]:
     """Cross-entropy over the k codes of a codebook, mean over the scored positions. Chance is ln k.
 
-    As `gaussian_nats` otherwise. Source: BEiT (arXiv 2106.08254), equation 2.
+    As `gaussian_nats` otherwise. Source: BEiT (arXiv 2106.08254).
     """
     losses = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten().long(), reduction="none")
     return (losses.view_as(scored) * scored).sum() / scored.sum()
@@ -77,7 +77,7 @@ def uniform_part(prediction: Float[Tensor, "n l d"], target: Float[Tensor, "n l 
 
     At predictions and targets of unit variance that have nothing to do with each other it is 1, at a
     prediction of 0 it is 0, and d where all of both are one direction of length sqrt(d). Added to a squared
-    error it keeps the targets spread. Source: SiameseIM (arXiv 2206.01204), section 3.3; UniGrad (arXiv
+    error it keeps the targets spread. Source: SiameseIM (arXiv 2206.01204); UniGrad (arXiv
     2112.05141).
     """
     p, t = prediction.float().flatten(0, 1), target.detach().float().flatten(0, 1)
@@ -171,7 +171,7 @@ def agreement_nats(student: Float[Tensor, "n k"], teacher: Float[Tensor, "n k"])
     gradient reaches the teacher.
 
     0 at equality, and never below. Every rank has the same number of images, so the mean over ranks is the
-    global mean. Source: HVP-MTL (arXiv 2310.07510), section 3.4.
+    global mean. Source: HVP-MTL (arXiv 2310.07510), momentum distillation.
     """
     log_s = student.float().log_softmax(dim=1)
     log_t = teacher.detach().float().log_softmax(dim=1)

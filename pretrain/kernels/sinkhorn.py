@@ -21,7 +21,7 @@ def sinkhorn_codes(
     prototype is divided by its sum over the samples of all ranks, and every sample by its own sum, which
     comes last. Cosines at epsilon >= 0.025 never reach the lower cut. Every rank makes `iterations`
     all-reduces of k numbers, whatever its data. SwAV's total and factors 1 / k and 1 / n cancel between the
-    two divisions. Source: SwAV (arXiv 2006.09882), appendix A.1; the upper cut: HVP-MTL (arXiv 2310.07510),
+    two divisions. Source: SwAV (arXiv 2006.09882), section 3.1; the upper cut: HVP-MTL (arXiv 2310.07510),
     section 3.2.
     """
     codes = (similarities.float() / epsilon).clamp(MIN_EXPONENT, max_exponent).exp()

@@ -26,7 +26,7 @@ class TagDecoder(nn.Module):
     all tags. Keys and values are computed once for all chunks.
 
     Source: Query2Label (arXiv 2107.10834), whose published layers have no self-attention either; the
-    similarities are those of HVP-MTL (arXiv 2310.07510), section 3.4.
+    similarities are those of HVP-MTL (arXiv 2310.07510), momentum distillation.
     """
 
     def __init__(self, tags: Tags, token_width: int, num_tags: int) -> None:
