@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from pretrain.collectives import mean_over_ranks, sum_over_ranks, world_size
 
 DECORRELATION_WEIGHT = 5e-3  # of all correlations of one feature with others (Barlow Twins, arXiv 2103.03230)
 EPS = 1e-5
+LOG_FLOOR = math.log(1e-8)  # of a posterior in the Bernoulli loss, as in the published asymmetric loss
 
 
 def gaussian_nats(
@@ -56,6 +58,31 @@ POSITIONAL: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "laplace": laplace_nats,
     "cosine": cosine_nats,
 }
+
+
+def code_nats(
+    logits: Float[Tensor, "n l k"], codes: Int[Tensor, "n l"], scored: Bool[Tensor, "n l"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy over the k codes of a codebook, mean over the scored positions. Chance is ln k.
+
+    As `gaussian_nats` otherwise. Source: BEiT (arXiv 2106.08254).
+    """
+    losses = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten().long(), reduction="none")
+    return (losses.view_as(scored) * scored).sum() / scored.sum()
+
+
+def uniform_part(prediction: Float[Tensor, "n l d"], target: Float[Tensor, "n l d"]) -> Float[Tensor, ""]:
+    """What predictions share with all targets: p^T C p / d, mean over positions; C [d, d] is the mean of
+    t t^T over the positions of all ranks, in float32, without gradient.
+
+    At predictions and targets of unit variance that have nothing to do with each other it is 1, at a
+    prediction of 0 it is 0, and d where all of both are one direction of length sqrt(d). Added to a squared
+    error it keeps the targets spread. Source: SiameseIM (arXiv 2206.01204); UniGrad (arXiv
+    2112.05141).
+    """
+    p, t = prediction.float().flatten(0, 1), target.detach().float().flatten(0, 1)
+    second_moment = mean_over_ranks(t.T @ t / len(t))
+    return ((p @ second_moment) * p).sum(-1).mean() / p.shape[-1]
 
 
 def decorrelation_nats(prediction: Float[Tensor, "n d"], target: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
@@ -110,3 +137,43 @@ def category_nats(
     )
     count = sum_over_ranks(has_category.sum()).clamp(min=1)
     return (losses * has_category).sum() * world_size() / count
+
+
+def bernoulli_nats(
+    logits: Float[Tensor, "n k"],
+    is_positive: Bool[Tensor, "n k"],
+    has_tags: Bool[Tensor, " n"],
+    positive_weight: float,
+    positive_focus: float,
+    negative_focus: float,
+) -> Float[Tensor, ""]:
+    """-weight (1 - p)^positive_focus ln p of tags that an image has, -p^negative_focus ln(1 - p) of the others,
+    p = sigmoid(logit); SUM over the tags, mean over the samples of the global batch that have tags.
+
+    As `category_nats`, the mean of the result over ranks is the loss, and 0 if no rank has tags. With a weight
+    of 1 and foci of 0 it is the Bernoulli negative log-likelihood in nats, k ln 2 at chance (p = 1/2); in
+    general a positive is ln 2 weight / 2^positive_focus there, a negative ln 2 / 2^negative_focus. Logarithms
+    are exact down to a floor of ln 1e-8: no tag is more than 18.4 nats (times weight), and one that is as
+    wrong as that counts as an outlier, almost without gradient. Source: HVP-MTL (arXiv 2310.07510), section
+    3.1, which leaves the minus signs out; asymmetric loss (arXiv 2009.14119).
+    """
+    log_p, log_not_p = F.logsigmoid(logits.float()), F.logsigmoid(-logits.float())
+    # Powers as exponentials of logarithms: their gradients are finite at any p, also where a focus is below 1.
+    positive = positive_weight * (positive_focus * log_not_p).exp() * log_p.clamp(min=LOG_FLOOR)
+    negative = (negative_focus * log_p).exp() * log_not_p.clamp(min=LOG_FLOOR)
+    losses = -torch.where(is_positive, positive, negative).sum(1)
+    count = sum_over_ranks(has_tags.sum()).clamp(min=1)
+    return (losses * has_tags).sum() * world_size() / count
+
+
+def agreement_nats(student: Float[Tensor, "n k"], teacher: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
+    """(KL(S || S') + KL(S' || S)) / 2 of the softmaxes S, S' of both sides' similarities, mean over images; no
+    gradient reaches the teacher.
+
+    0 at equality, and never below. Every rank has the same number of images, so the mean over ranks is the
+    global mean. Source: HVP-MTL (arXiv 2310.07510), momentum distillation.
+    """
+    log_s = student.float().log_softmax(dim=1)
+    log_t = teacher.detach().float().log_softmax(dim=1)
+    # Both divergences in one sum, whose every term is positive or 0.
+    return 0.5 * ((log_s.exp() - log_t.exp()) * (log_s - log_t)).sum(dim=1).mean()

@@ -61,7 +61,7 @@ class DenseDecoder(nn.Module):
             {output: nn.Linear(decoder.width, width) for output, width in widths.items()}
         )
         trunc_normal_(self.mask_token, std=0.02)
-        self.apply(_init_linear)
+        self.apply(init_xavier)
 
     def forward(
         self,
@@ -86,7 +86,8 @@ class DenseDecoder(nn.Module):
         return self.predict[output](self.norm(tokens[:, owned.shape[1] :]))
 
 
-def _init_linear(module: nn.Module) -> None:
+def init_xavier(module: nn.Module) -> None:
+    """A linear layer's Xavier-uniform weight and zero bias, for `nn.Module.apply`; other modules are left."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""Is the chunked contrastive loss the plain one, on any number of ranks?"""
+"""Is the chunked contrastive loss the plain one?"""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from pretrain.kernels import contrastive
-from pretrain.likelihoods import decorrelation_nats
-from tests.pretrainer.test_likelihoods import decorrelation_inputs
 
 
 def plain_nats(images, texts, has_text, scale, ids=None):
@@ -111,67 +107,6 @@ def test_no_gradient_reaches_the_targets_of_a_matching():
     targets.requires_grad_()
     contrastive.matching_nats(predictions.requires_grad_(), targets, 2.0).backward()
     assert predictions.grad is not None and targets.grad is None
-
-
-def _rank_gradients(rank: int, world: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    images, texts, has_text, scale = inputs(12)
-    mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
-    prediction, target = decorrelation_inputs()
-    leaf = prediction[mine].clone().requires_grad_()
-    decorrelation = decorrelation_nats(leaf, target[mine])
-    got = {
-        "pairs": loss_and_gradients(
-            contrastive.contrastive_nats, images[mine], texts[mine], has_text[mine], scale
-        ),
-        "repeated": loss_and_gradients(
-            contrastive.contrastive_nats, images[mine], texts[mine], has_text[mine], scale, repeated(12)[mine]
-        ),
-        "matching": matching_gradients(contrastive.matching_nats, images[mine], texts[mine]),
-        "decorrelation": [decorrelation.detach(), *torch.autograd.grad(decorrelation, leaf)],
-    }
-    torch.save(got, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def parts(request, tmp_path_factory):
-    """What 2 and 4 ranks found, each on its share of the same rows."""
-    world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank_gradients, (world, str(folder)), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
-
-
-def assert_together(parts, name, expected, per_row, tolerance):
-    """The trainer averages losses and parameter gradients over ranks; features belong to one rank each."""
-    for index, value in enumerate(expected):
-        of_ranks = [part[name][index] for part in parts]
-        found = torch.cat(of_ranks) if index in per_row else sum(of_ranks)
-        torch.testing.assert_close(found / len(parts), value, rtol=tolerance, atol=tolerance * 1e-2)
-
-
-def test_ranks_together_equal_one_rank(parts):
-    expected = loss_and_gradients(plain_nats, *inputs(12))
-    assert_together(parts, "pairs", expected, per_row=(1, 2), tolerance=1e-10)
-
-
-def test_equal_texts_on_several_ranks_are_no_negatives_of_each_other(parts):
-    expected = loss_and_gradients(plain_nats, *inputs(12), repeated(12))
-    assert_together(parts, "repeated", expected, per_row=(1, 2), tolerance=1e-10)
-
-
-def test_matching_on_several_ranks_equals_one_rank(parts):
-    predictions, targets, *_ = inputs(12)
-    expected = matching_gradients(plain_matching, predictions, targets)
-    assert_together(parts, "matching", expected, per_row=(1,), tolerance=1e-10)
-
-
-def test_decorrelation_on_several_ranks_equals_one_rank(parts):
-    prediction, target = decorrelation_inputs()
-    leaf = prediction.clone().requires_grad_()
-    loss = decorrelation_nats(leaf, target)
-    expected = [loss.detach(), *torch.autograd.grad(loss, leaf)]
-    assert_together(parts, "decorrelation", expected, per_row=(1,), tolerance=1e-4)  # float32
 
 
 def test_features_that_are_not_finite_are_not_hidden():
