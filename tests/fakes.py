@@ -10,6 +10,7 @@ from pretrain.config import DataFacts, Run
 from pretrain.data.batch import NO_CATEGORY, Batch
 
 FACTS = DataFacts(categories=("apple", "boat", "cat", "door", "egg"), vocab_size=100)
+MASK_PATCH = {"internimage": 16, "swin": 32, "vit": 16}  # pixels, by family: what one token covers
 
 
 def random_batch(run: Run, num_images: int, seed: int = 0) -> Batch:
@@ -39,6 +40,8 @@ def random_batch(run: Run, num_images: int, seed: int = 0) -> Batch:
 
 def shrink(run: Run) -> Run:
     """The same run at three steps of four inputs: its own structure at sizes that a CPU test can run."""
+    size, patch = 64, MASK_PATCH[run.backbone.family]
+    patches = (size // patch) ** 2
     return replace(
         run,
         batch=4 * run.objective.input.mixed,
@@ -50,7 +53,9 @@ def shrink(run: Run) -> Run:
         projection=replace(run.projection, hidden=64, width=32, dense_samples=4),
         text=replace(run.text, layers=1, width=32, ffn=64, heads=4, length=16),
         backbone=replace(run.backbone, size=f"{run.backbone.family}_tiny", token_width=64),
-        views=replace(run.views, size=64),
-        mask=replace(run.mask, patch=16, min_block=4, ratio=round(run.mask.ratio * 16) / 16),  # 4 x 4 patches
+        views=replace(run.views, size=size),
+        mask=replace(
+            run.mask, patch=patch, min_block=patches // 4, ratio=round(run.mask.ratio * patches) / patches
+        ),
         optim=replace(run.optim, warmup=1),
     )

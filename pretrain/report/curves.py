@@ -95,22 +95,16 @@ def texts_in_batch(record: Record) -> int:
 
 def width_of(diagnostic: str, record: Record) -> int | None:
     """Dimensions of the features whose spread a diagnostic measures, when it is known."""
+    from pretrain.models.backbone import token_width
+
     run = record.run
     if diagnostic == "std_embedding":
         return run.pool.width
     if diagnostic == "std_teacher":
         kinds = {target.kind for target in run.objective.targets.values() if target.encoder == "ema"}
-        widths = {"dense": token_width(record), "global": run.projection.width}
+        widths = {"dense": token_width(run.backbone), "global": run.projection.width}
         return widths[kinds.pop()] if len(kinds) == 1 else None  # a mean over several widths has no one limit
     return None
-
-
-def token_width(record: Record) -> int:
-    """Dimensions of one token of the encoder."""
-    from pretrain.models.backbone import VIT
-
-    backbone = record.run.backbone
-    return VIT[backbone.size].width if backbone.size in VIT else backbone.token_width
 
 
 def _chart(
