@@ -136,7 +136,7 @@ def our_outputs(trained: Trained, images: Tensor) -> dict[str, Tensor]:
     """The same outputs by the towers as pre-training calls them."""
     towers = trained.towers
     maps = towers.encoder.dcnv3(images)
-    tokens = towers(images)
+    tokens = towers.encoder(images)
     outputs = {f"stage {index + 1}": stage_map for index, stage_map in enumerate(maps)}
     outputs["tokens"] = tokens
     if towers.has_embedding:

@@ -55,7 +55,7 @@ def test_plain_file_loads_strictly_into_the_published_classifier(tmp_path: Path)
     model.load_state_dict(plain(folder), strict=True)
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
-        ours = trained.towers.category(trained.towers.embed_tokens(trained.towers(images)))
+        ours = trained.towers.category(trained.towers.embed_tokens(trained.towers.encoder(images)))
         torch.testing.assert_close(model(images), ours, rtol=1e-4, atol=1e-4)
 
 
