@@ -16,6 +16,7 @@ FACTS = DataFacts(
     guide_width=24,
     guide_codes=10,
 )
+MASK_PATCH = {"internimage": 16, "swin": 32, "vit": 16}  # pixels, by family: what one token covers
 
 
 def random_batch(run: Run, num_images: int, seed: int = 0) -> Batch:
@@ -56,6 +57,8 @@ def random_batch(run: Run, num_images: int, seed: int = 0) -> Batch:
 
 def shrink(run: Run) -> Run:
     """The same run at three steps of four inputs: its own structure at sizes that a CPU test can run."""
+    size, patch = 64, max(MASK_PATCH[run.backbone.family], run.mask.patch)
+    patches = (size // patch) ** 2
     return replace(
         run,
         batch=4 * run.objective.input.mixed,
@@ -69,7 +72,9 @@ def shrink(run: Run) -> Run:
         clusters=replace(run.clusters, prototypes=12, hidden=32, width=16),
         text=replace(run.text, layers=1, width=32, ffn=64, heads=4, length=16),
         backbone=replace(run.backbone, size=f"{run.backbone.family}_tiny", token_width=64),
-        views=replace(run.views, size=64),
-        mask=replace(run.mask, patch=16, min_block=4, ratio=round(run.mask.ratio * 16) / 16),  # 4 x 4 patches
+        views=replace(run.views, size=size),
+        mask=replace(
+            run.mask, patch=patch, min_block=patches // 4, ratio=round(run.mask.ratio * patches) / patches
+        ),
         optim=replace(run.optim, warmup=1),
     )

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain.config import Run
-from pretrain.export import card, internimage, timm_vit
+from pretrain.export import card, internimage, timm_folder
 from pretrain.export.agreement import Agreement
 from pretrain.export.keys import Keys
 from pretrain.export.trained import Trained
@@ -21,7 +21,7 @@ KEYS = "keys.json"
 
 @dataclass(frozen=True)
 class Exporter:
-    family: str  # backbone.family that the format can hold
+    families: tuple[str, ...]  # backbone.family that the format can hold
     num_copies: int  # of the weights that it writes, at most
     write: Callable[[Trained, Path], dict[str, Keys]]
     prove: Callable[[Trained, Path], list[Agreement]]
@@ -29,8 +29,12 @@ class Exporter:
 
 
 EXPORTERS: dict[str, Exporter] = {
-    "internimage": Exporter("internimage", 2, internimage.write, internimage.prove, internimage.how_to_load),
-    "timm": Exporter("vit", 1, timm_vit.write, timm_vit.prove, timm_vit.how_to_load),
+    "internimage": Exporter(
+        ("internimage",), 2, internimage.write, internimage.prove, internimage.how_to_load
+    ),
+    "timm": Exporter(
+        tuple(timm_folder.LAYOUTS), 1, timm_folder.write, timm_folder.prove, timm_folder.how_to_load
+    ),
 }
 
 
@@ -43,14 +47,14 @@ class Exported:
 
 def choose(name: str, run: Run) -> Exporter:
     """The exporter of a format; ValueError lists those that fit the run's backbone."""
-    fitting = sorted(key for key, exporter in EXPORTERS.items() if exporter.family == run.backbone.family)
+    fitting = sorted(key for key, exporter in EXPORTERS.items() if run.backbone.family in exporter.families)
     if name not in EXPORTERS:
         raise ValueError(
             f"--to {name!r} is unknown; choose from {sorted(EXPORTERS)} (this run fits {fitting})"
         )
     if name not in fitting:
         raise ValueError(
-            f"--to {name} holds backbones of family {EXPORTERS[name].family!r}, this run trained "
+            f"--to {name} holds backbones of the families {EXPORTERS[name].families}, this run trained "
             f"{run.backbone.family!r} ({run.backbone.size}); choose from {fitting}"
         )
     return EXPORTERS[name]

@@ -87,6 +87,11 @@ def mean_token(
     return (tokens * owned[..., None]).sum(1) / owned.sum(1, keepdim=True).to(tokens.dtype)
 
 
+def prepend_mean(tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b n d"]:
+    """The tokens [b, 1 + l, d] with their mean as the first: the summary where there is no class token."""
+    return torch.cat([mean_token(tokens)[:, None], tokens], dim=1)
+
+
 def init_linear_and_norm(module: nn.Module) -> None:
     """Published initialisation of one module's own parameters, for `nn.Module.apply`.
 

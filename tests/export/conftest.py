@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import DataFacts
+from pretrain.config import Backbone, DataFacts
 from pretrain.export.trained import Trained, read_trained
 from pretrain.recipes import load
 from tests.evaluate.runs import write_run
@@ -24,6 +24,12 @@ def internimage_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def vit_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("vit"), shrink(load("m3i.vit_b16")), FACTS)
+
+
+@pytest.fixture(scope="session")
+def swin_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = replace(load("m3i.vit_b16"), backbone=Backbone("swin", "swin_t", drop_path_schedule="linear"))
+    return write_run(tmp_path_factory.mktemp("swin"), shrink(run), FACTS)
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def test_command_writes_files_card_and_keys(vit_run: Path, capsys: pytest.Captur
         "model.safetensors",
     }
     assert (
-        "proven: model.safetensors at 64 px: tokens, pooled features: cosine >= 1.0000000"
+        "proven: model.safetensors at 64 px: class token, tokens, pooled features: cosine >= 1.0000000"
         in capsys.readouterr().out
     )
 
@@ -168,10 +168,12 @@ def test_card_says_when_nothing_was_evaluated(vit_run: Path, tmp_path: Path) -> 
 
 def test_format_for_another_backbone_is_refused(internimage_run: Path, vit_run: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"timm holds backbones of family 'vit'.*choose from \['internimage'\]"
+        ValueError, match=r"timm holds backbones of the families .*choose from \['internimage'\]"
     ):
         export_run([str(internimage_run), "--to", "timm"])
-    with pytest.raises(ValueError, match=r"internimage holds backbones of family.*choose from \['timm'\]"):
+    with pytest.raises(
+        ValueError, match=r"internimage holds backbones of the families.*choose from \['timm'\]"
+    ):
         export_run([str(vit_run), "--to", "internimage"])
 
 
