@@ -48,8 +48,14 @@ def test_unknown_recipe_lists_the_choices():
         (lambda: replace(load("m3i.demo"), data={}), r"run\.data is empty"),
         (lambda: Input(mixed=3), r"input\.mixed=3"),
         (lambda: Target("pixels", "boltzmann"), r"score='boltzmann' does not fit kind='pixels'"),
-        (lambda: Target("dense", "gaussian", "same", "ema", "negatives"), r"needs score='boltzmann'"),
-        (lambda: Target("global", "cosine", "same", "ema", "decorrelation"), r"needs score='gaussian'"),
+        (
+            lambda: Target("dense", "gaussian", "same", "ema", "negatives"),
+            r"score='gaussian' does not fit encoder='ema', keep='negatives'",
+        ),
+        (
+            lambda: Target("global", "cosine", "same", "ema", "decorrelation"),
+            r"score='cosine' does not fit encoder='ema', keep='decorrelation'",
+        ),
         (lambda: Target("pixels", "gaussian", "same", "ema", "none"), r"has no meaning here"),
         (
             lambda: Target("pixels", "gaussian", "other", "raw", "none", scored="hidden"),
