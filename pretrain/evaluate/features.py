@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data_prep.schema import IMAGE_EXTENSIONS
+from data_prep.schema import IMAGE_EXTENSIONS, Manifest
 from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample, check_bad_share
 from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
+from pretrain.evaluate.dense import NOTHING, DenseFeatures, Sampling, TokenCollector, chosen_images
+from pretrain.evaluate.masks import Mask, read_mask
 from pretrain.pretrainer import normalise
 from pretrain.towers import Towers
 
@@ -38,6 +41,7 @@ class Features:
     captions: list[str]  # "" where a sample has none
     index: Int[Tensor, " n"]  # of the sample in the data set
     dropped: dict[str, int]  # samples left out, by reason
+    dense: DenseFeatures | None = None  # single tokens, if they were asked for and the data set has masks
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,30 @@ class Picture:
     view: UInt8[Tensor, "3 s s"] | None
     label: int = NO_CATEGORY
     caption: str = ""
+    mask: Mask | None = None
     reason: str = ""
     message: str = ""
 
 
 class Pictures:
-    """The samples of a data set as center views of `size` pixels; indexable, for torch's DataLoader."""
+    """The samples of a data set as views of `size` pixels; indexable, for torch's DataLoader.
 
-    def __init__(self, folder: Path, size: int) -> None:
+    `view` makes one of an image and its sample number; the center view if left out. Of the samples `masked` the
+    mask of the center view is read too, where they have one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        *,
+        view: Callable[[Tensor, int], Tensor] | None = None,
+        masked: frozenset[int] = frozenset(),
+    ) -> None:
         self.shards = ShardFolder(folder)
         self.size = size
+        self.view = view
+        self.masked = masked
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -65,11 +83,13 @@ class Pictures:
     def __getitem__(self, index: int) -> Picture:
         try:
             members = self.shards.sample(index)
-            image = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
-            if image is None:
+            content = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
+            if content is None:
                 raise BadSample("no_image", f"sample {index} has none of {IMAGE_EXTENSIONS}")
-            view = center_view(decode_image(image), self.size)
-            return Picture(index, view, self._label(members), _caption(members))
+            image = decode_image(content)
+            mask = read_mask(members, *image.shape[:2], self.size) if index in self.masked else None
+            view = self.view(image, index) if self.view else center_view(image, self.size)
+            return Picture(index, view, self._label(members), _caption(members), mask)
         except BadSample as error:
             return Picture(index, None, reason=error.reason, message=str(error))
 
@@ -84,30 +104,33 @@ class Pictures:
 
 @torch.inference_mode()
 def extract(
-    towers: Towers, run: Run, folder: Path, *, device: torch.device, workers: int, title: str
+    towers: Towers,
+    run: Run,
+    folder: Path,
+    *,
+    device: torch.device,
+    workers: int,
+    title: str,
+    dense: Sampling = NOTHING,
 ) -> Features:
     """Features of every readable sample, in float32, with a progress bar named `title`.
 
-    Unreadable samples are left out and counted; DataError when they exceed `run.max_bad`.
+    `dense` says which single tokens are kept of the same pass. Unreadable samples are left out and counted;
+    DataError when they exceed `run.max_bad`.
     """
-    pictures = Pictures(folder, run.views.size)
-    loader = DataLoader(pictures, IMAGES_AT_ONCE, num_workers=workers, collate_fn=list)
+    num_images = Manifest.read(folder).num_samples
+    pictures = Pictures(folder, run.views.size, masked=chosen_images(num_images, dense))
     seen: list[Picture] = []
     vectors: dict[str, list[Tensor]] = {}
     dropped: Counter[str] = Counter()
-    interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds between two states of the bar
-    with tqdm(total=len(pictures), desc=title, unit=" image", mininterval=interval) as bar:
-        for batch in loader:
-            good = [picture for picture in batch if picture.view is not None]
-            dropped.update(picture.reason for picture in batch if picture.view is None)
-            bar.update(len(batch))
-            if bad := [picture for picture in batch if picture.view is None]:
-                check_bad_share(dropped, bar.n, run.max_bad, f"{folder}: {bad[-1].message}")
-            if good:
-                views = torch.stack([picture.view for picture in good]).to(device)
-                for name, value in _encode(towers, run, views).items():
-                    vectors.setdefault(name, []).append(value.cpu())
-                seen += [Picture(p.index, None, p.label, p.caption) for p in good]
+    collector = TokenCollector(dense)
+    for good in _readable(pictures, dropped, max_bad=run.max_bad, workers=workers, title=title):
+        views = torch.stack([picture.view for picture in good]).to(device)
+        tokens = towers.encoder(normalise(views, run.views.mean, run.views.std, torch.float32))
+        for name, value in _embed(towers, tokens).items():
+            vectors.setdefault(name, []).append(value.cpu())
+        collector.add(tokens, [picture.mask for picture in good])
+        seen += [Picture(p.index, None, p.label, p.caption) for p in good]
     if not seen:
         raise ValueError(f"{folder} has no readable image ({dict(dropped)}): build the data set again")
     joined = {name: torch.cat(values) for name, values in vectors.items()}
@@ -120,11 +143,28 @@ def extract(
         captions=[picture.caption for picture in seen],
         index=torch.tensor([picture.index for picture in seen]),
         dropped=dict(dropped),
+        dense=collector.collected(),
     )
 
 
-def _encode(towers: Towers, run: Run, views: UInt8[Tensor, "n 3 s s"]) -> dict[str, Tensor]:
-    tokens = towers(normalise(views, run.views.mean, run.views.std, torch.float32))
+def _readable(
+    pictures: Pictures, dropped: Counter[str], *, max_bad: float, workers: int, title: str
+) -> Iterator[list[Picture]]:
+    """Batches of what can be seen, in order; the rest is counted in `dropped`, DataError beyond `max_bad`."""
+    loader = DataLoader(pictures, IMAGES_AT_ONCE, num_workers=workers, collate_fn=list)
+    interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds between two states of the bar
+    with tqdm(total=len(pictures), desc=title, unit=" image", mininterval=interval) as bar:
+        for batch in loader:
+            bar.update(len(batch))
+            if bad := [picture for picture in batch if picture.view is None]:
+                dropped.update(picture.reason for picture in bad)
+                message = f"{pictures.shards.folder}: {bad[-1].message}"
+                check_bad_share(dropped, bar.n, max_bad, message)
+            if good := [picture for picture in batch if picture.view is not None]:
+                yield good
+
+
+def _embed(towers: Towers, tokens: Float[Tensor, "n l d"]) -> dict[str, Tensor]:
     vectors = {"tokens": tokens.mean(dim=1)}
     if not towers.has_embedding:
         return vectors
