@@ -28,10 +28,14 @@ def make_optimizer(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
 
 def learning_rate(step: int, run: Run) -> float:
     """Rate of optimizer step `step`, counted from 0: linear warm-up, then cosine to `final_lr`."""
-    optim = run.optim
-    if step < optim.warmup:
-        return optim.lr * (step + 1) / optim.warmup
-    return _cosine(step - optim.warmup, max(run.steps - optim.warmup, 1), optim.lr, optim.final_lr)
+    return warm_cosine(step, run.steps, run.optim.warmup, run.optim.lr, run.optim.final_lr)
+
+
+def warm_cosine(step: int, steps: int, warmup: int, peak: float, end: float) -> float:
+    """Rate of step `step` of `steps`: rises to `peak` in `warmup` equal parts, then falls to `end` as a cosine."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return _cosine(step - warmup, max(steps - warmup, 1), peak, end)
 
 
 def teacher_momentum(step: int, run: Run) -> float:

@@ -6,7 +6,7 @@ import math
 from random import Random
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -78,8 +78,25 @@ def resize(image: UInt8[Tensor, "h w 3"], height: int, width: int) -> UInt8[Tens
 
 def center_view(image: UInt8[Tensor, "h w 3"], size: int) -> UInt8[Tensor, "3 s s"]:
     """The view of evaluation: the short side resized to `size`, then the middle square."""
-    height, width = image.shape[:2]
+    height, width, top, left = _center(image.shape[0], image.shape[1], size)
+    return resize(image, height, width)[:, top : top + size, left : left + size].contiguous()
+
+
+def center_mask(mask: Int[Tensor, "h w"], size: int) -> Int[Tensor, "s s"]:
+    """What `center_view` shows of a mask of the same image: the number below each pixel's centre, never a mean."""
+    height, width, top, left = _center(mask.shape[0], mask.shape[1], size)
+    rows = _nearest(mask.shape[0], height)[top : top + size]
+    columns = _nearest(mask.shape[1], width)[left : left + size]
+    return mask[rows][:, columns]
+
+
+def _center(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """Height and width of the resized image; top and left of its middle square."""
     short = min(height, width)
-    view = resize(image, max(round(height * size / short), size), max(round(width * size / short), size))
-    top, left = (view.shape[1] - size) // 2, (view.shape[2] - size) // 2
-    return view[:, top : top + size, left : left + size].contiguous()
+    height, width = max(round(height * size / short), size), max(round(width * size / short), size)
+    return height, width, (height - size) // 2, (width - size) // 2
+
+
+def _nearest(length: int, resized: int) -> Int[Tensor, " resized"]:
+    """Which of `length` pixels in a row lies below the centre of each of `resized` ones."""
+    return (2 * torch.arange(resized) + 1) * length // (2 * resized)

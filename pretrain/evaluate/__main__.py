@@ -1,6 +1,7 @@
 """How good are the teacher's features on held-out images, before and after pre-training?
 
 python -m pretrain.evaluate RUN --data DIR        DIR/train gives the probes their examples, DIR/heldout tests them
+    --fine-tune [EPOCHS]                          the whole encoder too, trained on the categories: costs a training
 """
 
 from __future__ import annotations
@@ -10,18 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from data_prep.schema import Manifest
 from pretrain import provenance
-from pretrain.checkpoint import load_towers
-from pretrain.data.text import Captions
 from pretrain.evaluate import result
 from pretrain.evaluate.checkpoints import find_checkpoint
-from pretrain.evaluate.features import extract
-from pretrain.evaluate.probes import Evidence, measure
-
-SPLITS = ("train", "heldout")
+from pretrain.evaluate.fine_tune import FineTune
+from pretrain.evaluate.probes import PROBES
+from pretrain.evaluate.protocols import SPLITS, Protocols, best_device, measure_checkpoint, read_manifests
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -34,7 +29,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--steps", default="first,last", help="checkpoints: first, last, numbers (first,last)"
     )
     parser.add_argument("--out", type=Path, help="JSON file of the result (RUN/evaluation.json)")
-    parser.add_argument("--k", type=int, default=20, help="neighbours of kNN (20)")
+    parser.add_argument("--probes", default=",".join(PROBES), help="what is measured (all): %(default)s")
+    parser.add_argument(
+        "--fine-tune",
+        nargs="?",
+        type=int,
+        const=FineTune.epochs,
+        metavar="EPOCHS",
+        help="train the whole encoder on the categories too (off; %(const)s epochs)",
+    )
+    parser.add_argument("--k", type=int, default=Protocols.k, help="neighbours of kNN (%(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images (0: this one)")
     return parser.parse_args(arguments)
 
@@ -45,16 +49,21 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     Raises FileNotFoundError and ValueError for what the user can mend, before any image is read.
     """
     options = parse(arguments)
+    protocols = Protocols(
+        probes=tuple(name.strip() for name in options.probes.split(",")),
+        k=options.k,
+        fine_tune=None if options.fine_tune is None else FineTune(epochs=options.fine_tune),
+        workers=options.workers,
+    )
     folders = split_folders(options.data, options.train, options.heldout)
-    manifests = {split: Manifest.read(folder) for split, folder in folders.items()}
-    check_manifests(folders, manifests, options.k)
+    manifests = read_manifests(folders, protocols.k)
     steps = [find_checkpoint(options.run, name.strip()) for name in options.steps.split(",")]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     evaluated: dict[str, Any] = {"checkpoints": {}}
     for step in dict.fromkeys(steps):  # each once: of a run's beginning the first is the last
-        run, evidence = gather(step, folders, manifests, options, device)
-        outcomes = measure(evidence)
-        evaluated |= result.header(run, folders, manifests, provenance.hardware(device))
+        measured = measure_checkpoint(step, folders, manifests, protocols, device)
+        evidence, outcomes = measured.evidence, measured.outcomes
+        evaluated |= result.header(measured.run, folders, manifests, provenance.hardware(device))
         evaluated["checkpoints"][step.name] = result.of_checkpoint(evidence, outcomes)
         evaluated["confusion"] = result.confusion(step.name, evidence, outcomes)
         evaluated["neighbours"] = result.neighbours(step.name, evidence)
@@ -63,38 +72,6 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     print(result.table(evaluated))
     print(f"written to {out}")
     return evaluated
-
-
-def gather(
-    step: Path,
-    folders: dict[str, Path],
-    manifests: dict[str, Manifest],
-    options: argparse.Namespace,
-    device: torch.device,
-) -> tuple[Any, Evidence]:
-    """The run and the features of both data sets under the teacher of one checkpoint."""
-    run, facts, towers = load_towers(step)
-    towers.to(device)
-    train, heldout = (
-        extract(
-            towers, run, folders[split], device=device, workers=options.workers, title=f"{step.name} {split}"
-        )
-        for split in SPLITS
-    )
-
-    @torch.inference_mode()
-    def embed(tokens: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        return towers.embed_texts(tokens.to(device), token_mask.to(device))
-
-    return run, Evidence(
-        train=train,
-        heldout=heldout,
-        categories=manifests["heldout"].categories,
-        facts=facts,
-        k=options.k,
-        encode=Captions(step / "tokenizer", run.text.length).encode if facts.vocab_size else None,
-        embed=embed,
-    )
 
 
 def split_folders(data: Path | None, train: Path | None, heldout: Path | None) -> dict[str, Path]:
@@ -117,24 +94,6 @@ def split_folders(data: Path | None, train: Path | None, heldout: Path | None) -
             "nothing; name two data sets"
         )
     return named
-
-
-def check_manifests(folders: dict[str, Path], manifests: dict[str, Manifest], k: int) -> None:
-    train, heldout = (manifests[split] for split in SPLITS)
-    if train.categories != heldout.categories:
-        odd = sorted(set(train.categories) ^ set(heldout.categories)) or ["the same names in another order"]
-        raise ValueError(
-            f"{folders['train']} has {len(train.categories)} categories, {folders['heldout']} has "
-            f"{len(heldout.categories)}, and they must be the same (differing: {odd[:5]}): build both splits "
-            "from one source"
-        )
-    if not train.categories and not heldout.has_text:
-        raise ValueError(
-            f"{folders['heldout']} has neither categories nor captions, so there is nothing to measure: "
-            "name another data set"
-        )
-    if not 1 <= k <= train.num_samples:
-        raise ValueError(f"--k {k} must lie in [1, {train.num_samples}], the images of {folders['train']}")
 
 
 def main(arguments: list[str] | None = None) -> int:

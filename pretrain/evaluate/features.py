@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data_prep.schema import IMAGE_EXTENSIONS
+from data_prep.schema import IMAGE_EXTENSIONS, Manifest
 from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample, check_bad_share
 from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
+from pretrain.evaluate.dense import NOTHING, DenseFeatures, Sampling, TokenCollector, chosen_images
+from pretrain.evaluate.masks import Mask, read_mask
 from pretrain.inputs import normalise
 from pretrain.towers import Towers
 
@@ -39,6 +41,7 @@ class Features:
     captions: list[str]  # "" where a sample has none
     index: Int[Tensor, " n"]  # of the sample in the data set
     dropped: dict[str, int]  # samples left out, by reason
+    dense: DenseFeatures | None = None  # single tokens, if they were asked for and the data set has masks
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,33 @@ class Picture:
     view: UInt8[Tensor, "3 s s"] | None
     label: int = NO_CATEGORY
     caption: str = ""
+    mask: Mask | None = None
     reason: str = ""
     message: str = ""
 
 
 class Pictures:
-    """The samples of a data set, or those of some numbers, as center views of `size` pixels; indexable, for
-    torch's DataLoader.
+    """The samples of a data set, or those of some numbers, as views of `size` pixels; indexable, for torch's
+    DataLoader.
+
+    `view` makes one of an image and its sample number; the center view if left out. Of the samples `masked` the
+    mask of the center view is read too, where they have one.
     """
 
-    def __init__(self, folder: Path, size: int, samples: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        samples: Sequence[int] | None = None,
+        *,
+        view: Callable[[Tensor, int], Tensor] | None = None,
+        masked: frozenset[int] = frozenset(),
+    ) -> None:
         self.shards = ShardFolder(folder)
         self.size = size
         self.samples = range(len(self.shards)) if samples is None else samples
+        self.view = view
+        self.masked = masked
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -70,11 +87,13 @@ class Pictures:
         index = self.samples[place]
         try:
             members = self.shards.sample(index)
-            image = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
-            if image is None:
+            content = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
+            if content is None:
                 raise BadSample("no_image", f"sample {index} has none of {IMAGE_EXTENSIONS}")
-            view = center_view(decode_image(image), self.size)
-            return Picture(index, view, self._label(members), _caption(members))
+            image = decode_image(content)
+            mask = read_mask(members, *image.shape[:2], self.size) if index in self.masked else None
+            view = self.view(image, index) if self.view else center_view(image, self.size)
+            return Picture(index, view, self._label(members), _caption(members), mask)
         except BadSample as error:
             return Picture(index, None, reason=error.reason, message=str(error))
 
@@ -114,20 +133,32 @@ def readable(
 
 @torch.inference_mode()
 def extract(
-    towers: Towers, run: Run, folder: Path, *, device: torch.device, workers: int, title: str
+    towers: Towers,
+    run: Run,
+    folder: Path,
+    *,
+    device: torch.device,
+    workers: int,
+    title: str,
+    dense: Sampling = NOTHING,
 ) -> Features:
     """Features of every readable sample, in float32, with a progress bar named `title`.
 
-    Unreadable samples are left out and counted; DataError when they exceed `run.max_bad`.
+    `dense` says which single tokens are kept of the same pass. Unreadable samples are left out and counted;
+    DataError when they exceed `run.max_bad`.
     """
+    num_images = Manifest.read(folder).num_samples
+    pictures = Pictures(folder, run.views.size, masked=chosen_images(num_images, dense))
     seen: list[Picture] = []
     vectors: dict[str, list[Tensor]] = {}
     dropped: Counter[str] = Counter()
-    pictures = Pictures(folder, run.views.size)
+    collector = TokenCollector(dense)
     for good in readable(pictures, dropped, limit=run.max_bad, workers=workers, title=title):
         views = torch.stack([picture.view for picture in good]).to(device)
-        for name, value in _encode(towers, run, views).items():
+        tokens = towers.encoder(normalise(views, run.views.mean, run.views.std, torch.float32))
+        for name, value in _embed(towers, tokens).items():
             vectors.setdefault(name, []).append(value.cpu())
+        collector.add(tokens, [picture.mask for picture in good])
         seen += [Picture(p.index, None, p.label, p.caption) for p in good]
     joined = {name: torch.cat(values) for name, values in vectors.items()}
     return Features(
@@ -139,11 +170,11 @@ def extract(
         captions=[picture.caption for picture in seen],
         index=torch.tensor([picture.index for picture in seen]),
         dropped=dict(dropped),
+        dense=collector.collected(),
     )
 
 
-def _encode(towers: Towers, run: Run, views: UInt8[Tensor, "n 3 s s"]) -> dict[str, Tensor]:
-    tokens = towers.encoder(normalise(views, run.views.mean, run.views.std, torch.float32))
+def _embed(towers: Towers, tokens: Float[Tensor, "n l d"]) -> dict[str, Tensor]:
     vectors = {"tokens": tokens.mean(dim=1)}
     if not towers.has_embedding:
         return vectors

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from tqdm import tqdm
 
 from pretrain.config import DataFacts
 from pretrain.data.batch import NO_CATEGORY
-from pretrain.evaluate import knn, linear, zero_shot
+from pretrain.evaluate import dense, knn, linear, zero_shot
 from pretrain.evaluate.accuracy import proportion, score
 from pretrain.evaluate.features import Features
+from pretrain.evaluate.regions import score_regions
 
 
 class NotMeasured(Exception):
@@ -43,7 +45,7 @@ class Outcome:
 
 def _knn(evidence: Evidence, feature: str) -> Outcome:
     _check_trained(evidence, feature)
-    rows, labels = _labelled(evidence.train), _labels(evidence)
+    rows, labels = is_labelled(evidence.train), heldout_labels(evidence)
     train, heldout = getattr(evidence.train, feature)[rows], _of_labelled(evidence, feature)
     similarities, indices = knn.nearest(train, heldout, evidence.k)
     predicted = knn.vote(similarities, evidence.train.labels[rows][indices], len(evidence.categories))
@@ -58,7 +60,7 @@ def _check_trained(evidence: Evidence, feature: str) -> None:
 
 def _linear(evidence: Evidence, feature: str) -> Outcome:
     _check_trained(evidence, feature)
-    rows, labels = _labelled(evidence.train), _labels(evidence)
+    rows, labels = is_labelled(evidence.train), heldout_labels(evidence)
     train, heldout = getattr(evidence.train, feature)[rows], _of_labelled(evidence, feature)
     predicted = linear.linear_probe(train, evidence.train.labels[rows], heldout)
     settings = {"feature": feature, "c": linear.C}
@@ -66,7 +68,7 @@ def _linear(evidence: Evidence, feature: str) -> Outcome:
 
 
 def _zero_shot(evidence: Evidence) -> Outcome:
-    labels, encode = _labels(evidence), _encoder(evidence)
+    labels, encode = heldout_labels(evidence), _encoder(evidence)
     classes = zero_shot.class_vectors(evidence.categories, encode, evidence.embed)
     predicted = zero_shot.classify(_of_labelled(evidence, "projected"), classes)
     settings = {"feature": "projected", "prompts": list(zero_shot.PROMPTS)}
@@ -77,7 +79,7 @@ def _classifier(evidence: Evidence) -> Outcome:
     """The run's own category head: only where the data set has the categories that it was trained on."""
     if not evidence.facts.categories:
         raise NotMeasured("the run has no categories")
-    labels = _labels(evidence)
+    labels = heldout_labels(evidence)
     if set(evidence.facts.categories) != set(evidence.categories):
         odd = sorted(set(evidence.facts.categories) ^ set(evidence.categories))
         raise NotMeasured(
@@ -107,6 +109,23 @@ def _retrieval(evidence: Evidence, query: str) -> Outcome:
     return Outcome(proportion(correct, len(captions)) | {"chance": chance, "query": query})
 
 
+def _dense(evidence: Evidence) -> Outcome:
+    train, heldout = evidence.train.dense, evidence.heldout.dense
+    if train is None or heldout is None:
+        raise NotMeasured("the data set has no masks")
+    if not train.kinds:
+        raise NotMeasured("the masks of the training images show nothing but ground")
+    counts, names = dense.dense_probe(train, heldout)
+    settings = {
+        "feature": "single tokens",
+        "train_images": len(train.tokens),
+        "train_tokens": train.places.numel(),
+        "most_images": {"train": dense.TRAIN.images, "heldout": dense.HELDOUT.images},
+        "penalty": dense.PENALTY,
+    }
+    return Outcome(score_regions(counts, names) | settings)
+
+
 @dataclass(frozen=True)
 class Probe:
     title: str
@@ -120,6 +139,7 @@ PROBES: dict[str, Probe] = {
     "linear_embedding": Probe(
         "linear probe, pooled embedding", lambda evidence: _linear(evidence, "embedding")
     ),
+    "dense": Probe("dense probe, mIoU", _dense),
     "classifier": Probe("own category head", _classifier),
     "zero_shot": Probe("zero-shot by class names", _zero_shot),
     "retrieval_image": Probe("image to caption, R@1", lambda evidence: _retrieval(evidence, "image")),
@@ -127,17 +147,26 @@ PROBES: dict[str, Probe] = {
 }
 
 
-def measure(evidence: Evidence) -> dict[str, Outcome]:
-    """Every probe's outcome; {"accuracy": None, "reason": ...} where it has nothing to measure."""
+# Row of the result -> how it is shown. Fine-tuning is no probe: it runs the images.
+TITLES = {name: probe.title for name, probe in PROBES.items()} | {"fine_tune": "fine-tuned"}
+
+
+def measure(evidence: Evidence, names: Sequence[str] = tuple(PROBES)) -> dict[str, Outcome]:
+    """The outcomes of the named probes; {"accuracy": None, "reason": ...} where one has nothing to measure."""
     outcomes = {}
-    bar = tqdm(PROBES.items(), desc="probes", unit=" probe")
-    for name, probe in bar:
-        bar.set_postfix_str(probe.title)
-        try:
-            outcomes[name] = probe.measure(evidence)
-        except NotMeasured as reason:
-            outcomes[name] = Outcome({"accuracy": None, "reason": str(reason)})
+    bar = tqdm(names, desc="probes", unit=" probe")
+    for name in bar:
+        bar.set_postfix_str(PROBES[name].title)
+        outcomes[name] = outcome_of(partial(PROBES[name].measure, evidence))
     return outcomes
+
+
+def outcome_of(measurement: Callable[[], Outcome]) -> Outcome:
+    """What a measurement gives, or the reason why it gives nothing."""
+    try:
+        return measurement()
+    except NotMeasured as reason:
+        return Outcome({"accuracy": None, "reason": str(reason)})
 
 
 def _encoder(evidence: Evidence) -> zero_shot.Encode:
@@ -146,17 +175,17 @@ def _encoder(evidence: Evidence) -> zero_shot.Encode:
     return evidence.encode
 
 
-def _labels(evidence: Evidence) -> Int[Tensor, " n"]:
+def heldout_labels(evidence: Evidence) -> Int[Tensor, " n"]:
     """Categories of the labelled held-out images."""
     for split in (evidence.train, evidence.heldout):
-        if not evidence.categories or not _labelled(split).any():
+        if not evidence.categories or not is_labelled(split).any():
             raise NotMeasured("the data set has no categories")
-    return evidence.heldout.labels[_labelled(evidence.heldout)]
+    return evidence.heldout.labels[is_labelled(evidence.heldout)]
 
 
 def _of_labelled(evidence: Evidence, feature: str) -> Tensor:
-    return getattr(evidence.heldout, feature)[_labelled(evidence.heldout)]
+    return getattr(evidence.heldout, feature)[is_labelled(evidence.heldout)]
 
 
-def _labelled(split: Features) -> Tensor:
+def is_labelled(split: Features) -> Tensor:
     return split.labels != NO_CATEGORY

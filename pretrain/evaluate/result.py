@@ -16,7 +16,7 @@ from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.evaluate.accuracy import confusion_counts
 from pretrain.evaluate.knn import nearest
-from pretrain.evaluate.probes import PROBES, Evidence, Outcome
+from pretrain.evaluate.probes import TITLES, Evidence, Outcome
 
 CONFUSION_OF = "linear"  # the probe whose mistakes are counted by category
 NUM_QUERIES = 12  # held-out images whose neighbours are listed
@@ -54,8 +54,8 @@ def of_checkpoint(evidence: Evidence, outcomes: Mapping[str, Outcome]) -> dict[s
 
 
 def confusion(step: str, evidence: Evidence, outcomes: Mapping[str, Outcome]) -> dict[str, Any] | None:
-    """Counts by true (row) and predicted (column) category; None without categories."""
-    predicted = outcomes[CONFUSION_OF].predicted
+    """Counts by true (row) and predicted (column) category; None without categories or that probe."""
+    predicted = outcomes[CONFUSION_OF].predicted if CONFUSION_OF in outcomes else None
     if predicted is None:
         return None
     labels = evidence.heldout.labels
@@ -93,12 +93,13 @@ def table(result: Mapping[str, Any]) -> str:
     steps = list(result["checkpoints"])
     lines = [f"{'held-out accuracy, %':32}{'chance':>8}" + "".join(f"{step:>24}" for step in steps)]
     notes = []
-    for name, probe in PROBES.items():
+    measured = [name for name in TITLES if any(name in result["checkpoints"][step] for step in steps)]
+    for name in measured:
         rows = [result["checkpoints"][step][name] for step in steps]
         chance = next((row["chance"] for row in rows if row["accuracy"] is not None), None)
         shown = "-" if chance is None else f"{100 * chance:.1f}"
-        lines.append(f"{probe.title:32}{shown:>8}" + "".join(f"{_cell(row):>24}" for row in rows))
-        notes += {f"{probe.title}: not measured, {row['reason']}" for row in rows if row["accuracy"] is None}
+        lines.append(f"{TITLES[name]:32}{shown:>8}" + "".join(f"{_cell(row):>24}" for row in rows))
+        notes += {f"{TITLES[name]}: not measured, {row['reason']}" for row in rows if row["accuracy"] is None}
     return "\n".join(lines + notes)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.evaluate.probes import PROBES
+from pretrain.evaluate.probes import TITLES
 from pretrain.report.record import Record
 from pretrain.visualize.dumbbell import Measure, Move, dumbbells
 from pretrain.visualize.markup import Html, element, figure, key, table
@@ -26,19 +26,19 @@ def moves(record: Record) -> list[Move]:
         return []
     first, last = checkpoints[steps[0]], checkpoints[steps[-1]]
     found = []
-    for name in [*[n for n in PROBES if n in last], *[n for n in last if n not in PROBES]]:
+    for name in [*[n for n in TITLES if n in last], *[n for n in last if n not in TITLES]]:
         after = _measure(last[name])
         if after is None:
             continue
         before = _measure(first.get(name)) if len(steps) > 1 else None
-        title = PROBES[name].title if name in PROBES else name
+        title = TITLES.get(name, name)
         found.append(Move(title, float(last[name]["chance"]), before, after))
     return found
 
 
 def headline(record: Record) -> list[Move]:
     """The probes of the page's first lines: kNN, linear and zero-shot, when they were measured."""
-    titles = [PROBES[name].title for name in ("knn", "linear", "zero_shot") if name in PROBES]
+    titles = [TITLES[name] for name in ("knn", "linear", "zero_shot")]
     return [move for move in moves(record) if move.title in titles] or moves(record)[:3]
 
 
@@ -81,7 +81,7 @@ def _cell(measure: Measure) -> Html:
 def _unmeasured(record: Record) -> Html | None:
     last = record.evaluation["checkpoints"][max(record.evaluation["checkpoints"])]
     reasons = [
-        f"{PROBES[name].title if name in PROBES else name}: {row['reason']}"
+        f"{TITLES.get(name, name)}: {row['reason']}"
         for name, row in last.items()
         if isinstance(row, Mapping) and row.get("accuracy", 0) is None and row.get("reason")
     ]

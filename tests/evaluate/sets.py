@@ -1,4 +1,4 @@
-"""What is the smallest data set that probes can be tried on? Flat colours, by category, with captions."""
+"""What is the smallest data set that probes can be tried on? Flat colours on black, by category, with captions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from data_prep.tokenizer import train_tokenizer
 
 COLORS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 40, 210), "gray": (128, 128, 128)}
 SHARD = "000000.tar"
+HEIGHT, WIDTH, GROUND = 40, 56, 20  # pixels; the first GROUND columns are black ground, the rest is the thing
 
 
-def write_set(folder: Path, split: str, num_each: int, *, text: bool = True, seed: int = 0) -> Path:
-    """`num_each` noisy images of 40 x 56 px of each color; with `text` captions and a tokenizer."""
+def write_set(
+    folder: Path, split: str, num_each: int, *, text: bool = True, masks: bool = True, seed: int = 0
+) -> Path:
+    """`num_each` noisy images of each color; with `text` captions and a tokenizer, with `masks` the thing's."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)
     offsets, num_samples = [], num_each * len(COLORS)
@@ -30,7 +33,10 @@ def write_set(folder: Path, split: str, num_each: int, *, text: bool = True, see
             members = {"png": _image(COLORS[name], generator)}
             captions = [f"a photo of a {name} thing"] if text else []
             members |= {"txt": captions[0].encode()} if text else {}
-            members |= {"cls": str(category).encode(), "json": json.dumps({"captions": captions}).encode()}
+            members |= {"cls": str(category).encode()}
+            members |= {"mask.png": _mask()} if masks else {}
+            record = {"captions": captions} | ({"objects": [{"name": name}]} if masks else {})
+            members |= {"json": json.dumps(record).encode()}
             for extension, content in members.items():
                 member = tarfile.TarInfo(f"{number:06d}.{extension}")
                 member.size = len(content)
@@ -49,7 +55,16 @@ def write_set(folder: Path, split: str, num_each: int, *, text: bool = True, see
 
 
 def _image(color: tuple[int, int, int], generator: np.random.Generator) -> bytes:
-    pixels = np.array(color) + generator.normal(0, 12, (40, 56, 3))
+    pixels = np.array(color) + generator.normal(0, 12, (HEIGHT, WIDTH, 3))
+    pixels[:, :GROUND] -= color
+    return _png(pixels.clip(0, 255))
+
+
+def _mask() -> bytes:
+    return _png(np.broadcast_to(np.arange(WIDTH) >= GROUND, (HEIGHT, WIDTH)))
+
+
+def _png(pixels: np.ndarray) -> bytes:
     content = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(content, "PNG")
+    Image.fromarray(pixels.astype(np.uint8)).save(content, "PNG")
     return content.getvalue()

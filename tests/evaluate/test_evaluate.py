@@ -20,7 +20,9 @@ from pretrain.data.views import center_view
 from pretrain.evaluate.__main__ import evaluate, main
 from pretrain.evaluate.features import extract
 from pretrain.evaluate.probes import PROBES
+from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
 from pretrain.inputs import normalise
+from pretrain.models.backbone import InternImageEncoder
 from pretrain.recipes import load
 from tests.evaluate.runs import write_run
 from tests.evaluate.sets import COLORS, write_set
@@ -127,6 +129,40 @@ def test_run_without_text_has_no_zero_shot_and_says_why(
     assert rows["knn"]["accuracy"] > 0.9
     assert json.loads((run / "evaluation.json").read_text()) == result
     assert "zero-shot by class names: not measured, the run has no text tower" in capsys.readouterr().out
+
+
+def test_only_the_chosen_protocols_are_measured_and_shown(
+    run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = [str(run_folder), "--data", str(data), "--steps", "3", "--out", str(tmp_path / "result.json")]
+    result = evaluate([*where, "--probes", "dense, knn", "--fine-tune", "1"])
+    rows = result["checkpoints"]["step_000003"]
+    assert list(rows) == ["dense", "knn", "fine_tune", "dropped"] and result["confusion"] is None
+    assert rows["fine_tune"]["recipe"]["epochs"] == 1
+    shown = capsys.readouterr().out.splitlines()[1:4]
+    assert [line[:32].strip() for line in shown] == ["kNN, mean token", "dense probe, mIoU", "fine-tuned"]
+
+
+def test_unknown_probe_is_refused_with_the_choices(run_folder: Path, data: Path) -> None:
+    choices = re.escape(str(list(PROBES)))
+    with pytest.raises(ValueError, match=rf"probes \['knm'\] are unknown; choose from {choices}"):
+        evaluate([str(run_folder), "--data", str(data), "--probes", "knm,linear"])
+
+
+def test_one_pass_of_the_encoder_serves_all_probes(
+    run_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    forward = InternImageEncoder.forward
+
+    def count(self: InternImageEncoder, images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(InternImageEncoder, "forward", count)
+    step = run_folder / "checkpoints" / "step_000003"
+    rows = evaluate_checkpoint(step, data / "train", data / "heldout", Protocols())
+    assert list(rows) == [*PROBES, "dropped"] and sum(seen) == 40 + 20
 
 
 def test_first_is_evaluated_once_when_it_is_also_the_last(

@@ -16,6 +16,7 @@ from data_prep.schema import fill_prompt
 from pretrain.config import DataFacts
 from pretrain.evaluate import knn, linear, zero_shot
 from pretrain.evaluate.accuracy import confusion_counts, score, wilson
+from pretrain.evaluate.dense import DenseFeatures
 from pretrain.evaluate.features import Features
 from pretrain.evaluate.probes import PROBES, Evidence, measure
 from pretrain.evaluate.zero_shot import PROMPTS
@@ -145,6 +146,13 @@ def test_planted_features_are_found_by_every_probe() -> None:
 
     labels = torch.arange(30) % 3
     vectors = torch.eye(3)[labels]
+    dense = DenseFeatures(
+        tokens=vectors[:, None].expand(-1, 4, -1),
+        places=torch.arange(4).expand(30, 4),
+        classes=(1 + labels)[:, None, None].expand(-1, 4, 4).to(torch.int16),
+        kinds=tuple(sorted(names)),
+        grid=2,
+    )
     planted = Features(
         tokens=vectors,
         embedding=vectors,
@@ -154,6 +162,7 @@ def test_planted_features_are_found_by_every_probe() -> None:
         captions=[captions[label] for label in labels],
         index=torch.arange(30),
         dropped={},
+        dense=dense,
     )
     evidence = Evidence(
         train=planted,

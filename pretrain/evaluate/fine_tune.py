@@ -1,0 +1,214 @@
+"""How well does the encoder tell the categories when all of it is trained on them?
+
+Source of the recipe: M3I (arXiv 2211.09807), appendix, fine-tuning on ImageNet-1k, scaled to small sets: the batch,
+square-root scaling of the rate, milder crops, no RandAugment, erasing or drop path, mixing off.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import numpy
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from timm.data import Mixup
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from pretrain.config import Run
+from pretrain.data.views import cut, draw_crop
+from pretrain.evaluate.features import IMAGES_AT_ONCE, Pictures
+from pretrain.evaluate.layers import layer_order, names_without_decay
+from pretrain.evaluate.probes import NotMeasured
+from pretrain.optim import warm_cosine
+from pretrain.pretrainer import normalise
+from pretrain.towers import Towers
+
+BASE_BATCH = 1024  # images, at which the paper gives its rate
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """The recipe of fine-tuning."""
+
+    epochs: int = 30  # over the training images
+    batch: int = 64  # images; fewer when the data set has fewer
+    base_lr: float = 2e-3  # peak at a batch of BASE_BATCH
+    warmup: float = 0.05  # fraction of the steps, in [0, 1)
+    layer_decay: float = 0.65  # rate of a layer / rate of the next one, in (0, 1]
+    weight_decay: float = 0.1  # of matrices
+    betas: tuple[float, float] = (0.9, 0.999)
+    smoothing: float = 0.1  # of the labels, in [0, 1)
+    scale: tuple[float, float] = (0.5, 1.0)  # crop area / image area
+    flip: float = 0.5  # probability
+    mixup: float = 0.0  # alpha of the Beta distribution; 0: off
+    cutmix: float = 0.0  # alpha; 0: off
+    seed: int = 0  # of order, crops, flips and mixing; the head starts from zero
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch < 2 or self.batch % 2:
+            raise ValueError(
+                f"fine-tuning with epochs={self.epochs}, batch={self.batch}: epochs must be at least 1, the batch "
+                "positive and even, as mixing pairs its images"
+            )
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1]: 1 means one rate for all")
+        if not (0 <= self.warmup < 1 and 0 <= self.smoothing < 1):
+            raise ValueError(f"warmup={self.warmup} and smoothing={self.smoothing} must lie in [0, 1)")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale={self.scale} must be two rising fractions of the image's area")
+        if self.base_lr <= 0 or min(self.mixup, self.cutmix, self.weight_decay) < 0:
+            raise ValueError(
+                f"base_lr={self.base_lr} must be positive; mixup={self.mixup}, cutmix={self.cutmix} and "
+                f"weight_decay={self.weight_decay} must not be negative"
+            )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The labelled, readable samples of a data set."""
+
+    folder: Path
+    index: Int[Tensor, " n"]  # of the samples in the data set
+
+
+class Classifier(nn.Module):
+    """Encoder, mean of its tokens, linear head without a norm: images [b, 3, s, s] -> logits [b, k].
+
+    The encoder is a trainable copy that stays in eval mode: drop path is off and no statistics move. The head
+    starts from zero.
+    """
+
+    def __init__(self, encoder: nn.Module, num_categories: int) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder).requires_grad_(True).eval()
+        self.head = nn.Linear(encoder.width, num_categories)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b k"]:
+        return self.head(self.encoder(images).mean(dim=1))
+
+    def group_matcher(self, coarse: bool) -> Callable[[str], float]:
+        """Name of a parameter -> place of its layer; what `param_groups_layer_decay` of timm asks a model for."""
+        order = {f"encoder.{name}": float(layer) for name, layer in layer_order(self.encoder).items()}
+        return lambda name: order.get(name, math.inf)
+
+    def groups(self, settings: FineTune) -> list[dict]:
+        """Parameter groups with `lr_scale`, the rate of a layer / that of the head."""
+        exempt = {f"encoder.{name}" for name in names_without_decay(self.encoder)}
+        return param_groups_layer_decay(self, settings.weight_decay, exempt, layer_decay=settings.layer_decay)
+
+
+def fine_tune(
+    towers: Towers,
+    run: Run,
+    train: Examples,
+    num_categories: int,
+    settings: FineTune,
+    *,
+    device: torch.device,
+    workers: int = 0,
+    title: str = "fine-tuning",
+) -> Classifier:
+    """The classifier after the last epoch; nothing is selected by held-out images.
+
+    Float32; on a CPU one seed gives the same bits. `towers`, which are on `device`, stay as they are. Raises
+    NotMeasured when the loss is not finite, ValueError with fewer than two training images.
+    """
+    num_images = len(train.index)
+    if num_images < 2:
+        raise ValueError(f"{train.folder} has {num_images} labelled image, fine-tuning needs two or more")
+    batch = min(settings.batch, num_images - num_images % 2)
+    steps_an_epoch = num_images // batch
+    steps = settings.epochs * steps_an_epoch
+    peak = settings.base_lr * math.sqrt(batch / BASE_BATCH)
+    model = Classifier(towers.encoder, num_categories).to(device)
+    optimizer = torch.optim.AdamW(model.groups(settings), lr=peak, betas=settings.betas)
+    mix = Mixup(
+        settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=num_categories
+    )
+    mix.mixup_enabled = settings.mixup > 0 or settings.cutmix > 0
+    with _numpy_seeded(settings.seed), tqdm(total=steps, desc=title, unit=" step", mininterval=1.0) as bar:
+        for epoch in range(settings.epochs):
+            total = torch.zeros((), device=device)
+            for views, labels in _augmented(train, run, settings, epoch, batch, workers):
+                rate = warm_cosine(bar.n, steps, round(settings.warmup * steps), peak, 0.0)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group["lr_scale"]
+                images = normalise(views.to(device), run.views.mean, run.views.std, torch.float32)
+                images, targets = mix(images, labels.to(device))
+                loss = F.cross_entropy(model(images), targets)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += loss.detach()
+                bar.update()
+            mean = float(total) / steps_an_epoch
+            bar.set_postfix_str(f"epoch {epoch + 1}, {mean:.3f} nats")
+            if not math.isfinite(mean):
+                raise NotMeasured(f"the loss of fine-tuning was {mean} in epoch {epoch + 1}")
+    return model
+
+
+@torch.inference_mode()
+def predict(
+    model: Classifier, run: Run, heldout: Examples, *, device: torch.device, workers: int = 0
+) -> Int[Tensor, " n"]:
+    """Categories that the classifier says of the center views of the examples, in their order."""
+    pictures = Pictures(heldout.folder, run.views.size)
+    predicted = [
+        model(normalise(views.to(device), run.views.mean, run.views.std, torch.float32)).argmax(dim=1).cpu()
+        for views, _ in _batches(pictures, heldout.index.tolist(), IMAGES_AT_ONCE, workers, False)
+    ]
+    return torch.cat(predicted)
+
+
+def _augmented(
+    train: Examples, run: Run, settings: FineTune, epoch: int, batch: int, workers: int
+) -> Iterator[tuple[UInt8[Tensor, "b 3 s s"], Int[Tensor, " b"]]]:
+    """Whole batches of one epoch in its own order; what is left over comes in another epoch."""
+    view = partial(_augment, run=run, settings=settings, epoch=epoch)
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+    order = train.index[torch.randperm(len(train.index), generator=generator)].tolist()
+    yield from _batches(Pictures(train.folder, run.views.size, view=view), order, batch, workers, True)
+
+
+def _augment(
+    image: UInt8[Tensor, "h w 3"], index: int, *, run: Run, settings: FineTune, epoch: int
+) -> UInt8[Tensor, "3 s s"]:
+    generator = Random(f"{settings.seed}/{epoch}/{index}")
+    is_flipped = generator.random() < settings.flip
+    box = draw_crop(image.shape[0], image.shape[1], settings.scale, run.views.ratio, generator)
+    return cut(image, box, is_flipped, run.views.size)
+
+
+def _batches(
+    pictures: Pictures, order: list[int], batch: int, workers: int, drop_last: bool
+) -> Iterator[tuple[UInt8[Tensor, "b 3 s s"], Int[Tensor, " b"]]]:
+    loader = DataLoader(
+        Subset(pictures, order), batch, num_workers=workers, drop_last=drop_last, collate_fn=list
+    )
+    for found in loader:
+        yield torch.stack([p.view for p in found]), torch.tensor([p.label for p in found])
+
+
+@contextmanager
+def _numpy_seeded(seed: int) -> Iterator[None]:
+    """timm's Mixup draws from numpy's global generator; afterwards that is as it was."""
+    before = numpy.random.get_state()
+    numpy.random.seed(seed)
+    try:
+        yield
+    finally:
+        numpy.random.set_state(before)

@@ -1,0 +1,53 @@
+"""In which order do the parameters of an encoder stand between image and tokens?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import group_parameters
+from torch import nn
+
+from pretrain.models.internimage import InternImage
+
+# Trunks that do not tell it themselves, in timm's notation: group -> patterns of names and what orders them;
+# 99999 joins the group before. InternImage: stem, then block by block; what follows a stage's last block is of it.
+MATCHERS: dict[type[nn.Module], dict[str, Any]] = {
+    InternImage: {
+        "stem": r"^patch_embed",
+        "blocks": [
+            (r"^levels\.(\d+)\.blocks\.(\d+)", None),
+            (r"^levels\.(\d+)\.(?!blocks)", (99999,)),
+        ],
+    }
+}
+
+
+def layer_order(encoder: nn.Module) -> dict[str, int]:
+    """Name of a parameter -> number of its layer, from 0 at the image; token heads after the trunk are left out.
+
+    Raises ValueError for a trunk whose order is unknown.
+    """
+    name, trunk, matcher = _trunk(encoder)
+    found = group_parameters(trunk, matcher, reverse=True)
+    return {f"{name}.{parameter}": layer for parameter, layer in found.items()}
+
+
+def names_without_decay(encoder: nn.Module) -> set[str]:
+    """Parameters of more than one dimension that the trunk exempts from weight decay, such as a class token."""
+    name, trunk, _ = _trunk(encoder)
+    exempt = trunk.no_weight_decay() if hasattr(trunk, "no_weight_decay") else set()
+    return {f"{name}.{parameter}" for parameter in exempt}
+
+
+def _trunk(encoder: nn.Module) -> tuple[str, nn.Module, Any]:
+    """Name, module and timm's matcher of the child that holds the layers."""
+    for name, child in encoder.named_children():
+        if hasattr(child, "group_matcher"):  # timm's models
+            return name, child, child.group_matcher(coarse=False)
+        if type(child) in MATCHERS:
+            return name, child, MATCHERS[type(child)]
+    known = sorted(kind.__name__ for kind in MATCHERS)
+    raise ValueError(
+        f"{type(encoder).__name__} has neither a timm model nor one of {known} in it, so the order of its layers is "
+        "unknown: add it to MATCHERS in pretrain/evaluate/layers.py"
+    )

@@ -1,0 +1,49 @@
+"""Which thing does each pixel of an evaluated view belong to?"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
+
+from pretrain.data.faults import BadSample
+from pretrain.data.views import center_mask
+
+MASK, RECORD = "mask.png", "json"  # members of a sample; the record names the things that the mask numbers
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The things of one center view."""
+
+    numbers: Int[Tensor, "s s"]  # int16; 0 = ground, i = kinds[i - 1]
+    kinds: tuple[str, ...]  # of thing i + 1; things of one kind may be several
+
+
+def read_mask(members: dict[str, bytes], height: int, width: int, size: int) -> Mask | None:
+    """The mask of an image of height x width pixels in its center view of `size`; None when it has none.
+
+    Raises BadSample `bad_mask` when the mask does not decode, fits another image, or numbers a thing that the
+    record does not name.
+    """
+    if MASK not in members:
+        return None
+    try:
+        with Image.open(io.BytesIO(members[MASK])) as png:
+            pixels = np.array(png).astype(np.int64)
+        kinds = tuple(str(thing["name"]) for thing in json.loads(members[RECORD])["objects"])
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
+        raise BadSample("bad_mask", f"mask or its objects cannot be read: {error!r}") from error
+    if pixels.shape != (height, width) or pixels.max() > len(kinds):
+        raise BadSample(
+            "bad_mask",
+            f"mask of shape {pixels.shape} with numbers up to {pixels.max()} must have the image's "
+            f"{height} x {width} pixels and its {len(kinds)} objects",
+        )
+    return Mask(center_mask(torch.from_numpy(pixels.astype(np.int16)), size), kinds)
