@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.schema import Manifest
 from pretrain.compare.comparisons import COMPARISONS, Variant, choose
 from pretrain.compare.plan import Job, Settings, plan
 from pretrain.objectives import OBJECTIVES, SINGLE
@@ -66,12 +67,12 @@ def test_only_the_first_method_of_a_seed_is_evaluated_untrained(settings: Settin
 
 def test_full_size_takes_the_epochs_of_the_papers_table(settings: Settings) -> None:
     full = replace(settings, is_full=True, steps=None, batch=4, seeds=(0,))
-    images = 13  # of the small set
+    images = Manifest.read(settings.data["names"]).num_samples
     for name, backbone in (("gradient_ratio", "vit_b16"), ("guides", "vit_b16"), ("hvp_losses", "swin_b")):
         comparison = COMPARISONS[name]
         jobs = plan(comparison, replace(full, guides=dict.fromkeys(comparison.guides, settings.out)))
         assert {job.run.backbone.size for job in jobs} == {backbone}
-        assert {job.run.steps // comparison.epochs for job in jobs} <= {images // 4, images // 4 + 1}
+        assert {job.run.steps for job in jobs} == {comparison.epochs * images // 4}
 
 
 @pytest.mark.parametrize(
