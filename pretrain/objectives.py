@@ -311,7 +311,8 @@ MVP: dict[str, Objective] = {
 # them. Both views are masked and encoded, so that every loss reads the one forward; without pixels, none is masked.
 _HVP = {
     "tags": Target("tags", "bernoulli", "same", "raw", "none", weight=0.001),
-    "clusters": Target("clusters", "boltzmann", "other", "learned", "sinkhorn", weight=0.02),
+    # 0.02 of the sum over both directions, of which `nats` are the mean
+    "clusters": Target("clusters", "boltzmann", "other", "learned", "sinkhorn", weight=0.04),
     "pixels": Target(
         "pixels", "laplace", "same", "raw", "none", scored="hidden", decoder="linear", is_standardised=False
     ),

@@ -40,8 +40,8 @@ def encode(
 ) -> dict[str, Tensor]:
     """z_y by name of target, for those that are pixels or made by teacher or guide; float32.
 
-    pixels [n, l, 3 p p] of `grid` x `grid` patches; dense [n, l, d], normalised without affine, with the summary
-    as one more token in front where the target asks; global [n, p]; tags [n, k]; of a tokenizer codes [n, l], int.
+    pixels [n, l, 3 p p] of `grid` x `grid` patches; dense [n, l, d], normalised without affine unless the score is
+    a cosine, with the summary as one more token in front where the target asks; global [n, p]; tags [n, k]; of a tokenizer codes [n, l], int.
     """
     taught = {name: target for name, target in targets.items() if target.encoder == "ema"}
     found = _from_teacher(run, taught, batch, encoders.ema, dtype)
@@ -49,7 +49,7 @@ def encode(
         view = view_of(run.objective, target, batch)
         if target.encoder == "frozen":
             features = encoders.guide(view, grid)
-            found[name] = _standardised(features if target.summary else features[:, 1:])
+            found[name] = _features(target, features if target.summary else features[:, 1:])
         elif target.encoder == "tokenizer":
             found[name] = encoders.guide.codes(view, grid)
         elif target.kind == "pixels":
@@ -76,12 +76,17 @@ def _from_teacher(
     for name, target in targets.items():
         if target.kind == "dense":
             without = int(has_summary and not target.summary)
-            found[name] = _standardised(found[name][:, without:])
+            found[name] = _features(target, found[name][:, without:])
     return found
 
 
 def _place(run: Run, target: Target) -> tuple[str, tuple[int, ...]]:
     return target.view, run.objective.slots(target)
+
+
+def _features(target: Target, features: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
+    """As they are where only their direction counts, else standardised."""
+    return features.float() if target.score == "cosine" else _standardised(features)
 
 
 def _standardised(features: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:

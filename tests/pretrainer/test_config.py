@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pretrain.config import Backbone, Mask, Optim, Run, Source, Views
+from pretrain.config import Backbone, Clusters, Mask, Optim, Run, Source, Tags, Views
 from pretrain.models.backbone import build_encoder
 from pretrain.objectives import OBJECTIVES, Input, Objective, Target
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
@@ -70,6 +70,48 @@ def test_unknown_recipe_lists_the_choices():
         ),
         (lambda: Target("dense", "gaussian"), r"would collapse"),
         (lambda: Target("text", "boltzmann", weight=0), r"weight=0 must be positive"),
+        (lambda: Input(mixed=2, views=2), r"input\.views=2 must be 1, or 2"),
+        (
+            lambda: Target("dense", "cosine", "other", "frozen", "stop_gradient", decoder="linear"),
+            r"decoder='linear' predicts a patch from the token at its place",
+        ),
+        (
+            lambda: Target("dense", "cosine", "same", "frozen", "stop_gradient", summary=True),
+            r"summary=True is one more token for a linear decoder",
+        ),
+        (
+            lambda: Target("dense", "cosine", "same", "ema", "stop_gradient", is_standardised=False),
+            r"is_standardised=False is about pixels",
+        ),
+        (
+            lambda: Target("dense", "cosine", "same", "ema", "stop_gradient", uniformity=0.02),
+            r"uniformity=0\.02 must be 0, or positive with kind='dense', score='gaussian'",
+        ),
+        (lambda: Target("tags", "boltzmann", "same", "raw", "none"), r"choose from \('bernoulli',\)"),
+        (
+            lambda: Objective(
+                Input(), {"c": Target("clusters", "boltzmann", "other", "learned", "sinkhorn")}
+            ),
+            r"swaps the clusters of two views: set input\.views=2",
+        ),
+        (
+            lambda: Objective(
+                Input(views=2), {"i": Target("global", "boltzmann", "other", "ema", "negatives")}
+            ),
+            r"would meet both views of an image among its negatives",
+        ),
+        (
+            lambda: Objective(Input(), {"t": Target("text", "boltzmann")}, gamma=2.0),
+            r"objective\.gamma=2\.0 balances label losses against image losses",
+        ),
+        (
+            lambda: Objective(Input(), {"t": Target("text", "boltzmann")}, gamma=0.0),
+            r"gamma=0\.0 must be positive",
+        ),
+        (lambda: Tags(width=30), r"tags\.width=30 must be a multiple of tags\.heads=4 and of 4"),
+        (lambda: Tags(min_score=1.5), r"tags\.min_score=1\.5 must lie in \[0, 1\]"),
+        (lambda: Tags(negative_focus=-1), r"tags\.negative_focus=-1 must not be negative"),
+        (lambda: Clusters(epsilon=0), r"clusters\.epsilon=0 must be positive"),
         (lambda: Objective(Input(), {}), r"predicts at least one target"),
         (lambda: Objective(Input(), {"t": Target("text", "boltzmann", image=1)}), r"asks for image 1"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from pretrain.objectives import INSTANCE, LABELS, M3I, OBJECTIVES, SINGLE, Objective
+from pretrain.objectives import GUIDES, HVP, INSTANCE, LABELS, M3I, MVP, OBJECTIVES, SINGLE, Objective
 
 
 def coordinates(objective: Objective) -> tuple[str, bool, str]:
@@ -63,6 +63,43 @@ def test_the_ablation_of_target_views_has_all_four_choices():
     assert all([t.image for t in row.targets.values()] == [0, 1] for row in rows)
 
 
+def test_the_ablation_of_the_gradient_ratio_reaches_from_0_2_to_5():
+    rows = [row for name, row in M3I.items() if name.startswith("m3i_gamma")]
+    assert [row.gamma for row in rows] == [0.2, 0.5, 2.0, 5.0] and M3I["m3i"].gamma == 1.0
+    assert all((row.input, row.targets) == (M3I["m3i"].input, M3I["m3i"].targets) for row in rows)
+
+
+def test_masked_features_have_all_three_target_encoders():
+    rows = [SINGLE["mim_feature"], GUIDES["mim_feature_frozen"], GUIDES["mim_feature_tokenizer"]]
+    assert {coordinates(row) for row in rows} == {("same", True, "dense")}
+    targets = [next(iter(row.targets.values())) for row in rows]
+    assert [target.encoder for target in targets] == ["ema", "frozen", "tokenizer"]
+    assert {(target.keep, target.scored) for target in targets} == {("stop_gradient", "hidden")}
+    assert [row.needs_guide for row in rows] == [False, True, True]
+
+
+def test_mvp_scores_the_class_and_every_patch_of_a_masked_view_by_one_linear_layer():
+    (target,) = MVP["mvp"].targets.values()
+    assert coordinates(MVP["mvp"]) == ("same", True, "dense")
+    assert (target.score, target.encoder, target.decoder) == ("cosine", "frozen", "linear")
+    assert target.summary and target.scored == "all"
+
+
+def test_hvp_adds_four_losses_with_fixed_weights():
+    names = ["tags", "clusters", "pixels", "tags_momentum"]
+    assert [list(row.targets) for row in HVP.values()] == [names[:1], names[:2], names[:3], names]
+    told = {n: (t.kind, t.score, t.view, t.encoder, t.weight) for n, t in HVP["hvp_mtl"].targets.items()}
+    assert told == {
+        "tags": ("tags", "bernoulli", "same", "raw", 0.001),
+        "clusters": ("clusters", "boltzmann", "other", "learned", 2 * 0.02),
+        "pixels": ("pixels", "laplace", "same", "raw", 1.0),
+        "tags_momentum": ("tags", "boltzmann", "same", "ema", 10.0),
+    }
+    assert all(row.gamma is None and row.input.views == 2 for row in HVP.values())
+    assert [row.input.is_masked for row in HVP.values()] == [False, False, True, True]
+
+
 def test_every_row_is_in_the_table():
-    assert OBJECTIVES == SINGLE | INSTANCE | M3I
-    assert len(OBJECTIVES) == len(SINGLE) + len(INSTANCE) + len(M3I)
+    tables = [SINGLE, GUIDES, INSTANCE, M3I, MVP, HVP]
+    assert {name: row for table in tables for name, row in table.items()} == OBJECTIVES
+    assert len(OBJECTIVES) == sum(map(len, tables))

@@ -82,9 +82,9 @@ def test_masked_input_shows_one_learned_patch_where_it_hides():
     assert batch.mask.flatten(1).sum(1).eq(12).all()  # 0.75 of 16
 
 
-def z_y_of(model, batch, teacher=None):
-    kinds = {"dtype": torch.float32, "grid": model.grid}
-    return encode(model.run, model.targets, batch, encoders(teacher), **kinds)
+def z_y_of(model, batch):
+    asked = {"dtype": torch.float32, "grid": model.grid}
+    return encode(model.run, model.targets, batch, says(torch.empty(0)), **asked)
 
 
 def test_pixel_targets_are_the_standardised_patches_of_the_target_view():
