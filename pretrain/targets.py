@@ -41,7 +41,8 @@ def encode(
     """z_y by name of target, for those that are pixels or made by teacher or guide; float32.
 
     pixels [n, l, 3 p p] of `grid` x `grid` patches; dense [n, l, d], normalised without affine unless the score is
-    a cosine, with the summary as one more token in front where the target asks; global [n, p]; tags [n, k]; of a tokenizer codes [n, l], int.
+    a cosine, with the summary as one more token in front where the target asks; global [n, p]; tags [n, k]; of a
+    tokenizer codes [n, l], int.
     """
     taught = {name: target for name, target in targets.items() if target.encoder == "ema"}
     found = _from_teacher(run, taught, batch, encoders.ema, dtype)
