@@ -175,28 +175,36 @@ def can_collapse(run: Run, target: str) -> bool:
 
 
 class Watch:
-    """Follows the logged steps in their order and knows the targets that have collapsed, once and for all."""
+    """Follows the logged steps in their order and knows which targets are collapsed at present."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._low: dict[str, list[int]] = {}  # target -> the latest logged steps in a row with a low value
+        # Target -> the latest logged steps in a row that speak against what is held of it.
+        self._contrary: dict[str, list[int]] = {}
         self.collapsed: dict[str, Collapse] = {}
+        self.recovered: list[str] = []  # by the latest logged step
 
     def judges(self, target: str, step: int) -> bool:
         """Does a low value of this target at this step count?"""
         return step > judged_after(self._run) and can_collapse(self._run, target)
 
     def after(self, step: int, measured: Mapping[str, Measured]) -> list[Collapse]:
-        """Targets whose collapse this logged step makes clear; each is told once."""
-        new = []
+        """Targets whose collapse this logged step makes clear; each is told once, unless it recovers in between."""
+        new: list[Collapse] = []
+        self.recovered = []
         for name, values in measured.items():
-            if name in self.collapsed:
-                continue
             low = below_limit(values) if self.judges(name, step) else {}
-            self._low[name] = [*self._low.get(name, []), step] if low else []
-            if len(self._low[name]) == STEPS_IN_A_ROW:
-                self.collapsed[name] = Collapse(name, self._low[name][0], low)
+            is_contrary = bool(low) != (name in self.collapsed)
+            steps = self._contrary[name] = [*self._contrary.get(name, []), step] if is_contrary else []
+            if len(steps) < STEPS_IN_A_ROW:
+                continue
+            self._contrary[name] = []
+            if low:
+                self.collapsed[name] = Collapse(name, steps[0], low)
                 new.append(self.collapsed[name])
+            else:
+                del self.collapsed[name]
+                self.recovered.append(name)
         return new
 
 

@@ -143,6 +143,8 @@ class Monitor:
         if self._wandb is not None:
             self._wandb.log(record, step=record["step"])
         self._tell(new)
+        for name in self._watch.recovered:
+            self.say(f"target {name} has recovered from its collapse")
 
     def _tell(self, collapses: list[Collapse]) -> None:
         """Says loudly which targets collapsed and what to do, on the console and to wandb."""

@@ -23,7 +23,11 @@ def launch(folder: Path, *scenarios: str, world: int = 2) -> dict[str, Any]:
 
 
 def start(
-    folder: Path, *arguments: str, world: int, script: Path = ROOT / "tests" / "engine" / "ranks.py"
+    folder: Path,
+    *arguments: str,
+    world: int,
+    script: Path = ROOT / "tests" / "engine" / "ranks.py",
+    timeout: float = TIMEOUT,
 ) -> tuple[list[int], str]:
     """Exit codes by rank (minus the signal if killed) and the joint output of `script FOLDER *arguments`."""
     with socket.socket() as free:
@@ -41,7 +45,7 @@ def start(
             for r in range(world)
         ]
         try:
-            codes = [process.wait(TIMEOUT) for process in processes]
+            codes = [process.wait(timeout) for process in processes]
         finally:
             for process in processes:
                 process.kill()

@@ -192,6 +192,17 @@ def test_three_low_values_in_a_row_after_the_warmup_are_a_collapse_told_once() -
     assert steps_told(replace(run, optim=replace(run.optim, warmup=6)), [FLAT] * 9) == [(9, 7)]
 
 
+def test_a_target_recovers_by_three_good_values_in_a_row_and_may_collapse_again() -> None:
+    run = toy_run(steps=40)
+    watch = Watch(run)
+    held = []
+    for step, values in enumerate([FLAT] * 5 + [SPREAD, SPREAD, FLAT] + [SPREAD] * 3 + [FLAT] * 3, start=1):
+        watch.after(step, {"dense": values})
+        held.append((bool(watch.collapsed), watch.recovered))
+    assert [step for step, (is_held, _) in enumerate(held, start=1) if is_held] == [5, 6, 7, 8, 9, 10, 14]
+    assert [step for step, (_, recovered) in enumerate(held, start=1) if recovered == ["dense"]] == [11]
+
+
 def test_what_training_does_not_change_cannot_collapse() -> None:
     guided = toy_run(objective=OBJECTIVES["mvp"])
     (name,) = (name for name, target in guided.objective.targets.items() if target.encoder == "frozen")

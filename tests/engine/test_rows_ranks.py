@@ -33,6 +33,7 @@ from tests.engine.launch import start
 from tests.fakes import FACTS, random_batch, shrink
 
 STEPS, IMAGES = 3, 8
+TIMEOUT = 900  # seconds for all rows of a launch; about 240 on two free cores
 SAVED = 2  # steps before the checkpoint from which the last step is done again
 TOLERANCE = 2e-4  # float32 sums in another order, through three AdamW steps
 FAMILIES = {row: ("vit", "internimage") for row in OBJECTIVES} | {
@@ -72,26 +73,25 @@ def learn(run: Run, out: Path) -> dict[str, Any]:
     def masters() -> dict[str, Tensor]:
         return {s.name: local_master(parameters[s.name], s.numel).clone() for s in owned}
 
-    def step(of: Any) -> dict[str, float]:
-        losses = of.step(share(random_batch(run, IMAGES, seed=of.steps_done)))
+    def step() -> dict[str, float]:
+        losses = engine.step(share(random_batch(run, IMAGES, seed=engine.steps_done)))
         nats = {name: mean_over_ranks(value).item() for name, value in losses.nats.items()}
-        return nats | {"grad_norm": float(of.grad_norm)}
+        return nats | {"grad_norm": float(engine.grad_norm)}
 
     weights = masters()
     teacher = {key: value.clone() for key, value in engine.average.state().items()}
-    curve = [step(engine) for _ in range(SAVED)]
+    curve = [step() for _ in range(SAVED)]
     if world_size() > 1:
         saved = checkpoint.save(engine, out, FACTS, None)
-    curve += [step(engine) for _ in range(STEPS - SAVED)]
+    curve += [step() for _ in range(STEPS - SAVED)]
     still = [key for key, value in masters().items() if torch.equal(value, weights[key])]
     still += [
         f"teacher: {key}" for key, value in engine.average.state().items() if torch.equal(value, teacher[key])
     ]
     resumed = curve[SAVED:]
     if world_size() > 1:
-        again = float32_engine(run, FACTS, name)
-        checkpoint.restore(again, saved)
-        resumed = [step(again) for _ in range(STEPS - SAVED)]
+        checkpoint.restore(engine, saved)
+        resumed = [step() for _ in range(STEPS - SAVED)]
     return {"curve": curve, "resumed": resumed, "still": still}
 
 
@@ -120,7 +120,7 @@ def worlds(folder: Path) -> dict[int, dict[str, Any]]:
     """Outcome by number of ranks; one launch each, since most of its time is imports."""
     outcomes = {}
     for world in (1, 2):
-        codes, output = start(folder, world=world, script=Path(__file__))
+        codes, output = start(folder, world=world, script=Path(__file__), timeout=TIMEOUT)
         assert codes == [0] * world, f"{world} ranks ended with {codes}:\n{output}"
         outcomes[world] = json.loads((folder / f"world_{world}.json").read_text())
     return outcomes
