@@ -40,18 +40,6 @@ class MaskPatch(nn.Module):
         return torch.where(hidden, self.pixels.repeat(1, repeats, repeats), images)
 
 
-def normalise(
-    views: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
-) -> Float[Tensor, "n 3 s s"]:
-    """uint8 views [n, 3, s, s] as (value / 255 - mean) / std, computed in float32, in `dtype`."""
-    pixels = views.float() / 255
-    # Plain numbers: a tensor of them, made on a GPU, would wait for the work that is queued there.
-    channels = [
-        (pixels[:, c] - shift) / scale for c, (shift, scale) in enumerate(zip(mean, std, strict=True))
-    ]
-    return torch.stack(channels, dim=1).to(dtype)
-
-
 def enlarge(mask: Bool[Tensor, "i g g"], factor: int) -> Bool[Tensor, "i h h"]:
     """The mask with every square as factor x factor places: of pixels, or of tokens."""
     return mask.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)

@@ -65,9 +65,23 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
         raise FileNotFoundError(f"--ds-config {paths.ds_config} is no file; choose one of {there}")
     if paths.workers < 0:
         raise ValueError(f"--workers {paths.workers} must not be negative: 0 decodes in the training process")
+    check_guide(run, paths.guide)
     if paths.out.exists() and not paths.out.is_dir():
         raise ValueError(f"--out {paths.out} is a file: name a folder, it is made if there is none")
     return run, paths
+
+
+def check_guide(run: Run, folder: Path | None) -> None:
+    """ValueError when a guide is needed and not named, or named and not needed; FileNotFoundError without folder."""
+    if run.objective.needs_guide and folder is None:
+        raise ValueError(
+            f"recipe {run.name!r} predicts what a frozen encoder says: name its folder by --guide (a CLIP or vision "
+            "model saved by Hugging Face or open_clip, a run of ours, or a tokenizer of `python -m pretrain.codebook`)"
+        )
+    if folder is not None and not run.objective.needs_guide:
+        raise ValueError(f"--guide {folder} would be ignored, no target of recipe {run.name!r} asks for it")
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"--guide {folder} is no folder: name that of a frozen encoder")
 
 
 def override(run: Run, arguments: list[str]) -> Run:

@@ -11,15 +11,20 @@ from pretrain.config import Optim, Run
 
 
 def make_optimizer(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; vectors and scalars (biases, norms, tokens) do not decay."""
+    """AdamW over the trainable parameters; vectors and scalars (biases, norms, tokens) and Swin's tables of biases
+    by relative position do not decay.
+    """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     # Under ZeRO-3 a partitioned parameter is flat; `ds_shape` keeps its real one.
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in named}
     # A class token [1, 1, d] is a vector.
-    is_matrix = {name: sum(length > 1 for length in shape) > 1 for name, shape in shapes.items()}
+    decays = {
+        name: sum(length > 1 for length in shape) > 1 and not name.endswith("relative_position_bias_table")
+        for name, shape in shapes.items()
+    }
     groups = [
-        {"params": [p for name, p in named if is_matrix[name]], "weight_decay": optim.weight_decay},
-        {"params": [p for name, p in named if not is_matrix[name]], "weight_decay": 0.0},
+        {"params": [p for name, p in named if decays[name]], "weight_decay": optim.weight_decay},
+        {"params": [p for name, p in named if not decays[name]], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0

@@ -12,8 +12,9 @@ from pretrain.balance import BalanceTracker, fork
 from pretrain.collapse import Seen
 from pretrain.config import DataFacts, Run
 from pretrain.data.batch import Batch
-from pretrain.inputs import Encoded, MaskPatch, enlarge, normalise, owned_tokens
+from pretrain.inputs import Encoded, MaskPatch, enlarge, owned_tokens
 from pretrain.models.decoder import DenseDecoder
+from pretrain.models.pixels import normalise
 from pretrain.models.temperature import Temperature
 from pretrain.scoring import SCORES, Step
 from pretrain.targets import TargetEncoders, encode

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pretrain.config import Run
 from pretrain.data.batch import Batch
-from pretrain.inputs import normalise, view_of
+from pretrain.inputs import view_of
 from pretrain.models.guides import Guide
+from pretrain.models.pixels import normalise
 from pretrain.objectives import Target
 
 # (images [n, 3, s, s], kinds, summary) -> by kind, as Towers.forward

@@ -110,16 +110,9 @@ def tokenizer_folder(run: Run, paths: Paths) -> Path | None:
 
 
 def read_guide(run: Run, folder: Path | None) -> Guide | None:
-    """The frozen encoder that targets need; ValueError when one is needed and not named, or named and not needed."""
-    if run.objective.needs_guide and folder is None:
-        raise ValueError(
-            f"recipe {run.name!r} predicts what a frozen encoder says: name its folder by --guide (a CLIP or vision "
-            "model saved by Hugging Face or open_clip, a run of ours, a tokenizer of `python -m pretrain.codebook`)"
-        )
+    """The frozen encoder that targets need; None without one; ValueError when it is no encoder, or lacks codes."""
     if folder is None:
         return None
-    if not run.objective.needs_guide:
-        raise ValueError(f"--guide {folder} would be ignored, no target of recipe {run.name!r} asks for it")
     guide = open_guide(folder)
     needs_codes = any(target.encoder == "tokenizer" for target in run.objective.targets.values())
     if needs_codes and not guide.num_codes:

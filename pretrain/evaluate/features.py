@@ -23,7 +23,7 @@ from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
 from pretrain.evaluate.dense import NOTHING, DenseFeatures, Sampling, TokenCollector, chosen_images
 from pretrain.evaluate.masks import Mask, read_mask
-from pretrain.inputs import normalise
+from pretrain.models.pixels import normalise
 from pretrain.towers import Towers
 
 IMAGES_AT_ONCE = 128

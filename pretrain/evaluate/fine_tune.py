@@ -30,7 +30,7 @@ from pretrain.data.views import cut, draw_crop
 from pretrain.evaluate.features import IMAGES_AT_ONCE, Pictures
 from pretrain.evaluate.layers import layer_order, names_without_decay
 from pretrain.evaluate.probes import NotMeasured
-from pretrain.inputs import normalise
+from pretrain.models.pixels import normalise
 from pretrain.optim import warm_cosine
 from pretrain.towers import Towers
 

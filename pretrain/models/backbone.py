@@ -70,34 +70,22 @@ GATHER_UNITS = (internimage_block.Block,)
 class Family:
     """Backbones that differ in size only."""
 
-    sizes: dict[str, Any]  # name -> what `encoder` and `width` take first
+    sizes: dict[str, Any]  # name -> what `encoder` takes first
     encoder: Callable[[Any, Backbone, int], nn.Module]
-    width: Callable[[Any, Backbone], int]  # of a token
 
 
 BACKBONES: dict[str, Family] = {
-    "internimage": Family(INTERNIMAGE, InternImageEncoder, lambda size, backbone: backbone.token_width),
-    "swin": Family(SWIN, SwinEncoder, lambda size, backbone: size.width),
-    "vit": Family(VIT, ViTEncoder, lambda size, backbone: size.width),
+    "internimage": Family(INTERNIMAGE, InternImageEncoder),
+    "swin": Family(SWIN, SwinEncoder),
+    "vit": Family(VIT, ViTEncoder),
 }
 
 
 def build_encoder(backbone: Backbone, image_size: int) -> nn.Module:
     """The Encoder that a recipe names, freshly initialised; ValueError lists the choices."""
-    family, size = _entry(backbone)
-    return family.encoder(size, backbone, image_size)
-
-
-def token_width(backbone: Backbone) -> int:
-    """`width` of the Encoder that a recipe names, without building it; ValueError lists the choices."""
-    family, size = _entry(backbone)
-    return family.width(size, backbone)
-
-
-def _entry(backbone: Backbone) -> tuple[Family, Any]:
     if backbone.family not in BACKBONES:
         raise ValueError(f"backbone.family={backbone.family!r} is unknown; choose from {sorted(BACKBONES)}")
     family = BACKBONES[backbone.family]
     if backbone.size not in family.sizes:
         raise ValueError(f"backbone.size={backbone.size!r} is unknown; choose from {sorted(family.sizes)}")
-    return family, family.sizes[backbone.size]
+    return family.encoder(family.sizes[backbone.size], backbone, image_size)

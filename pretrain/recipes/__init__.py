@@ -21,6 +21,10 @@ def load(name: str) -> Run:
     ValueError lists all recipes when the name is unknown, and names the field of a file that does not fit.
     """
     if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(
+                f"--recipe {name} is no file: name a recipe.json of a run, or one of {names()}"
+            )
         return Run.from_json(Path(name).read_text())
     module, _, recipe = name.partition(".")
     if module not in MODULES or recipe not in MODULES[module].RECIPES:

@@ -18,7 +18,7 @@ from pretrain.data.text import Captions
 from pretrain.evaluate.features import Pictures
 from pretrain.evaluate.knn import nearest
 from pretrain.evaluate.zero_shot import class_vectors
-from pretrain.inputs import normalise
+from pretrain.models.pixels import normalise
 from pretrain.towers import Towers
 
 IMAGES_AT_ONCE = 64

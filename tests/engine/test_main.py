@@ -51,6 +51,16 @@ def test_overrides_are_typed_and_nested() -> None:
         (["--data", "labelled=a"], "recipe m3i.demo has the sources ['captioned', 'labelled']: give"),
         (["--ds-config", "no.json"], "--ds-config no.json is no file; choose one of"),
         (["--workers", "-1"], "--workers -1 must not be negative"),
+        (["--guide", "clip"], "--guide clip would be ignored, no target of recipe 'm3i.demo' asks for it"),
+        (
+            ["--recipe", "mvp.vit_b16", "--data", "imagenet1k=a"],
+            "name its folder by --guide (a CLIP or vision",
+        ),
+        (
+            ["--recipe", "mvp.vit_b16", "--data", "imagenet1k=a", "--guide", "nowhere"],
+            "--guide nowhere is no folder",
+        ),
+        (["--recipe", "asked.json"], "--recipe asked.json is no file"),
     ],
 )
 def test_a_mistake_is_told_with_its_remedy(

@@ -21,8 +21,8 @@ from pretrain.evaluate.__main__ import evaluate, main
 from pretrain.evaluate.features import extract
 from pretrain.evaluate.probes import PROBES
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
-from pretrain.inputs import normalise
 from pretrain.models.backbone import InternImageEncoder
+from pretrain.models.pixels import normalise
 from pretrain.recipes import load
 from tests.evaluate.runs import write_run
 from tests.evaluate.sets import COLORS, write_set

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 
 import open_clip
-import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from pretrain.config import DataFacts
-from pretrain.models.backbone import ViTEncoder
 from pretrain.recipes import load
 from tests.evaluate.runs import write_run
 from tests.fakes import shrink
@@ -81,17 +78,3 @@ def open_clip_folder(folder: Path, **vision: object) -> nn.Module:
 def own_run(folder: Path) -> Path:
     """A run of ViT at 64 pixels and patches of 16, with checkpoints of steps 0 and 3."""
     return write_run(folder, shrink(load("rows.mim_feature")), DataFacts((), 0))
-
-
-@pytest.fixture(scope="module")
-def summary_of_encoders() -> object:
-    """Stands in for the encoders' argument `summary` where they have none yet."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "summary" not in inspect.signature(ViTEncoder.forward).parameters:
-            patch.setattr(ViTEncoder, "forward", _all_tokens)
-        yield
-
-
-def _all_tokens(self: ViTEncoder, images: Tensor, summary: bool = False) -> Tensor:
-    tokens = self.norm(self.vit(images))
-    return tokens if summary else tokens[:, 1:]

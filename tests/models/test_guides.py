@@ -30,7 +30,6 @@ from tests.models.guide_folders import (
     own_run,
     pixels,
     random_views,
-    summary_of_encoders,  # noqa: F401  a fixture
     vit_folder,
 )
 
@@ -100,7 +99,6 @@ def test_open_clip_summary_is_its_own_embedding_and_tokens_share_its_space(
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("summary_of_encoders")
 def test_own_run_gives_the_tokens_of_its_newest_teacher(run_folder: Path) -> None:
     newest = run_folder / "checkpoints" / "step_000003"
     guide, views = open_guide(run_folder), random_views(3, 64)

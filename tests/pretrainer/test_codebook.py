@@ -23,7 +23,6 @@ from tests.models.guide_folders import (
     SIZE,
     WIDTH,
     own_run,
-    summary_of_encoders,  # noqa: F401  a fixture
     vit_folder,
 )
 
@@ -109,7 +108,6 @@ def test_same_seed_gives_the_same_tokenizer(
     assert first.sha256 != other.sha256 and first.sha256 != open_guide(guide).sha256
 
 
-@pytest.mark.usefixtures("summary_of_encoders")
 def test_tokenizer_of_our_own_run(data: Path, tmp_path: Path) -> None:
     run = own_run(tmp_path / "run")
     make_codebook(arguments(run, data, tmp_path / "tokenizer", 8, "--images", "5"))

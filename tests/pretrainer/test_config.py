@@ -135,6 +135,15 @@ def test_schedules_start_peak_and_end_where_the_recipe_says():
     assert teacher_momentum(run.steps, run) == pytest.approx(1.0)
 
 
+def test_swins_biases_by_relative_position_do_not_decay():
+    encoder = build_encoder(Backbone("swin", "swin_tiny", drop_path=0.0, drop_path_schedule="linear"), 64)
+    tables = {
+        id(p) for name, p in encoder.named_parameters() if name.endswith("relative_position_bias_table")
+    }
+    decaying, constant = make_optimizer(encoder, Optim(weight_decay=0.1)).param_groups
+    assert tables and tables <= {id(p) for p in constant["params"]} and constant["weight_decay"] == 0.0
+
+
 def test_biases_norms_and_tokens_do_not_decay():
     encoder = build_encoder(Backbone("vit", "vit_tiny", drop_path=0.0), 32)
     name_of = {id(p): name for name, p in encoder.named_parameters()}

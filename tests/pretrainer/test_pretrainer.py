@@ -10,7 +10,8 @@ import torch
 
 from pretrain.balance import BalanceTracker
 from pretrain.config import DataFacts
-from pretrain.inputs import normalise, owned_places, owned_tokens, rows_of
+from pretrain.inputs import owned_places, owned_tokens, rows_of
+from pretrain.models.pixels import normalise
 from pretrain.models.temperature import Temperature
 from pretrain.objectives import Input, Objective, Target
 from pretrain.pretrainer import Pretrainer

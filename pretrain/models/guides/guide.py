@@ -13,6 +13,7 @@ from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor, nn
 
 from pretrain.intact import sha256
+from pretrain.models.pixels import normalise
 
 RUN_BYTES = 64 * 2**20  # of the cosines of tokens and codes that exist at once
 
@@ -85,12 +86,7 @@ class Guide(nn.Module):
         pixels = views.float()
         if views.shape[-1] != size:
             pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 255)
-        # Plain numbers: a tensor of them, made on a GPU, would wait for the work that is queued there.
-        channels = [
-            (pixels[:, c] / 255 - shift) / scale
-            for c, (shift, scale) in enumerate(zip(self.mean, self.std, strict=True))
-        ]
-        return torch.stack(channels, dim=1).to(next(self.tower.parameters()).dtype)
+        return normalise(pixels, self.mean, self.std, next(self.tower.parameters()).dtype)
 
 
 def nearest_codes(
