@@ -76,7 +76,7 @@ def check_guide(run: Run, folder: Path | None) -> None:
     if run.objective.needs_guide and folder is None:
         raise ValueError(
             f"recipe {run.name!r} predicts what a frozen encoder says: name its folder by --guide (a CLIP or vision "
-            "model saved by Hugging Face or open_clip, a run of ours, or a tokenizer of `python -m pretrain.codebook`)"
+            "model saved by Hugging Face or open_clip, a run of ours, a tokenizer of `python -m pretrain.codebook`)"
         )
     if folder is not None and not run.objective.needs_guide:
         raise ValueError(f"--guide {folder} would be ignored, no target of recipe {run.name!r} asks for it")

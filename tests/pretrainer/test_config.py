@@ -140,7 +140,7 @@ def test_swins_biases_by_relative_position_do_not_decay():
     tables = {
         id(p) for name, p in encoder.named_parameters() if name.endswith("relative_position_bias_table")
     }
-    decaying, constant = make_optimizer(encoder, Optim(weight_decay=0.1)).param_groups
+    _, constant = make_optimizer(encoder, Optim(weight_decay=0.1)).param_groups
     assert tables and tables <= {id(p) for p in constant["params"]} and constant["weight_decay"] == 0.0
 
 
