@@ -102,14 +102,19 @@ def compare(arguments: list[str] | None = None) -> int:
         fine_tune=options.fine_tune,
         ranks=options.ranks,
     )
-    jobs = plan(comparison, settings)
     if options.dry_run:
-        for job in jobs:
+        for job in plan(comparison, settings):
             print(*(shlex.join(command) for command in commands_left(job)), sep="\n")
         return 0
+    return run(options.comparison, comparison, settings, options.jobs)
+
+
+def run(name: str, comparison: Comparison, settings: Settings, num_at_once: int) -> int:
+    """Every job, `num_at_once` side by side, then the table; exit code 1 when one failed. ValueError as `plan`."""
+    jobs = plan(comparison, settings)
     with only_writer(settings.out):
-        failures = work_off(jobs, options.jobs)
-        publish(options.comparison, comparison, settings, jobs)
+        failures = work_off(jobs, num_at_once)
+        publish(name, comparison, settings, jobs)
     for failure in failures:
         print(
             f"failed: {failure.job.folder.name}, code {failure.code}: {shlex.join(failure.command)}",

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from pretrain.config import Run
 from pretrain.objectives import HVP, OBJECTIVES, SINGLE
+
+
+def unchanged(run: Run) -> Run:
+    """The recipe as it is."""
+    return run
 
 
 @dataclass(frozen=True)
@@ -15,6 +22,7 @@ class Variant:
     row: str  # of objectives.OBJECTIVES
     guide: str = ""  # its frozen encoder, as --guide names it; "" where the row needs none
     published: dict[str, float] = field(default_factory=dict)  # what the paper measured, by its own name
+    change: Callable[[Run], Run] = unchanged  # what else differs from the other variants, at the end
 
     def __post_init__(self) -> None:
         if self.row not in OBJECTIVES:

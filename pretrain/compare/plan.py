@@ -91,7 +91,7 @@ def run_of(
         batch, steps = settings.batch or run.batch, settings.steps or run.steps
         save_every = steps
     warmup = max(round(run.optim.warmup / run.steps * steps), 1)  # the same share of the budget
-    return replace(
+    run = replace(
         run,
         name=f"compare.{variant.name}",
         batch=batch,
@@ -100,6 +100,7 @@ def run_of(
         seed=seed,
         save_every=save_every,
     )
+    return variant.change(run)
 
 
 def plan(comparison: Comparison, settings: Settings) -> list[Job]:

@@ -167,11 +167,11 @@ def record(
         },
         "published": {v.name: v.published for v in comparison.variants if v.published},
         "order_agreement": {
-            number: told
+            number: list(told)
             for number in sorted({key for v in comparison.variants for key in v.published})
             if (told := order_agreement(comparison, found, number)) is not None
         },
-        "collapsed": found.collapsed,
+        "collapsed": {method: list(targets) for method, targets in found.collapsed.items()},
     }
 
 
