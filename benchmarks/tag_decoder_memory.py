@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python benchmarks/tag_decoder_memory.py
 
 8 images of 14 x 14 tokens, 768 wide, the default decoder of two layers, float32, forward and backward, on a CPU: the
-peak of the process above what it held after its imports, parameters and their gradients included. Every form runs in a
+peak of the process above what it held after its imports, parameters and their gradients included. Every form in a
 process of its own. Writes benchmarks/results/tag_decoder_memory.json.
 """
 
