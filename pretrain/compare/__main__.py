@@ -6,25 +6,30 @@ python -m pretrain.compare everything --data scenes=DIR/train --sets scenes=DIR 
 
 One row of the table of objectives after the other is pre-trained on the same data with the same backbone, budget and
 seeds, and probed on every set. The same command again goes on where it stopped; OUT/comparison.md, .svg and .json
-show what there is so far. --full takes the paper's size; --dry-run prints all commands, for a cluster's own queue.
+show what there is so far. --full takes the paper's size; --dry-run writes the recipes and prints all
+commands, for a cluster's own queue.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from data_prep.schema import write_atomic
-from pretrain.compare import result
+from pretrain.compare import tell
 from pretrain.compare.comparisons import COMPARISONS, Comparison, choose
 from pretrain.compare.plan import Job, Settings, plan
-from pretrain.compare.work import commands_left, work_off
+from pretrain.compare.result import collect
+from pretrain.compare.work import prepare, shell_line, tasks_left, work_off
 from pretrain.lock import only_writer
-from pretrain.visualize.dots import Dot, Panel, dot_panels
 
 INTERRUPTED = 130
 
@@ -104,7 +109,9 @@ def compare(arguments: list[str] | None = None) -> int:
     )
     if options.dry_run:
         for job in plan(comparison, settings):
-            print(*(shlex.join(command) for command in commands_left(job)), sep="\n")
+            if tasks := tasks_left(job):
+                prepare(job)
+                print(*(shell_line(job, task) for task in tasks), sep="\n")
         return 0
     return run(options.comparison, comparison, settings, options.jobs)
 
@@ -112,12 +119,17 @@ def compare(arguments: list[str] | None = None) -> int:
 def run(name: str, comparison: Comparison, settings: Settings, num_at_once: int) -> int:
     """Every job, `num_at_once` side by side, then the table; exit code 1 when one failed. ValueError as `plan`."""
     jobs = plan(comparison, settings)
+    if num_at_once > 1 and torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise ValueError(
+            f"--jobs {num_at_once} would share the GPUs: say --jobs 1, where each run takes as many as --ranks says, "
+            "or set DS_ACCELERATOR=cpu"
+        )
     with only_writer(settings.out):
-        failures = work_off(jobs, num_at_once)
+        failures = work_off(jobs, num_at_once, settings.ranks)
         publish(name, comparison, settings, jobs)
     for failure in failures:
         print(
-            f"failed: {failure.job.folder.name}, code {failure.code}: {shlex.join(failure.command)}",
+            f"failed: {failure.job.folder.name}, code {failure.code}: {shlex.join(failure.task.command)}",
             file=sys.stderr,
         )
     return 1 if failures else 0
@@ -125,36 +137,25 @@ def run(name: str, comparison: Comparison, settings: Settings, num_at_once: int)
 
 def publish(name: str, comparison: Comparison, settings: Settings, jobs: Sequence[Job]) -> None:
     """Writes comparison.json, .md and .svg of what is measured so far, and prints the table."""
-    found = result.collect(jobs)
+    found = collect(jobs)
     if not found.methods:
         print("nothing is measured yet: no run has reached its end")
         return
-    names = list(found.methods)
-    panels = [
-        Panel(
-            column.title, found.chance[column], tuple(_dot(found.methods[method][column]) for method in names)
-        )
-        for column in found.columns
-    ]
-    text = result.table(comparison, settings, jobs, found)
-    marked = [variant.name for variant in comparison.variants if variant.row == "m3i"]
-    record = result.record(name, comparison, settings, jobs, found)
+    text = tell.table(comparison, settings, jobs, found)
+    record = tell.record(name, comparison, settings, jobs, found)
     for suffix, content in {
         "json": json.dumps(record, indent=1) + "\n",
         "md": text,
-        "svg": dot_panels(names, panels, marked),
+        "svg": tell.figure(comparison, found),
     }.items():
         write_atomic(settings.out / f"comparison.{suffix}", content.encode())
     print(text)
     print(f"written to {settings.out}/comparison.md, .svg and .json")
 
 
-def _dot(spread: result.Spread) -> Dot | None:
-    return Dot(spread.mean, spread.deviation, spread.values) if spread.values else None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Exit code. A mistake of the user's is told in one message."""
+    signal.signal(signal.SIGTERM, _interrupt)  # a queue's way to end it: the runs must end as well
     try:
         return compare(arguments)
     except (ValueError, OSError) as error:
@@ -163,6 +164,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on with what is left", file=sys.stderr)
         return INTERRUPTED
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

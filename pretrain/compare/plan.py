@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from data_prep.schema import Manifest
+from data_prep.schema import MANIFEST_NAME, Manifest, sha256_file
 from pretrain.compare.comparisons import Comparison, Variant
 from pretrain.config import Run, Source
 from pretrain.main import ROOT
+from pretrain.objectives import LABELS, OBJECTIVES
 from pretrain.recipes import rows
 
 HELDOUT = ("heldout", "val", "test")  # folders beside train/ that may test the probes, first found first
+PROBES = ("knn", "linear", "dense")  # of pretrain.evaluate
+TRAIN = "train"  # name of the task that pre-trains
+SAVES = 3  # checkpoints of a small run, from which an interrupted one goes on
+
+
+@dataclass(frozen=True)
+class Task:
+    """One command, and what beside the recipe decides its result."""
+
+    name: str  # TRAIN, or that of the evaluation set
+    command: tuple[str, ...]
+    asked: dict[str, Any]  # JSON types
 
 
 @dataclass(frozen=True)
@@ -23,17 +38,28 @@ class Job:
     variant: Variant
     run: Run
     folder: Path
-    train: tuple[str, ...]  # command
-    evaluations: dict[str, tuple[str, ...]]  # set -> command
+    tasks: tuple[Task, ...]  # training first
 
     @property
     def recipe(self) -> Path:
         """The file that the command reads the run from."""
         return self.folder / "asked.json"
 
+    @property
+    def sets(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks if task.name != TRAIN)
+
     def result(self, name: str) -> Path:
         """Where the evaluation on a set is written."""
         return self.folder / f"evaluation-{name}.json"
+
+    def todo(self, name: str) -> Path:
+        """Says of a task what it is asked."""
+        return self.folder / f"todo-{name}.json"
+
+    def done(self, name: str) -> Path:
+        """The same of a task that is finished."""
+        return self.folder / f"done-{name}.json"
 
 
 @dataclass(frozen=True)
@@ -52,7 +78,7 @@ class Settings:
     ranks: int = 1  # processes a run
 
 
-# What a row may be given of a data set, in the order of preference: one label an image, as the paper compares.
+# What a row may be given of a data set, in the order of preference: one label an image, as the papers compare.
 SUPERVISION: dict[str, Callable[[Manifest], bool]] = {
     "category": lambda manifest: manifest.has_category,
     "text": lambda manifest: manifest.has_text,
@@ -60,36 +86,40 @@ SUPERVISION: dict[str, Callable[[Manifest], bool]] = {
 }
 
 
-def sources(row: str, manifests: dict[str, Manifest]) -> dict[str, Source]:
-    """Every data set by its size, with the first kind of label that the row predicts and the set has."""
-    kinds = {target.kind for target in rows.OBJECTIVES[row].targets.values()}
+def sources(variant: Variant, manifests: dict[str, Manifest]) -> dict[str, Source]:
+    """Every data set by its size, with the first kind of label that the row predicts and the set has.
+
+    ValueError when the row predicts labels and no data set has any of them.
+    """
+    kinds = {target.kind for target in OBJECTIVES[variant.row].targets.values()}
 
     def labels(manifest: Manifest) -> str:
-        fitting = (kind for kind, has in SUPERVISION.items() if kind in kinds and has(manifest))
-        return next(fitting, "none")
+        return next((kind for kind, has in SUPERVISION.items() if kind in kinds and has(manifest)), "none")
 
-    return {
+    found = {
         name: Source(labels(manifest), weight=manifest.num_samples)  # type: ignore[arg-type]
         for name, manifest in manifests.items()
     }
+    wanted = sorted(kinds & set(LABELS))
+    if wanted and all(source.supervision == "none" for source in found.values()):
+        raise ValueError(
+            f"variant {variant.name!r} predicts {wanted}, none of the data sets {sorted(manifests)} has such labels: "
+            "leave it out by --only, or name other --data"
+        )
+    return found
 
 
 def run_of(
     variant: Variant, epochs: int, seed: int, settings: Settings, manifests: dict[str, Manifest]
 ) -> Run:
     """The recipe of one method on the comparison's data, budget and seed; `epochs` of that data at full size."""
-    data = sources(variant.row, manifests)
+    data = sources(variant, manifests)
+    run = replace(rows.full(variant.row), data=data) if settings.is_full else rows.small(variant.row, data)
+    batch, steps = settings.batch or run.batch, settings.steps or run.steps
+    save_every = -(-steps // SAVES)
     if settings.is_full:
-        run = replace(rows.RECIPES.get(variant.row, rows.m3i.vit_b16)(), data=data)
-        batch = settings.batch or run.batch
-        steps = (
-            settings.steps or epochs * sum(manifest.num_samples for manifest in manifests.values()) // batch
-        )
-        save_every = run.save_every
-    else:
-        run = rows.small(variant.row, data)
-        batch, steps = settings.batch or run.batch, settings.steps or run.steps
-        save_every = steps
+        num_images = sum(manifest.num_samples for manifest in manifests.values())
+        steps, save_every = settings.steps or epochs * num_images // batch, run.save_every
     warmup = max(round(run.optim.warmup / run.steps * steps), 1)  # the same share of the budget
     run = replace(
         run,
@@ -107,18 +137,21 @@ def plan(comparison: Comparison, settings: Settings) -> list[Job]:
     """Every job, all methods of the first seed before those of the second; ValueError for what cannot work."""
     _check(comparison, settings)
     manifests = {name: Manifest.read(folder) for name, folder in settings.data.items()}
+    data = {name: _manifest_sha256(folder) for name, folder in settings.data.items()}
+    guides = {name: _fingerprint(folder) for name, folder in settings.guides.items()}
     splits = {name: split_folders(folder) for name, folder in settings.sets.items()}
-    return [
-        _job(
-            variant,
-            run_of(variant, comparison.epochs, seed, settings, manifests),
-            settings,
-            splits,
-            place == 0,
-        )
-        for seed in settings.seeds
-        for place, variant in enumerate(comparison.variants)
-    ]
+    jobs = []
+    for seed in settings.seeds:
+        for place, variant in enumerate(comparison.variants):
+            run = run_of(variant, comparison.epochs, seed, settings, manifests)
+            run.images_per_rank(settings.ranks)
+            folder = settings.out / "runs" / f"{variant.name}-seed{run.seed}"
+            asked = {"data": data, "guide": guides.get(variant.guide)}
+            train = Task(TRAIN, _train_command(variant, folder, settings), asked)
+            steps = "first,last" if place == 0 else "last"  # untrained networks differ by seed alone
+            evaluations = [_evaluation(name, folder, splits[name], steps, settings) for name in splits]
+            jobs.append(Job(variant, run, folder, (train, *evaluations)))
+    return jobs
 
 
 def split_folders(folder: Path) -> tuple[Path, Path]:
@@ -144,6 +177,9 @@ def _check(comparison: Comparison, settings: Settings) -> None:
             f"--guide names {sorted(settings.guides)}, this comparison needs {sorted(comparison.guides)}: give "
             "NAME=DIR once for each"
         )
+    for name, folder in settings.guides.items():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--guide {name}={folder} is no folder: name that of a frozen encoder")
     for name, value in {"--steps": settings.steps, "--batch": settings.batch}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} {value} must be positive")
@@ -153,25 +189,39 @@ def _check(comparison: Comparison, settings: Settings) -> None:
         )
 
 
-def _job(
-    variant: Variant, run: Run, settings: Settings, splits: dict[str, tuple[Path, Path]], is_first: bool
-) -> Job:
-    """`is_first` of its seed: it is evaluated before training as well."""
-    run.images_per_rank(settings.ranks)
-    folder = settings.out / "runs" / f"{variant.name}-seed{run.seed}"
-    launcher = [sys.executable, str(ROOT / "pretrain" / "main.py")]
+def _train_command(variant: Variant, folder: Path, settings: Settings) -> tuple[str, ...]:
+    command = [sys.executable, str(ROOT / "pretrain" / "main.py")]
     if settings.ranks > 1:
-        launcher = [str(ROOT / "jobs" / "local" / "pretrain.sh")]
-    train = [*launcher, "--recipe", str(folder / "asked.json"), "--out", str(folder), "--data"]
-    train += [f"{name}={path}" for name, path in settings.data.items()]
+        command = ["env", f"RANKS={settings.ranks}", str(ROOT / "jobs" / "local" / "pretrain.sh")]
+    command += ["--recipe", str(folder / "asked.json"), "--out", str(folder), "--data"]
+    command += [f"{name}={path}" for name, path in settings.data.items()]
     if variant.guide:
-        train += ["--guide", str(settings.guides[variant.guide])]
-    evaluations = {}
-    for name, (examples, heldout) in splits.items():
-        command = [sys.executable, "-m", "pretrain.evaluate", str(folder), "--train", str(examples)]
-        command += ["--heldout", str(heldout), "--out", str(folder / f"evaluation-{name}.json")]
-        command += ["--steps", "first,last" if is_first else "last", "--probes", "knn,linear,dense"]
-        if settings.fine_tune:
-            command += ["--fine-tune", str(settings.fine_tune)]
-        evaluations[name] = tuple(command)
-    return Job(variant, run, folder, tuple(train), evaluations)
+        command += ["--guide", str(settings.guides[variant.guide])]
+    return tuple(command)
+
+
+def _evaluation(name: str, folder: Path, splits: tuple[Path, Path], steps: str, settings: Settings) -> Task:
+    examples, heldout = splits
+    command = [sys.executable, "-m", "pretrain.evaluate", str(folder), "--train", str(examples)]
+    command += ["--heldout", str(heldout), "--out", str(folder / f"evaluation-{name}.json")]
+    command += ["--steps", steps, "--probes", ",".join(PROBES)]
+    if settings.fine_tune:
+        command += ["--fine-tune", str(settings.fine_tune)]
+    asked = {
+        "train": _manifest_sha256(examples),
+        "heldout": _manifest_sha256(heldout),
+        "probes": list(PROBES),
+        "fine_tune": settings.fine_tune,
+    }
+    return Task(name, tuple(command), asked)
+
+
+def _manifest_sha256(folder: Path) -> str:
+    return sha256_file(folder / MANIFEST_NAME)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Changes when a file of a guide is replaced; its bytes are many, and pre-training hashes them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    told = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(told).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What did the methods reach? Every probe by method with its spread over seeds, as JSON and as a table."""
+"""What did the methods reach? Every probe by method and seed, read from the evaluations that there are."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
 from scipy.stats import kendalltau
 
-from pretrain import provenance
+from pretrain.checkpoint import checkpoint_folder
 from pretrain.compare.comparisons import Comparison
-from pretrain.compare.plan import Job, Settings
+from pretrain.compare.plan import Job
+from pretrain.monitor import LOG
 
-UNTRAINED = "untrained"  # the networks as the runs of the first method begin
-MEAN = "mean"  # over all probes that every method has
+UNTRAINED = "untrained"  # the networks as the runs of a seed begin, all alike
+MEAN = "mean"  # over the probes that every method has
 PROBES = {"knn": "kNN", "linear": "linear", "dense": "dense mIoU", "fine_tune": "fine-tuned"}
 
 
@@ -37,11 +36,18 @@ class Column:
         )
 
 
+OVERALL = Column("", MEAN)
+
+
 @dataclass(frozen=True)
 class Spread:
     """One probe of one method: a number a seed, in [0, 1]."""
 
-    values: tuple[float, ...]
+    of_seed: Mapping[int, float]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        return tuple(self.of_seed[seed] for seed in sorted(self.of_seed))
 
     @property
     def mean(self) -> float:
@@ -60,68 +66,103 @@ class Spread:
         return f"{100 * self.mean:.1f}{spread}"
 
 
+NOTHING = Spread({})
+
+
 @dataclass(frozen=True)
 class Found:
     """All that is measured of a comparison so far."""
 
-    columns: tuple[Column, ...]
-    methods: dict[str, dict[Column, Spread]]  # best mean first, untrained among them
-    chance: dict[Column, float]
-    collapsed: dict[str, tuple[str, ...]]  # method -> targets that collapsed in any of its runs
+    columns: tuple[Column, ...]  # the mean last
+    in_mean: tuple[Column, ...]  # those that every method has
+    methods: Mapping[str, Mapping[Column, Spread]]  # best mean first, untrained among them
+    chance: Mapping[Column, float]
+    collapsed: Mapping[
+        str, tuple[str, ...]
+    ]  # method -> targets that were collapsed at the end of any of its runs
+    origins: Mapping[str, tuple[str, ...]]  # commit, hardware -> those of the runs
+
+    def of(self, method: str, column: Column = OVERALL) -> Spread:
+        """NOTHING where it is not measured."""
+        return self.methods.get(method, {}).get(column, NOTHING)
 
 
 def collect(jobs: Sequence[Job]) -> Found:
     """Reads the results that there are; methods without any are left out."""
-    values: dict[str, dict[Column, list[float]]] = {}
+    values: dict[str, dict[Column, dict[int, float]]] = {}
     chance: dict[Column, float] = {}
-    collapsed: dict[str, set[str]] = {}
     for job in jobs:
-        for name in job.evaluations:
-            for method, rows in _methods_of(job, name):
-                for probe in PROBES:
-                    row = rows.get(probe) or {}
-                    if row.get("accuracy") is None:
-                        continue
-                    column = Column(name, probe)
-                    values.setdefault(method, {}).setdefault(column, []).append(row["accuracy"])
-                    chance.setdefault(column, row.get("chance", 0.0))
-        collapsed.setdefault(job.variant.name, set()).update(_collapsed(job.folder / "log.jsonl"))
-    columns = [c for c in chance if all(c in of_method for of_method in values.values())]
-    columns.sort(key=lambda column: (column.set, list(PROBES).index(column.probe)))
-    mean = Column("", MEAN)
+        for column, method, row in _rows(job):
+            values.setdefault(method, {}).setdefault(column, {}).setdefault(job.run.seed, row["accuracy"])
+            chance.setdefault(column, row.get("chance", 0.0))
+    columns = sorted(chance, key=lambda column: (column.set, list(PROBES).index(column.probe)))
+    in_mean = tuple(c for c in columns if all(c in of_method for of_method in values.values()))
     for of_method in values.values():
-        seeds = min(len(of_method[column]) for column in columns) if columns else 0
-        of_method[mean] = [fmean(of_method[column][seed] for column in columns) for seed in range(seeds)]
-    chance[mean] = fmean(chance[column] for column in columns) if columns else 0.0
+        seeds = set.intersection(*(set(of_method[column]) for column in in_mean)) if in_mean else set()
+        of_method[OVERALL] = {seed: fmean(of_method[c][seed] for c in in_mean) for seed in seeds}
+    chance[OVERALL] = fmean(chance[column] for column in in_mean) if in_mean else 0.0
     methods = {
-        method: {column: Spread(tuple(of_method.get(column, ()))) for column in (*columns, mean)}
+        method: {column: Spread(of_column) for column, of_column in of_method.items()}
         for method, of_method in values.items()
     }
-    order = sorted(methods, key=lambda m: -(methods[m][mean].mean if methods[m][mean].values else -1.0))
+    order = sorted(methods, key=lambda m: -(methods[m][OVERALL].mean if methods[m][OVERALL].values else -1.0))
+    trained = [job for job in jobs if any(job.result(name).is_file() for name in job.sets)]
     return Found(
-        (*columns, mean),
+        (*columns, OVERALL),
+        in_mean,
         {method: methods[method] for method in order},
         chance,
-        {method: tuple(sorted(targets)) for method, targets in collapsed.items() if targets},
+        _collapsed(trained),
+        {
+            key: tuple(sorted({_state(job).get(key, "unknown") for job in trained}))
+            for key in ("commit", "hardware")
+        },
     )
 
 
-def _methods_of(job: Job, name: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """(method, its rows) of one evaluation: the trained one, and the untrained where it was evaluated."""
-    path = job.result(name)
-    if not path.is_file():
-        return
-    checkpoints = json.loads(path.read_text())["checkpoints"]
-    steps = sorted(checkpoints)
-    yield job.variant.name, checkpoints[steps[-1]]
-    if len(steps) > 1:
-        yield UNTRAINED, checkpoints[steps[0]]
+def _rows(job: Job) -> Iterable[tuple[Column, str, Mapping[str, Any]]]:
+    """(column, method, its row) of what was measured: trained, and untrained where that was evaluated too."""
+    for name in job.sets:
+        path = job.result(name)
+        if not path.is_file():
+            continue
+        checkpoints = json.loads(path.read_text())["checkpoints"]
+        steps = sorted(checkpoints)
+        of_methods = {job.variant.name: checkpoints[steps[-1]]}
+        if len(steps) > 1:
+            of_methods[UNTRAINED] = checkpoints[steps[0]]
+        for method, rows in of_methods.items():
+            for probe in PROBES:
+                row = rows.get(probe) or {}
+                if row.get("accuracy") is not None:
+                    yield Column(name, probe), method, row
 
 
-def _collapsed(log: Path) -> list[str]:
-    """Targets that the last line of a run's log calls collapsed."""
-    lines = log.read_text().splitlines() if log.is_file() else []
-    return json.loads(lines[-1]).get("collapsed", []) if lines else []
+def _collapsed(jobs: Sequence[Job]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, set[str]] = {}
+    for job in jobs:
+        lines = log_lines(job.folder)
+        if lines and lines[-1].get("collapsed"):
+            found.setdefault(job.variant.name, set()).update(lines[-1]["collapsed"])
+    return {method: tuple(sorted(targets)) for method, targets in found.items()}
+
+
+def log_lines(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's log; one that a kill has torn is left out."""
+    path = folder / LOG
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def _state(job: Job) -> dict[str, str]:
+    """What the last checkpoint of a run says of its origin."""
+    path = checkpoint_folder(job.folder, job.run.steps) / "state.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def order_agreement(comparison: Comparison, found: Found, number: str) -> tuple[float, int] | None:
@@ -129,81 +170,11 @@ def order_agreement(comparison: Comparison, found: Found, number: str) -> tuple[
 
     None with fewer than four of them.
     """
-    mean = found.columns[-1]
     pairs = [
-        (found.methods[variant.name][mean].mean, variant.published[number])
+        (found.of(variant.name).mean, variant.published[number])
         for variant in comparison.variants
-        if number in variant.published and found.methods.get(variant.name, {}).get(mean, Spread(())).values
+        if number in variant.published and found.of(variant.name).values
     ]
     if len(pairs) < 4:
         return None
     return float(kendalltau(*zip(*pairs, strict=True)).statistic), len(pairs)
-
-
-def record(
-    name: str, comparison: Comparison, settings: Settings, jobs: Sequence[Job], found: Found
-) -> dict[str, Any]:
-    """The whole comparison as JSON types: what was measured, on what, by which code."""
-    run = jobs[0].run
-    return {
-        "comparison": name,
-        "source": comparison.source,
-        "about": comparison.about,
-        "commit": provenance.commit(),
-        "versions": provenance.versions(),
-        "hardware": provenance.hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "backbone": run.backbone.size,
-        "steps": run.steps,
-        "batch": run.batch,
-        "image_size": run.views.size,
-        "seeds": list(settings.seeds),
-        "fine_tune_epochs": settings.fine_tune,
-        "data": sorted(settings.data),
-        "chance": {column.title: found.chance[column] for column in found.columns},
-        "methods": {
-            method: {column.title: list(spread.values) for column, spread in of_method.items()}
-            for method, of_method in found.methods.items()
-        },
-        "published": {v.name: v.published for v in comparison.variants if v.published},
-        "order_agreement": {
-            number: list(told)
-            for number in sorted({key for v in comparison.variants for key in v.published})
-            if (told := order_agreement(comparison, found, number)) is not None
-        },
-        "collapsed": {method: list(targets) for method, targets in found.collapsed.items()},
-    }
-
-
-def table(comparison: Comparison, settings: Settings, jobs: Sequence[Job], found: Found) -> str:
-    """Markdown: a method a line, best mean of probes first."""
-    run, total = jobs[0].run, len(settings.seeds)
-    head = ["method", *(column.title for column in found.columns), "seeds", "collapsed targets"]
-    lines = [
-        f"# {comparison.about[0].upper()}{comparison.about[1:]}",
-        "",
-        f"{comparison.source or 'Ours'}. {run.backbone.size}, {run.views.size} px, {run.steps} steps of {run.batch} "
-        f"images of {', '.join(sorted(settings.data))}; the momentum teacher, held-out, %, mean ± standard deviation "
-        "over seeds.",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-        _line("chance", [f"{100 * found.chance[column]:.1f}" for column in found.columns], "", ""),
-    ]
-    for method, of_method in found.methods.items():
-        seeds = len(of_method[found.columns[-1]].values)
-        cells = [of_method[column].text() for column in found.columns]
-        lines.append(_line(method, cells, f"{seeds} of {total}", ", ".join(found.collapsed.get(method, ()))))
-    for number in sorted({key for v in comparison.variants for key in v.published}):
-        if (told := order_agreement(comparison, found, number)) is not None:
-            tau, count = told
-            lines += [
-                "",
-                f"Order against the paper's {number}: Kendall's tau {tau:+.2f} over {count} methods.",
-            ]
-    return "\n".join(lines) + "\n"
-
-
-def _line(*cells: str | list[str]) -> str:
-    flat = [one for cell in cells for one in (cell if isinstance(cell, list) else [cell])]
-    return "| " + " | ".join(flat) + " |"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import threading
@@ -15,54 +16,83 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_prep.schema import write_atomic
-from pretrain.compare.plan import Job
+from pretrain.checkpoint import checkpoint_folder
+from pretrain.compare.plan import TRAIN, Job, Task
+from pretrain.intact import verify
 from pretrain.main import ROOT
 
 LOG = "output.txt"  # of a job's commands
 LAST_LINES = 5  # of it, shown when a command fails
-CHECKPOINTS = "checkpoints"
-COMPLETE = "COMPLETE"
 
 
 @dataclass(frozen=True)
 class Failure:
     job: Job
-    command: tuple[str, ...]
+    task: Task
     code: int
     told: str  # last lines of its output
 
 
-def commands_left(job: Job) -> list[tuple[str, ...]]:
+def tasks_left(job: Job) -> list[Task]:
     """What of a job has to be run yet, in its order; ValueError when its folder holds another run."""
-    if job.recipe.exists() and job.recipe.read_text() != job.run.to_json():
+    train = next(task for task in job.tasks if task.name == TRAIN)
+    is_other = job.recipe.exists() and job.recipe.read_text() != job.run.to_json()
+    told = _told(job, TRAIN)
+    if is_other or told not in (None, train.asked):
         raise ValueError(
-            f"{job.folder} was begun with another recipe (steps, batch, data or code differ): name another --out, or "
-            "delete that folder"
+            f"{job.folder} was begun with another recipe (steps, batch, labels), other data or another guide: name "
+            "another --out, or delete that folder"
         )
-    is_trained = (job.folder / CHECKPOINTS / f"step_{job.run.steps:06d}" / COMPLETE).is_file()
-    left = [] if is_trained else [job.train]
-    return left + [command for name, command in job.evaluations.items() if not _is_result(job.result(name))]
+    checkpoint = checkpoint_folder(job.folder, job.run.steps)
+    is_trained = told is not None and checkpoint.is_dir() and verify(checkpoint, hashes=False) is None
+    return [
+        task for task in job.tasks if not is_trained or (task.name != TRAIN and not _is_evaluated(job, task))
+    ]
 
 
-def _is_result(path: Path) -> bool:
-    """Written whole or not at all, so that it is there is enough, unless somebody cut it."""
-    if not path.is_file():
-        return False
+def _is_evaluated(job: Job, task: Task) -> bool:
+    return _told(job, task.name) == task.asked and _json(job.result(task.name)) is not None
+
+
+def _told(job: Job, name: str) -> object:
+    """What a finished task was asked; None where it is not finished."""
+    return _json(job.done(name))
+
+
+def _json(path: Path) -> object:
+    """The content of a file, None when it is not there or was cut."""
     try:
-        return bool(json.loads(path.read_text())["checkpoints"])
-    except (ValueError, KeyError, TypeError):
-        return False
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
-def work_off(jobs: Sequence[Job], num_at_once: int, say: Callable[[str], None] = print) -> list[Failure]:
-    """Runs what is left of all jobs, `num_at_once` side by side; a failed one does not hold the others up.
+def prepare(job: Job) -> None:
+    """Makes the folder, the recipe in it that the commands read, and what each of them is asked."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(job.recipe, job.run.to_json().encode())
+    for task in job.tasks:
+        write_atomic(job.todo(task.name), json.dumps(task.asked).encode())
+
+
+def shell_line(job: Job, task: Task) -> str:
+    """A prepared task as a line of a shell, from anywhere; when it has run, the task counts as finished."""
+    finish = ["cp", str(job.todo(task.name)), str(job.done(task.name))]
+    return f"cd {shlex.quote(str(ROOT))} && {shlex.join(task.command)} && {shlex.join(finish)}"
+
+
+def work_off(
+    jobs: Sequence[Job], num_at_once: int, ranks: int = 1, say: Callable[[str], None] = print
+) -> list[Failure]:
+    """Runs what is left of all jobs, `num_at_once` of `ranks` processes side by side; a failed one does not hold the
+    others up.
 
     An interrupt ends the commands under way; started again, they go on from their checkpoints.
     """
-    left = {job.folder: commands_left(job) for job in jobs}
+    left = {job.folder: tasks_left(job) for job in jobs}
     waiting = [job for job in jobs if left[job.folder]]
     failures: list[Failure] = []
-    running = _Running(threads=max((os.cpu_count() or 1) // num_at_once, 1))
+    running = _Running(threads=max((os.cpu_count() or 1) // (num_at_once * ranks), 1))
     with (
         ThreadPoolExecutor(num_at_once) as pool,
         tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="comparison", unit="run") as bar,
@@ -74,8 +104,8 @@ def work_off(jobs: Sequence[Job], num_at_once: int, say: Callable[[str], None] =
                 bar.update()
                 if failure is not None:
                     failures.append(failure)
-                    say(_told(failure))
-        except KeyboardInterrupt:
+                    say(_message(failure))
+        except BaseException:
             running.stop()
             pool.shutdown(cancel_futures=True)
             raise
@@ -89,14 +119,15 @@ class _Running:
         self._threads, self._lock, self._is_stopped = threads, threading.Lock(), False
         self._processes: set[subprocess.Popen[bytes]] = set()
 
-    def work(self, job: Job, commands: list[tuple[str, ...]]) -> Failure | None:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(job.recipe, job.run.to_json().encode())
-        for command in commands:
-            code = self._run(command, job.folder / LOG)
+    def work(self, job: Job, tasks: list[Task]) -> Failure | None:
+        prepare(job)
+        for task in tasks:
+            job.done(task.name).unlink(missing_ok=True)
+            code = self._run(task.command, job.folder / LOG)
             if code:
                 lines = (job.folder / LOG).read_text(errors="replace").splitlines()
-                return Failure(job, command, code, "\n".join(lines[-LAST_LINES:]))
+                return Failure(job, task, code, "\n".join(lines[-LAST_LINES:]))
+            write_atomic(job.done(task.name), job.todo(task.name).read_bytes())
         return None
 
     def _run(self, command: tuple[str, ...], log: Path) -> int:
@@ -131,7 +162,7 @@ class _Running:
                 os.killpg(process.pid, signal.SIGTERM)
 
 
-def _told(failure: Failure) -> str:
+def _message(failure: Failure) -> str:
     return (
         f"{failure.job.folder.name} failed with code {failure.code}; all of its output: {failure.job.folder / LOG}\n"
         f"{failure.told}"

@@ -15,21 +15,26 @@ PIXEL_RATIO, FEATURE_RATIO = 0.75, 0.625  # hidden: MAE; near the 0.6 of Siamese
 
 
 def _mask(objective: Objective, mask: Mask, grid: int) -> Mask:
-    """As many patches hidden as the row's first user hides; a mixed input keeps its half."""
-    if not objective.input.is_masked or len(objective.targets) > 1:
+    """As many patches hidden as the row's first user hides, and in the same shape; a mixed input keeps its half."""
+    targets = list(objective.targets.values())
+    if any(not target.is_standardised for target in targets):  # SimMIM, and HVP-MTL
+        return replace(mask, ratio=round(hvp.MASK.ratio * grid**2) / grid**2, shape=hvp.MASK.shape)
+    if not objective.input.is_masked or len(targets) > 1:
         return mask
-    target = next(iter(objective.targets.values()))
-    wanted = PIXEL_RATIO if target.kind == "pixels" else FEATURE_RATIO
-    if target.summary:  # MVP: the whole sequence is scored, and less of it hidden
+    wanted = PIXEL_RATIO if targets[0].kind == "pixels" else FEATURE_RATIO
+    if targets[0].summary:  # MVP: the whole sequence is scored, and less of it hidden
         wanted = mvp.HIDDEN
     return replace(mask, ratio=round(wanted * grid**2) / grid**2)
 
 
 def _supervised(objective: Objective, data: dict[str, Source]) -> dict[str, Source]:
-    """The same sources and weights, without the labels that no target of the row predicts."""
+    """The same sources and weights, without the labels that no target of the row predicts; with tags for rows that
+    predict those.
+    """
     kinds = {target.kind for target in objective.targets.values()}
+    instead = "tags" if "tags" in kinds else "none"
     return {
-        name: replace(source, supervision=source.supervision if source.supervision in kinds else "none")
+        name: replace(source, supervision=source.supervision if source.supervision in kinds else instead)
         for name, source in data.items()
     }
 
@@ -66,7 +71,8 @@ def small(row: str, data: dict[str, Source]) -> Run:
     run, objective = m3i.demo(), OBJECTIVES[row]
     weights = {name: target.weight for name, target in run.objective.targets.items()}
     targets = {
-        name: replace(target, weight=weights.get(name, 1.0)) for name, target in objective.targets.items()
+        name: replace(target, weight=weights.get(name, target.weight))
+        for name, target in objective.targets.items()
     }
     if len(targets) > 1:  # the weight of a single target is a factor of the learning rate
         objective = replace(objective, targets=targets)
@@ -84,7 +90,17 @@ def small(row: str, data: dict[str, Source]) -> Run:
     )
 
 
+# Rows whose paper has another recipe than M3I's comparison of rows.
+OWN: dict[str, Callable[[], Run]] = {row: mvp.vit_b16 for row in MVP} | {
+    row: partial(hvp.ablation, row) for row in HVP
+}
+
+
+def full(row: str) -> Run:
+    """A row at its paper's size, and in one with the rows that its paper compares it with."""
+    return OWN.get(row, partial(vit_b16, row))()
+
+
 ROWS = tuple(row for row in OBJECTIVES if row != "m3i")  # m3i has recipes of its own
-RECIPES: dict[str, Callable[[], Run]] = {row: partial(vit_b16, row) for row in ROWS}
-RECIPES |= {row: mvp.vit_b16 for row in MVP} | {row: partial(hvp.ablation, row) for row in HVP}
+RECIPES: dict[str, Callable[[], Run]] = {row: partial(full, row) for row in ROWS}
 RECIPES |= {f"{row}_demo": partial(demo, row) for row in ROWS}

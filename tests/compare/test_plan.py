@@ -11,14 +11,16 @@ from data_prep.schema import Manifest
 from pretrain.compare.comparisons import COMPARISONS, Variant, choose
 from pretrain.compare.plan import Job, Settings, plan
 from pretrain.objectives import OBJECTIVES, SINGLE
-from tests.data.sets import good_set
+from tests.data.sets import good_set, sample, write_set
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     folder = tmp_path_factory.mktemp("compared")
     for split in ("train", "heldout"):
-        good_set(folder / "names" / split)
+        write_set(
+            folder / "names" / split, [[sample(n, tags=[["red", 1.0]]) for n in range(21)]], tags=("red",)
+        )
     data = {"names": folder / "names" / "train"}
     return Settings(data, {"names": folder / "names"}, {}, folder / "out", (3, 5), steps=20)
 
@@ -34,9 +36,10 @@ def test_all_methods_of_a_seed_come_before_the_next_seed(settings: Settings) -> 
     assert len({job.folder for job in jobs}) == 32
 
 
-def test_methods_differ_in_nothing_but_their_objective(settings: Settings) -> None:
+@pytest.mark.parametrize("is_full", [False, True])
+def test_methods_differ_in_nothing_but_their_objective(settings: Settings, is_full: bool) -> None:
     for name in ("everything", "target_views", "gradient_ratio", "hvp_losses"):
-        runs = [job.run for job in planned(name, settings)]
+        runs = [job.run for job in planned(name, replace(settings, is_full=is_full, batch=8))]
         same = {
             "name": "",
             "objective": OBJECTIVES["m3i"],
@@ -45,7 +48,7 @@ def test_methods_differ_in_nothing_but_their_objective(settings: Settings) -> No
             "seed": 0,
         }
         assert len({replace(run, **same).to_json() for run in runs}) == 1
-        assert {(run.steps, run.optim.warmup, tuple(run.data)) for run in runs} == {(20, 2, ("names",))}
+        assert {(run.steps, run.batch, tuple(run.data)) for run in runs} == {(20, 8, ("names",))}
 
 
 def test_a_row_is_given_the_one_label_that_it_predicts(settings: Settings) -> None:
@@ -58,11 +61,42 @@ def test_a_row_is_given_the_one_label_that_it_predicts(settings: Settings) -> No
 
 
 def test_only_the_first_method_of_a_seed_is_evaluated_untrained(settings: Settings) -> None:
-    steps = [
-        job.evaluations["names"][job.evaluations["names"].index("--steps") + 1]
-        for job in planned("m3i", settings)
+    commands = [
+        task.command for job in planned("m3i", settings) for task in job.tasks if task.name == "names"
     ]
+    steps = [command[command.index("--steps") + 1] for command in commands]
     assert steps == ["first,last", *["last"] * 4] * 2
+
+
+def test_hvp_keeps_its_weights_and_its_mask_at_small_size(settings: Settings) -> None:
+    run = planned("hvp_losses", settings)[3].run
+    weights = {name: target.weight for name, target in run.objective.targets.items()}
+    assert weights == {"tags": 0.001, "clusters": 0.04, "pixels": 1.0, "tags_momentum": 10.0}
+    assert (run.mask.shape, run.mask.ratio) == ("scattered", 38 / 64)  # 29 of 49, of 8 x 8
+    assert run.data["names"].supervision == "tags"
+
+
+def test_a_row_of_the_readers_own_is_trained_as_itself_at_full_size(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = replace(OBJECTIVES["siamese_feature"], targets=dict(OBJECTIVES["siamese_feature"].targets))
+    monkeypatch.setitem(OBJECTIVES, "mine", mine)
+    comparison = replace(COMPARISONS["m3i"], variants=(Variant("mine", "mine"),))
+    jobs = plan(comparison, replace(settings, is_full=True, batch=8))
+    assert all(job.run.objective is mine for job in jobs)
+
+
+def test_labels_that_no_data_set_has_are_refused(settings: Settings, tmp_path: Path) -> None:
+    for split in ("train", "heldout"):
+        good_set(tmp_path / "bare" / split, has_text=False, has_category=False)
+    bare = replace(settings, data={"bare": tmp_path / "bare" / "train"})
+    with pytest.raises(ValueError, match=r"'classification' predicts \['category'\], none of the data sets"):
+        planned("m3i", bare)
+
+
+def test_ranks_reach_the_launcher(settings: Settings) -> None:
+    (train, *_) = planned("m3i", replace(settings, ranks=2))[0].tasks
+    assert train.command[:2] == ("env", "RANKS=2") and train.command[2].endswith("jobs/local/pretrain.sh")
 
 
 def test_full_size_takes_the_epochs_of_the_papers_table(settings: Settings) -> None:
@@ -70,7 +104,9 @@ def test_full_size_takes_the_epochs_of_the_papers_table(settings: Settings) -> N
     images = Manifest.read(settings.data["names"]).num_samples
     for name, backbone in (("gradient_ratio", "vit_b16"), ("guides", "vit_b16"), ("hvp_losses", "swin_b")):
         comparison = COMPARISONS[name]
-        jobs = plan(comparison, replace(full, guides=dict.fromkeys(comparison.guides, settings.out)))
+        jobs = plan(
+            comparison, replace(full, guides=dict.fromkeys(comparison.guides, settings.data["names"]))
+        )
         assert {job.run.backbone.size for job in jobs} == {backbone}
         assert {job.run.steps for job in jobs} == {comparison.epochs * images // 4}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.compare.comparisons import Variant
-from pretrain.compare.plan import Job
-from pretrain.compare.work import commands_left, work_off
+from pretrain.compare.plan import TRAIN, Job, Task
+from pretrain.compare.work import prepare, shell_line, tasks_left, work_off
 from pretrain.recipes import load
 
 STEPS = 3
@@ -26,7 +27,8 @@ def job(folder: Path, name: str, train: str = "pass", evaluate: str = "pass") ->
     place = folder / name
     counted = f"log = Path({str(place)!r}); open(log / 'count', 'a').write(sys.argv[0][:1] or '-')"
     done = place / "checkpoints" / f"step_{STEPS:06d}"
-    trained = f"p = Path({str(done)!r}); p.mkdir(parents=True); (p / 'COMPLETE').write_text('')"
+    whole = json.dumps({"files": {}})
+    trained = f"p = Path({str(done)!r}); p.mkdir(parents=True); (p / 'COMPLETE').write_text({whole!r})"
     result = (
         f"Path({str(place / 'evaluation-a.json')!r}).write_text(json.dumps({{'checkpoints': {{'s': 1}}}}))"
     )
@@ -40,8 +42,10 @@ def job(folder: Path, name: str, train: str = "pass", evaluate: str = "pass") ->
         Variant(name, "auto_encoder"),
         run,
         place,
-        python(f"{counted}; {train}; {trained}"),
-        {"a": python(f"{counted}; {evaluate}; {result}")},
+        (
+            Task(TRAIN, python(f"{counted}; {train}; {trained}"), {"data": {"scenes": "1"}, "guide": None}),
+            Task("a", python(f"{counted}; {evaluate}; {result}"), {"fine_tune": 0}),
+        ),
     )
 
 
@@ -51,7 +55,7 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path) -> None:
     assert work_off(jobs, 2) == []
     assert [(one.folder / "count").read_text() for one in jobs] == ["--"] * 3
     (jobs[1].folder / "evaluation-a.json").write_text('{"checkpo')
-    assert len(commands_left(jobs[1])) == 1 and commands_left(jobs[0]) == []
+    assert len(tasks_left(jobs[1])) == 1 and tasks_left(jobs[0]) == []
     assert work_off(jobs, 2) == []
     assert [(one.folder / "count").read_text() for one in jobs] == ["--", "---", "--"]
 
@@ -59,10 +63,10 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path) -> None:
 def test_a_failed_job_is_told_and_does_not_hold_the_others_up(tmp_path: Path) -> None:
     jobs = [job(tmp_path, "bad", train="print('no such label'); sys.exit(3)"), job(tmp_path, "good")]
     told: list[str] = []
-    (failure,) = work_off(jobs, 1, told.append)
+    (failure,) = work_off(jobs, 1, say=told.append)
     assert failure.job.variant.name == "bad" and failure.code == 3 and failure.told == "no such label"
     assert "output.txt" in told[0] and "no such label" in told[0]
-    assert commands_left(jobs[1]) == [] and len(commands_left(jobs[0])) == 2
+    assert tasks_left(jobs[1]) == [] and len(tasks_left(jobs[0])) == 2
 
 
 def test_a_folder_of_another_recipe_is_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -72,6 +76,26 @@ def test_a_folder_of_another_recipe_is_refused_before_anything_runs(tmp_path: Pa
     with pytest.raises(ValueError, match="begun with another recipe"):
         work_off([other, job(tmp_path, "two")], 1)
     assert not (tmp_path / "two").exists()
+
+
+def test_what_was_asked_otherwise_is_evaluated_again_but_never_trained_over(tmp_path: Path) -> None:
+    first = job(tmp_path, "one")
+    assert work_off([first], 1) == []
+    train, evaluate = first.tasks
+    tuned = replace(first, tasks=(train, replace(evaluate, asked={"fine_tune": 30})))
+    assert [task.name for task in tasks_left(tuned)] == ["a"]
+    other = replace(first, tasks=(replace(train, asked={"data": {"scenes": "2"}, "guide": None}), evaluate))
+    with pytest.raises(ValueError, match="other data or another guide"):
+        tasks_left(other)
+
+
+def test_a_printed_line_does_the_task_and_counts_it_as_done(tmp_path: Path) -> None:
+    one = job(tmp_path, "one")
+    prepare(one)
+    for task in one.tasks:
+        subprocess.run(shell_line(one, task), shell=True, check=True, cwd="/")
+    assert tasks_left(one) == [] and work_off([one], 1) == []
+    assert (one.folder / "count").read_text() == "--"
 
 
 def test_an_interrupt_ends_what_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,5 +109,5 @@ def test_an_interrupt_ends_what_is_under_way(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("pretrain.compare.work.as_completed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         work_off([slow], 1)
-    assert len(commands_left(slow)) == 2
+    assert len(tasks_left(slow)) == 2
     assert json.loads((slow.folder / "asked.json").read_text())["steps"] == STEPS
