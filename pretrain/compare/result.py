@@ -159,7 +159,7 @@ def log_lines(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _state(job: Job) -> dict[str, str]:
+def _state(job: Job) -> dict[str, Any]:
     """What the last checkpoint of a run says of its origin."""
     path = checkpoint_folder(job.folder, job.run.steps) / "state.json"
     return json.loads(path.read_text()) if path.is_file() else {}
