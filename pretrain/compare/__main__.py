@@ -2,7 +2,7 @@
 
 python -m pretrain.compare everything --data scenes=DIR/train --sets scenes=DIR --out DIR [--seeds 0 1 2]
     [--only NAME ...] [--steps N] [--batch N] [--fine-tune EPOCHS] [--guide NAME=DIR ...] [--jobs N] [--ranks N]
-    [--full] [--dry-run]
+    [--full] [--dry-run] [overrides of every recipe: --optim.lr 5e-4 --views.scale 0.2 1.0]
 
 One row of the table of objectives after the other is pre-trained on the same data with the same backbone, budget and
 seeds, and probed on every set. The same command again goes on where it stopped; OUT/comparison.md, .svg and .json
@@ -34,7 +34,8 @@ from pretrain.lock import only_writer
 INTERRUPTED = 130
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and what is left: overrides of the recipes."""
     parser = argparse.ArgumentParser(
         "python -m pretrain.compare",
         description=__doc__,
@@ -62,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run (1)")
     parser.add_argument("--full", action="store_true", help="the paper's size in place of the small one")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left and end")
-    return parser.parse_args(arguments)
+    return parser.parse_known_args(arguments)
 
 
 def _offer(name: str, comparison: Comparison) -> str:
@@ -91,7 +92,7 @@ def compare(arguments: list[str] | None = None) -> int:
 
     ValueError and OSError for what the user can mend, before anything is run.
     """
-    options = parse(arguments)
+    options, overrides = parse(arguments)
     comparison = choose(options.comparison, tuple(options.only))
     if options.jobs < 1:
         raise ValueError(f"--jobs {options.jobs} must be positive")
@@ -106,6 +107,7 @@ def compare(arguments: list[str] | None = None) -> int:
         batch=options.batch,
         fine_tune=options.fine_tune,
         ranks=options.ranks,
+        overrides=tuple(overrides),
     )
     if options.dry_run:
         for job in plan(comparison, settings):

@@ -12,7 +12,7 @@ from typing import Any
 from data_prep.schema import MANIFEST_NAME, Manifest, sha256_file
 from pretrain.compare.comparisons import Comparison, Variant
 from pretrain.config import Run, Source
-from pretrain.main import ROOT
+from pretrain.main import ROOT, override
 from pretrain.objectives import LABELS, OBJECTIVES
 from pretrain.recipes import rows
 
@@ -76,6 +76,7 @@ class Settings:
     batch: int | None = None
     fine_tune: int = 0  # epochs; 0: not done
     ranks: int = 1  # processes a run
+    overrides: tuple[str, ...] = ()  # of every recipe, as the command line writes them: --views.size 128
 
 
 # What a row may be given of a data set, in the order of preference: one label an image, as the papers compare.
@@ -130,7 +131,7 @@ def run_of(
         seed=seed,
         save_every=save_every,
     )
-    return variant.change(run)
+    return variant.change(override(run, list(settings.overrides)))
 
 
 def plan(comparison: Comparison, settings: Settings) -> list[Job]:

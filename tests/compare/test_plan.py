@@ -94,6 +94,13 @@ def test_labels_that_no_data_set_has_are_refused(settings: Settings, tmp_path: P
         planned("m3i", bare)
 
 
+def test_overrides_reach_every_recipe_and_misspelt_ones_end_the_start(settings: Settings) -> None:
+    jobs = planned("m3i", replace(settings, overrides=("--views.scale", "0.2", "0.9", "--optim.lr", "3e-4")))
+    assert {(job.run.views.scale, job.run.optim.lr) for job in jobs} == {((0.2, 0.9), 3e-4)}
+    with pytest.raises(SystemExit):
+        planned("m3i", replace(settings, overrides=("--views.scael", "0.2", "0.9")))
+
+
 def test_ranks_reach_the_launcher(settings: Settings) -> None:
     (train, *_) = planned("m3i", replace(settings, ranks=2))[0].tasks
     assert train.command[:2] == ("env", "RANKS=2") and train.command[2].endswith("jobs/local/pretrain.sh")
