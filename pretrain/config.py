@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pydantic import TypeAdapter
-
+from pretrain import written
 from pretrain.objectives import Objective
 
 
@@ -359,28 +356,9 @@ class Run:
 
     def to_json(self) -> str:
         """The resolved run as text, from which `from_json` makes an equal one."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return written.to_json(self)
 
     @staticmethod
     def from_json(text: str) -> Run:
-        """Raises pydantic.ValidationError (a ValueError) that names the field that does not fit."""
-        return TypeAdapter(Run).validate_json(text)
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """What the model must know of data and guide: read at the start, kept in every checkpoint."""
-
-    categories: tuple[str, ...]  # names by index; empty without category supervision
-    vocab_size: int  # of the tokenizer; 0 without text supervision
-    tags: tuple[str, ...] = ()  # names by number; empty without tags supervision
-    guide_width: int = 0  # of the features of the frozen encoder that targets need; 0 without
-    guide_codes: int = 0  # of its codebook; 0 where it is no tokenizer
-    sha256: dict[str, str] = field(default_factory=dict)  # "data.NAME" of a manifest; "tokenizer"; "guide"
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
-
-    @staticmethod
-    def from_json(text: str) -> DataFacts:
-        return TypeAdapter(DataFacts).validate_json(text)
+        """ValueError that names the field that does not fit, or that this version does not know."""
+        return written.from_json(Run, text)

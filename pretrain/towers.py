@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
+from pretrain.facts import DataFacts
 from pretrain.models.backbone import build_encoder
 from pretrain.models.feature_norm import FEATURE_NORMS, FeatureNorm
 from pretrain.models.pooling import AttentionPool

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from data_prep.schema import TOKENIZER_FOLDER
 from pretrain import checkpoint, resume
 from pretrain.collectives import from_first_rank, rank, world_size
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
 from pretrain.data.loader import Loader
 from pretrain.engine import Engine, describe, resolve_config, start_distributed
+from pretrain.facts import DataFacts
 from pretrain.intact import write_text
 from pretrain.lock import only_writer
 from pretrain.models.guides import Guide, open_guide

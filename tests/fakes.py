@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
 from pretrain.data.batch import MOST_TAGS, NO_CATEGORY, NO_TAG, Batch
+from pretrain.facts import DataFacts
 
 FACTS = DataFacts(
     categories=("apple", "boat", "cat", "door", "egg"),

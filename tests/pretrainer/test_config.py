@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
-from pretrain.config import Backbone, Clusters, Mask, Optim, Run, Source, Tags, Views
+from pretrain.config import Backbone, Clusters, Decoder, Mask, Optim, Run, Source, Tags, Views
+from pretrain.facts import DataFacts
 from pretrain.models.backbone import build_encoder
 from pretrain.objectives import OBJECTIVES, Input, Objective, Target
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
 from pretrain.recipes import load, names
-from tests.fakes import shrink
+from tests.fakes import FACTS, shrink
 
 
 @pytest.mark.parametrize("recipe", names())
@@ -19,6 +21,35 @@ def test_a_resolved_run_read_back_is_equal(recipe):
     run = load(recipe)
     assert Run.from_json(run.to_json()) == run
     assert Run.from_json(shrink(run).to_json()) == shrink(run)
+
+
+def changed(text, *path_and_value):
+    """JSON text with one more, or another, value at a path."""
+    whole = json.loads(text)
+    *path, name, value = path_and_value
+    owner = whole
+    for key in path:
+        owner = owner[key]
+    owner[name] = value
+    return json.dumps(whole)
+
+
+def test_a_written_field_that_no_run_has_is_refused_by_name():
+    text = changed(load("m3i.demo").to_json(), "balance", "gamma", 50)
+    text = changed(text, "objective", "targets", "image_same", "wieght", 2.0)
+    message = r"objective\.targets\.image_same\.wieght=2\.0, balance\.gamma=50: no such .* remove it or write"
+    with pytest.raises(ValueError, match=message):
+        Run.from_json(text)
+    with pytest.raises(ValueError, match=r"^vocabulary=7: no such field in a DataFacts of this version"):
+        DataFacts.from_json(changed(FACTS.to_json(), "vocabulary", 7))
+
+
+def test_a_field_that_is_not_written_has_its_default():
+    run, whole = load("m3i.demo"), json.loads(load("m3i.demo").to_json())
+    del whole["decoder"], whole["pool"]["norm"]
+    expected = replace(run, decoder=Decoder(), pool=replace(run.pool, norm="none"))
+    assert run != expected and Run.from_json(json.dumps(whole)) == expected
+    assert DataFacts.from_json('{"categories": ["a"], "vocab_size": 0}') == DataFacts(("a",), 0)
 
 
 def test_unknown_recipe_lists_the_choices():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrain.balance import BalanceTracker
-from pretrain.config import DataFacts
+from pretrain.facts import DataFacts
 from pretrain.inputs import owned_places, owned_tokens, rows_of
 from pretrain.models.pixels import normalise
 from pretrain.models.temperature import Temperature

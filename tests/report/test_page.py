@@ -126,7 +126,7 @@ def test_empty_run_names_what_to_run(run_folder: Path, tmp_path: Path) -> None:
 
 
 def test_single_checkpoint_without_text_or_evaluation_works(data: Path, tmp_path: Path) -> None:
-    from pretrain.config import DataFacts
+    from pretrain.facts import DataFacts
 
     run, folder = small_run(), tmp_path / "one"
     folder.mkdir()
