@@ -230,6 +230,12 @@ class Mask:
             raise ValueError(f"mask.ratio={self.ratio} must lie in (0, 1)")
         if not 0 < self.aspect <= 1:
             raise ValueError(f"mask.aspect={self.aspect} must lie in (0, 1]")
+        for name in ("min_block", "aspect") if self.shape == "scattered" else ():
+            if getattr(self, name) != getattr(Mask, name):
+                raise ValueError(
+                    f"mask.{name}={getattr(self, name)} would be ignored: it is about blocks, and "
+                    "mask.shape='scattered' draws every patch by itself; leave it out"
+                )
 
 
 @dataclass(frozen=True)
@@ -324,7 +330,14 @@ class Run:
                 f"batch={self.batch} counts images and must be a multiple of "
                 f"objective.input.mixed={self.objective.input.mixed}: set {self.batch + 1}"
             )
-        num_second, patches = self.mask.ratio * self.grid**2, self.grid**2
+        self._check_mask()
+        if self.optim.warmup > self.steps:
+            raise ValueError(f"optim.warmup={self.optim.warmup} is longer than steps={self.steps}: lower it")
+
+    def _check_mask(self) -> None:
+        """ValueError unless the mask divides the view into whole squares, and into the shares that targets need."""
+        patches = self.grid**2
+        num_second = self.mask.ratio * patches
         if self.objective.input.hides and abs(num_second - round(num_second)) > 1e-3:
             nearest = min(max(round(num_second), 1), patches - 1) / patches
             raise ValueError(
@@ -336,8 +349,17 @@ class Run:
                 f"views.size={self.views.size} must be a multiple of mask.patch={self.mask.patch}: set "
                 f"{max(round(self.views.size / self.mask.patch), 1) * self.mask.patch}"
             )
-        if self.optim.warmup > self.steps:
-            raise ValueError(f"optim.warmup={self.optim.warmup} is longer than steps={self.steps}: lower it")
+        for name, target in self.objective.targets.items():
+            if (
+                target.is_decoded
+                and len(self.objective.slots(target)) > 1
+                and 2 * round(num_second) != patches
+            ):
+                raise ValueError(
+                    f"mask.ratio={self.mask.ratio} gives image 0 {patches - round(num_second)} of {patches} patches, "
+                    f"and target {name!r} decodes both images from what each owns, which must be equally much: "
+                    "set mask.ratio=0.5, or a target each for image 0 and 1"
+                )
 
     def images_per_rank(self, world: int) -> int:
         """Images of the batch that each of `world` ranks takes; ValueError when they do not divide evenly."""
