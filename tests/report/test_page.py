@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.report.__main__ import main, named_folders
+from pretrain.report.__main__ import main
 from pretrain.report.header import verdicts
 from pretrain.report.record import Record, read_record
 from tests.report.conftest import CATEGORIES, small_run
@@ -154,8 +154,8 @@ def test_bad_input_names_the_remedy(run_folder: Path, tmp_path: Path) -> None:
         main([str(tmp_path / "nowhere")])
     with pytest.raises(FileNotFoundError, match=r"recipe\.json is missing"):
         main([str(tmp_path)])
-    with pytest.raises(ValueError, match="must read NAME=DIR"):
-        named_folders(["scenes"])
+    with pytest.raises(ValueError, match="--data 'scenes' must look like NAME=DIR"):
+        main([str(run_folder), "--data", "scenes"])
     with pytest.raises(ValueError, match="use these names"):
         main([str(run_folder), "--data", f"nobody={tmp_path}"])
     with pytest.raises(FileNotFoundError, match="leave the option out"):
