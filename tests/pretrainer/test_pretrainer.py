@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.balance import BalanceTracker
+from pretrain.config import Source
 from pretrain.facts import DataFacts
 from pretrain.inputs import owned_places, owned_tokens, rows_of
 from pretrain.models.pixels import normalise
@@ -22,6 +23,7 @@ from pretrain.recipes import load, names
 from pretrain.scoring import Step, dense_matching
 from pretrain.targets import encode
 from pretrain.towers import Towers
+from pretrain.train import left_out
 from tests.fakes import FACTS, random_batch, shrink
 from tests.stand_ins import encoders, says
 
@@ -330,6 +332,18 @@ def test_targets_without_labels_in_the_data_are_left_out():
     losses = model(random_batch(run, 4), encoders(teacher), BalanceTracker())
     assert set(losses.nats) == {"image_same", "image_other", "category"}
     assert not hasattr(model.student, "text")
+
+
+def test_what_is_left_out_for_want_of_labels_is_said_with_the_reason():
+    run = load("m3i.demo")
+    unlabelled = {"photos": Source("none"), "named": Source("category")}
+    line = left_out(replace(run, data=unlabelled), DataFacts(categories=("cat", "dog"), vocab_size=0))
+    assert "LEFT OUT of the objective of m3i.demo: text (no source has supervision='text'). This is" in line
+    assert "{'photos': 'none', 'named': 'category'}" in line
+    line = left_out(run, DataFacts(categories=(), vocab_size=0))
+    assert "category (no source has supervision='category'), text (no source" in line
+    assert left_out(run, FACTS) is None
+    assert left_out(load("rows.mim_pixel"), DataFacts(categories=(), vocab_size=0)) is None
 
 
 def test_objective_that_the_data_cannot_serve_is_refused():
