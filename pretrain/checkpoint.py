@@ -33,7 +33,8 @@ from torch import Tensor
 
 from pretrain import intact, provenance, randomness
 from pretrain.collectives import rank, sum_over_ranks, world_size
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
+from pretrain.facts import DataFacts
 from pretrain.towers import Towers
 
 KEEP_NEWEST = 2  # besides step 0, from which evaluation tells what pre-training changed

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pydantic import TypeAdapter
-
+from pretrain import written
 from pretrain.objectives import Objective
 
 
@@ -233,6 +230,12 @@ class Mask:
             raise ValueError(f"mask.ratio={self.ratio} must lie in (0, 1)")
         if not 0 < self.aspect <= 1:
             raise ValueError(f"mask.aspect={self.aspect} must lie in (0, 1]")
+        for name in ("min_block", "aspect") if self.shape == "scattered" else ():
+            if getattr(self, name) != getattr(Mask, name):
+                raise ValueError(
+                    f"mask.{name}={getattr(self, name)} would be ignored: it is about blocks, and "
+                    "mask.shape='scattered' draws every patch by itself; leave it out"
+                )
 
 
 @dataclass(frozen=True)
@@ -327,7 +330,14 @@ class Run:
                 f"batch={self.batch} counts images and must be a multiple of "
                 f"objective.input.mixed={self.objective.input.mixed}: set {self.batch + 1}"
             )
-        num_second, patches = self.mask.ratio * self.grid**2, self.grid**2
+        self._check_mask()
+        if self.optim.warmup > self.steps:
+            raise ValueError(f"optim.warmup={self.optim.warmup} is longer than steps={self.steps}: lower it")
+
+    def _check_mask(self) -> None:
+        """ValueError unless the mask divides the view into whole squares, and into the shares that targets need."""
+        patches = self.grid**2
+        num_second = self.mask.ratio * patches
         if self.objective.input.hides and abs(num_second - round(num_second)) > 1e-3:
             nearest = min(max(round(num_second), 1), patches - 1) / patches
             raise ValueError(
@@ -339,8 +349,17 @@ class Run:
                 f"views.size={self.views.size} must be a multiple of mask.patch={self.mask.patch}: set "
                 f"{max(round(self.views.size / self.mask.patch), 1) * self.mask.patch}"
             )
-        if self.optim.warmup > self.steps:
-            raise ValueError(f"optim.warmup={self.optim.warmup} is longer than steps={self.steps}: lower it")
+        for name, target in self.objective.targets.items():
+            if (
+                target.is_decoded
+                and len(self.objective.slots(target)) > 1
+                and 2 * round(num_second) != patches
+            ):
+                raise ValueError(
+                    f"mask.ratio={self.mask.ratio} gives image 0 {patches - round(num_second)} of {patches} patches, "
+                    f"and target {name!r} decodes both images from what each owns, which must be equally much: "
+                    "set mask.ratio=0.5, or a target each for image 0 and 1"
+                )
 
     def images_per_rank(self, world: int) -> int:
         """Images of the batch that each of `world` ranks takes; ValueError when they do not divide evenly."""
@@ -359,28 +378,9 @@ class Run:
 
     def to_json(self) -> str:
         """The resolved run as text, from which `from_json` makes an equal one."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return written.to_json(self)
 
     @staticmethod
     def from_json(text: str) -> Run:
-        """Raises pydantic.ValidationError (a ValueError) that names the field that does not fit."""
-        return TypeAdapter(Run).validate_json(text)
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """What the model must know of data and guide: read at the start, kept in every checkpoint."""
-
-    categories: tuple[str, ...]  # names by index; empty without category supervision
-    vocab_size: int  # of the tokenizer; 0 without text supervision
-    tags: tuple[str, ...] = ()  # names by number; empty without tags supervision
-    guide_width: int = 0  # of the features of the frozen encoder that targets need; 0 without
-    guide_codes: int = 0  # of its codebook; 0 where it is no tokenizer
-    sha256: dict[str, str] = field(default_factory=dict)  # "data.NAME" of a manifest; "tokenizer"; "guide"
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
-
-    @staticmethod
-    def from_json(text: str) -> DataFacts:
-        return TypeAdapter(DataFacts).validate_json(text)
+        """ValueError that names the field that does not fit, or that this version does not know."""
+        return written.from_json(Run, text)

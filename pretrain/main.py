@@ -27,6 +27,7 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").re
 
 from pretrain import recipes  # noqa: E402
 from pretrain.config import Run  # noqa: E402
+from pretrain.named_folders import named_folders  # noqa: E402
 
 MISTAKE = 2  # exit code for a command line that cannot be right, as argparse has it
 FAILED = 1
@@ -130,15 +131,10 @@ def show_help(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 
 
 def match_sources(run: Run, pairs: list[str]) -> dict[str, Path]:
-    """NAME=DIR of the command line by name; ValueError unless the names are those of the recipe's sources."""
-    folders = {}
-    for pair in pairs:
-        name, separator, folder = pair.partition("=")
-        if not separator or not folder:
-            raise ValueError(f"--data {pair!r} must look like NAME=DIR, with NAME one of {list(run.data)}")
-        if name in folders:
-            raise ValueError(f"--data names {name!r} twice: give NAME=DIR once for each of {list(run.data)}")
-        folders[name] = Path(folder)
+    """NAME=DIR of the command line by name; ValueError unless the names are those of the recipe's sources, and as
+    `named_folders`.
+    """
+    folders = named_folders("--data", pairs)
     if folders.keys() != run.data.keys():
         raise ValueError(
             f"--data names {sorted(folders)}, but recipe {run.name} has the sources {sorted(run.data)}: "
@@ -155,7 +151,8 @@ def main(arguments: list[str]) -> int:
             run, paths = parse(arguments)
         return start(run, paths)
     except (ValueError, OSError) as error:
-        if first_rank:
+        # A folder may be missing on one node alone, a mistake in the command is the same on all.
+        if first_rank or (isinstance(error, OSError) and os.environ.get("LOCAL_RANK") == "0"):
             print(f"error: {error}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:

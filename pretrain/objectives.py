@@ -35,6 +35,13 @@ FORMS: dict[Kind, dict[tuple[Encoder, Keep], tuple[Score, ...]]] = {
     "tags": {("raw", "none"): ("bernoulli",), ("ema", "stop_gradient"): ("boltzmann",)},
     "clusters": {("learned", "sinkhorn"): ("boltzmann",)},
 }
+# What is said of the image, not of a view, and what is swapped between views, has no choice of one.
+VIEWS: dict[tuple[Kind, Encoder], tuple[View, ...]] = {
+    ("category", "learned"): ("same",),
+    ("text", "learned"): ("same",),
+    ("tags", "raw"): ("same",),
+    ("clusters", "learned"): ("other",),
+}
 LABELS = ("category", "text", "tags")
 GUIDED = ("frozen", "tokenizer")  # encoders that --guide names
 OUTPUTS = {
@@ -103,6 +110,11 @@ class Target:
                 f"score={self.score!r} does not fit encoder={self.encoder!r}, keep={self.keep!r} of a {self.kind} "
                 f"target; choose from {scores}"
             )
+        if self.view not in VIEWS.get((self.kind, self.encoder), ("same", "other")):
+            raise ValueError(
+                f"view={self.view!r} of a {self.kind} target would be ignored: clusters are those of the other view, "
+                "labels those of the image; leave clusters at view='other', labels at view='same'"
+            )
         self._check_patches()
 
     def _check_patches(self) -> None:
@@ -139,6 +151,11 @@ class Target:
     def output(self) -> str:
         """Which numbers the prediction of a patch holds: pixels, dense (the teacher's), guide or codes."""
         return OUTPUTS.get(self.encoder, self.kind)
+
+    @property
+    def is_decoded(self) -> bool:
+        """Is it predicted from the tokens that its image owns, by the transformer?"""
+        return self.kind in ("pixels", "dense") and self.decoder == "transformer"
 
     @property
     def group(self) -> Group:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker, fork
 from pretrain.collapse import Seen
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
 from pretrain.data.batch import Batch
+from pretrain.facts import DataFacts
 from pretrain.inputs import Encoded, MaskPatch, enlarge, owned_tokens
 from pretrain.models.decoder import DenseDecoder
 from pretrain.models.pixels import normalise

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint import latest, steps_in
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
+from pretrain.facts import DataFacts
 
 HARMLESS = (
     "save_every",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +34,8 @@ from pretrain.targets import positives
 if TYPE_CHECKING:
     from pretrain.pretrainer import Pretrainer
 
-SCATTER = 2654435761  # 2^32 over the golden ratio: multiples of it are spread evenly (Knuth, TAOCP, 6.4)
+GOLDEN = (1 + math.sqrt(5)) / 2  # multiples of 1 / GOLDEN, modulo 1, are spread evenly (Knuth, TAOCP, 6.4)
+SCATTER = 2654435761  # 2^32 / GOLDEN
 
 # nats of a target, and what could be seen of its collapse
 Scored = tuple[Float[Tensor, ""], Seen | None]
@@ -45,10 +47,14 @@ class Step:
     def __init__(self, model: Pretrainer, encoded: Encoded, z_y: dict[str, Tensor]) -> None:
         self.model, self.run, self.encoded, self.z_y = model, model.run, encoded, z_y
         self.batch = encoded.batch
-        self.embedding: Callable[[Group], Float[Tensor, "b e"]] = cache(self._embed)
+        self._embeddings: dict[Group, Tensor] = {}  # no functools.cache: one of a method keeps the step alive
 
-    def _embed(self, group: Group) -> Float[Tensor, "b e"]:
-        return self.model.student.embed_tokens(self.encoded.tokens[group], self.encoded.owned)
+    def embedding(self, group: Group) -> Float[Tensor, "b e"]:
+        """Of every image, from the branch of the encoder's output whose gradients count as the group's."""
+        if group not in self._embeddings:
+            embed = self.model.student.embed_tokens
+            self._embeddings[group] = embed(self.encoded.tokens[group], self.encoded.owned)
+        return self._embeddings[group]
 
     @cached_property
     def projected(self) -> Float[Tensor, "b p"]:
@@ -128,19 +134,28 @@ def dense_matching(
     position: Int[Tensor, " n"],
 ) -> Float[Tensor, ""]:
     """Predicted patches against the same patches of their target view and those of all images of the global
-    batch: some of each image, evenly spread from a start that its position in the run's order decides.
+    batch: some of each image, spread over it from a start that its position in the run's order decides.
     Where a patch lies, the decoder knows from the views' geometry.
     """
     num_patches = prediction.shape[1]
-    num = min(projection.dense_samples, num_patches)
-    steps = torch.arange(num, device=position.device) * num_patches // num
+    steps = torch.arange(min(projection.dense_samples, num_patches), device=position.device)
     start = position * SCATTER % num_patches
-    drawn = ((start[:, None] + steps) % num_patches)[..., None]
+    drawn = ((start[:, None] + steps * _stride(num_patches)) % num_patches)[..., None]
     pairs = (
         F.normalize(z.gather(1, drawn.expand(-1, -1, z.shape[-1])).flatten(0, 1).float(), dim=-1)
         for z in (prediction, z_y)
     )
     return matching_nats(*pairs, 1 / projection.temperature)
+
+
+def _stride(num_patches: int) -> int:
+    """A step from patch to patch, near the golden ratio of them all, that meets each once before any again.
+
+    It shares no factor with the number of patches, nor with its root: the first patches of a square grid lie in
+    columns that all differ, and in rows that are spread as evenly as multiples of the golden ratio.
+    """
+    coprime = (step for step in range(1, num_patches + 1) if math.gcd(step, num_patches) == 1)
+    return min(coprime, key=lambda step: abs(step - num_patches / GOLDEN))
 
 
 def global_nats(step: Step, name: str, target: Target) -> Scored:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
+from pretrain.facts import DataFacts
 from pretrain.models.backbone import build_encoder
 from pretrain.models.feature_norm import FEATURE_NORMS, FeatureNorm
 from pretrain.models.pooling import AttentionPool
@@ -120,12 +121,18 @@ def projector(width: int, hidden: int, out: int) -> nn.Sequential:
 
 def active_targets(run: Run, facts: DataFacts) -> dict[str, Target]:
     """The objective's targets that the data can serve; ValueError when that leaves none."""
-    has = {"category": bool(facts.categories), "text": bool(facts.vocab_size), "tags": bool(facts.tags)}
-    targets = run.objective.targets.items()
-    active = {name: target for name, target in targets if has.get(target.kind, True)}
+    without = targets_without_labels(run, facts)
+    active = {name: target for name, target in run.objective.targets.items() if name not in without}
     if not active:
         raise ValueError(
             f"none of the targets {sorted(run.objective.targets)} has labels in the data: give a source with "
             "categories, captions or tags, or an objective that predicts images"
         )
     return active
+
+
+def targets_without_labels(run: Run, facts: DataFacts) -> dict[str, Target]:
+    """The objective's targets whose labels no source gives."""
+    has = {"category": bool(facts.categories), "text": bool(facts.vocab_size), "tags": bool(facts.tags)}
+    targets = run.objective.targets.items()
+    return {name: target for name, target in targets if not has.get(target.kind, True)}

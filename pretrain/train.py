@@ -16,15 +16,16 @@ import torch.distributed as dist
 from data_prep.schema import TOKENIZER_FOLDER
 from pretrain import checkpoint, resume
 from pretrain.collectives import from_first_rank, rank, world_size
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
 from pretrain.data.loader import Loader
 from pretrain.engine import Engine, describe, resolve_config, start_distributed
+from pretrain.facts import DataFacts
 from pretrain.intact import write_text
 from pretrain.lock import only_writer
 from pretrain.models.guides import Guide, open_guide
 from pretrain.monitor import Monitor
 from pretrain.pretrainer import Pretrainer
-from pretrain.towers import Towers
+from pretrain.towers import Towers, targets_without_labels
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device:
         write_text(paths.out / "data.json", json.dumps(folders, indent=1))
     with closing(loader), Monitor(paths.out, run, first_step, wandb=paths.wandb) as monitor:
         monitor.say(f"{machine}; {'from the beginning' if folder is None else f'from {folder}'}")
+        if line := left_out(run, facts):
+            monitor.say(line)
         if folder is None:
             checkpoint.save(engine, paths.out, facts, tokenizer)
         batches = iter(loader)
@@ -107,6 +110,18 @@ def tokenizer_folder(run: Run, paths: Paths) -> Path | None:
     if paths.tokenizer is None and captioned and captioned[0] in paths.data:
         return paths.data[captioned[0]] / TOKENIZER_FOLDER
     return paths.tokenizer if captioned else None
+
+
+def left_out(run: Run, facts: DataFacts) -> str | None:
+    """The line that names the targets which nothing in the data serves, and why; None where all are served."""
+    without = targets_without_labels(run, facts)
+    if not without:
+        return None
+    told = ", ".join(f"{name} (no source has supervision={t.kind!r})" for name, t in without.items())
+    sources = {name: source.supervision for name, source in run.data.items()}
+    return (
+        f"LEFT OUT of the objective of {run.name}: {told}. This is another method; its sources are {sources}"
+    )
 
 
 def read_guide(run: Run, folder: Path | None) -> Guide | None:

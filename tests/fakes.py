@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
 from pretrain.data.batch import MOST_TAGS, NO_CATEGORY, NO_TAG, Batch
+from pretrain.facts import DataFacts
 
 FACTS = DataFacts(
     categories=("apple", "boat", "cat", "door", "egg"),
@@ -59,6 +60,7 @@ def shrink(run: Run) -> Run:
     """The same run at three steps of four inputs: its own structure at sizes that a CPU test can run."""
     size, patch = 64, max(MASK_PATCH[run.backbone.family], run.mask.patch)
     patches = (size // patch) ** 2
+    mask = replace(run.mask, patch=patch, ratio=round(run.mask.ratio * patches) / patches)
     return replace(
         run,
         batch=4 * run.objective.input.mixed,
@@ -73,8 +75,6 @@ def shrink(run: Run) -> Run:
         text=replace(run.text, layers=1, width=32, ffn=64, heads=4, length=16),
         backbone=replace(run.backbone, size=f"{run.backbone.family}_tiny", token_width=64),
         views=replace(run.views, size=size),
-        mask=replace(
-            run.mask, patch=patch, min_block=patches // 4, ratio=round(run.mask.ratio * patches) / patches
-        ),
+        mask=replace(mask, min_block=patches // 4) if mask.shape == "blocks" else mask,
         optim=replace(run.optim, warmup=1),
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data_prep.schema import IMAGE_EXTENSIONS
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
 from pretrain.data.batch import MOST_TAGS, NO_TAG, Batch
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample, DataError, check_bad_share
@@ -28,6 +28,7 @@ from pretrain.data.order import Order
 from pretrain.data.sources import OpenSource, Sources, open_sources
 from pretrain.data.text import choose_caption
 from pretrain.data.views import two_views
+from pretrain.facts import DataFacts
 
 VERIFIED_BYTES = 2 * 2**30  # data sets up to this size are hashed at start, of larger ones the first shard
 MAX_REPLACED = 100  # bad samples in a row of one source before the data counts as broken

@@ -12,12 +12,12 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
-from pretrain.config import DataFacts
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.evaluate import dense, knn, linear, zero_shot
 from pretrain.evaluate.accuracy import proportion, score
 from pretrain.evaluate.features import Features
 from pretrain.evaluate.regions import score_regions
+from pretrain.facts import DataFacts
 
 
 class NotMeasured(Exception):

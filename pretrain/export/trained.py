@@ -9,7 +9,8 @@ from typing import Any
 
 from data_prep.schema import MANIFEST_NAME, Manifest
 from pretrain.checkpoint import load_towers
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
+from pretrain.facts import DataFacts
 from pretrain.towers import Towers
 
 

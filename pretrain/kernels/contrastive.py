@@ -35,14 +35,31 @@ def contrastive_nats(
 
 
 def text_ids(tokens: Int[Tensor, "n length"]) -> Int[Tensor, " n"]:
-    """A number a text: equal for equal tokens, and for others with probability 2^-64 a pair."""
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (tokens.shape[1],), generator=generator).to(tokens.device)
-    mixed = (tokens.long() + 1) * (
-        2 * factors + 1
-    )  # wraps around 2^64; products with odd numbers lose nothing
-    mixed = mixed ^ (mixed >> 29)
-    return (mixed * (2 * factors.flip(0) + 1)).sum(dim=1)
+    """A number a text, int64: equal for equal tokens, and for others with probability 2^-64 a pair.
+
+    The sum, modulo 2^64, of one pseudo-random number for every token at every place (Zobrist's hashing); computed
+    where the tokens lie.
+    """
+    places = torch.arange(tokens.shape[1], device=tokens.device) << 32  # more than there are tokens
+    return _mixed(tokens.long() + places).sum(dim=1)
+
+
+def _mixed(numbers: Int[Tensor, "*b"]) -> Int[Tensor, "*b"]:
+    """Output number n + 1 of SplitMix64 with seed 0, for every n; a permutation of all of int64, which wraps.
+
+    Source: Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators (OOPSLA 2014), variant 13 of
+    Stafford's.
+    """
+    mixed = (numbers + 1) * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        upper = (mixed >> shift) & (2 ** (64 - shift) - 1)  # int64 shifts copies of the sign in
+        mixed = (mixed ^ upper) * _signed(factor)
+    return mixed
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of a 64-bit word."""
+    return word - (word >> 63 << 64)
 
 
 def matching_nats(

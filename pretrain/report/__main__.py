@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.schema import write_atomic
+from pretrain.named_folders import named_folders
 from pretrain.report.page import Settings, heldout_folder, page
 from pretrain.report.record import read_record
 
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     out = options.out or options.run / "report.html"
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file, such as {out / 'report.html'}")
-    record = read_record(options.run, named_folders(options.data), options.tokenizer)
+    record = read_record(options.run, named_folders("--data", options.data), options.tokenizer)
     heldout = heldout_folder(record, options.heldout)
     text = page(
         record,
@@ -62,19 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     write_atomic(out, text.encode("utf-8"))
     print(f"written to {out} ({out.stat().st_size / 2**20:.1f} MiB)")
     return out
-
-
-def named_folders(options: Sequence[str]) -> dict[str, Path]:
-    """NAME=DIR arguments as folders by name."""
-    folders = {}
-    for option in options:
-        name, equals, folder = option.partition("=")
-        if not (name and equals and folder):
-            raise ValueError(f"--data {option!r} must read NAME=DIR, such as scenes=data/scenes/train")
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"--data {option}: {folder} is no folder; name a data set folder")
-        folders[name] = Path(folder)
-    return folders
 
 
 if __name__ == "__main__":

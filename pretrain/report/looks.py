@@ -12,12 +12,13 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from pretrain.checkpoint import load_towers
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.text import Captions
 from pretrain.evaluate.features import Pictures
 from pretrain.evaluate.knn import nearest
 from pretrain.evaluate.zero_shot import class_vectors
+from pretrain.facts import DataFacts
 from pretrain.models.pixels import normalise
 from pretrain.towers import Towers
 

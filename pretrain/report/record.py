@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import intact
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
+from pretrain.facts import DataFacts
 
 _STEP = re.compile(r"step_(\d{6,})")
 

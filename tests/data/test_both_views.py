@@ -37,9 +37,11 @@ def test_the_second_view_is_made_though_no_target_asks_for_it(folders: dict[str,
     assert not torch.equal(batch.views[:, 0], batch.views[:, 1])
 
 
-@pytest.mark.parametrize("shape", ["blocks", "scattered"])
-def test_every_input_has_a_mask_of_its_own(folders: dict[str, Path], shape: str) -> None:
-    run = masked_run(mask=Mask(patch=4, min_block=4, shape=shape))
+@pytest.mark.parametrize(
+    "drawn", [Mask(patch=4, min_block=4), Mask(patch=4, shape="scattered")], ids=lambda mask: mask.shape
+)
+def test_every_input_has_a_mask_of_its_own(folders: dict[str, Path], drawn: Mask) -> None:
+    run = masked_run(mask=drawn)
     mask = joined(batches(run, folders, 40)).mask.flatten(1)
     assert mask.shape == (480, 16) and mask.sum(1).eq(8).all()
     first, second = mask[0::2].double(), mask[1::2].double()

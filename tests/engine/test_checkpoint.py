@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pretrain import checkpoint, intact, resume
-from pretrain.config import DataFacts
+from pretrain.facts import DataFacts
 from tests.engine.launch import start
 from tests.engine.toy import FACTS, toy_run
 from tests.paths import ROOT

@@ -17,7 +17,7 @@ from pretrain.main import MISTAKE, explain, main, parse
 from tests.engine.launch import TIMEOUT, environment
 from tests.paths import ROOT
 
-SOURCES = ["labelled=a", "captioned=b"]
+SOURCES = ["labelled=tests", "captioned=jobs"]  # folders that exist
 GOOD = ["--recipe", "m3i.demo", "--data", *SOURCES, "--out", "out"]
 
 
@@ -26,7 +26,7 @@ def test_overrides_are_typed_and_nested() -> None:
     assert run.optim.lr == 3e-4
     assert run.data["labelled"].weight == 2
     assert run.decoder == recipes.load("m3i.demo").decoder
-    assert paths.data == {"labelled": Path("a"), "captioned": Path("b")}
+    assert paths.data == {"labelled": Path("tests"), "captioned": Path("jobs")}
 
 
 @pytest.mark.parametrize(
@@ -40,24 +40,30 @@ def test_overrides_are_typed_and_nested() -> None:
         (["--recipe", "m3i.dmo"], "recipe='m3i.dmo' is unknown; choose from ['m3i.vit_b16'"),
         (["--data", "labelled"], "--data 'labelled' must look like NAME=DIR"),
         (
-            ["--data", "labelled=a", "labelled=b", "captioned=c"],
-            "--data names 'labelled' twice: give NAME=DIR once",
+            ["--data", *SOURCES, "labelled=jobs"],
+            "--data names 'labelled' twice: give every folder a name of its own",
+        ),
+        (["--data", "=tests"], "--data '=tests' must look like NAME=DIR"),
+        (["--data", "labelled="], "--data 'labelled=' must look like NAME=DIR"),
+        (
+            ["--data", "labelled=nowhere"],
+            "--data labelled=nowhere: nowhere is no folder; name one that exists",
         ),
         (
             ["--batch", "63"],
             "batch=63 counts images and must be a multiple of objective.input.mixed=2: set 64",
         ),
         (["--out", "README.md"], "--out README.md is a file: name a folder"),
-        (["--data", "labelled=a"], "recipe m3i.demo has the sources ['captioned', 'labelled']: give"),
+        (["--data", "labelled=tests"], "recipe m3i.demo has the sources ['captioned', 'labelled']: give"),
         (["--ds-config", "no.json"], "--ds-config no.json is no file; choose one of"),
         (["--workers", "-1"], "--workers -1 must not be negative"),
         (["--guide", "clip"], "--guide clip would be ignored, no target of recipe 'm3i.demo' asks for it"),
         (
-            ["--recipe", "mvp.vit_b16", "--data", "imagenet1k=a"],
+            ["--recipe", "mvp.vit_b16", "--data", "imagenet1k=tests"],
             "name its folder by --guide (a CLIP or vision",
         ),
         (
-            ["--recipe", "mvp.vit_b16", "--data", "imagenet1k=a", "--guide", "nowhere"],
+            ["--recipe", "mvp.vit_b16", "--data", "imagenet1k=tests", "--guide", "nowhere"],
             "--guide nowhere is no folder",
         ),
         (["--recipe", "asked.json"], "--recipe asked.json is no file"),
@@ -83,6 +89,19 @@ def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert main([*GOOD, "--workers", "-1"]) == MISTAKE
     printed = capsys.readouterr()
     assert printed.out + printed.err == ""
+
+
+def test_a_folder_that_one_node_lacks_is_told_by_its_first_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for rank, local_rank in (("8", "0"), ("9", "1")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert main([*GOOD, "--data", "labelled=nowhere", "captioned=jobs"]) == MISTAKE
+        assert main([*GOOD, "--workers", "-1"]) == MISTAKE
+        told.append(capsys.readouterr().err)
+    assert told == ["error: --data labelled=nowhere: nowhere is no folder; name one that exists\n", ""]
 
 
 def test_help_lists_every_field_with_the_value_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,8 +47,9 @@ def row_run(row: str, family: str) -> Run:
     """A row at the sizes of a test; every rank sees its own half of IMAGES."""
     run = load("m3i.vit_b16" if row == "m3i" else f"rows.{row}")
     run = shrink(replace(run, backbone=replace(run.backbone, family=family, drop_path=0.0)))
-    # Without warm-up Adam turns the rounding of gradients that are near 0 into whole steps at the full rate.
-    optim = replace(run.optim, warmup=2 * STEPS)
+    # Without warm-up Adam turns the rounding of gradients that are near 0 into whole steps at the full rate; with
+    # weight decay a weight would move without any gradient.
+    optim = replace(run.optim, warmup=2 * STEPS, weight_decay=0.0)
     return replace(run, batch=IMAGES, steps=2 * STEPS, optim=optim)
 
 

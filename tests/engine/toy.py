@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker, fork
 from pretrain.collapse import Seen
-from pretrain.config import Balance, DataFacts, Mask, Optim, Run, Source, Teacher, Views
+from pretrain.config import Balance, Mask, Optim, Run, Source, Teacher, Views
 from pretrain.data.batch import Batch
+from pretrain.facts import DataFacts
 from pretrain.objectives import OBJECTIVES
 from pretrain.targets import TargetEncoders
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
 from pretrain.engine import Engine, resolve_config
+from pretrain.facts import DataFacts
 from pretrain.pretrainer import Pretrainer
 from pretrain.towers import Towers
 from tests.paths import ROOT

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import DataFacts
+from pretrain.facts import DataFacts
 from pretrain.recipes import load
 from tests.evaluate.runs import write_run
 from tests.evaluate.sets import COLORS, write_set

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from pretrain import checkpoint
 from pretrain.balance import BalanceTracker
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
+from pretrain.facts import DataFacts
 from pretrain.towers import Towers
 
 

@@ -13,7 +13,6 @@ import torch
 
 from data_prep.schema import Manifest, write_manifest
 from pretrain.checkpoint import load_towers
-from pretrain.config import DataFacts
 from pretrain.data.decode import decode_image
 from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
@@ -21,6 +20,7 @@ from pretrain.evaluate.__main__ import evaluate, main
 from pretrain.evaluate.features import extract
 from pretrain.evaluate.probes import PROBES
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
+from pretrain.facts import DataFacts
 from pretrain.models.backbone import InternImageEncoder
 from pretrain.models.pixels import normalise
 from pretrain.recipes import load

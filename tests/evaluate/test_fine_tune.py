@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint import load_towers
-from pretrain.config import DataFacts
 from pretrain.evaluate.fine_tune import Classifier, Examples, FineTune, fine_tune, predict
 from pretrain.evaluate.layers import layer_order
 from pretrain.evaluate.probes import NotMeasured
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
+from pretrain.facts import DataFacts
 from pretrain.recipes import load
 from tests.evaluate.runs import write_run
 from tests.evaluate.sets import COLORS

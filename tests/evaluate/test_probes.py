@@ -13,13 +13,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from data_prep.schema import fill_prompt
-from pretrain.config import DataFacts
 from pretrain.evaluate import knn, linear, zero_shot
 from pretrain.evaluate.accuracy import confusion_counts, score, wilson
 from pretrain.evaluate.dense import DenseFeatures
 from pretrain.evaluate.features import Features
 from pretrain.evaluate.probes import PROBES, Evidence, measure
 from pretrain.evaluate.zero_shot import PROMPTS
+from pretrain.facts import DataFacts
 
 NUM_CATEGORIES = 6
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import Backbone, DataFacts
+from pretrain.config import Backbone
 from pretrain.export.trained import Trained, read_trained
+from pretrain.facts import DataFacts
 from pretrain.recipes import load
 from tests.evaluate.runs import write_run
 from tests.fakes import shrink

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.config import DataFacts, Pool, Run
+from pretrain.config import Pool, Run
 from pretrain.export.formats import export
 from pretrain.export.trained import Trained
+from pretrain.facts import DataFacts
 from pretrain.models import internimage_layouts as layouts
 from pretrain.models.internimage import INTERNIMAGE, InternImageClassifier
 from pretrain.recipes import load

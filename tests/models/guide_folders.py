@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ViTConfig, ViTImageProcessor, ViTModel
 
-from pretrain.config import DataFacts
+from pretrain.facts import DataFacts
 from pretrain.recipes import load
 from tests.evaluate.runs import write_run
 from tests.fakes import shrink

@@ -11,7 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from pretrain.config import Backbone, DataFacts
+from pretrain.config import Backbone
+from pretrain.facts import DataFacts
 from pretrain.models.backbone import BACKBONES, build_encoder
 from pretrain.models.feature_norm import MOMENTUM, FeatureNorm
 from pretrain.recipes import load

@@ -187,6 +187,16 @@ def test_codes_are_the_nearest_by_cosine(vit: tuple[Path, Any]) -> None:
         plain.codes(views, GRID)
 
 
+def test_a_codebook_stays_float32_in_a_bfloat16_guide(vit: tuple[Path, Any]) -> None:
+    plain = open_guide(vit[0])
+    codebook = F.normalize(torch.randn(9, WIDTH), dim=-1)
+    opened = Opened(plain.tower, WIDTH, PATCH, GRID, MEAN, STD, plain.folder, plain.files)
+    guide = torch.nn.Sequential(Guide(opened, codebook.clone())).to(torch.bfloat16)[0]
+    assert {parameter.dtype for parameter in guide.parameters()} == {torch.bfloat16}
+    assert torch.equal(guide.codebook, codebook) and guide.codebook is guide.get_buffer("codebook")
+    assert guide.to("meta").codebook.is_meta
+
+
 def test_codes_do_not_depend_on_how_many_tokens_are_looked_up_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
-from pretrain.config import Backbone, Clusters, Mask, Optim, Run, Source, Tags, Views
+from pretrain.config import Backbone, Clusters, Decoder, Mask, Optim, Run, Source, Tags, Views
+from pretrain.facts import DataFacts
 from pretrain.models.backbone import build_encoder
 from pretrain.objectives import OBJECTIVES, Input, Objective, Target
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
 from pretrain.recipes import load, names
-from tests.fakes import shrink
+from tests.fakes import FACTS, shrink
 
 
 @pytest.mark.parametrize("recipe", names())
@@ -19,6 +21,44 @@ def test_a_resolved_run_read_back_is_equal(recipe):
     run = load(recipe)
     assert Run.from_json(run.to_json()) == run
     assert Run.from_json(shrink(run).to_json()) == shrink(run)
+
+
+DECODED = Target("dense", "gaussian", "same", "ema", "stop_gradient")
+
+
+def mixed_run(ratio, **targets):
+    """The demo on 8 x 8 squares, `ratio` of them the second image's, with other targets."""
+    run = load("m3i.demo")
+    return replace(run, mask=replace(run.mask, ratio=ratio), objective=Objective(Input(mixed=2), targets))
+
+
+def changed(text, *path_and_value):
+    """JSON text with one more, or another, value at a path."""
+    whole = json.loads(text)
+    *path, name, value = path_and_value
+    owner = whole
+    for key in path:
+        owner = owner[key]
+    owner[name] = value
+    return json.dumps(whole)
+
+
+def test_a_written_field_that_no_run_has_is_refused_by_name():
+    text = changed(load("m3i.demo").to_json(), "balance", "gamma", 50)
+    text = changed(text, "objective", "targets", "image_same", "wieght", 2.0)
+    message = r"objective\.targets\.image_same\.wieght=2\.0, balance\.gamma=50: no such .* remove it or write"
+    with pytest.raises(ValueError, match=message):
+        Run.from_json(text)
+    with pytest.raises(ValueError, match=r"^vocabulary=7: no such field in a DataFacts of this version"):
+        DataFacts.from_json(changed(FACTS.to_json(), "vocabulary", 7))
+
+
+def test_a_field_that_is_not_written_has_its_default():
+    run, whole = load("m3i.demo"), json.loads(load("m3i.demo").to_json())
+    del whole["decoder"], whole["pool"]["norm"]
+    expected = replace(run, decoder=Decoder(), pool=replace(run.pool, norm="none"))
+    assert run != expected and Run.from_json(json.dumps(whole)) == expected
+    assert DataFacts.from_json('{"categories": ["a"], "vocab_size": 0}') == DataFacts(("a",), 0)
 
 
 def test_unknown_recipe_lists_the_choices():
@@ -112,6 +152,24 @@ def test_unknown_recipe_lists_the_choices():
         (lambda: Tags(min_score=1.5), r"tags\.min_score=1\.5 must lie in \[0, 1\]"),
         (lambda: Tags(negative_focus=-1), r"tags\.negative_focus=-1 must not be negative"),
         (lambda: Clusters(epsilon=0), r"clusters\.epsilon=0 must be positive"),
+        (
+            lambda: Target("clusters", "boltzmann", "same", "learned", "sinkhorn"),
+            r"view='same' of a clusters target would be ignored: .* leave clusters at view='other'",
+        ),
+        (lambda: Target("text", "boltzmann", "other"), r"view='other' of a text target would be ignored"),
+        (
+            lambda: Target("tags", "bernoulli", "other", "raw", "none"),
+            r"view='other' of a tags target would be ignored",
+        ),
+        (
+            lambda: Mask(shape="scattered", min_block=4),
+            r"mask\.min_block=4 would be ignored: .* mask\.shape='scattered' .* leave it out",
+        ),
+        (lambda: Mask(shape="scattered", aspect=0.5), r"mask\.aspect=0\.5 would be ignored"),
+        (
+            lambda: mixed_run(0.25, d=DECODED),
+            r"mask\.ratio=0\.25 gives image 0 48 of 64 patches, and target 'd' .* set mask\.ratio=0\.5, or a target",
+        ),
         (lambda: Objective(Input(), {}), r"predicts at least one target"),
         (lambda: Objective(Input(), {"t": Target("text", "boltzmann", image=1)}), r"asks for image 1"),
     ],
@@ -119,6 +177,20 @@ def test_unknown_recipe_lists_the_choices():
 def test_a_value_that_cannot_work_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"d": replace(DECODED, image=0), "e": replace(DECODED, image=1)},
+        {"d": replace(DECODED, decoder="linear")},
+        {"c": Target("category", "boltzmann")},
+    ],
+    ids=lambda targets: f"{len(targets)} {next(iter(targets.values())).kind}",
+)
+def test_images_of_unequal_shares_may_be_predicted_apart(targets):
+    run = mixed_run(0.25, **targets)
+    assert run.mask.ratio == 0.25
 
 
 def test_m3i_needs_the_other_view_of_the_second_image_only():

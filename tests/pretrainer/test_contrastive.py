@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.kernels import contrastive
 
@@ -65,6 +66,39 @@ def test_texts_have_one_number_where_all_their_tokens_are_equal():
     ids = contrastive.text_ids(tokens)
     _, expected = torch.unique(tokens, dim=0, return_inverse=True)
     assert torch.equal(ids[:, None] == ids, expected[:, None] == expected)
+
+
+def test_texts_of_one_token_have_the_published_numbers_of_splitmix64():
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # of seed 0
+    assert [number % 2**64 for number in contrastive.text_ids(torch.arange(3)[:, None]).tolist()] == published
+
+
+def test_numbers_of_texts_are_as_apart_as_random_ones():
+    texts = torch.cartesian_prod(*[torch.arange(2)] * 16)  # 65,536, each but a few tokens from many others
+    ids = contrastive.text_ids(texts)
+    halves = torch.stack([ids & (2**32 - 1), (ids >> 32) & (2**32 - 1)])
+    # of random halves half a pair is expected to be equal, 2^31 pairs over 2^32 numbers: more than 5 are none
+    assert all(len(half.unique()) >= len(texts) - 5 for half in halves)
+
+
+class Devices(TorchDispatchMode):
+    """Collects where the outcomes of all operations lie."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        self.seen.add(out.device.type)
+        return out
+
+
+def test_numbers_of_texts_are_computed_where_the_tokens_lie():
+    tokens = torch.ones(4, 7, dtype=torch.int64, device="meta")
+    with Devices() as devices:
+        ids = contrastive.text_ids(tokens)
+    assert devices.seen == {"meta"} and ids.shape == (4,) and ids.dtype == torch.int64
 
 
 def test_is_log_n_when_all_embeddings_are_equal():

@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pretrain.config import Projection
 from pretrain.kernels import contrastive
-from pretrain.likelihoods import bernoulli_nats, decorrelation_nats, uniform_part
+from pretrain.likelihoods import bernoulli_nats, category_nats, decorrelation_nats, uniform_part
+from pretrain.scoring import dense_matching
 from tests.pretrainer.test_contrastive import (
     inputs,
     loss_and_gradients,
@@ -34,32 +36,54 @@ def tags(logits, is_positive, has_tags):
     return bernoulli_nats(logits, is_positive, has_tags, 10.0, 4.0, 1.0)
 
 
+def category(logits, labels):
+    return category_nats(logits, labels, labels >= 0, 0.1)
+
+
+def category_inputs():
+    """Logits and labels of ROWS; half of the first rows have none, all of the others one."""
+    labels = torch.arange(ROWS) % 5
+    labels[: ROWS // 2 : 2] = -1
+    return torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(4)), labels
+
+
+def dense(prediction, z_y, position):
+    return dense_matching(Projection(dense_samples=4), prediction, z_y, position)
+
+
+def dense_inputs():
+    generator = torch.Generator().manual_seed(5)
+    prediction, z_y = (torch.randn(ROWS, 9, 6, generator=generator) for _ in range(2))
+    return prediction, z_y, torch.randperm(100, generator=generator)[:ROWS]
+
+
 PER_ROW = {  # losses of float32 rows alone, and their inputs
     "decorrelation": (decorrelation_nats, decorrelation_inputs),
     "tags": (tags, tag_inputs),
     "uniform": (uniform_part, patch_inputs),
+    "category": (category, category_inputs),
+    "dense": (dense, dense_inputs),
 }
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-6}  # of the largest number of each loss or gradient
+
+
+def pairs_of(dtype):
+    """Images, texts, which of them have a text, and the scale: the same numbers in either precision."""
+    images, texts, has_text, scale = inputs(ROWS)
+    return images.float().to(dtype), texts.float().to(dtype), has_text, scale.to(dtype)
 
 
 def _rank_gradients(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    images, texts, has_text, scale = inputs(ROWS)
     mine = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
-    got = {
-        "pairs": loss_and_gradients(
-            contrastive.contrastive_nats, images[mine], texts[mine], has_text[mine], scale
-        ),
-        "repeated": loss_and_gradients(
-            contrastive.contrastive_nats,
-            images[mine],
-            texts[mine],
-            has_text[mine],
-            scale,
-            repeated(ROWS)[mine],
-        ),
-        "matching": matching_gradients(contrastive.matching_nats, images[mine], texts[mine]),
-        "clusters": swapped(prototypes(), cluster_inputs()[:, mine]),
-    }
+    got = {"clusters": swapped(prototypes(), cluster_inputs()[:, mine])}
+    for dtype in TOLERANCES:
+        *rows, scale = pairs_of(dtype)
+        images, texts, has_text = (values[mine] for values in rows)
+        nats, ids = contrastive.contrastive_nats, repeated(ROWS)[mine]
+        got[f"pairs {dtype}"] = loss_and_gradients(nats, images, texts, has_text, scale)
+        got[f"repeated {dtype}"] = loss_and_gradients(nats, images, texts, has_text, scale, ids)
+        got[f"matching {dtype}"] = matching_gradients(contrastive.matching_nats, images, texts)
     for name, (function, rows) in PER_ROW.items():
         got[name] = loss_and_gradient(function, *(value[mine] for value in rows()))
     torch.save(got, f"{folder}/{rank}.pt")
@@ -83,32 +107,30 @@ def assert_together(parts, name, expected, per_row, tolerance):
         of_ranks = [part[name][index] for part in parts]
         found = torch.cat(of_ranks) if index in per_row else sum(of_ranks)
         atol = tolerance * value.abs().max().item()
-        torch.testing.assert_close(found / len(parts), value, rtol=0, atol=atol)
+        torch.testing.assert_close((found / len(parts)).to(value.dtype), value, rtol=0, atol=atol)
 
 
-def test_contrastive(parts):
-    expected = loss_and_gradients(plain_nats, *inputs(ROWS))
-    assert_together(parts, "pairs", expected, per_row=(1, 2), tolerance=1e-10)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_contrastive(parts, dtype):
+    expected = loss_and_gradients(plain_nats, *pairs_of(torch.float64))
+    assert_together(parts, f"pairs {dtype}", expected, per_row=(1, 2), tolerance=TOLERANCES[dtype])
 
 
-def test_contrastive_with_texts_that_stand_several_times(parts):
-    expected = loss_and_gradients(plain_nats, *inputs(ROWS), repeated(ROWS))
-    assert_together(parts, "repeated", expected, per_row=(1, 2), tolerance=1e-10)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_contrastive_with_texts_that_stand_several_times(parts, dtype):
+    expected = loss_and_gradients(plain_nats, *pairs_of(torch.float64), repeated(ROWS))
+    assert_together(parts, f"repeated {dtype}", expected, per_row=(1, 2), tolerance=TOLERANCES[dtype])
 
 
-def test_matching(parts):
-    predictions, targets, *_ = inputs(ROWS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_matching(parts, dtype):
+    predictions, targets, *_ = pairs_of(torch.float64)
     expected = matching_gradients(plain_matching, predictions, targets)
-    assert_together(parts, "matching", expected, per_row=(1,), tolerance=1e-10)
+    assert_together(parts, f"matching {dtype}", expected, per_row=(1,), tolerance=TOLERANCES[dtype])
 
 
-def test_decorrelation(parts):
-    expected = loss_and_gradient(decorrelation_nats, *decorrelation_inputs())
-    assert_together(parts, "decorrelation", expected, per_row=(1,), tolerance=1e-6)
-
-
-@pytest.mark.parametrize("name", ["tags", "uniform"])
-def test_tags_and_uniform_part(parts, name):
+@pytest.mark.parametrize("name", PER_ROW)
+def test_losses_of_rows_alone(parts, name):
     function, rows = PER_ROW[name]
     expected = loss_and_gradient(function, *rows())
     assert_together(parts, name, expected, per_row=(1,), tolerance=1e-6)

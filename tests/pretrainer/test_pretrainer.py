@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pretrain.balance import BalanceTracker
-from pretrain.config import DataFacts
+from pretrain.config import Source
+from pretrain.facts import DataFacts
 from pretrain.inputs import owned_places, owned_tokens, rows_of
 from pretrain.models.pixels import normalise
 from pretrain.models.temperature import Temperature
 from pretrain.objectives import Input, Objective, Target
 from pretrain.pretrainer import Pretrainer
 from pretrain.recipes import load, names
-from pretrain.scoring import dense_matching
+from pretrain.scoring import Step, dense_matching
 from pretrain.targets import encode
 from pretrain.towers import Towers
+from pretrain.train import left_out
 from tests.fakes import FACTS, random_batch, shrink
 from tests.stand_ins import encoders, says
 
@@ -118,23 +123,65 @@ def test_hidden_pixels_are_predicted_without_being_seen():
     assert torch.equal(*asked)
 
 
-def test_dense_discrimination_matches_each_patch_with_its_own_place(monkeypatch):
-    run = tiny_run("rows.dense_instance_discrimination")
-    position = torch.tensor([0, 5, 9])
-    z = torch.randn(3, 16, 8)
+def drawn_places(monkeypatch, grid, num, position):
+    """Patches of every image that enter the softmax, [n, num], found again by what is in them."""
+    projection = replace(tiny_run("rows.dense_instance_discrimination").projection, dense_samples=num)
+    z = torch.randn(len(position), grid**2, 8, generator=torch.Generator().manual_seed(0))
     seen = []
     monkeypatch.setattr(
         "pretrain.scoring.matching_nats",
         lambda *pair_and_scale: seen.extend(pair_and_scale) or torch.tensor(0.0),
     )
-    dense_matching(run.projection, z, z, position)
-    assert torch.equal(seen[0], seen[1]) and seen[0].shape == (3 * 4, 8)
-    rows = torch.nn.functional.normalize(z, dim=-1)
-    places = [[int((rows[n] == seen[0][4 * n + k]).all(1).nonzero()) for k in range(4)] for n in range(3)]
-    assert all(sorted(p % 4 for p in image) == [image[0] % 4] * 4 for image in places)  # evenly spread
-    assert len({tuple(image) for image in places}) == 3  # from a start of its own in every image
-    dense_matching(run.projection, z[1:], z[1:], position[1:])
-    assert torch.equal(seen[3], seen[0][4:])  # as the position decides, not the place in the batch
+    dense_matching(projection, z, -z, position)
+    assert torch.equal(seen[0], -seen[1]) and seen[0].shape == (len(position) * num, 8)
+    rows, drawn = F.normalize(z, dim=-1), seen[0].unflatten(0, (-1, num))
+    return torch.stack([(rows[n, :, None] == drawn[n]).all(-1).int().argmax(0) for n in range(len(position))])
+
+
+def test_dense_discrimination_matches_each_patch_with_its_own_place(monkeypatch):
+    position = torch.tensor([0, 5, 9])
+    places = drawn_places(monkeypatch, 4, 6, position)
+    assert all(len(set(image)) == 6 for image in places.tolist())
+    assert len({tuple(image) for image in places.tolist()}) == 3  # from a start of its own in every image
+    # as the position decides, not the place in the batch
+    assert torch.equal(drawn_places(monkeypatch, 4, 6, position[1:]), places[1:])
+
+
+@pytest.mark.parametrize(("grid", "fewest"), [(8, 6), (12, 10), (14, 10)])
+def test_sixteen_patches_of_a_view_are_spread_over_its_rows_and_columns(monkeypatch, grid, fewest):
+    places = drawn_places(monkeypatch, grid, 16, torch.arange(grid**2))
+    assert places[:, 0].unique().numel() == grid**2  # every patch is some image's first
+    for image in places.tolist():
+        assert len(set(image)) == 16
+        assert min(len({p // grid for p in image}), len({p % grid for p in image})) >= fewest
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3])
+def test_all_patches_of_a_small_grid_are_drawn_once(monkeypatch, grid):
+    places = drawn_places(monkeypatch, grid, grid**2, torch.arange(3))
+    assert places.sort(dim=1).values.tolist() == [list(range(grid**2))] * 3
+
+
+@pytest.mark.parametrize("recipe", ["m3i.vit_b16", "hvp.swin_b", "rows.instance_discrimination"])
+def test_a_step_is_freed_without_the_cyclic_collector(monkeypatch, recipe):
+    run = tiny_run(recipe)
+    model, teacher = build(run)
+    steps = []
+
+    def watched(*arguments):
+        step = Step(*arguments)
+        steps.append(weakref.ref(step))
+        return step
+
+    monkeypatch.setattr("pretrain.pretrainer.Step", watched)
+    gc.disable()
+    try:
+        losses = model(random_batch(run, 4), encoders(teacher), BalanceTracker())
+        losses.total.backward()
+        del losses
+        assert [step() for step in steps] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
@@ -285,6 +332,18 @@ def test_targets_without_labels_in_the_data_are_left_out():
     losses = model(random_batch(run, 4), encoders(teacher), BalanceTracker())
     assert set(losses.nats) == {"image_same", "image_other", "category"}
     assert not hasattr(model.student, "text")
+
+
+def test_what_is_left_out_for_want_of_labels_is_said_with_the_reason():
+    run = load("m3i.demo")
+    unlabelled = {"photos": Source("none"), "named": Source("category")}
+    line = left_out(replace(run, data=unlabelled), DataFacts(categories=("cat", "dog"), vocab_size=0))
+    assert "LEFT OUT of the objective of m3i.demo: text (no source has supervision='text'). This is" in line
+    assert "{'photos': 'none', 'named': 'category'}" in line
+    line = left_out(run, DataFacts(categories=(), vocab_size=0))
+    assert "category (no source has supervision='category'), text (no source" in line
+    assert left_out(run, FACTS) is None
+    assert left_out(load("rows.mim_pixel"), DataFacts(categories=(), vocab_size=0)) is None
 
 
 def test_objective_that_the_data_cannot_serve_is_refused():

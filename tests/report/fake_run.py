@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from pretrain import intact
-from pretrain.config import DataFacts, Run
+from pretrain.config import Run
 from pretrain.data.text import Captions
+from pretrain.facts import DataFacts
 from pretrain.optim import learning_rate, teacher_momentum
 from pretrain.towers import Towers
 

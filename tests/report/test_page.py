@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.report.__main__ import main, named_folders
+from pretrain.report.__main__ import main
 from pretrain.report.header import verdicts
 from pretrain.report.record import Record, read_record
 from tests.report.conftest import CATEGORIES, small_run
@@ -126,7 +126,7 @@ def test_empty_run_names_what_to_run(run_folder: Path, tmp_path: Path) -> None:
 
 
 def test_single_checkpoint_without_text_or_evaluation_works(data: Path, tmp_path: Path) -> None:
-    from pretrain.config import DataFacts
+    from pretrain.facts import DataFacts
 
     run, folder = small_run(), tmp_path / "one"
     folder.mkdir()
@@ -154,8 +154,8 @@ def test_bad_input_names_the_remedy(run_folder: Path, tmp_path: Path) -> None:
         main([str(tmp_path / "nowhere")])
     with pytest.raises(FileNotFoundError, match=r"recipe\.json is missing"):
         main([str(tmp_path)])
-    with pytest.raises(ValueError, match="must read NAME=DIR"):
-        named_folders(["scenes"])
+    with pytest.raises(ValueError, match="--data 'scenes' must look like NAME=DIR"):
+        main([str(run_folder), "--data", "scenes"])
     with pytest.raises(ValueError, match="use these names"):
         main([str(run_folder), "--data", f"nobody={tmp_path}"])
     with pytest.raises(FileNotFoundError, match="leave the option out"):

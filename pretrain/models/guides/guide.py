@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,14 @@ class Guide(nn.Module):
     def train(self, mode: bool = True) -> Guide:
         """Stays in eval mode, whatever the module around it does."""
         return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Guide:
+        """Moves the codebook with the module but keeps it in float32, unrounded: other entries would be nearest."""
+        kept = self.codebook
+        super()._apply(fn, recurse)
+        if kept is not None and not kept.is_meta:
+            self.codebook = kept.to(self.codebook.device)
+        return self
 
     @torch.no_grad()
     def forward(self, views: UInt8[Tensor, "n 3 s s"], grid: int) -> Float32[Tensor, "n l d"]:
