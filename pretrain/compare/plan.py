@@ -131,7 +131,9 @@ def run_of(
         seed=seed,
         save_every=save_every,
     )
-    return variant.change(override(run, list(settings.overrides)))
+    if settings.overrides:
+        run = override(run, list(settings.overrides))
+    return variant.change(run)
 
 
 def plan(comparison: Comparison, settings: Settings) -> list[Job]:
