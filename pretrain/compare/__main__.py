@@ -30,6 +30,7 @@ from pretrain.compare.plan import Job, Settings, plan
 from pretrain.compare.result import collect
 from pretrain.compare.work import prepare, shell_line, tasks_left, work_off
 from pretrain.lock import only_writer
+from pretrain.named_folders import named_folders
 
 INTERRUPTED = 130
 
@@ -74,17 +75,9 @@ def _offer(name: str, comparison: Comparison) -> str:
     )
 
 
-def named_folders(option: str, pairs: Sequence[str]) -> dict[str, Path]:
-    """NAME=DIR of the command line by name, absolute; ValueError for another form or a name given twice."""
-    folders: dict[str, Path] = {}
-    for pair in pairs:
-        name, separator, folder = pair.partition("=")
-        if not separator or not name or not folder:
-            raise ValueError(f"{option} {pair!r} must look like NAME=DIR")
-        if name in folders:
-            raise ValueError(f"{option} names {name!r} twice: give every folder a name of its own")
-        folders[name] = Path(folder).resolve()
-    return folders
+def _absolute(option: str, pairs: Sequence[str]) -> dict[str, Path]:
+    """Commands run in another folder than this one."""
+    return {name: folder.resolve() for name, folder in named_folders(option, pairs).items()}
 
 
 def compare(arguments: list[str] | None = None) -> int:
@@ -97,9 +90,9 @@ def compare(arguments: list[str] | None = None) -> int:
     if options.jobs < 1:
         raise ValueError(f"--jobs {options.jobs} must be positive")
     settings = Settings(
-        data=named_folders("--data", options.data),
-        sets=named_folders("--sets", options.sets),
-        guides=named_folders("--guide", options.guide),
+        data=_absolute("--data", options.data),
+        sets=_absolute("--sets", options.sets),
+        guides=_absolute("--guide", options.guide),
         out=options.out.resolve(),
         seeds=tuple(options.seeds),
         is_full=options.full,

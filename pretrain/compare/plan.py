@@ -180,9 +180,6 @@ def _check(comparison: Comparison, settings: Settings) -> None:
             f"--guide names {sorted(settings.guides)}, this comparison needs {sorted(comparison.guides)}: give "
             "NAME=DIR once for each"
         )
-    for name, folder in settings.guides.items():
-        if not folder.is_dir():
-            raise FileNotFoundError(f"--guide {name}={folder} is no folder: name that of a frozen encoder")
     for name, value in {"--steps": settings.steps, "--batch": settings.batch}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} {value} must be positive")
