@@ -23,7 +23,8 @@ from pretrain.compare.__main__ import run
 from pretrain.compare.comparisons import Comparison, Variant
 from pretrain.compare.plan import Settings
 from pretrain.config import Run
-from pretrain.objectives import CATEGORY, MASKED, MIXED, OBJECTIVES, Objective
+from pretrain.objective import Objective
+from pretrain.objectives import CATEGORY, MASKED, MIXED, OBJECTIVES
 
 OBJECTIVES["category_of_half"] = Objective(MASKED, {"category": CATEGORY})
 OBJECTIVES["category_of_mixed"] = Objective(MIXED, {"category": CATEGORY})

@@ -6,171 +6,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pretrain import written
-from pretrain.objectives import Objective
-
-
-def _positive(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{owner}.{name}={value} must be positive")
-
-
-def _fraction(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{owner}.{name}={value} must lie in [0, 1]")
-
-
-@dataclass(frozen=True)
-class Backbone:
-    family: str = "internimage"  # key of models.backbone.BACKBONES
-    size: str = "internimage_h"  # a name of that family's table
-    drop_path: float = 0.2  # probability that a residual branch is dropped, in [0, 1)
-    drop_path_schedule: Literal["linear", "uniform"] = "uniform"  # over depth
-    token_width: int = 1024  # InternImage: width of the token grid made from the last two stages
-    token_norm: Literal["none", "batch"] = "none"  # batch: standardise tokens over the global batch
-    # What of a block the backward pass computes again: nothing, the cheap parts, or all of it.
-    activation_checkpoint: Literal["none", "selective", "full"] = "none"
-
-    def __post_init__(self) -> None:
-        _positive("backbone", token_width=self.token_width)
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"backbone.drop_path={self.drop_path} must lie in [0, 1)")
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """Transformer that predicts dense targets from owned tokens (M3I, table 7)."""
-
-    layers: int = 4
-    width: int = 1024
-    ffn: int = 4096
-    heads: int = 16
-
-    def __post_init__(self) -> None:
-        _positive("decoder", layers=self.layers, width=self.width, ffn=self.ffn, heads=self.heads)
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(
-                f"decoder.width={self.width} must be a multiple of decoder.heads={self.heads} and of 4"
-            )
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Attention pooling from tokens to the embedding shared by category and text."""
-
-    heads: int = 16
-    width: int = 768  # of the embedding
-    norm: Literal["none", "batch"] = (
-        "none"  # batch: standardise the embedding over the global batch, then LayerNorm
-    )
-
-    def __post_init__(self) -> None:
-        _positive("pool", heads=self.heads, width=self.width)
-
-
-@dataclass(frozen=True)
-class Projection:
-    """Global features that are targets: embedding -> hidden -> width, and the same once more to predict them."""
-
-    hidden: int = 4096
-    width: int = 256
-    temperature: float = 0.2  # of the softmax over candidates, global and dense (MoCo v3, arXiv 2104.02057)
-    dense_samples: int = 16  # patches an image whose dense features enter one softmax over the global batch
-
-    def __post_init__(self) -> None:
-        _positive(
-            "projection",
-            hidden=self.hidden,
-            width=self.width,
-            temperature=self.temperature,
-            dense_samples=self.dense_samples,
-        )
-
-
-@dataclass(frozen=True)
-class Tags:
-    """Decoder whose queries are the tags (Query2Label, arXiv 2107.10834), and its weighted asymmetric loss
-    (HVP-MTL, arXiv 2310.07510, section 3.1).
-    """
-
-    layers: int = 2
-    width: int = 768
-    ffn: int = 3072
-    heads: int = 4
-    chunk: int = 1024  # tags decoded at once; the backward pass computes each such part again
-    positive_weight: float = 10.0  # eta: factor of the loss of tags that an image has
-    positive_focus: float = 4.0  # gamma+: power of 1 - p there
-    negative_focus: float = 1.0  # gamma-: power of p at tags that it has not
-    min_score: float = 0.5  # confidence from which the data's tag counts as one that the image has
-
-    def __post_init__(self) -> None:
-        _positive(
-            "tags",
-            layers=self.layers,
-            width=self.width,
-            ffn=self.ffn,
-            heads=self.heads,
-            chunk=self.chunk,
-            positive_weight=self.positive_weight,
-        )
-        _fraction("tags", min_score=self.min_score)
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(
-                f"tags.width={self.width} must be a multiple of tags.heads={self.heads} and of 4"
-            )
-        if min(self.positive_focus, self.negative_focus) < 0:
-            raise ValueError(
-                f"tags.positive_focus={self.positive_focus} and tags.negative_focus={self.negative_focus} must not "
-                "be negative"
-            )
-
-
-@dataclass(frozen=True)
-class Clusters:
-    """Prototypes that both views of an image must share (SwAV, arXiv 2006.09882, section 4)."""
-
-    prototypes: int = 3000
-    hidden: int = 2048
-    width: int = 128  # of the unit features that are compared with the prototypes
-    temperature: float = 0.1  # of the softmax over prototypes
-    epsilon: float = 0.05  # of the entropy in Sinkhorn's algorithm
-    iterations: int = 3
-    max_exponent: float = 10.0  # similarities / epsilon are cut there (HVP-MTL, section 3.2)
-
-    def __post_init__(self) -> None:
-        _positive(
-            "clusters",
-            prototypes=self.prototypes,
-            hidden=self.hidden,
-            width=self.width,
-            temperature=self.temperature,
-            epsilon=self.epsilon,
-            iterations=self.iterations,
-            max_exponent=self.max_exponent,
-        )
-
-
-@dataclass(frozen=True)
-class Text:
-    """BERT-shaped text encoder, trained from scratch with the backbone."""
-
-    layers: int = 12
-    width: int = 768
-    ffn: int = 3072
-    heads: int = 12
-    length: int = 77  # tokens a caption, longer ones are cut
-    max_scale: float = 100.0  # upper bound of the learned inverse temperature
-    init_scale: float = 1 / 0.07
-
-    def __post_init__(self) -> None:
-        _positive("text", layers=self.layers, width=self.width, ffn=self.ffn, heads=self.heads)
-        if self.width % self.heads:
-            raise ValueError(f"text.width={self.width} must be a multiple of text.heads={self.heads}")
-        if self.length < 4:
-            raise ValueError(
-                f"text.length={self.length} must be at least 4: two special tokens and two words"
-            )
+from pretrain.model_config import (
+    Backbone,
+    Clusters,
+    Decoder,
+    Pool,
+    Projection,
+    Tags,
+    Text,
+    fraction,
+    positive,
+)
+from pretrain.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -191,15 +38,15 @@ class Views:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        _positive("views", size=self.size)
-        _fraction(
+        positive("views", size=self.size)
+        fraction(
             "views",
             flip=self.flip,
             jitter_probability=self.jitter_probability,
             grayscale=self.grayscale,
             **{f"{name}[{i}]": p for name in ("blur", "solarize") for i, p in enumerate(getattr(self, name))},
         )
-        _positive("views", **{f"std[{i}]": value for i, value in enumerate(self.std)})
+        positive("views", **{f"std[{i}]": value for i, value in enumerate(self.std)})
         if min(self.jitter) < 0 or self.jitter[3] > 0.5:
             raise ValueError(
                 f"views.jitter={self.jitter} must not be negative, its hue at most 0.5 of a turn"
@@ -225,7 +72,7 @@ class Mask:
     aspect: float = 0.3  # block height / width is log-uniform in [aspect, 1 / aspect]
 
     def __post_init__(self) -> None:
-        _positive("mask", patch=self.patch, min_block=self.min_block)
+        positive("mask", patch=self.patch, min_block=self.min_block)
         if not 0 < self.ratio < 1:
             raise ValueError(f"mask.ratio={self.ratio} must lie in (0, 1)")
         if not 0 < self.aspect <= 1:
@@ -246,7 +93,7 @@ class Source:
     weight: float = 1.0  # share of the samples, relative to the other sources
 
     def __post_init__(self) -> None:
-        _positive("data", weight=self.weight)
+        positive("data", weight=self.weight)
 
 
 @dataclass(frozen=True)
@@ -262,7 +109,7 @@ class Optim:
     clip: float = 0.0  # norm of the whole gradient; 0 = no clipping
 
     def __post_init__(self) -> None:
-        _positive("optim", lr=self.lr, eps=self.eps)
+        positive("optim", lr=self.lr, eps=self.eps)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas={self.betas} must lie in [0, 1)")
         if self.warmup < 0 or self.weight_decay < 0 or self.clip < 0 or self.final_lr < 0:
@@ -277,7 +124,7 @@ class Teacher:
     final_momentum: float = 1.0  # at the last step, reached by a cosine
 
     def __post_init__(self) -> None:
-        _fraction("teacher", momentum=self.momentum, final_momentum=self.final_momentum)
+        fraction("teacher", momentum=self.momentum, final_momentum=self.final_momentum)
 
 
 @dataclass(frozen=True)
@@ -319,10 +166,10 @@ class Run:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(
+        positive(
             "run", batch=self.batch, steps=self.steps, save_every=self.save_every, log_every=self.log_every
         )
-        _fraction("run", label_smoothing=self.label_smoothing, max_bad=self.max_bad)
+        fraction("run", label_smoothing=self.label_smoothing, max_bad=self.max_bad)
         if not self.data:
             raise ValueError("run.data is empty; name at least one source")
         if self.batch % self.objective.input.mixed:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pretrain.data.batch import Batch
-from pretrain.objectives import Input, Objective, Target
+from pretrain.objective import Input, Objective, Target
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from pretrain.likelihoods import (
     decorrelation_nats,
     uniform_part,
 )
-from pretrain.objectives import Group, Target
+from pretrain.objective import Group, Target
 from pretrain.targets import positives
 
 if TYPE_CHECKING:

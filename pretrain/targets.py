@@ -15,7 +15,7 @@ from pretrain.data.batch import Batch
 from pretrain.inputs import view_of
 from pretrain.models.guides import Guide
 from pretrain.models.pixels import normalise
-from pretrain.objectives import Target
+from pretrain.objective import Target
 
 # (images [n, 3, s, s], kinds, summary) -> by kind, as Towers.forward
 TeacherCall = Callable[[Tensor, tuple[str, ...], bool], dict[str, Tensor]]

@@ -14,7 +14,7 @@ from pretrain.models.pooling import AttentionPool
 from pretrain.models.prototypes import Prototypes
 from pretrain.models.tag_decoder import TagDecoder
 from pretrain.models.text import TextEncoder
-from pretrain.objectives import Target
+from pretrain.objective import Target
 
 EMBEDDED = ("global", "category", "text", "clusters")  # kinds that are predicted from the image's embedding
 

@@ -13,7 +13,8 @@ from data_prep.schema import MANIFEST_NAME, Manifest, sha256_file
 from pretrain.compare.comparisons import Comparison, Variant
 from pretrain.config import Run, Source
 from pretrain.main import ROOT, override
-from pretrain.objectives import LABELS, OBJECTIVES
+from pretrain.objective import LABELS
+from pretrain.objectives import OBJECTIVES
 from pretrain.recipes import rows
 
 HELDOUT = ("heldout", "val", "test")  # folders beside train/ that may test the probes, first found first

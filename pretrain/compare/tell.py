@@ -11,7 +11,7 @@ from pretrain import provenance
 from pretrain.compare.comparisons import Comparison
 from pretrain.compare.plan import TRAIN, Job, Settings
 from pretrain.compare.result import UNTRAINED, Found, Spread, order_agreement
-from pretrain.objectives import Objective
+from pretrain.objective import Objective
 from pretrain.resume import differences
 from pretrain.visualize.dots import Dot, Panel, dot_panels
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from functools import partial
 
 from pretrain.config import Mask, Run, Source
-from pretrain.objectives import HVP, MVP, OBJECTIVES, Objective
+from pretrain.objective import Objective
+from pretrain.objectives import HVP, MVP, OBJECTIVES
 from pretrain.recipes import hvp, m3i, mvp
 
 EPOCHS = 400  # of ImageNet-1k: the paper's comparison of single instances (M3I, arXiv 2211.09807)

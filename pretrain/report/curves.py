@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from pretrain.collapse import can_collapse, scales
 from pretrain.config import Run
-from pretrain.objectives import LABELS, Target
+from pretrain.objective import LABELS, Target
 from pretrain.report.record import Record
 from pretrain.visualize.chart import Chart, Level, Line, draw
 from pretrain.visualize.markup import Html, element

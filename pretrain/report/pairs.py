@@ -21,7 +21,7 @@ from pretrain.data.loader import Loader
 from pretrain.data.order import Order
 from pretrain.data.sources import Sources, open_sources
 from pretrain.data.text import Captions
-from pretrain.objectives import LABELS
+from pretrain.objective import LABELS
 from pretrain.visualize.correspondence import landing, tinted_view
 from pretrain.visualize.markup import Child, Html, element, figure, key
 from pretrain.visualize.picture import Outline, mask_picture, outlined, pixels

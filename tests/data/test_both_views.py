@@ -10,7 +10,8 @@ import torch
 
 from pretrain.config import Mask, Run, Source
 from pretrain.data.batch import Batch
-from pretrain.objectives import OBJECTIVES, Input, Objective, Target
+from pretrain.objective import Input, Objective, Target
+from pretrain.objectives import OBJECTIVES
 from pretrain.report.pairs import read_pairs
 from tests.data.delivered import assert_same, batches, joined
 from tests.data.sets import good_set, small_run

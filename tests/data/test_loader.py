@@ -21,7 +21,7 @@ from pretrain.config import Run, Source
 from pretrain.data.batch import NO_CATEGORY, Batch
 from pretrain.data.faults import DataError
 from pretrain.data.loader import Loader
-from pretrain.objectives import Input, Objective, Target
+from pretrain.objective import Input, Objective, Target
 from tests.data.delivered import assert_same, batches, joined
 from tests.data.sets import good_set, sample, small_run, write_set, write_tokenizer
 from tests.paths import ROOT

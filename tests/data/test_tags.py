@@ -13,7 +13,7 @@ from data_prep.sources.scenes import Scenes, draw_scene
 from pretrain.config import Run, Source, Tags
 from pretrain.data.batch import MOST_TAGS, NO_TAG
 from pretrain.data.loader import Loader
-from pretrain.objectives import Input, Objective, Target
+from pretrain.objective import Input, Objective, Target
 from pretrain.report.pairs import read_pairs
 from tests.data.delivered import assert_same, batches, joined
 from tests.data.sets import good_set, sample, small_run, write_set

@@ -10,7 +10,8 @@ import pytest
 from pretrain.config import Backbone, Clusters, Decoder, Mask, Optim, Run, Source, Tags, Views
 from pretrain.facts import DataFacts
 from pretrain.models.backbone import build_encoder
-from pretrain.objectives import OBJECTIVES, Input, Objective, Target
+from pretrain.objective import Input, Objective, Target
+from pretrain.objectives import OBJECTIVES
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
 from pretrain.recipes import load, names
 from tests.fakes import FACTS, shrink

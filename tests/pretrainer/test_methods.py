@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pretrain.balance import BalanceTracker
 from pretrain.data.mask import num_hidden
 from pretrain.models.pixels import normalise
-from pretrain.objectives import Input, Objective, Target
+from pretrain.objective import Input, Objective, Target
 from pretrain.recipes import load
 from pretrain.targets import TargetEncoders, positives
 from tests.fakes import FACTS, random_batch, shrink

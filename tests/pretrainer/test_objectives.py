@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import product
 
-from pretrain.objectives import GUIDES, HVP, INSTANCE, LABELS, M3I, MVP, OBJECTIVES, SINGLE, Objective
+from pretrain.objective import LABELS, Objective
+from pretrain.objectives import GUIDES, HVP, INSTANCE, M3I, MVP, OBJECTIVES, SINGLE
 
 
 def coordinates(objective: Objective) -> tuple[str, bool, str]:

@@ -17,7 +17,7 @@ from pretrain.facts import DataFacts
 from pretrain.inputs import owned_places, owned_tokens, rows_of
 from pretrain.models.pixels import normalise
 from pretrain.models.temperature import Temperature
-from pretrain.objectives import Input, Objective, Target
+from pretrain.objective import Input, Objective, Target
 from pretrain.pretrainer import Pretrainer
 from pretrain.recipes import load, names
 from pretrain.scoring import Step, dense_matching
