@@ -119,9 +119,7 @@ def left_out(run: Run, facts: DataFacts) -> str | None:
         return None
     told = ", ".join(f"{name} (no source has supervision={t.kind!r})" for name, t in without.items())
     sources = {name: source.supervision for name, source in run.data.items()}
-    return (
-        f"LEFT OUT of the objective of {run.name}: {told}. This is another method; its sources are {sources}"
-    )
+    return f"LEFT OUT of the objective of {run.name}: {told}; the others are trained. Sources: {sources}"
 
 
 def read_guide(run: Run, folder: Path | None) -> Guide | None:
