@@ -94,7 +94,7 @@ class CrossAttentionLayer(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=False)  # a softmax does not see what shifts every key
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width)

@@ -35,7 +35,8 @@ from tests.fakes import FACTS, random_batch, shrink
 STEPS, IMAGES = 3, 8
 TIMEOUT = 900  # seconds for all rows of a launch; about 240 on two free cores
 SAVED = 2  # steps before the checkpoint from which the last step is done again
-TOLERANCE = 2e-4  # float32 sums in another order, through three AdamW steps
+TOLERANCE = 2e-4  # float32 sums in another order
+AFTER_STEPS = 0.05  # of a gradient's norm, once AdamW has made steps of the rounding of gradients near 0
 FAMILIES = {row: ("vit", "internimage") for row in OBJECTIVES} | {
     row: ("vit", "internimage", "swin") for row in HVP
 }
@@ -134,7 +135,10 @@ def test_a_row_at_two_ranks_equals_one_rank(worlds: dict[int, Any], row: str, fa
     assert set(computed["curve"][0]) == {*OBJECTIVES[row].targets, "grad_norm"}
     for step, (found, wanted) in enumerate(zip(computed["curve"], expected["curve"], strict=True)):
         assert all(map(math.isfinite, found.values()))
+        found, wanted = dict(found), dict(wanted)
+        norms = found.pop("grad_norm"), wanted.pop("grad_norm")
         assert found == pytest.approx(wanted, rel=TOLERANCE), f"step {step}"
+        assert norms[0] == pytest.approx(norms[1], rel=AFTER_STEPS if step else TOLERANCE), f"step {step}"
 
 
 @pytest.mark.parametrize(("row", "family"), CASES)

@@ -338,7 +338,9 @@ def test_what_is_left_out_for_want_of_labels_is_said_with_the_reason():
     run = load("m3i.demo")
     unlabelled = {"photos": Source("none"), "named": Source("category")}
     line = left_out(replace(run, data=unlabelled), DataFacts(categories=("cat", "dog"), vocab_size=0))
-    assert "LEFT OUT of the objective of m3i.demo: text (no source has supervision='text'). This is" in line
+    assert (
+        "LEFT OUT of the objective of m3i.demo: text (no source has supervision='text'); the others" in line
+    )
     assert "{'photos': 'none', 'named': 'category'}" in line
     line = left_out(run, DataFacts(categories=(), vocab_size=0))
     assert "category (no source has supervision='category'), text (no source" in line
