@@ -99,6 +99,7 @@ class CrossAttentionLayer(nn.Module):
         self.out = nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, ffn)
+        self.relu = nn.ReLU()
         self.contract = nn.Linear(ffn, width)
         self.ffn_norm = nn.LayerNorm(width)
 
@@ -120,7 +121,7 @@ class CrossAttentionLayer(nn.Module):
         queries = self._heads(self.query(state + labels)).expand(len(keys), -1, -1, -1)
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
         state = self.attention_norm(state + self.out(attended.transpose(1, 2).flatten(2)))
-        return self.ffn_norm(state + self.contract(F.relu(self.expand(state))))
+        return self.ffn_norm(state + self.contract(self.relu(self.expand(state))))
 
     def _heads(self, features: Float[Tensor, "m c width"]) -> Float[Tensor, "m heads c part"]:
         return features.unflatten(2, (self.num_heads, -1)).transpose(1, 2)

@@ -36,7 +36,10 @@ STEPS, IMAGES = 3, 8
 TIMEOUT = 900  # seconds for all rows of a launch; about 240 on two free cores
 SAVED = 2  # steps before the checkpoint from which the last step is done again
 TOLERANCE = 2e-4  # float32 sums in another order
-AFTER_STEPS = 0.05  # of a gradient's norm, once AdamW has made steps of the rounding of gradients near 0
+# AdamW makes whole steps of the rounding of gradients near 0: compared are steps at a tiny rate, and one at a usual
+# rate has to move every weight.
+QUIET, LOUD = 1e-6, 1e-3
+UNSEEN = ("key.bias", "k_bias")  # a softmax does not see what all keys share: no gradient but rounding
 FAMILIES = {row: ("vit", "internimage") for row in OBJECTIVES} | {
     row: ("vit", "internimage", "swin") for row in HVP
 }
@@ -48,9 +51,8 @@ def row_run(row: str, family: str) -> Run:
     """A row at the sizes of a test; every rank sees its own half of IMAGES."""
     run = load("m3i.vit_b16" if row == "m3i" else f"rows.{row}")
     run = shrink(replace(run, backbone=replace(run.backbone, family=family, drop_path=0.0)))
-    # Without warm-up Adam turns the rounding of gradients that are near 0 into whole steps at the full rate; with
-    # weight decay a weight would move without any gradient.
-    optim = replace(run.optim, warmup=2 * STEPS, weight_decay=0.0)
+    # With weight decay a weight would move without any gradient.
+    optim = replace(run.optim, lr=QUIET, final_lr=QUIET, warmup=0, weight_decay=0.0)
     return replace(run, batch=IMAGES, steps=2 * STEPS, optim=optim)
 
 
@@ -61,13 +63,13 @@ def share(batch: Batch) -> Batch:
 
 
 def learn(run: Run, out: Path) -> dict[str, Any]:
-    """Losses of every step, the last one also as a resumed run repeats it; what did not move and should have."""
+    """Losses of every quiet step, the last one also as a resumed run repeats it; what a loud step did not move."""
     from pretrain import checkpoint
     from pretrain.ema import local_master, local_slices
     from tests.engine.whole_engine import float32_engine  # here: only ranks need DeepSpeed
 
     name = "zero3" if world_size() > 1 else "zero1"  # alone, a rank partitions nothing
-    engine = float32_engine(run, FACTS, name)
+    engine = float32_engine(run, FACTS, name, smooth=True)
     model = engine._student.module
     parameters = dict(model.named_parameters())
     owned = [part for part in local_slices(model) if part.numel]
@@ -86,15 +88,20 @@ def learn(run: Run, out: Path) -> dict[str, Any]:
     if world_size() > 1:
         saved = checkpoint.save(engine, out, FACTS, None)
     curve += [step() for _ in range(STEPS - SAVED)]
-    still = [key for key, value in masters().items() if torch.equal(value, weights[key])]
-    still += [
-        f"teacher: {key}" for key, value in engine.average.state().items() if torch.equal(value, teacher[key])
-    ]
     resumed = curve[SAVED:]
     if world_size() > 1:
         checkpoint.restore(engine, saved)
         resumed = [step() for _ in range(STEPS - SAVED)]
-    return {"curve": curve, "resumed": resumed, "still": still}
+    engine.run = replace(run, optim=replace(run.optim, lr=LOUD, final_lr=LOUD))
+    loud = step()
+    moved = {"student": (weights, masters()), "teacher": (teacher, engine.average.state())}
+    still = [
+        f"{whose}: {key}"
+        for whose, (before, after) in moved.items()
+        for key, value in after.items()
+        if torch.equal(value, before[key]) and not key.endswith(UNSEEN)
+    ]
+    return {"curve": [*curve, loud], "resumed": resumed, "still": still}
 
 
 def run_rank(folder: Path) -> None:
@@ -131,14 +138,11 @@ def worlds(folder: Path) -> dict[int, dict[str, Any]]:
 @pytest.mark.parametrize(("row", "family"), CASES)
 def test_a_row_at_two_ranks_equals_one_rank(worlds: dict[int, Any], row: str, family: str) -> None:
     computed, expected = (worlds[world][f"{row}-{family}"] for world in (2, 1))
-    assert len(computed["curve"]) == STEPS
+    assert len(computed["curve"]) == STEPS + 1
     assert set(computed["curve"][0]) == {*OBJECTIVES[row].targets, "grad_norm"}
     for step, (found, wanted) in enumerate(zip(computed["curve"], expected["curve"], strict=True)):
         assert all(map(math.isfinite, found.values()))
-        found, wanted = dict(found), dict(wanted)
-        norms = found.pop("grad_norm"), wanted.pop("grad_norm")
         assert found == pytest.approx(wanted, rel=TOLERANCE), f"step {step}"
-        assert norms[0] == pytest.approx(norms[1], rel=AFTER_STEPS if step else TOLERANCE), f"step {step}"
 
 
 @pytest.mark.parametrize(("row", "family"), CASES)
@@ -153,7 +157,7 @@ def test_a_resumed_row_repeats_the_step_after_its_checkpoint(
     worlds: dict[int, Any], row: str, family: str
 ) -> None:
     outcome = worlds[2][f"{row}-{family}"]
-    assert outcome["resumed"] == outcome["curve"][SAVED:]
+    assert outcome["resumed"] == outcome["curve"][SAVED:STEPS]
 
 
 @pytest.mark.parametrize(("row", "family"), CASES)
