@@ -4,7 +4,8 @@
 
 The budget of the comparison in benchmarks/comparison.md, through `pretrain.compare`: half of the image alone (no
 second image, no other target), two images alone (no other target), M3I without mixing, and M3I with more weight on
-the labels, a deeper decoder, a slower teacher, spread targets, or twice the steps. Copies the table to
+the labels, a deeper decoder, a slower teacher, spread targets, pooling by the mean, or more steps, which
+classification gets too. Copies the table to
 benchmarks/results/m3i_why.{json,md,svg}.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,13 +52,16 @@ def spread_targets(run: Run) -> Run:
     return replace(run, objective=replace(run.objective, targets=targets))
 
 
-def twice_the_steps(run: Run) -> Run:
-    return replace(
-        run,
-        steps=2 * run.steps,
-        save_every=2 * run.steps,
-        optim=replace(run.optim, warmup=2 * run.optim.warmup),
-    )
+def mean_pool(run: Run) -> Run:
+    return replace(run, pool=replace(run.pool, kind="mean"))
+
+
+def longer(times: int) -> Callable[[Run], Run]:
+    def change(run: Run) -> Run:
+        optim = replace(run.optim, warmup=times * run.optim.warmup)
+        return replace(run, steps=times * run.steps, save_every=times * run.steps, optim=optim)
+
+    return change
 
 
 COMPARISON = Comparison(
@@ -72,7 +77,11 @@ COMPARISON = Comparison(
         Variant("m3i_decoder_of_4_layers", "m3i", change=deeper_decoder),
         Variant("m3i_slower_teacher", "m3i", change=slower_teacher),
         Variant("m3i_spread_targets", "m3i", change=spread_targets),
-        Variant("m3i_twice_the_steps", "m3i", change=twice_the_steps),
+        Variant("m3i_mean_pool", "m3i", change=mean_pool),
+        Variant("m3i_2_times_the_steps", "m3i", change=longer(2)),
+        Variant("m3i_4_times_the_steps", "m3i", change=longer(4)),
+        Variant("classification_2_times_the_steps", "classification", change=longer(2)),
+        Variant("classification_4_times_the_steps", "classification", change=longer(4)),
     ),
     epochs=1,
     gpu_hours="none",

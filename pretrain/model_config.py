@@ -56,9 +56,10 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Pool:
-    """Attention pooling from tokens to the embedding shared by category and text."""
+    """Pooling from tokens to the embedding shared by category and text."""
 
-    heads: int = 16
+    kind: Literal["attention", "mean"] = "attention"  # the mean token asks all tokens; or is taken as it is
+    heads: int = 16  # of the attention
     width: int = 768  # of the embedding
     norm: Literal["none", "batch"] = (
         "none"  # batch: standardise the embedding over the global batch, then LayerNorm

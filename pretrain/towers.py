@@ -10,7 +10,7 @@ from pretrain.config import Run
 from pretrain.facts import DataFacts
 from pretrain.models.backbone import build_encoder
 from pretrain.models.feature_norm import FEATURE_NORMS, FeatureNorm
-from pretrain.models.pooling import AttentionPool
+from pretrain.models.pooling import AttentionPool, MeanPool
 from pretrain.models.prototypes import Prototypes
 from pretrain.models.tag_decoder import TagDecoder
 from pretrain.models.text import TextEncoder
@@ -36,7 +36,10 @@ class Towers(nn.Module):
             )
         kinds = {target.kind for target in active_targets(run, facts).values()}
         if kinds & set(EMBEDDED):
-            self.pool = AttentionPool(self.encoder.width, run.pool.width, run.pool.heads)
+            if run.pool.kind == "attention":
+                self.pool = AttentionPool(self.encoder.width, run.pool.width, run.pool.heads)
+            else:
+                self.pool = MeanPool(self.encoder.width, run.pool.width)
             self.pool_norm = FEATURE_NORMS[run.pool.norm](run.pool.width)
             self.norm = nn.LayerNorm(run.pool.width, eps=1e-6)
         if "global" in kinds:
@@ -101,7 +104,7 @@ class Towers(nn.Module):
         """Hands what FeatureNorms do in eval mode to the layers before them, for readers that know none."""
         self.encoder.fold_norm()
         if self.has_embedding and isinstance(self.pool_norm, FeatureNorm):
-            self.pool_norm.fold_into(self.pool.cross_dcn.proj)
+            self.pool_norm.fold_into(self.pool.last)
             self.pool_norm = nn.Identity()
 
 

@@ -29,7 +29,9 @@ OURS = {  # part of the published layout -> prefix in our towers
     "norm": "norm.",
     "head": "category.",
 }
+EMBEDDED = ("pool", "norm", "head")  # what needs the embedding of the whole image
 NO_PLACE = "the layout has no place for it"
+OTHER_POOL = "the layout's embedding is pooled by attention, the run's is a mean (pool.kind)"
 OTHER_HEAD = "the published model of this size has another head (average pooling)"
 MASK_TOKEN = "zeros: readers know the layout by this first key; the decoder's own mask token is not kept"
 
@@ -55,6 +57,8 @@ def in_layout(trained: Trained, layout: str, config: InternImageConfig) -> tuple
             skipped[ours] = NO_PLACE
         elif part != "backbone" and layout == "plain" and not config.use_clip_projector:
             skipped[ours] = OTHER_HEAD
+        elif part in EMBEDDED and trained.run.pool.kind != "attention":
+            skipped[ours] = OTHER_POOL
         else:
             named = layouts.join({part: {ours.removeprefix(OURS[part]): tensor.detach()}})
             hub_names[ours] = next(iter(named))
@@ -110,6 +114,8 @@ def published_model(trained: Trained, config: InternImageConfig, is_backbone_alo
         return model
     heads = StrideTokens(config, run.backbone.token_width)
     model.dcnv3_head_x4, model.dcnv3_head_x3 = heads.dcnv3_head_x4, heads.dcnv3_head_x3
+    if run.pool.kind != "attention":
+        return model
     if trained.towers.has_embedding:
         model.clip_projector = AttentionPool(run.backbone.token_width, run.pool.width, run.pool.heads)
         model.fc_norm = nn.Sequential(nn.LayerNorm(run.pool.width, eps=1e-6))
@@ -166,6 +172,12 @@ def how_to_load(trained: Trained) -> str:
         lines += [
             "",
             "There is no `clip_projector.*` and no `fc_norm.*`: the run trained no global embedding.",
+        ]
+    elif trained.run.pool.kind != "attention":
+        lines += [
+            "",
+            "There is no `clip_projector.*`, `fc_norm.*` and `head.*`: they pool by attention, and the run pooled by "
+            f"{trained.run.pool.kind} (`pool.kind`).",
         ]
     if not trained.towers.has_categories:
         lines += ["", "There is no `head.*`: the run predicted no categories."]

@@ -28,12 +28,36 @@ class AttentionPool(nn.Module):
         self.cross_dcn = CrossAttention(width, out_width, num_heads)
         self.apply(init_linear_and_norm)
 
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that gives the vector."""
+        return self.cross_dcn.proj
+
     def forward(
         self, tokens: Float[Tensor, "b l d"], owned: Bool[Tensor, "b l"] | None = None
     ) -> Float[Tensor, "b e"]:
         query = mean_token(tokens, owned)[:, None]
         pooled = self.cross_dcn(self.norm1_q(query), self.norm1_k(tokens), self.norm1_v(tokens), owned)
         return pooled[:, 0]
+
+
+class MeanPool(nn.Module):
+    """Global vector of an image: its mean token, then a linear projection; otherwise as `AttentionPool`."""
+
+    def __init__(self, width: int, out_width: int):
+        super().__init__()
+        self.proj = nn.Linear(width, out_width)
+        self.apply(init_linear_and_norm)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that gives the vector."""
+        return self.proj
+
+    def forward(
+        self, tokens: Float[Tensor, "b l d"], owned: Bool[Tensor, "b l"] | None = None
+    ) -> Float[Tensor, "b e"]:
+        return self.proj(mean_token(tokens, owned))
 
 
 class CrossAttention(nn.Module):

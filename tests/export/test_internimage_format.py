@@ -110,6 +110,21 @@ def test_size_with_another_published_head_writes_the_backbone_alone(
     assert "another head" in record["skipped"]["pool.cross_dcn.q_bias"]
 
 
+def test_what_pools_by_the_mean_is_left_out_and_said(tmp_path: Path) -> None:
+    small = shrink(load("m3i.internimage_h"))
+    run = replace(small, pool=replace(small.pool, kind="mean", norm="batch"))
+    exported = export(trained_of(run), "internimage", tmp_path / "out")
+    assert {name.split(".")[0] for name in plain(exported.folder)} & {
+        "clip_projector",
+        "fc_norm",
+        "head",
+    } == set()
+    assert {"stage 4", "tokens"} <= {agreement.output for agreement in exported.proof}
+    record = json.loads((exported.folder / "keys.json").read_text())["files"]["internimage.pth"]
+    assert "pooled by attention" in record["skipped"]["category.weight"]
+    assert "pool by attention" in (exported.folder / "README.md").read_text()
+
+
 def test_demo_backbone_without_labels_is_exported(demo_run: Path, tmp_path: Path) -> None:
     folder = export(last(demo_run), "internimage", tmp_path / "out").folder
     assert not any(name.startswith("head.") for name in plain(folder))

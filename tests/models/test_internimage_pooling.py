@@ -1,11 +1,11 @@
-"""Does attention pooling see exactly the tokens that an image owns?"""
+"""Does pooling see exactly the tokens that an image owns?"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pretrain.models.pooling import AttentionPool, mean_token
+from pretrain.models.pooling import AttentionPool, MeanPool, mean_token
 
 
 def pool() -> AttentionPool:
@@ -35,6 +35,13 @@ def test_tokens_of_the_other_image_have_no_influence_and_no_gradient():
 def test_owning_all_tokens_equals_no_mask():
     module, tokens = pool(), torch.randn(2, 6, 32)
     torch.testing.assert_close(module(tokens, torch.ones(2, 6, dtype=torch.bool)), module(tokens))
+
+
+def test_mean_pool_projects_the_mean_of_owned_tokens():
+    module, tokens = MeanPool(width=8, out_width=3), torch.randn(2, 6, 8)
+    owned = torch.tensor([[True, False, True, True, False, False]] * 2)
+    by_hand = tokens[:, [0, 2, 3]].sum(1) / 3 @ module.proj.weight.T + module.proj.bias
+    torch.testing.assert_close(module(tokens, owned), by_hand)
 
 
 def test_mean_token_by_hand():
