@@ -179,7 +179,9 @@ class Run:
             )
         self._check_mask()
         if self.optim.warmup > self.steps:
-            raise ValueError(f"optim.warmup={self.optim.warmup} is longer than steps={self.steps}: lower it")
+            raise ValueError(
+                f"optim.warmup={self.optim.warmup} is longer than steps={self.steps}: lower optim.warmup"
+            )
 
     def _check_mask(self) -> None:
         """ValueError unless the mask divides the view into whole squares, and into the shares that targets need."""

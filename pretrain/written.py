@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 Data = TypeVar("Data")
+MOST_PROBLEMS = 5  # that one message tells
 
 
 def to_json(data: Any) -> str:
@@ -16,13 +19,28 @@ def to_json(data: Any) -> str:
     return json.dumps(dataclasses.asdict(data), indent=1)
 
 
+def _problem(problem: ErrorDetails) -> str:
+    """`optim.lr="fast": Input should be a valid number`."""
+    field = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{field} is missing"
+    if problem["type"] == "json_invalid":
+        return problem["msg"]
+    return f"{field}={reprlib.repr(problem['input'])}: {problem['msg']}".removeprefix("=")
+
+
 def from_json(kind: type[Data], text: str) -> Data:
     """The dataclass that a text describes; a field that it leaves out has its default.
 
-    ValueError, in pydantic's words where a value does not fit, which name the field; in ours where the text names
-    fields that `kind` does not have: what they once said would be lost.
+    ValueError names the fields whose value does not fit, and those that `kind` does not have: what they once said
+    would be lost.
     """
-    data = TypeAdapter(kind).validate_json(text)
+    try:
+        data = TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise ValueError(
+            "; ".join(_problem(problem) for problem in error.errors()[:MOST_PROBLEMS])
+        ) from error
     if unknown := _unknown(json.loads(text), dataclasses.asdict(data)):
         raise ValueError(
             f"{', '.join(unknown)}: no such field in a {kind.__name__} of this version; it was written by another "

@@ -88,7 +88,7 @@ def compare(arguments: list[str] | None = None) -> int:
     options, overrides = parse(arguments)
     comparison = choose(options.comparison, tuple(options.only))
     if options.jobs < 1:
-        raise ValueError(f"--jobs {options.jobs} must be positive")
+        raise ValueError(f"--jobs {options.jobs} must be positive: 1 runs one after the other")
     settings = Settings(
         data=_absolute("--data", options.data),
         sets=_absolute("--sets", options.sets),

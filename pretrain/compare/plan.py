@@ -1,4 +1,4 @@
-"""What has to be run for a comparison, and with which commands? No torch: a plan is shown in a second."""
+"""What has to be run for a comparison, and with which commands?"""
 
 from __future__ import annotations
 
@@ -181,13 +181,15 @@ def _check(comparison: Comparison, settings: Settings) -> None:
             f"--guide names {sorted(settings.guides)}, this comparison needs {sorted(comparison.guides)}: give "
             "NAME=DIR once for each"
         )
-    for name, value in {"--steps": settings.steps, "--batch": settings.batch}.items():
+    for name, value in {
+        "--steps": settings.steps,
+        "--batch": settings.batch,
+        "--ranks": settings.ranks,
+    }.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} {value} must be positive")
-    if settings.ranks < 1 or settings.fine_tune < 0:
-        raise ValueError(
-            f"--ranks {settings.ranks} must be positive and --fine-tune {settings.fine_tune} not negative"
-        )
+    if settings.fine_tune < 0:
+        raise ValueError(f"--fine-tune {settings.fine_tune} must be epochs: 0 for none")
 
 
 def _train_command(variant: Variant, folder: Path, settings: Settings) -> tuple[str, ...]:

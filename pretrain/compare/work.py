@@ -40,8 +40,8 @@ def tasks_left(job: Job) -> list[Task]:
     told = _told(job, TRAIN)
     if is_other or told not in (None, train.asked):
         raise ValueError(
-            f"{job.folder} was begun with another recipe (steps, batch, labels), other data or another guide: name "
-            "another --out, or delete that folder"
+            f"{job.folder} was begun, or prepared by --dry-run, with another recipe (steps, batch, labels), other "
+            "data or another guide: name another --out, or delete that folder"
         )
     checkpoint = checkpoint_folder(job.folder, job.run.steps)
     is_trained = told is not None and checkpoint.is_dir() and verify(checkpoint, hashes=False) is None

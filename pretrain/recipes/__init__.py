@@ -25,7 +25,12 @@ def load(name: str) -> Run:
             raise FileNotFoundError(
                 f"--recipe {name} is no file: name a recipe.json of a run, or one of {names()}"
             )
-        return Run.from_json(Path(name).read_text())
+        try:
+            return Run.from_json(Path(name).read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"--recipe {name} does not describe a run, since {error}: mend it, or copy the recipe.json of a run"
+            ) from error
     module, _, recipe = name.partition(".")
     if module not in MODULES or recipe not in MODULES[module].RECIPES:
         raise ValueError(f"recipe={name!r} is unknown; choose from {names()}")

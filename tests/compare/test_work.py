@@ -73,7 +73,7 @@ def test_a_folder_of_another_recipe_is_refused_before_anything_runs(tmp_path: Pa
     first = job(tmp_path, "one")
     assert work_off([first], 1) == []
     other = replace(first, run=replace(first.run, batch=32))
-    with pytest.raises(ValueError, match="begun with another recipe"):
+    with pytest.raises(ValueError, match="prepared by --dry-run, with another recipe"):
         work_off([other, job(tmp_path, "two")], 1)
     assert not (tmp_path / "two").exists()
 

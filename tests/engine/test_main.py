@@ -81,6 +81,23 @@ def test_a_mistake_is_told_with_its_remedy(
     assert message in " ".join((printed.out + printed.err).replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "damaged.json does not describe a run, since Invalid JSON: EOF while parsing a value"),
+        ("[]", "damaged.json does not describe a run, since []: Input should be an object"),
+        ('{"name": 3}', "since name=3: Input should be a valid string; objective is missing"),
+    ],
+)
+def test_a_recipe_file_that_does_not_fit_is_told_by_its_name(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "damaged.json").write_text(text)
+    assert main([*GOOD, "--recipe", str(tmp_path / "damaged.json")]) == MISTAKE
+    printed = capsys.readouterr().err
+    assert message in printed and "copy the recipe.json of a run" in printed and "pydantic" not in printed
+
+
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     for arguments in ([*GOOD, "--optim.lrr", "1"], [*GOOD, "--batch", "63"], [], ["--help"]):

@@ -249,6 +249,17 @@ def test_missing_weights_are_refused_instead_of_drawn(clip: tuple[Path, Any], tm
         open_guide(copy)
 
 
+def test_weights_that_are_not_finite_are_refused(clip: tuple[Path, Any], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    copy = Path(shutil.copytree(clip[0], tmp_path / "copy"))
+    weights = load_file(copy / "model.safetensors")
+    weights["visual_projection.weight"][0, 0] = torch.nan
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"copy has 1 weights that are not finite, such as .*projection"):
+        open_guide(copy)
+
+
 def test_what_is_no_guide_is_told_with_what_is(tmp_path: Path, open_clip: tuple[Path, Any]) -> None:
     with pytest.raises(FileNotFoundError, match="absent is no folder: name one of"):
         open_guide(tmp_path / "absent")

@@ -47,10 +47,21 @@ def open_guide(folder: Path) -> Guide:
     return Guide(_open_encoder(folder))
 
 
+def _require_finite(opened: Opened) -> Opened:
+    """ValueError for weights that are not finite: training would take them for a diverging student."""
+    weights = opened.tower.state_dict().items()
+    bad = [name for name, weight in weights if not weight.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"guide {opened.folder} has {len(bad)} weights that are not finite, such as {bad[0]}: copy it again"
+        )
+    return opened
+
+
 def _open_encoder(folder: Path) -> Opened:
     for known in ENCODERS.values():
         if known.is_folder(folder):
-            return known.open_folder(folder)
+            return _require_finite(known.open_folder(folder))
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     raise ValueError(
         f"guide {folder} holds {', '.join(found[:8]) or 'nothing'}{', ...' * (len(found) > 8)}, which is none of: "
