@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import open_clip
 import torch
@@ -16,6 +18,7 @@ from pretrain.recipes import load
 from tests.evaluate.runs import write_run
 from tests.fakes import shrink
 
+Module = TypeVar("Module", bound=nn.Module)
 SIZE, PATCH, WIDTH, SHARED = 32, 8, 32, 24  # pixels, pixels, of the encoders, of CLIP's common space
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)  # as in no published model
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": WIDTH, "intermediate_size": 64}
@@ -30,12 +33,13 @@ def pixels(views: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...]
     return (views / 255 - shift) / scale
 
 
-def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The same module with all weights moved, so that none is idle."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+def shaken(build: Callable[[], Module], seed: int = 0) -> Module:
+    """A module, the same every time, with all weights moved, so that none is idle."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = build()
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.1 * torch.randn(parameter.shape))
     return model.eval()
 
 
@@ -45,7 +49,7 @@ def clip_folder(folder: Path, *, with_processor: bool = True) -> CLIPModel:
         vision_config={**LAYERS, "image_size": SIZE, "patch_size": PATCH},
         projection_dim=SHARED,
     )
-    model = shaken(CLIPModel(config))
+    model = shaken(lambda: CLIPModel(config))
     model.save_pretrained(folder)
     if with_processor:
         CLIPImageProcessor(image_mean=list(MEAN), image_std=list(STD)).save_pretrained(folder)
@@ -53,7 +57,8 @@ def clip_folder(folder: Path, *, with_processor: bool = True) -> CLIPModel:
 
 
 def vit_folder(folder: Path, *, with_processor: bool = True) -> ViTModel:
-    model = shaken(ViTModel(ViTConfig(**LAYERS, image_size=SIZE, patch_size=PATCH), add_pooling_layer=False))
+    config = ViTConfig(**LAYERS, image_size=SIZE, patch_size=PATCH)
+    model = shaken(lambda: ViTModel(config, add_pooling_layer=False))
     model.save_pretrained(folder)
     if with_processor:
         ViTImageProcessor(image_mean=list(MEAN), image_std=list(STD)).save_pretrained(folder)
@@ -70,7 +75,7 @@ def open_clip_folder(folder: Path, **vision: object) -> nn.Module:
     }
     settings = {"model_cfg": config, "preprocess_cfg": {"mean": MEAN, "std": STD}}
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
-    model = shaken(open_clip.model.CLIP(**config))
+    model = shaken(lambda: open_clip.model.CLIP(**config))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return model
 
