@@ -36,7 +36,12 @@ def check_resumable(
     folder: Path, run: Run, facts: DataFacts, *, world: int, stage: int, dtype: torch.dtype
 ) -> None:
     """ValueError that names every difference between the saved run and this one that forbids going on."""
-    saved = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("run", "facts")}
+    # Read and written again, so that a field that is younger than the run has the value that it had without a name.
+    kinds: dict[str, type[Run] | type[DataFacts]] = {"run": Run, "facts": DataFacts}
+    saved = {
+        name: json.loads(kind.from_json((folder / f"{name}.json").read_text()).to_json())
+        for name, kind in kinds.items()
+    }
     present = {"run": json.loads(run.to_json()), "facts": json.loads(facts.to_json())}
     harmless = {f"run.{name}" for name in HARMLESS}
     differing = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import reprlib
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
 Data = TypeVar("Data")
 MOST_PROBLEMS = 5  # that one message tells
@@ -19,7 +19,7 @@ def to_json(data: Any) -> str:
     return json.dumps(dataclasses.asdict(data), indent=1)
 
 
-def _problem(problem: ErrorDetails) -> str:
+def _problem(problem: Mapping[str, Any]) -> str:
     """`optim.lr="fast": Input should be a valid number`."""
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "missing":

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data_prep.schema import write_atomic
 from pretrain.checkpoint import checkpoint_folder
 from pretrain.compare.plan import TRAIN, Job, Task
+from pretrain.config import Run
 from pretrain.intact import verify
 from pretrain.main import ROOT
 
@@ -36,7 +37,7 @@ class Failure:
 def tasks_left(job: Job) -> list[Task]:
     """What of a job has to be run yet, in its order; ValueError when its folder holds another run."""
     train = next(task for task in job.tasks if task.name == TRAIN)
-    is_other = job.recipe.exists() and job.recipe.read_text() != job.run.to_json()
+    is_other = job.recipe.exists() and _recipe(job) != job.run
     told = _told(job, TRAIN)
     if is_other or told not in (None, train.asked):
         raise ValueError(
@@ -48,6 +49,14 @@ def tasks_left(job: Job) -> list[Task]:
     return [
         task for task in job.tasks if not is_trained or (task.name != TRAIN and not _is_evaluated(job, task))
     ]
+
+
+def _recipe(job: Job) -> Run | None:
+    """The run that the folder was begun with; None where its recipe cannot be read."""
+    try:
+        return Run.from_json(job.recipe.read_text())
+    except ValueError:
+        return None
 
 
 def _is_evaluated(job: Job, task: Task) -> bool:

@@ -78,6 +78,18 @@ def test_a_folder_of_another_recipe_is_refused_before_anything_runs(tmp_path: Pa
     assert not (tmp_path / "two").exists()
 
 
+def test_a_folder_that_is_older_than_a_field_of_recipes_goes_on(tmp_path: Path) -> None:
+    first = job(tmp_path, "one")
+    assert work_off([first], 1) == []
+    asked = json.loads(first.recipe.read_text())
+    del asked["pool"]["kind"]
+    first.recipe.write_text(json.dumps(asked))
+    assert tasks_left(first) == []
+    first.recipe.write_text("{")
+    with pytest.raises(ValueError, match="with another recipe"):
+        tasks_left(first)
+
+
 def test_what_was_asked_otherwise_is_evaluated_again_but_never_trained_over(tmp_path: Path) -> None:
     first = job(tmp_path, "one")
     assert work_off([first], 1) == []

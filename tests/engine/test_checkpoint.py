@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -111,6 +112,17 @@ def test_the_same_run_may_go_on_with_other_intervals(tmp_path: Path) -> None:
     backbone = dataclasses.replace(toy_run().backbone, activation_checkpoint="full")
     run = dataclasses.replace(toy_run(), backbone=backbone, save_every=1, log_every=7, max_bad=0.5)
     resume.check_resumable(_whole(tmp_path, 3), run, FACTS, **SAME)
+
+
+def test_a_run_that_is_older_than_a_field_goes_on_with_its_default(tmp_path: Path) -> None:
+    folder = _whole(tmp_path, 3)
+    saved = json.loads((folder / "run.json").read_text())
+    del saved["pool"]["kind"]
+    (folder / "run.json").write_text(json.dumps(saved))
+    resume.check_resumable(folder, toy_run(), FACTS, **SAME)
+    pool = dataclasses.replace(toy_run().pool, kind="mean")
+    with pytest.raises(ValueError, match=r"run.pool.kind was 'attention', is 'mean'"):
+        resume.check_resumable(folder, dataclasses.replace(toy_run(), pool=pool), FACTS, **SAME)
 
 
 def test_another_recipe_is_refused_by_field(tmp_path: Path) -> None:
