@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -97,6 +98,25 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Mixing:
+    """How the samples of all sources stand in the run's order."""
+
+    by: Literal["weight", "size"] = (
+        "weight"  # shares: data.NAME.weight, or that for each of a source's samples
+    )
+    temperature: float = (
+        1.0  # shares to the power of 1 / temperature (arXiv 1907.05019): above 1 evens them out
+    )
+    pairs: Literal["any", "same", "other"] = "any"  # sources of the two images of a mixed input
+    window: int = 32  # shards whose samples are shuffled together: locality of reading against mixing
+
+    def __post_init__(self) -> None:
+        positive("mixing", temperature=self.temperature, window=self.window)
+        if not math.isfinite(self.temperature):
+            raise ValueError(f"mixing.temperature={self.temperature} must be finite: 1000 gives equal shares")
+
+
+@dataclass(frozen=True)
 class Optim:
     """AdamW with warm-up and cosine decay to `final_lr`."""
 
@@ -147,6 +167,7 @@ class Run:
     data: dict[str, Source]  # name on the command line -> what is taken from it
     batch: int  # images in the global batch of one optimizer step
     steps: int  # optimizer steps
+    mixing: Mixing = field(default_factory=Mixing)
     backbone: Backbone = field(default_factory=Backbone)
     decoder: Decoder = field(default_factory=Decoder)
     pool: Pool = field(default_factory=Pool)
@@ -176,6 +197,11 @@ class Run:
             raise ValueError(
                 f"batch={self.batch} counts images and must be a multiple of "
                 f"objective.input.mixed={self.objective.input.mixed}: set {self.batch + 1}"
+            )
+        if self.mixing.pairs != "any" and self.objective.input.mixed == 1:
+            raise ValueError(
+                f"mixing.pairs={self.mixing.pairs!r} would be ignored: all its inputs show one image: "
+                "leave it out"
             )
         self._check_mask()
         if self.optim.warmup > self.steps:

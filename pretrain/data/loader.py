@@ -44,6 +44,12 @@ class Delivery(NamedTuple):
     last_bad: str  # describes one of them; empty without
 
 
+def run_order(run: Run, sources: Sources) -> Order:
+    """Which sample the run draws at every position of its order."""
+    weights = [float(source.weight) for source in run.data.values()]
+    return Order(run.seed, weights, [source.shards.shard_sizes for source in sources.opened], run.mixing)
+
+
 class Steps:
     """step -> Delivery of one rank: a pure function of the run, the data and the step.
 
@@ -56,8 +62,7 @@ class Steps:
         self.sources = sources
         self._rank = rank
         self._images = run.images_per_rank(world)
-        weights = [float(source.weight) for source in run.data.values()]
-        self._order = Order(run.seed, weights, [s.shards.shard_sizes for s in self.sources.opened])
+        self._order = run_order(run, sources)
         self._needs_other = run.objective.needs_other_view()
 
     def __reduce__(self) -> tuple:

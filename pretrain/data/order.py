@@ -1,4 +1,4 @@
-"""Which sample stands at a position of the run's global order?"""
+"""Which sample stands at a position of the run's global order? NumPy alone, so that anything can ask."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from pretrain.config import Mixing
+
 CYCLE = 1000  # positions after which the choice of sources repeats; any so many hold exact shares
 SHUFFLED = 8  # neighbouring positions whose sources are shuffled, so that pairs of every kind meet
-WINDOW = 32  # shards whose samples are shuffled together: locality of reading against mixing
+PAIR = 2  # neighbouring positions that share an input, where two images do
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,20 @@ class Pick:
 class Order:
     """(seed, position) -> Pick, for weighted sources; it keeps nothing but caches.
 
-    Each source delivers each of its samples exactly once an epoch. Shares of the sources follow the weights
-    to one sample in any 1,000 positions. Any process computes the same order.
-    Raises ValueError when a source's share is below 1 in 1,000.
+    Each source delivers each of its samples exactly once an epoch. Shares of the sources are those of `shares`
+    to one sample in any 1,000 positions (to one pair where pairs are of one source). Any process computes the
+    same order. Raises ValueError as `source_cycle`.
     """
 
-    def __init__(self, seed: int, weights: Sequence[float], shard_sizes: Sequence[Sequence[int]]) -> None:
-        self._slots = source_cycle(seed, weights)
+    def __init__(
+        self,
+        seed: int,
+        weights: Sequence[float],
+        shard_sizes: Sequence[Sequence[int]],
+        mixing: Mixing = Mixing(),  # noqa: B008  frozen
+    ) -> None:
+        self.shares = shares(weights, [sum(sizes) for sizes in shard_sizes], mixing)
+        self._slots = source_cycle(seed, self.shares, mixing.pairs)
         quotas = np.bincount(self._slots, minlength=len(weights))
         self._quotas = quotas.tolist()
         earlier = np.zeros(CYCLE, dtype=np.int64)  # slots of the same source before this one
@@ -41,7 +50,9 @@ class Order:
             chosen = self._slots == source
             earlier[chosen] = np.arange(quotas[source])
         self._earlier = earlier
-        self._sources = [SourceOrder(seed, source, sizes) for source, sizes in enumerate(shard_sizes)]
+        self._sources = [
+            SourceOrder(seed, source, sizes, mixing.window) for source, sizes in enumerate(shard_sizes)
+        ]
 
     def draw(self, position: int) -> tuple[int, int]:
         """The source at `position` and how many samples of that source come before it."""
@@ -60,8 +71,8 @@ class Order:
 class SourceOrder:
     """Permutes one source anew each epoch: its shards, then the samples of every window of shards."""
 
-    def __init__(self, seed: int, source: int, shard_sizes: Sequence[int]) -> None:
-        self._key = (seed, source)
+    def __init__(self, seed: int, source: int, shard_sizes: Sequence[int], window: int) -> None:
+        self._key, self._shards = (seed, source), window
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(self._sizes.sum())
         # A step reads one window, or two at a border; workers a few steps apart read the same.
@@ -80,11 +91,11 @@ class SourceOrder:
         """Permuted shard numbers, and the place in the epoch where each window of them starts."""
         shards = permutation(len(self._sizes), *self._key, epoch)
         starts = np.concatenate([[0], np.cumsum(self._sizes[shards])[:-1]])
-        return shards, starts[::WINDOW].tolist()
+        return shards, starts[:: self._shards].tolist()
 
     def _lay_out_window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         """Shard and index inside the shard of every sample of one window, in order."""
-        shards = self._epoch(epoch)[0][window * WINDOW : (window + 1) * WINDOW]
+        shards = self._epoch(epoch)[0][window * self._shards : (window + 1) * self._shards]
         sizes = self._sizes[shards]
         order = permutation(int(sizes.sum()), *self._key, epoch, window)
         starts = np.cumsum(sizes) - sizes
@@ -92,25 +103,62 @@ class SourceOrder:
         return shards[which].astype(np.int32), (order - starts[which]).astype(np.int32)
 
 
-def source_cycle(seed: int, weights: Sequence[float]) -> np.ndarray:
+def shares(weights: Sequence[float], sizes: Sequence[int], mixing: Mixing) -> list[float]:
+    """The part of all samples that each source of so many samples gives; they add up to 1."""
+    counted = np.asarray(weights, dtype=np.float64)
+    if mixing.by == "size":
+        counted = counted * np.asarray(sizes, dtype=np.float64)
+    evened = (counted / counted.max()) ** (1 / mixing.temperature)
+    return (evened / evened.sum()).tolist()
+
+
+def source_cycle(seed: int, shares: Sequence[float], pairs: str = "any") -> np.ndarray:
     """The source of each of CYCLE positions: exact shares, evenly spread, shuffled within SHUFFLED positions.
 
     Shuffling breaks the regular beat of an even spread: of two equal sources one would always be the first
-    image of a pair. Raises ValueError when a source gets no position.
+    image of a pair. `pairs` as mixing.pairs. Raises ValueError when a source gets no position, and when pairs of
+    different sources are asked of one source or of one that gives more than half of the samples.
     """
-    share = np.asarray(weights, dtype=np.float64) / np.sum(weights)
-    if share.min() * CYCLE < 1:
+    draws = CYCLE // PAIR if pairs == "same" else CYCLE
+    if min(shares) * draws < 1:
         raise ValueError(
-            f"data weights {list(weights)} give a source {share.min():.2g} of the samples; the smallest "
-            f"share is 1 in {CYCLE}: raise that weight or leave the source out"
+            f"the sources' shares {[float(f'{share:.3g}') for share in shares]} of the samples must be at least 1 in "
+            f"{draws}: raise that weight or mixing.temperature, or leave the source out"
         )
-    quotas = np.floor(share * CYCLE).astype(np.int64)
-    for source in np.argsort(quotas - share * CYCLE, kind="stable")[: CYCLE - quotas.sum()]:
-        quotas[source] += 1  # largest remainder
-    # Slot k of a source with q slots is due at (k + 1/2) / q of the cycle: sorted due times spread it evenly.
+    if pairs == "same":
+        return _spread(_quotas(shares, draws), seed).repeat(PAIR)
+    quotas = _quotas(shares, draws)
+    if pairs == "any":
+        return _spread(quotas, seed)
+    if max(shares) > 0.5:
+        raise ValueError(
+            f"mixing.pairs='other' needs an image of a second source for each, one source gives {max(shares):.3g} of "
+            "all where half is the most: lower its weight, or ask for 'any'"
+        )
+    # In a row of all slots, sorted by source, none stands half a row away from its own kind.
+    kinds = np.sort(np.repeat(np.arange(len(quotas)), quotas)).reshape(PAIR, -1).T
+    kinds, counts = np.unique(kinds, axis=0, return_counts=True)
+    chosen = kinds[_spread(counts, seed)]
+    is_turned = permutation(len(chosen), seed, len(chosen)) % PAIR == 1
+    chosen[is_turned] = chosen[is_turned, ::-1]
+    return chosen.reshape(-1)
+
+
+def _quotas(shares: Sequence[float], total: int) -> np.ndarray:
+    """Whole numbers that add up to `total`, each within 1 of its share, by largest remainder."""
+    exact = np.asarray(shares) * total
+    quotas = np.floor(exact).astype(np.int64)
+    for source in np.argsort(quotas - exact, kind="stable")[: total - quotas.sum()]:
+        quotas[source] += 1
+    return quotas
+
+
+def _spread(quotas: np.ndarray, seed: int) -> np.ndarray:
+    """Each number as often as its quota says, evenly spread, then shuffled within SHUFFLED places."""
+    # Place k of a number with q places is due at (k + 1/2) / q of the cycle: sorted due times spread it evenly.
     due = np.concatenate([(np.arange(q) + 0.5) / q for q in quotas])
     slots = np.repeat(np.arange(len(quotas)), quotas)[np.argsort(due, kind="stable")]
-    for block, start in enumerate(range(0, CYCLE, SHUFFLED)):
+    for block, start in enumerate(range(0, len(slots), SHUFFLED)):
         window = slots[start : start + SHUFFLED]
         slots[start : start + SHUFFLED] = window[permutation(len(window), seed, block)]
     return slots

@@ -11,7 +11,7 @@ from pathlib import Path
 from data_prep.schema import MANIFEST_NAME, TAR_BLOCK, Manifest, read_index, sha256_file
 from pretrain.data.faults import BadSample
 
-OPEN_SHARDS = 64  # files and indices kept open; two windows of the training order
+OPEN_SHARDS = 64  # files and indices kept open at once, unless told otherwise
 REGULAR_FILE = (b"0", b"\0")  # tar type flags
 
 
@@ -23,8 +23,8 @@ class ShardFolder:
     BadSample: `missing_shard`, `unreadable`, `truncated_shard`, `broken_index` or `broken_record`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], open_shards: int = OPEN_SHARDS) -> None:
+        self.folder, self._most_open = Path(folder), open_shards
         self.manifest = Manifest.read(self.folder)
         self.shard_sizes = [shard.num_samples for shard in self.manifest.shards]
         self._ends = list(accumulate(self.shard_sizes))
@@ -95,7 +95,7 @@ class ShardFolder:
 
     def _opened(self, shard: int, path: Path) -> tuple[int, array]:
         if shard not in self._open:
-            if len(self._open) >= OPEN_SHARDS:
+            if len(self._open) >= self._most_open:
                 os.close(self._open.pop(next(iter(self._open)))[0])
             self._open[shard] = _open_shard(path, self.shard_sizes[shard])
         return self._open[shard]

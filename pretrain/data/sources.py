@@ -14,6 +14,8 @@ from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
 from pretrain.data.text import Captions
 
+MOST_OPEN = 256  # files of one source and process: systems allow a process 1,024 in all
+
 # supervision -> does a data set promise its labels, what they are, where they come from
 NEEDS: dict[str, tuple[Callable[[Manifest], bool], tuple[str, str], str]] = {
     "category": (
@@ -94,7 +96,8 @@ def open_sources(run: Run, folders: Mapping[str, Path], tokenizer: Path | None) 
     categories, captions, tags or tokenizer, or a `tokenizer` that nothing would use.
     """
     _check_names(run, folders)
-    shards = {name: ShardFolder(folders[name]) for name in run.data}
+    open_shards = min(2 * run.mixing.window, MOST_OPEN)  # a batch may lie across the border of two windows
+    shards = {name: ShardFolder(folders[name], open_shards) for name in run.data}
     _check_supervision(run)
     told_by = {label: [n for n, source in run.data.items() if source.supervision == label] for label in NEEDS}
     for label, names in told_by.items():

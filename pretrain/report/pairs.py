@@ -17,7 +17,7 @@ from pretrain.config import Run
 from pretrain.data.batch import NO_TAG, Batch
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample
-from pretrain.data.loader import Loader
+from pretrain.data.loader import Loader, run_order
 from pretrain.data.order import Order
 from pretrain.data.sources import Sources, open_sources
 from pretrain.data.text import Captions
@@ -64,8 +64,7 @@ def read_pairs(run: Run, folders: Mapping[str, Path], tokenizer: Path | None, co
     batch = next(loader)
     loader.close()
     sources = open_sources(run, folders, tokenizer)
-    weights = [float(source.weight) for source in run.data.values()]
-    order = Order(run.seed, weights, [source.shards.shard_sizes for source in sources.opened])
+    order = run_order(run, sources)
     examples = [_example(batch, place, order, sources) for place in range(count * mixed)]
     masks = batch.mask.view(count, run.objective.input.views, run.grid, run.grid)[:, 0].numpy()
     return [Pair(tuple(examples[mixed * k : mixed * (k + 1)]), masks[k]) for k in range(count)]

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from pretrain.config import Run, Source
+from pretrain.config import Mixing, Run, Source
 from pretrain.data.batch import NO_CATEGORY, Batch
 from pretrain.data.faults import DataError
 from pretrain.data.loader import Loader
@@ -53,6 +55,42 @@ def test_resume_equals_straight(folders: dict[str, Path]) -> None:
     straight = batches(small_run(), folders, 6)
     for one, other in zip(straight[4:], batches(small_run(), folders, 2, start_step=4), strict=True):
         assert_same(one, other)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    worlds=st.tuples(*[st.sampled_from([1, 2, 3, 4, 6])] * 2),
+    mixing=st.builds(
+        Mixing,
+        by=st.sampled_from(["weight", "size"]),
+        temperature=st.sampled_from([1.0, 3.0]),
+        pairs=st.sampled_from(["any", "same"]),
+        window=st.integers(1, 3),
+    ),
+    stop=st.integers(0, 3),
+)
+def test_another_number_of_ranks_goes_on_with_the_same_sequence(
+    folders: dict[str, Path], worlds: tuple[int, int], mixing: Mixing, stop: int
+) -> None:
+    """Pixels, boxes, masks and tokens bit for bit, at any step and however sources are mixed."""
+    run = small_run(batch=24, mixing=mixing)
+    straight = batches(run, folders, 4)
+    for world, steps in zip(worlds, (range(stop), range(stop, 4)), strict=True):
+        ranks = [
+            batches(run, folders, len(steps), rank=rank, world=world, start_step=steps.start)
+            for rank in range(world)
+        ]
+        for step in steps:
+            assert_same(straight[step], joined([rank[step - steps.start] for rank in ranks]))
+
+
+@pytest.mark.parametrize("pairs", ["same", "other"])
+def test_the_images_of_an_input_come_from_the_sources_asked_for(folders: dict[str, Path], pairs: str) -> None:
+    data = {"names": Source("category"), "talk": Source("text")}
+    batch = joined(batches(small_run(data=data, mixing=Mixing(pairs=pairs)), folders, 4))
+    first, second = batch.has_category[0::2], batch.has_category[1::2]
+    assert bool(((first == second) if pairs == "same" else (first != second)).all())
+    assert first.any() and not first.all()
 
 
 def test_another_seed_gives_other_batches(folders: dict[str, Path]) -> None:

@@ -10,17 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.order import CYCLE, Order, SourceOrder, permutation, source_cycle
+from pretrain.config import Mixing
+from pretrain.data.order import CYCLE, Order, SourceOrder, permutation, shares, source_cycle
+
+WINDOW = Mixing().window
 
 
 @settings(max_examples=30, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=80),
+    window=st.integers(1, 90),
     seed=st.integers(0, 2**40),
     epoch=st.integers(0, 3),
 )
-def test_an_epoch_holds_each_sample_exactly_once(sizes: list[int], seed: int, epoch: int) -> None:
-    order = SourceOrder(seed, 0, sizes)
+def test_an_epoch_holds_each_sample_exactly_once(
+    sizes: list[int], window: int, seed: int, epoch: int
+) -> None:
+    order = SourceOrder(seed, 0, sizes, window)
     total = sum(sizes)
     picks = [order.pick(draw) for draw in range(epoch * total, (epoch + 1) * total)]
     everything = {(shard, index) for shard, size in enumerate(sizes) for index in range(size)}
@@ -40,8 +46,79 @@ def test_any_thousand_positions_hold_the_shares_to_one_sample(weights: tuple[flo
         assert np.abs(counts - CYCLE * np.array(weights) / sum(weights)).max() <= 1
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    sources=st.lists(
+        st.tuples(st.floats(0.1, 5), st.lists(st.integers(1, 9), min_size=1, max_size=9)),
+        min_size=1,
+        max_size=5,
+    ),
+    by=st.sampled_from(["weight", "size"]),
+    temperature=st.floats(0.5, 9),
+    window=st.integers(1, 12),
+    seed=st.integers(0, 2**40),
+    start=st.integers(0, 5 * CYCLE),
+)
+def test_any_thousand_positions_of_any_mixture(
+    sources: list[tuple[float, list[int]]],
+    by: str,
+    temperature: float,
+    window: int,
+    seed: int,
+    start: int,
+) -> None:
+    """Shares to one sample, and every source in whole epochs: what a pass has begun comes before the next one."""
+    weights, sizes = [weight for weight, _ in sources], [of_source for _, of_source in sources]
+    mixing = Mixing(by=by, temperature=temperature, window=window)
+    try:
+        order = Order(seed, weights, sizes, mixing)
+    except ValueError:
+        assert min(shares(weights, [sum(one) for one in sizes], mixing)) < 1 / CYCLE
+        return
+    picks = [order[position] for position in range(start, start + CYCLE)]
+    counts = np.bincount([pick.source for pick in picks], minlength=len(sources))
+    assert np.abs(counts - CYCLE * np.array(order.shares)).max() <= 1
+    for source, of_source in enumerate(sizes):
+        mine = [pick for pick in picks if pick.source == source]
+        assert [pick.epoch for pick in mine] == sorted(pick.epoch for pick in mine)
+        by_epoch = Counter(pick.epoch for pick in mine)
+        distinct = Counter(epoch for epoch, *_ in {(p.epoch, p.shard, p.index) for p in mine})
+        assert by_epoch == distinct, "a sample came twice in one epoch"
+        assert all(by_epoch[epoch] == sum(of_source) for epoch in sorted(by_epoch)[1:-1])
+
+
+def test_shares_by_size_and_temperature_by_hand() -> None:
+    assert shares([1, 1], [300, 100], Mixing()) == [0.5, 0.5]
+    assert shares([1, 1], [300, 100], Mixing(by="size")) == pytest.approx([0.75, 0.25])
+    assert shares([1, 3], [300, 100], Mixing(by="size")) == pytest.approx([0.5, 0.5])
+    assert shares([1, 1], [900, 100], Mixing(by="size", temperature=2)) == pytest.approx([0.75, 0.25])
+    assert shares([8, 1], [1, 1], Mixing(temperature=1e9)) == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, 1.0, 1.0), (5.0, 3.0, 2.0, 1.0)])
+def test_pairs_of_one_source_and_of_two(weights: tuple[float, ...]) -> None:
+    exact = CYCLE * np.array(weights) / sum(weights)
+    same = source_cycle(5, [weight / sum(weights) for weight in weights], "same")
+    assert (same[0::2] == same[1::2]).all()
+    assert np.abs(np.bincount(same) - exact).max() <= 2
+    other = source_cycle(5, [weight / sum(weights) for weight in weights], "other")
+    assert (other[0::2] != other[1::2]).all()
+    assert np.abs(np.bincount(other) - exact).max() <= 1
+    first = np.bincount(other[0::2], minlength=len(weights))
+    assert np.abs(2 * first - np.bincount(other)).max() < 120, (
+        "each source is the first image of half its pairs"
+    )
+
+
+def test_pairs_of_two_sources_need_two_that_can_meet() -> None:
+    with pytest.raises(
+        ValueError, match=r"one source gives 0.6 of all where half is the most: lower its weight"
+    ):
+        source_cycle(0, [0.6, 0.4], "other")
+
+
 def test_shares_hold_in_short_stretches_too() -> None:
-    slots = source_cycle(0, (2.0, 1.0, 1.0))
+    slots = source_cycle(0, (0.5, 0.25, 0.25))
     for start in range(0, CYCLE, 8):
         counts = np.bincount(slots[start : start + 8], minlength=3)
         assert np.abs(counts - np.array([4, 2, 2])).max() <= 2
@@ -56,7 +133,7 @@ def test_each_source_is_drawn_without_gaps() -> None:
 
 
 def test_both_images_of_a_pair_come_from_either_source() -> None:
-    slots = source_cycle(0, (1.0, 1.0)).reshape(-1, 2)
+    slots = source_cycle(0, (0.5, 0.5)).reshape(-1, 2)
     kinds = Counter(map(tuple, slots.tolist()))
     assert set(kinds) == {(0, 0), (0, 1), (1, 0), (1, 1)}
     assert min(kinds.values()) > 60  # of 500 pairs; an unshuffled spread has one kind only
@@ -68,7 +145,7 @@ def test_epochs_and_seeds_and_sources_shuffle_differently() -> None:
         return [(pick.shard, pick.index) for pick in picks]
 
     sizes = [10] * 5
-    orders = [first(SourceOrder(seed, source, sizes), epoch) for seed, source, epoch in
+    orders = [first(SourceOrder(seed, source, sizes, WINDOW), epoch) for seed, source, epoch in
               [(0, 0, 0), (0, 0, 1), (1, 0, 0), (0, 1, 0)]]  # fmt: skip
     assert len({tuple(order) for order in orders}) == 4
 
@@ -87,8 +164,8 @@ def test_the_order_never_changes_between_versions() -> None:
 
 
 def test_a_source_with_too_small_a_share_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 in 1000: raise that weight"):
-        source_cycle(0, (10_000.0, 1.0))
+    with pytest.raises(ValueError, match=r"at least 1 in 1000: raise that weight or mixing\.temperature"):
+        Order(0, (10_000.0, 1.0), [[1], [1]])
 
 
 def test_forty_thousand_shards_start_and_draw_fast() -> None:

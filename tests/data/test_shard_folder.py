@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from data_prep.schema import index_path
-from pretrain.data import shards
 from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
 from tests.data.sets import good_set, sample, write_set
@@ -31,9 +30,8 @@ def test_members_of_any_size_are_read(tmp_path: Path) -> None:
     assert [folder.sample(index) for index in range(6)] == samples
 
 
-def test_more_shards_than_open_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
-    folder = ShardFolder(good_set(tmp_path / "set", (1, 1, 1, 1)))
+def test_more_shards_than_open_files_are_read(tmp_path: Path) -> None:
+    folder = ShardFolder(good_set(tmp_path / "set", (1, 1, 1, 1)), open_shards=2)
     for index in (0, 1, 2, 3, 0, 2):
         assert folder.sample(index) == sample(index)
     assert len(folder._open) == 2

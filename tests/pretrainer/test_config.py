@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
-from pretrain.config import Backbone, Clusters, Decoder, Mask, Optim, Run, Source, Tags, Views
+from pretrain.config import Backbone, Clusters, Decoder, Mask, Mixing, Optim, Run, Source, Tags, Views
 from pretrain.facts import DataFacts
 from pretrain.models.backbone import build_encoder
 from pretrain.objective import Input, Objective, Target
@@ -165,6 +166,12 @@ def test_unknown_recipe_lists_the_choices():
         (
             lambda: Mask(shape="scattered", min_block=4),
             r"mask\.min_block=4 would be ignored: .* mask\.shape='scattered' .* leave it out",
+        ),
+        (lambda: Mixing(temperature=0.0), r"mixing\.temperature=0\.0 must be positive"),
+        (lambda: Mixing(temperature=math.inf), r"mixing\.temperature=inf must be finite"),
+        (
+            lambda: replace(load("rows.classification"), mixing=Mixing(pairs="same")),
+            r"mixing\.pairs='same' would be ignored: all its inputs show one image",
         ),
         (lambda: Mask(shape="scattered", aspect=0.5), r"mask\.aspect=0\.5 would be ignored"),
         (
