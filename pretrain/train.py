@@ -57,7 +57,15 @@ def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device:
     tokenizer = tokenizer_folder(run, paths)
     place = {"rank": rank(), "world": world_size()}
     guide = read_guide(run, paths.guide)
-    loader = Loader(run, paths.data, tokenizer, **place, workers=paths.workers, start_step=first_step)
+    loader = Loader(
+        run,
+        paths.data,
+        tokenizer,
+        **place,
+        workers=paths.workers,
+        start_step=first_step,
+        dropped_to=paths.out / f"dropped-rank_{rank():05d}.jsonl",
+    )
     facts = with_guide(loader.facts, guide)
     if folder is not None:  # refuses another recipe before minutes of building
         resume.check_resumable(folder, run, facts, **describe(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 MIN_READS = 100  # the limit on bad samples is taken over at least this many reads
 
@@ -13,6 +14,19 @@ class BadSample(ValueError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason  # a short name, the key of the counts
+
+
+class Dropped(NamedTuple):
+    """A sample that was replaced, where it lies and why."""
+
+    source: str
+    shard: str
+    index: int  # inside the shard
+    reason: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.source}/{self.shard} sample {self.index}: {self.reason}: {self.message}"
 
 
 class DataError(ValueError):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 import multiprocessing
 import os
 import threading
-from collections import Counter
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -22,7 +24,7 @@ from data_prep.schema import IMAGE_EXTENSIONS
 from pretrain.config import Run
 from pretrain.data.batch import MOST_TAGS, NO_TAG, Batch
 from pretrain.data.decode import decode_image
-from pretrain.data.faults import BadSample, DataError, check_bad_share
+from pretrain.data.faults import BadSample, DataError, Dropped, check_bad_share
 from pretrain.data.mask import draw_mask
 from pretrain.data.order import Order
 from pretrain.data.sources import OpenSource, Sources, open_sources
@@ -32,16 +34,16 @@ from pretrain.facts import DataFacts
 
 VERIFIED_BYTES = 2 * 2**30  # data sets up to this size are hashed at start, of larger ones the first shard
 MAX_REPLACED = 100  # bad samples in a row of one source before the data counts as broken
+STAGES = ("read", "labels", "decode", "views", "batch")  # of the work, in its order
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 class Delivery(NamedTuple):
-    """One batch, and what was read to make it."""
+    """One batch, and what it took to make it."""
 
     batch: Batch
-    num_reads: int
-    dropped: dict[str, int]  # reason -> samples replaced
-    last_bad: str  # describes one of them; empty without
+    dropped: tuple[Dropped, ...]
+    seconds: dict[str, float]  # by stage, of the process that worked
 
 
 def run_order(run: Run, sources: Sources) -> Order:
@@ -64,6 +66,7 @@ class Steps:
         self._images = run.images_per_rank(world)
         self._order = run_order(run, sources)
         self._needs_other = run.objective.needs_other_view()
+        self._seconds: dict[str, float] = {}
 
     def __reduce__(self) -> tuple:
         return Steps, self._arguments
@@ -71,15 +74,25 @@ class Steps:
     def __getitem__(self, step: int) -> Delivery:
         first = step * self.run.batch + self._rank * self._images
         positions = range(first, first + self._images)
-        dropped: Counter[str] = Counter()
-        bad: list[str] = []
-        rows = [self._row(position, dropped, bad) for position in positions]
-        fields = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        masks = [self._masks(position) for position in positions[:: self.run.objective.input.mixed]]
-        batch = Batch(mask=torch.cat(masks), position=torch.tensor(positions), **fields)
-        return Delivery(batch, len(positions) + dropped.total(), dict(dropped), bad[-1] if bad else "")
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        dropped: list[Dropped] = []
+        rows = [self._row(position, dropped) for position in positions]
+        with self._during("batch"):
+            fields = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+            masks = [self._masks(position) for position in positions[:: self.run.objective.input.mixed]]
+            batch = Batch(mask=torch.cat(masks), position=torch.tensor(positions), **fields)
+        return Delivery(batch, tuple(dropped), self._seconds)
 
-    def _row(self, position: int, dropped: Counter[str], bad: list[str]) -> dict[str, Tensor]:
+    @contextmanager
+    def _during(self, stage: str) -> Iterator[None]:
+        """Counts the time inside as that of a stage, also of a sample that turns out to be bad."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[stage] += time.perf_counter() - begun
+
+    def _row(self, position: int, dropped: list[Dropped]) -> dict[str, Tensor]:
         """What the batch holds of one image; bad samples are replaced by the next of the same source."""
         number, draw = self._order.draw(position)
         source = self.sources.opened[number]
@@ -88,26 +101,29 @@ class Steps:
             try:
                 return self._sample_row(source, pick.shard, pick.index, position)
             except BadSample as error:
-                dropped[error.reason] += 1
                 shard = source.shards.manifest.shards[pick.shard].name
-                bad.append(f"{source.name}/{shard} sample {pick.index}: {error.reason}: {error}")
+                dropped.append(Dropped(source.name, shard, pick.index, error.reason, str(error)))
         raise DataError(
-            f"{MAX_REPLACED} samples in a row of source {source.name!r} cannot be used, the last: {bad[-1]}; "
+            f"{MAX_REPLACED} samples in a row of source {source.name!r} cannot be used, the last: {dropped[-1]}; "
             f"run `python -m data_prep check {source.shards.folder}` and build the data set again"
         )
 
     def _sample_row(self, source: OpenSource, shard: int, index: int, position: int) -> dict[str, Tensor]:
         run = self.run
-        _, members = source.shards.read(shard, index)
+        with self._during("read"):
+            _, members = source.shards.read(shard, index)
         encoded = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), None)
         if encoded is None:
             raise BadSample("no_image", f"the sample holds {sorted(members)}, none of {IMAGE_EXTENSIONS}")
-        category = source.category(members)
-        tags = self._tags(source, members)
-        tokens, token_mask = self._tokens(source, members, position)
-        image = decode_image(encoded)
+        with self._during("labels"):
+            category = source.category(members)
+            tags = self._tags(source, members)
+            tokens, token_mask = self._tokens(source, members, position)
+        with self._during("decode"):
+            image = decode_image(encoded)
         needs_other = self._needs_other[position % run.objective.input.mixed]
-        views, boxes = two_views(image, run.views, _generator(run.seed, position, "views"), needs_other)
+        with self._during("views"):
+            views, boxes = two_views(image, run.views, _generator(run.seed, position, "views"), needs_other)
         return {
             "views": views,
             "boxes": boxes,
@@ -148,7 +164,8 @@ class Loader:
 
     (seed, position) alone decides sample, augmentation and mask: the global batch is the same for any number
     of ranks and workers, and a run resumes by its step. `workers` = 0 works in this process, more prefetch
-    two batches each. At construction everything that can be wrong with recipe, folders and labels raises
+    two batches each. Every bad sample becomes a line of JSON at the end of `dropped_to`, if that is given. At
+    construction everything that can be wrong with recipe, folders and labels raises
     ValueError or FileNotFoundError; while iterating, more bad samples than run.max_bad raise DataError.
     """
 
@@ -162,6 +179,7 @@ class Loader:
         world: int,
         workers: int = 0,
         start_step: int = 0,
+        dropped_to: Path | None = None,
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank={rank} must lie in [0, world={world})")
@@ -182,7 +200,9 @@ class Loader:
         )
         self._steps = Steps(run, sources, rank, world)
         self.dropped: dict[str, int] = {}  # reason -> samples replaced so far on this rank
-        self._num_reads = 0
+        self.seconds = dict.fromkeys(STAGES, 0.0)  # of work so far for this rank, of all its workers
+        self.num_images = 0  # delivered on this rank
+        self._dropped_to = dropped_to
         self._deliveries: Iterator[Delivery] | None = iter(_data_loader(self._steps, workers, start_step))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -192,12 +212,22 @@ class Loader:
         if self._deliveries is None:
             raise ValueError("the loader is closed; make a new one with start_step")
         delivery = next(self._deliveries)
-        self._num_reads += delivery.num_reads
-        for reason, count in delivery.dropped.items():
-            self.dropped[reason] = self.dropped.get(reason, 0) + count
+        self.num_images += len(delivery.batch.position)
+        for stage, seconds in delivery.seconds.items():
+            self.seconds[stage] += seconds
         if delivery.dropped:
-            check_bad_share(self.dropped, self._num_reads, self._steps.run.max_bad, delivery.last_bad)
+            self._count(delivery.dropped)
         return delivery.batch
+
+    def _count(self, dropped: tuple[Dropped, ...]) -> None:
+        """Keeps and tells what was replaced; DataError when it is too much."""
+        for sample in dropped:
+            self.dropped[sample.reason] = self.dropped.get(sample.reason, 0) + 1
+        if self._dropped_to is not None:
+            with self._dropped_to.open("a") as file:
+                file.writelines(json.dumps(sample._asdict()) + "\n" for sample in dropped)
+        num_reads = self.num_images + sum(self.dropped.values())
+        check_bad_share(self.dropped, num_reads, self._steps.run.max_bad, str(dropped[-1]))
 
     def close(self) -> None:
         """End the workers and close the shards."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -202,10 +203,21 @@ def test_a_bad_sample_is_replaced_and_counted_by_reason(tmp_path: Path, workers:
         150: {**good, "cls": b"77"},
     }
     run = small_run(data={"spoilt": Source("category")}, batch=20, max_bad=0.05)
-    delivered = list(islice(rounds(run, spoilt(tmp_path, bad), workers), 10))  # one epoch
-    assert delivered[-1][1] == {"truncated": 1, "not_an_image": 1, "bad_category": 1}
-    for batch, _ in delivered:
+    log = tmp_path / "dropped.jsonl"
+    loader = Loader(
+        run, {"spoilt": spoilt(tmp_path, bad)}, None, rank=0, world=1, workers=workers, dropped_to=log
+    )
+    for batch in islice(loader, 10):  # one epoch
         assert batch.has_category.all() and batch.views[:, 0].flatten(1).any(1).all()
+    assert loader.dropped == {"truncated": 1, "not_an_image": 1, "bad_category": 1}
+    assert loader.num_images == 200 and all(seconds > 0 for seconds in loader.seconds.values())
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {(one["source"], one["shard"], one["index"], one["reason"]) for one in told} == {
+        ("spoilt", "000000.tar", 5, "truncated"),
+        ("spoilt", "000000.tar", 60, "not_an_image"),
+        ("spoilt", "000001.tar", 50, "bad_category"),
+    }
+    loader.close()
 
 
 def test_the_replacement_is_the_next_sample_of_the_source(tmp_path: Path) -> None:
