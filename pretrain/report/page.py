@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.report import accuracy, curves, header, pairs, provenance, teacher
+from pretrain.report.document import Section, document
 from pretrain.report.looks import Look, Shown, look, read_images, spread_over_categories
 from pretrain.report.record import Record
-from pretrain.visualize.markup import Child, Html, element, join
-
-STYLE = Path(__file__).with_name("style.css")
+from pretrain.visualize.markup import Html, element
 
 
 @dataclass(frozen=True)
@@ -22,16 +21,6 @@ class Settings:
     pairs: int = 4  # inputs of the first batch
     images: int = 12  # held-out images in neighbours, features and zero-shot
     candidates: int = 2000  # training images that neighbours are sought among
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of the page: its anchor, its title, its content, and a sentence below the title."""
-
-    id: str
-    title: str
-    content: Html
-    lead: Child = None
 
 
 class Missing(ValueError):
@@ -61,7 +50,9 @@ def page(record: Record, heldout: Path | None, settings: Settings, say: Callable
             content = element("p", str(missing), class_="missing")
             lead = None
         sections.append(Section(id_, title, content, lead))
-    return _document(record, sections)
+    title = record.folder.resolve().name
+    head = [header.header(record, title), header.verdict_box(record)]
+    return document(f"{title} · {record.run.name}", head, sections, NAV)
 
 
 NAV = {
@@ -227,33 +218,6 @@ def _report(record: Record) -> str:
 def _name_data(record: Record, missing: list[str]) -> str:
     named = " ".join(f"{name}=DIR" for name in missing)
     return f"The folders of {', '.join(missing)} are not known. Run `{_report(record)} --data {named}`."
-
-
-def _document(record: Record, sections: list[Section]) -> str:
-    title = record.folder.resolve().name
-    links = [element("a", NAV.get(section.id, section.title), href=f"#{section.id}") for section in sections]
-    body = [
-        element(
-            "section",
-            element("h2", section.title),
-            element("p", section.lead, class_="lead") if section.lead else None,
-            section.content,
-            id=section.id,
-        )
-        for section in sections
-    ]
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", f"{title} · {record.run.name}"),
-        element("style", Html(STYLE.read_text(encoding="utf-8"))),
-    )
-    main = element("main", header.header(record, title), header.verdict_box(record), body)
-    nav = element("nav", links, aria_label="Sections")
-    return join(
-        [Html("<!doctype html>\n"), element("html", head, element("body", nav, main), lang="en")]
-    ).text
 
 
 def heldout_folder(record: Record, named: Path | None) -> Path | None:

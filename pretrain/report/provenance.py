@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from data_prep.schema import Manifest
+from pretrain.config import Run
+from pretrain.data.order import shares
 from pretrain.report.record import Record
 from pretrain.visualize.markup import Html, element, table
 
@@ -13,45 +16,24 @@ from pretrain.visualize.markup import Html, element, table
 def data(record: Record, heldout: Path | None) -> Html:
     """Every source with its counts, then samples left out by reason at building and in training."""
     folders = {**record.data, **({"held-out": heldout} if heldout else {})}
-    total = sum(source.weight for source in record.run.data.values())
-    rows, dropped, problems = [], [], []
-    for name, source in record.run.data.items():
-        if name not in folders:
-            rows.append(
-                [
-                    name,
-                    source.supervision,
-                    f"{100 * source.weight / total:.0f} %",
-                    "–",
-                    "–",
-                    "folder not known",
-                ]
-            )
-    for name, folder in folders.items():
-        try:
-            manifest = Manifest.read(folder)
-        except (FileNotFoundError, ValueError) as error:
-            problems.append(f"{name}: {error}")
-            continue
-        source = record.run.data.get(name)
-        share = f"{100 * source.weight / total:.0f} %" if source else "–"
-        kind = source.supervision if source else "evaluation"
-        texts = "yes" if manifest.has_text else "no"
-        rows.append(
-            [
-                name,
-                kind,
-                share,
+    manifests, problems = _manifests(folders)
+    share_of = _shares(record.run, manifests)
+    rows, dropped = [], []
+    for name in {**record.run.data, **folders}:
+        source, manifest = record.run.data.get(name), manifests.get(name)
+        kind, share = (source.supervision, share_of[name]) if source else ("evaluation", "–")
+        if manifest is not None:
+            texts = "yes" if manifest.has_text else "no"
+            told = [
                 f"{manifest.num_samples:,}",
                 f"{len(manifest.categories):,}",
                 f"{manifest.name}, {manifest.split}; captions: {texts}; shards: {len(manifest.shards)}",
             ]
-        )
-        dropped += [
-            [f"building {name}", reason, f"{count:,}"]
-            for reason, count in sorted(manifest.dropped.items())
-            if count
-        ]
+            rows.append([name, kind, share, *told])
+            counts = sorted(manifest.dropped.items())
+            dropped += [[f"building {name}", reason, f"{count:,}"] for reason, count in counts if count]
+        elif name not in folders:
+            rows.append([name, kind, share, "–", "–", "folder not known"])
     last = record.log[-1].get("dropped") if record.log else None
     dropped += [["training", reason, f"{count:,}"] for reason, count in sorted((last or {}).items())]
     parts = [table(["source", "supervision", "share", "samples", "categories", "data set"], rows, "numbers")]
@@ -68,6 +50,26 @@ def data(record: Record, heldout: Path | None) -> Html:
             )
         )
     return element("div", parts)
+
+
+def _manifests(folders: Mapping[str, Path]) -> tuple[dict[str, Manifest], list[str]]:
+    """Those that can be read, by name, and what is wrong with the others."""
+    found, problems = {}, []
+    for name, folder in folders.items():
+        try:
+            found[name] = Manifest.read(folder)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(f"{name}: {error}")
+    return found, problems
+
+
+def _shares(run: Run, manifests: Mapping[str, Manifest]) -> dict[str, str]:
+    """The part of all samples that each source gives, as far as its size is known where that decides."""
+    if run.mixing.by == "size" and not manifests.keys() >= run.data.keys():
+        return dict.fromkeys(run.data, "by size")
+    sizes = [manifests[name].num_samples if name in manifests else 1 for name in run.data]
+    found = shares([source.weight for source in run.data.values()], sizes, run.mixing)
+    return {name: f"{100 * share:.0f} %" for name, share in zip(run.data, found, strict=True)}
 
 
 def recipe(record: Record) -> Html:

@@ -1,0 +1,117 @@
+"""What does a run's data give, and how fast? Counted and timed on the loader that training uses."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pretrain.config import Run
+from pretrain.data.loader import STAGES, Loader, run_order
+from pretrain.data.sources import open_sources
+
+BATCH = 32  # inputs that are made together; the run's own batch may be that of hundreds of ranks
+PLANNED = 10_000  # positions whose sources are counted, which takes no reading
+
+
+@dataclass(frozen=True)
+class SourceCount:
+    """One source in the run's order."""
+
+    name: str
+    supervision: str
+    num_samples: int
+    num_shards: int
+    share: float  # of all samples, as asked
+    reached: float  # among the first PLANNED positions
+    epochs: float  # passes over the source until the run's last step
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The first images of a run, made by the training loader."""
+
+    num_images: int
+    workers: int
+    first_seconds: float  # until the first batch, start of the workers included
+    seconds: float  # for the batches after the first
+    num_timed: int  # images in these
+    stages: Mapping[str, float]  # seconds an image by stage, of the process that works
+    dropped: Mapping[str, int]  # reason -> samples replaced
+    tokens: tuple[float, float] | None  # of captions: mean length, share that fills run.text.length
+
+    @property
+    def rate(self) -> float:
+        """Images a second that reach the trainer."""
+        return self.num_timed / self.seconds if self.num_timed else float("nan")
+
+
+def count_sources(run: Run, folders: Mapping[str, Path], tokenizer: Path | None) -> list[SourceCount]:
+    """Every source of the run; ValueError and FileNotFoundError as `open_sources` and `Order`."""
+    sources = open_sources(run, folders, tokenizer)
+    order = run_order(run, sources)
+    counts = Counter(order.draw(position)[0] for position in range(PLANNED))
+    return [
+        SourceCount(
+            name=source.name,
+            supervision=run.data[source.name].supervision,
+            num_samples=len(source.shards),
+            num_shards=len(source.shards.shard_sizes),
+            share=share,
+            reached=counts[number] / PLANNED,
+            epochs=share * run.batch * run.steps / len(source.shards),
+        )
+        for number, (source, share) in enumerate(zip(sources.opened, order.shares, strict=True))
+    ]
+
+
+def measure(
+    run: Run,
+    folders: Mapping[str, Path],
+    tokenizer: Path | None,
+    num_images: int,
+    workers: int,
+    dropped_to: Path | None = None,
+) -> Measured:
+    """Makes at least `num_images` images from the run's first position on, by `workers` processes (0: this one).
+
+    Arguments and errors as those of `Loader`.
+    """
+    batch = BATCH * run.objective.input.mixed
+    lengths: list[torch.Tensor] = []
+    begun = time.perf_counter()
+    loader = Loader(
+        replace(run, batch=batch),
+        folders,
+        tokenizer,
+        rank=0,
+        world=1,
+        workers=workers,
+        dropped_to=dropped_to,
+    )
+    with closing(loader):
+        first, since = 0.0, begun
+        for made in loader:
+            if not first:
+                since = time.perf_counter()
+                first = since - begun
+            lengths.append(made.token_mask[made.has_text].sum(1))
+            if loader.num_images >= num_images:
+                break
+        seconds = time.perf_counter() - since
+    told = torch.cat(lengths).float()
+    return Measured(
+        num_images=loader.num_images,
+        workers=workers,
+        first_seconds=first,
+        seconds=seconds,
+        num_timed=loader.num_images - batch,
+        stages={stage: loader.seconds[stage] / loader.num_images for stage in STAGES},
+        dropped=dict(loader.dropped),
+        tokens=(told.mean().item(), (told == run.text.length).float().mean().item()) if len(told) else None,
+    )

@@ -1,0 +1,101 @@
+"""Does `python -m pretrain.data` tell what a run is fed, and what is wrong with it?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import Mixing, Source
+from pretrain.data.__main__ import main
+from pretrain.data.loader import STAGES
+from pretrain.data.measure import count_sources, measure
+from tests.data.sets import good_set, sample, small_run, write_set, write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sets")
+    write_tokenizer(good_set(root / "talk", (8, 4), has_category=False) / "tokenizer")
+    return {"names": good_set(root / "names", has_text=False), "talk": root / "talk"}
+
+
+def write_recipe(folder: Path, **changes: object) -> Path:
+    path = folder / "small.json"
+    path.write_text(small_run(**changes).to_json())
+    return path
+
+
+def test_sources_are_counted_with_shares_and_passes(folders: dict[str, Path]) -> None:
+    names, talk = count_sources(small_run(), folders, None)
+    assert (names.num_samples, talk.num_samples, talk.num_shards) == (12, 12, 2)
+    assert names.share == pytest.approx(2 / 3) and names.reached == pytest.approx(2 / 3, abs=1e-3)
+    assert names.epochs == pytest.approx(2 / 3 * 2000 * 8 / 12)
+    data = {"names": Source("category"), "talk": Source("text")}
+    by_size = small_run(data=data, mixing=Mixing(by="size"))
+    assert [source.share for source in count_sources(by_size, folders, None)] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_stage_is_timed_on_the_training_loader(folders: dict[str, Path], workers: int) -> None:
+    measured = measure(small_run(), folders, None, 100, workers)
+    assert measured.num_images == 128 and measured.num_timed == 64  # whole batches of 32 pairs
+    assert tuple(measured.stages) == STAGES and min(measured.stages.values()) > 0
+    assert measured.rate > 0 and measured.first_seconds > 0 and not measured.dropped
+    mean, full = measured.tokens
+    assert 5 <= mean <= 10 and 0 < full < 1  # 3 words and 2 special tokens; longer are cut at 10
+
+
+def test_the_page_shows_sources_stages_and_inputs(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [f"{name}={folder}" for name, folder in folders.items()]
+    recipe, page = write_recipe(tmp_path), tmp_path / "data.html"
+    options = ["--images", "64", "--out", str(page)]
+    assert main([*pairs, "--recipe", str(recipe), *options, "--mixing.pairs", "same"]) == 0
+    printed, text = capsys.readouterr().out, page.read_text()
+    for told in (
+        "names",
+        "66.7",
+        "decode",
+        "too few images to tell the rate",
+        "No sample had to be replaced",
+    ):
+        assert told in printed.replace("\u00a0", " ") and told in text.replace("\u00a0", " ")
+    assert text.count("Pair ") == 6 and "mixed input" in text and "<h1>What small is fed</h1>" in text
+    assert "http" not in text.replace("http://www.w3.org", "")  # nothing is fetched
+
+
+def test_replaced_samples_are_counted_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [sample(number, has_text=False) for number in range(60)]
+    samples[7]["jpg"] = samples[7]["jpg"][:-30]
+    folder = write_set(tmp_path / "names", [samples])
+    recipe = write_recipe(tmp_path, data={"names": Source("category")}, max_bad=0.5)
+    page = tmp_path / "page.html"
+    assert main([str(folder), "--recipe", str(recipe), "--images", "64", "--out", str(page)]) == 0
+    assert "Replaced: truncated" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "page.dropped.jsonl").read_text().splitlines()]
+    assert {(line["source"], line["index"], line["reason"]) for line in lines} == {("names", 7, "truncated")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "0"], "--images 0 must be at least 1"),
+        (["--workers", "-1"], "--workers -1 not negative"),
+        (["--out", "."], "--out . must be a file in a folder that exists"),
+        (["--mixing.pairs", "other", "--data.names.weight", "9"], "one source gives 0.9 of all where half"),
+    ],
+)
+def test_a_mistake_is_told_in_one_message(
+    arguments: list[str],
+    message: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pairs = [f"{name}={folder}" for name, folder in folders.items()]
+    recipe = write_recipe(tmp_path)
+    assert main([*pairs, "--recipe", str(recipe), "--out", str(tmp_path / "x.html"), *arguments]) == 1
+    assert message in capsys.readouterr().err
