@@ -29,12 +29,12 @@ def write_recipe(folder: Path, **changes: object) -> Path:
 
 def test_sources_are_counted_with_shares_and_passes(folders: dict[str, Path]) -> None:
     names, talk = count_sources(small_run(), folders, None)
-    assert (names.num_samples, talk.num_samples, talk.num_shards) == (12, 12, 2)
+    assert (names.num_samples, talk.num_samples, talk.num_shards) == (21, 12, 2)
     assert names.share == pytest.approx(2 / 3) and names.reached == pytest.approx(2 / 3, abs=1e-3)
-    assert names.epochs == pytest.approx(2 / 3 * 2000 * 8 / 12)
+    assert names.epochs == pytest.approx(2 / 3 * 2000 * 8 / 21)
     data = {"names": Source("category"), "talk": Source("text")}
     by_size = small_run(data=data, mixing=Mixing(by="size"))
-    assert [source.share for source in count_sources(by_size, folders, None)] == [0.5, 0.5]
+    assert [source.share for source in count_sources(by_size, folders, None)] == [21 / 33, 12 / 33]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
