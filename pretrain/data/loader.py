@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from pretrain.facts import DataFacts
 
 VERIFIED_BYTES = 2 * 2**30  # data sets up to this size are hashed at start, of larger ones the first shard
 MAX_REPLACED = 100  # bad samples in a row of one source before the data counts as broken
+MAX_DEATHS = 5  # of workers, before the machine counts as too small
 STAGES = ("read", "labels", "decode", "views", "batch")  # of the work, in its order
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -166,7 +168,8 @@ class Loader:
     of ranks and workers, and a run resumes by its step. `workers` = 0 works in this process, more prefetch
     two batches each. Every bad sample becomes a line of JSON at the end of `dropped_to`, if that is given. At
     construction everything that can be wrong with recipe, folders and labels raises
-    ValueError or FileNotFoundError; while iterating, more bad samples than run.max_bad raise DataError.
+    ValueError or FileNotFoundError; while iterating, more bad samples than run.max_bad raise DataError. Workers that
+    die are replaced with a warning, and nothing is lost; the death after MAX_DEATHS raises DataError.
     """
 
     def __init__(
@@ -203,6 +206,7 @@ class Loader:
         self.seconds = dict.fromkeys(STAGES, 0.0)  # of work so far for this rank, of all its workers
         self.num_images = 0  # delivered on this rank
         self._dropped_to = dropped_to
+        self._workers, self._next_step, self._deaths = workers, start_step, 0
         self._deliveries: Iterator[Delivery] | None = iter(_data_loader(self._steps, workers, start_step))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -211,13 +215,33 @@ class Loader:
     def __next__(self) -> Batch:
         if self._deliveries is None:
             raise ValueError("the loader is closed; make a new one with start_step")
-        delivery = next(self._deliveries)
+        delivery = self._deliver()
+        self._next_step += 1
         self.num_images += len(delivery.batch.position)
         for stage, seconds in delivery.seconds.items():
             self.seconds[stage] += seconds
         if delivery.dropped:
             self._count(delivery.dropped)
         return delivery.batch
+
+    def _deliver(self) -> Delivery:
+        """The next step's batch; when a worker has died, all of them begin again at that step."""
+        while True:
+            try:
+                return next(self._deliveries)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):  # torch has no type of its own for it
+                    raise
+                self._deaths += 1
+                told = f"{str(error).splitlines()[0].rstrip('. ')} at step {self._next_step}"
+                if self._deaths > MAX_DEATHS:
+                    raise DataError(
+                        f"{told}, the last of {self._deaths} deaths: if the system killed them for memory, lower "
+                        "--workers"
+                    ) from error
+                warnings.warn(f"{told}: new workers go on from there", stacklevel=3)
+                self._deliveries = None  # ends the others
+                self._deliveries = iter(_data_loader(self._steps, self._workers, self._next_step))
 
     def _count(self, dropped: tuple[Dropped, ...]) -> None:
         """Keeps and tells what was replaced; DataError when it is too much."""
@@ -269,14 +293,19 @@ def _unchanged(delivery: Delivery) -> Delivery:
     return delivery
 
 
+def keep_memory() -> None:
+    """Lets this process reuse the memory of images: fresh pages cost as much as decoding. glibc alone can."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the largest that glibc takes
+        mallopt(M_TRIM_THRESHOLD, 2**28)
+
+
 def _start_worker(worker: int) -> None:
     """One thread, an allocator that keeps its memory (page faults cost as much as decoding), and an end with
     the trainer: torch's own watchdog sees only the fork server, which outlives a trainer that was killed."""
     torch.set_num_threads(1)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the largest that glibc takes
-        mallopt(M_TRIM_THRESHOLD, 2**28)
+    keep_memory()
     threading.Thread(target=_end_with_trainer, daemon=True).start()
 
 

@@ -28,7 +28,7 @@ class ShardFolder:
         self.manifest = Manifest.read(self.folder)
         self.shard_sizes = [shard.num_samples for shard in self.manifest.shards]
         self._ends = list(accumulate(self.shard_sizes))
-        self._open: dict[int, tuple[int, array]] = {}  # shard -> file descriptor, offsets; oldest first
+        self._open: dict[int, tuple[int, array, str]] = {}  # shard -> descriptor, offsets, path; oldest first
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}}  # a worker process opens its own files
@@ -73,8 +73,7 @@ class ShardFolder:
 
     def read(self, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
         """Key and members (extension -> content) of one sample of one shard."""
-        path = self.folder / self.manifest.shards[shard].name
-        descriptor, offsets = self._opened(shard, path)
+        descriptor, offsets, path = self._open.get(shard) or self._open_another(shard)
         start, size = offsets[index], offsets[index + 1] - offsets[index]
         try:
             record = os.pread(descriptor, size, start)
@@ -86,18 +85,21 @@ class ShardFolder:
             raise BadSample(
                 "truncated_shard", f"{path} ended {size - len(record)} bytes before the end of sample {index}"
             )
-        return read_members(record, f"{path}, sample {index}")
+        try:
+            return read_members(record)
+        except BadSample as error:
+            raise BadSample(error.reason, f"{path}, sample {index}: {error}") from error
 
     def close(self) -> None:
-        for descriptor, _ in self._open.values():
+        for descriptor, *_ in self._open.values():
             os.close(descriptor)
         self._open.clear()
 
-    def _opened(self, shard: int, path: Path) -> tuple[int, array]:
-        if shard not in self._open:
-            if len(self._open) >= self._most_open:
-                os.close(self._open.pop(next(iter(self._open)))[0])
-            self._open[shard] = _open_shard(path, self.shard_sizes[shard])
+    def _open_another(self, shard: int) -> tuple[int, array, str]:
+        if len(self._open) >= self._most_open:
+            os.close(self._open.pop(next(iter(self._open)))[0])
+        path = self.folder / self.manifest.shards[shard].name
+        self._open[shard] = (*_open_shard(path, self.shard_sizes[shard]), str(path))
         return self._open[shard]
 
 
@@ -121,38 +123,37 @@ def _open_shard(path: Path, num_samples: int) -> tuple[int, array]:
     return descriptor, offsets
 
 
-def read_members(record: bytes, origin: str) -> tuple[str, dict[str, bytes]]:
+def read_members(record: bytes) -> tuple[str, dict[str, bytes]]:
     """Key and members of the USTAR records of one sample, as data_prep writes them.
 
     A strict reader of that one format: tarfile takes 20 times as long for a sample. Raises BadSample
-    `broken_record`, naming `origin`.
+    `broken_record`.
     """
     key, members, at = "", {}, 0
     while at < len(record):
-        name, size = _read_header(record[at : at + TAR_BLOCK], origin)
+        name, size = _read_header(record[at : at + TAR_BLOCK])
         at += TAR_BLOCK
         member_key, _, extension = name.partition(".")
         if members and member_key != key:
-            raise BadSample("broken_record", f"{origin}: member {name!r} follows members of {key!r}")
+            raise BadSample("broken_record", f"member {name!r} follows members of {key!r}")
         key = member_key
         members[extension] = record[at : at + size]
         at += -(-size // TAR_BLOCK) * TAR_BLOCK
         if at > len(record):
-            raise BadSample("broken_record", f"{origin}: member {name!r} of {size} bytes exceeds its sample")
+            raise BadSample("broken_record", f"member {name!r} of {size} bytes exceeds its sample")
     return key, members
 
 
-def _read_header(header: bytes, origin: str) -> tuple[str, int]:
+def _read_header(header: bytes) -> tuple[str, int]:
     """Name and content size of one USTAR member (POSIX.1-1988); raises BadSample."""
     try:
         checksum = int(header[148:156].rstrip(b"\0 "), 8)
         size = int(header[124:136].rstrip(b"\0 "), 8)
         name = header[:100].rstrip(b"\0").decode("ascii")
     except ValueError as error:
-        raise BadSample("broken_record", f"{origin}: no tar header where one must stand: {error}") from error
-    is_intact = sum(header) - sum(header[148:156]) + 8 * ord(" ") == checksum
+        raise BadSample("broken_record", f"no tar header where one must stand: {error}") from error
+    counted = header[:148] + header[156:]  # the checksum itself counts as eight spaces
+    is_intact = sum(counted.translate(None, b"\0")) + 8 * ord(" ") == checksum  # most bytes are 0
     if not is_intact or header[257:262] != b"ustar" or header[156:157] not in REGULAR_FILE:
-        raise BadSample(
-            "broken_record", f"{origin}: the header of {name!r} is broken or not of a plain USTAR file"
-        )
+        raise BadSample("broken_record", f"the header of {name!r} is broken or not of a plain USTAR file")
     return name, size

@@ -356,6 +356,30 @@ if __name__ == "__main__":
 """
 
 
+def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(folders: dict[str, Path]) -> None:
+    run = small_run()
+    loader = Loader(run, folders, None, rank=0, world=1, workers=2)
+    delivered = [next(loader)]
+    with pytest.warns(UserWarning, match=r"DataLoader worker .* at step \d: new workers go on"):
+        os.kill(loader._deliveries._workers[0].pid, signal.SIGKILL)
+        delivered += islice(loader, 7)
+    loader.close()
+    for one, other in zip(delivered, batches(run, folders, 8), strict=True):
+        assert_same(one, other)
+
+
+def test_workers_that_keep_dying_end_the_run_with_a_remedy(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.data.loader.MAX_DEATHS", 0)
+    loader = Loader(small_run(), folders, None, rank=0, world=1, workers=1)
+    next(loader)
+    os.kill(loader._deliveries._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"the last of 1 deaths: .* lower --workers"):
+        list(islice(loader, 9))
+    loader.close()
+
+
 def test_workers_end_when_the_trainer_is_killed(tmp_path: Path, folders: dict[str, Path]) -> None:
     run = small_run(data={"names": Source("category")})
     (tmp_path / "job.pickle").write_bytes(pickle.dumps((run, {"names": folders["names"]})))
