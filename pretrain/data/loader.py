@@ -229,19 +229,19 @@ class Loader:
         while True:
             try:
                 return next(self._deliveries)
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):  # torch has no type of its own for it
+            except (RuntimeError, OSError, EOFError):  # torch's own, or of the memory that a worker shared
+                dead = _dead_workers(self._deliveries)
+                if not dead:
                     raise
-                self._deaths += 1
-                told = f"{str(error).splitlines()[0].rstrip('. ')} at step {self._next_step}"
-                if self._deaths > MAX_DEATHS:
-                    raise DataError(
-                        f"{told}, the last of {self._deaths} deaths: if the system killed them for memory, lower "
-                        "--workers"
-                    ) from error
-                warnings.warn(f"{told}: new workers go on from there", stacklevel=3)
-                self._deliveries = None  # ends the others
-                self._deliveries = iter(_data_loader(self._steps, self._workers, self._next_step))
+            self._deaths += 1
+            told = f"worker processes {dead} of the loader died at step {self._next_step}"
+            if self._deaths > MAX_DEATHS:
+                raise DataError(
+                    f"{told}, for the {self._deaths}. time: if the system killed them for memory, lower --workers"
+                )
+            warnings.warn(f"{told}: new ones go on from there", stacklevel=3)
+            self._deliveries = None  # ends the others
+            self._deliveries = iter(_data_loader(self._steps, self._workers, self._next_step))
 
     def _count(self, dropped: tuple[Dropped, ...]) -> None:
         """Keeps and tells what was replaced; DataError when it is too much."""
@@ -287,6 +287,16 @@ def _data_loader(steps: Steps, workers: int, start_step: int) -> DataLoader:
         multiprocessing_context=context,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _dead_workers(deliveries: Iterator[Delivery]) -> list[int]:
+    """Process numbers; a worker's death may be seen through its memory before the system tells of it."""
+    workers = getattr(deliveries, "_workers", [])  # torch has no public name for them
+    for _ in range(10):
+        if dead := [worker.pid for worker in workers if not worker.is_alive()]:
+            return dead
+        time.sleep(0.1 * bool(workers))
+    return []
 
 
 def _unchanged(delivery: Delivery) -> Delivery:

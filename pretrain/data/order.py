@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,7 @@ SHUFFLED = 8  # neighbouring positions whose sources are shuffled, so that pairs
 PAIR = 2  # neighbouring positions that share an input, where two images do
 
 
-@dataclass(frozen=True)
-class Pick:
+class Pick(NamedTuple):
     """One sample of one source, and the pass over that source in which it is drawn."""
 
     source: int
@@ -85,7 +84,7 @@ class SourceOrder:
         window = bisect_right(window_starts, place) - 1
         shards, indices = self._window(epoch, window)
         place -= window_starts[window]
-        return Pick(self._key[1], epoch, int(shards[place]), int(indices[place]))
+        return Pick(self._key[1], epoch, shards.item(place), indices.item(place))
 
     def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, list[int]]:
         """Permuted shard numbers, and the place in the epoch where each window of them starts."""

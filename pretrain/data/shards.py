@@ -147,8 +147,7 @@ def read_members(record: bytes) -> tuple[str, dict[str, bytes]]:
 def _read_header(header: bytes) -> tuple[str, int]:
     """Name and content size of one USTAR member (POSIX.1-1988); raises BadSample."""
     try:
-        checksum = int(header[148:156].rstrip(b"\0 "), 8)
-        size = int(header[124:136].rstrip(b"\0 "), 8)
+        checksum, size = int(header[148:156].strip(b"\0 "), 8), int(header[124:136].strip(b"\0 "), 8)
         name = header[:100].rstrip(b"\0").decode("ascii")
     except ValueError as error:
         raise BadSample("broken_record", f"no tar header where one must stand: {error}") from error

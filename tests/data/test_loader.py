@@ -360,7 +360,9 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(folders: dict[s
     run = small_run()
     loader = Loader(run, folders, None, rank=0, world=1, workers=2)
     delivered = [next(loader)]
-    with pytest.warns(UserWarning, match=r"DataLoader worker .* at step \d: new workers go on"):
+    with pytest.warns(
+        UserWarning, match=r"worker processes \[\d+\] of the loader died at step \d: new ones go on"
+    ):
         os.kill(loader._deliveries._workers[0].pid, signal.SIGKILL)
         delivered += islice(loader, 7)
     loader.close()
@@ -375,7 +377,7 @@ def test_workers_that_keep_dying_end_the_run_with_a_remedy(
     loader = Loader(small_run(), folders, None, rank=0, world=1, workers=1)
     next(loader)
     os.kill(loader._deliveries._workers[0].pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"the last of 1 deaths: .* lower --workers"):
+    with pytest.raises(DataError, match=r"for the 1. time: .* lower --workers"):
         list(islice(loader, 9))
     loader.close()
 
