@@ -283,12 +283,11 @@ def _missing_manifest(folder: Path) -> str:
 
 
 def _require_shard(folder: Path, shard: Shard) -> None:
-    path = folder / shard.name
-    for needed in (path, index_path(path)):
-        if not needed.is_file():
-            raise FileNotFoundError(
-                f"{needed} is missing, the manifest names it: copy it again or build the data set again"
-            )
+    path = folder / shard.name  # its index may be missing: readers make one
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing, the manifest names it: copy it again or build the data set again"
+        )
     size = path.stat().st_size
     if size != shard.num_bytes:
         raise ValueError(

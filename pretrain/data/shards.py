@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from array import array
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 
-from data_prep.schema import MANIFEST_NAME, TAR_BLOCK, Manifest, read_index, sha256_file
+from data_prep.schema import (
+    MANIFEST_NAME,
+    TAR_BLOCK,
+    Manifest,
+    index_bytes,
+    index_path,
+    read_index,
+    sha256_file,
+)
 from pretrain.data.faults import BadSample
 
 OPEN_SHARDS = 64  # files and indices kept open at once, unless told otherwise
@@ -104,23 +113,57 @@ class ShardFolder:
 
 
 def _open_shard(path: Path, num_samples: int) -> tuple[int, array]:
-    """File descriptor and sample offsets of one shard; raises BadSample."""
+    """File descriptor and sample offsets of one shard, which is indexed if it is not yet; raises BadSample."""
     try:
-        offsets = read_index(path)
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError as error:
         raise BadSample("missing_shard", str(error)) from error
     except OSError as error:
         raise BadSample("unreadable", f"{path}: {error}") from error
-    except ValueError as error:
-        raise BadSample("broken_index", str(error)) from error
-    if len(offsets) != num_samples + 1:
+    try:
+        offsets = read_index(path) if index_path(path).is_file() else _index(descriptor, path)
+        if len(offsets) != num_samples + 1:
+            raise BadSample(
+                "broken_index",
+                f"{path}.idx holds {len(offsets)} offsets, the manifest's {num_samples} samples need one more",
+            )
+    except OSError as error:
         os.close(descriptor)
-        raise BadSample(
-            "broken_index",
-            f"{path}.idx holds {len(offsets)} offsets, the manifest's {num_samples} samples need one more",
-        )
+        raise BadSample("unreadable", f"{path}: {error}") from error
+    except ValueError as error:  # a BadSample is one
+        os.close(descriptor)
+        raise error if isinstance(error, BadSample) else BadSample("broken_index", str(error)) from error
     return descriptor, offsets
+
+
+def _index(descriptor: int, path: Path) -> array:
+    """Offsets of the samples of a shard that came without an index, from its headers: one short read a member.
+
+    Kept beside the shard for the next time, where this process may write. Raises BadSample for what is no shard of
+    data_prep.
+    """
+    offsets, last_key, at = array("Q"), None, 0
+    while (header := os.pread(descriptor, TAR_BLOCK, at)).strip(b"\0"):  # a block of zeros ends an archive
+        try:
+            name, size = _read_header(header)
+        except BadSample as error:
+            raise BadSample(
+                "broken_index", f"{path} has no index and cannot get one: byte {at}: {error}"
+            ) from error
+        key = name.partition(".")[0]
+        if key != last_key:
+            offsets.append(at)
+            last_key = key
+        at += TAR_BLOCK + -(-size // TAR_BLOCK) * TAR_BLOCK
+    offsets.append(at)
+    partial = path.with_name(f".{path.name}.idx.{os.getpid()}")  # workers may index the same shard at once
+    try:
+        partial.write_bytes(index_bytes(offsets.tolist()))
+        partial.replace(index_path(path))
+    except OSError:  # a data set that others own
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return offsets
 
 
 def read_members(record: bytes) -> tuple[str, dict[str, bytes]]:

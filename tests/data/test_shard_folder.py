@@ -38,6 +38,41 @@ def test_more_shards_than_open_files_are_read(tmp_path: Path) -> None:
     folder.close()
 
 
+def test_a_shard_without_an_index_gets_the_builders_one(tmp_path: Path) -> None:
+    root = good_set(tmp_path / "set")
+    index = index_path(root / "000001.tar")
+    built = index.read_bytes()
+    index.unlink()
+    folder = ShardFolder(root)
+    assert [folder.sample(number) for number in range(len(folder))] == [sample(n) for n in range(len(folder))]
+    assert index.read_bytes() == built and not list(root.glob(".*"))
+
+
+def test_an_index_that_may_not_be_written_is_made_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only file system")
+
+    root = good_set(tmp_path / "set")
+    index_path(root / "000000.tar").unlink()
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert ShardFolder(root).sample(0) == sample(0)
+    assert not index_path(root / "000000.tar").exists()
+
+
+def test_what_cannot_be_indexed_is_told_by_its_byte(tmp_path: Path) -> None:
+    root = good_set(tmp_path / "set")
+    index_path(root / "000000.tar").unlink()
+    folder = ShardFolder(root)
+    content = bytearray((root / "000000.tar").read_bytes())
+    content[100:110] = b"nonsense!!"
+    (root / "000000.tar").write_bytes(content)
+    with pytest.raises(BadSample, match=r"has no index and cannot get one: byte 0: the header of") as caught:
+        folder.sample(0)
+    assert caught.value.reason == "broken_index"
+
+
 def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"manifest.json is missing.*data_prep build"):
         ShardFolder(tmp_path)
