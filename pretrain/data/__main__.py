@@ -95,6 +95,9 @@ def remarks(run: Run, measured: Measured, dropped_to: Path) -> list[str]:
     said = [
         f"{measured.num_images} images by {who}: {rate}, the first batch after {measured.first_seconds:.1f} s."
     ]
+    if measured.peak_bytes is not None:
+        whose = "the largest worker" if measured.workers else "this process"
+        said.append(f"Memory of {whose}: {measured.peak_bytes / 2**20:,.0f} MiB at most.")
     if measured.tokens is not None:
         mean, full = measured.tokens
         said.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -44,6 +46,7 @@ class Measured:
     stages: Mapping[str, float]  # seconds an image by stage, of the process that works
     dropped: Mapping[str, int]  # reason -> samples replaced
     tokens: tuple[float, float] | None  # of captions: mean length, share that fills run.text.length
+    peak_bytes: int | None  # the most that a process that works has held; None where the system does not tell
 
     @property
     def rate(self) -> float:
@@ -104,6 +107,8 @@ def measure(
             if loader.num_images >= num_images:
                 break
         seconds = time.perf_counter() - since
+        working = [child.pid for child in multiprocessing.active_children()] if workers else [os.getpid()]
+        peaks = [peak for peak in map(_peak_bytes, working) if peak is not None]
     told = torch.cat(lengths).float()
     return Measured(
         num_images=loader.num_images,
@@ -114,4 +119,13 @@ def measure(
         stages={stage: loader.seconds[stage] / loader.num_images for stage in STAGES},
         dropped=dict(loader.dropped),
         tokens=(told.mean().item(), (told == run.text.length).float().mean().item()) if len(told) else None,
+        peak_bytes=max(peaks, default=None),
     )
+
+
+def _peak_bytes(process: int | None) -> int | None:
+    """The most memory that a process has held so far, as Linux counts it."""
+    status = Path(f"/proc/{process}/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    kibibytes = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return 1024 * int(kibibytes[0]) if kibibytes else None

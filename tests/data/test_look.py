@@ -43,6 +43,7 @@ def test_every_stage_is_timed_on_the_training_loader(folders: dict[str, Path], w
     assert measured.num_images == 128 and measured.num_timed == 64  # whole batches of 32 pairs
     assert tuple(measured.stages) == STAGES and min(measured.stages.values()) > 0
     assert measured.rate > 0 and measured.first_seconds > 0 and not measured.dropped
+    assert measured.peak_bytes is None or 50 * 2**20 < measured.peak_bytes < 1.5 * 2**30
     mean, full = measured.tokens
     assert 5 <= mean <= 10 and 0 < full < 1  # 3 words and 2 special tokens; longer are cut at 10
 
