@@ -129,13 +129,13 @@ def source_cycle(seed: int, shares: Sequence[float], pairs: str = "any") -> np.n
     quotas = _quotas(shares, draws)
     if pairs == "any":
         return _spread(quotas, seed)
-    if max(shares) > 0.5:
+    if quotas.max() > CYCLE // PAIR:
         raise ValueError(
             f"mixing.pairs='other' needs an image of a second source for each, one source gives {max(shares):.3g} of "
             "all where half is the most: lower its weight, or ask for 'any'"
         )
     # In a row of all slots, sorted by source, none stands half a row away from its own kind.
-    kinds = np.sort(np.repeat(np.arange(len(quotas)), quotas)).reshape(PAIR, -1).T
+    kinds = np.repeat(np.arange(len(quotas)), quotas).reshape(PAIR, -1).T
     kinds, counts = np.unique(kinds, axis=0, return_counts=True)
     chosen = kinds[_spread(counts, seed)]
     is_turned = permutation(len(chosen), seed, len(chosen)) % PAIR == 1
