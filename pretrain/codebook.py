@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pretrain import intact, provenance
+from pretrain.command import exit_code
 from pretrain.config import Run
 from pretrain.data.shards import ShardFolder
 from pretrain.evaluate.features import Pictures, readable
@@ -209,12 +210,7 @@ def summary(record: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code. A mistake of the user's is told in one message."""
-    try:
-        make_codebook(arguments)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(make_codebook, arguments)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data_prep.schema import write_atomic
 from pretrain import recipes
+from pretrain.command import exit_code
 from pretrain.config import Run
 from pretrain.data.measure import Measured, SourceCount, count_sources, measure
 from pretrain.main import match_sources, override
@@ -156,12 +157,7 @@ def _stages(measured: Measured, said: Sequence[str]) -> Html:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code. A mistake of the user's is told in one message."""
-    try:
-        look(arguments)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(look, arguments)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import provenance
+from pretrain.command import exit_code
 from pretrain.evaluate import result
 from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.evaluate.fine_tune import FineTune
@@ -98,12 +99,7 @@ def split_folders(data: Path | None, train: Path | None, heldout: Path | None) -
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code. A mistake of the user's is told in one message."""
-    try:
-        evaluate(arguments)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(evaluate, arguments)
 
 
 if __name__ == "__main__":
