@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pretrain import intact, provenance
-from pretrain.command import exit_code
+from pretrain.command import exit_code, require_place
 from pretrain.config import Run
 from pretrain.data.shards import ShardFolder
 from pretrain.evaluate.features import Pictures, readable
@@ -63,6 +63,9 @@ def make_codebook(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     if options.out.exists():
         raise FileExistsError(f"--out {options.out} exists: name a new folder, or delete it")
+    require_place("--out", options.out)
+    if options.seed < 0:
+        raise ValueError(f"--seed {options.seed} must not be negative")
     if options.codes < 2:
         raise ValueError(f"--codes {options.codes} must be at least 2")
     data = ShardFolder(options.data)

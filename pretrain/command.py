@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 MISTAKE = 1  # exit code for what the user can mend
+INTERRUPTED = 130
 
 
 def exit_code(work: Callable[[list[str] | None], object], arguments: Sequence[str] | None = None) -> int:
@@ -15,4 +18,19 @@ def exit_code(work: Callable[[list[str] | None], object], arguments: Sequence[st
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        return INTERRUPTED
     return 0
+
+
+def require_place(option: str, path: Path) -> None:
+    """ValueError unless something can be written at `path`: hours of work are not begun for a place that is none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option} {path} cannot be written ({error.strerror}): name another place"
+        ) from error

@@ -30,7 +30,9 @@ from pretrain.compare.plan import Job, Settings, plan
 from pretrain.compare.result import collect
 from pretrain.compare.work import prepare, shell_line, tasks_left, work_off
 from pretrain.lock import only_writer
+from pretrain.models.guides import open_guide
 from pretrain.named_folders import named_folders
+from pretrain.objectives import OBJECTIVES
 
 INTERRUPTED = 130
 
@@ -102,6 +104,7 @@ def compare(arguments: list[str] | None = None) -> int:
         ranks=options.ranks,
         overrides=tuple(overrides),
     )
+    check_guides(comparison, settings)
     if options.dry_run:
         for job in plan(comparison, settings):
             if tasks := tasks_left(job):
@@ -109,6 +112,19 @@ def compare(arguments: list[str] | None = None) -> int:
                 print(*(shell_line(job, task) for task in tasks), sep="\n")
         return 0
     return run(options.comparison, comparison, settings, options.jobs)
+
+
+def check_guides(comparison: Comparison, settings: Settings) -> None:
+    """ValueError for a guide that its variant could not use: after hours of other variants it would be too late."""
+    for variant in comparison.variants:
+        if variant.guide in settings.guides:
+            guide = open_guide(settings.guides[variant.guide])
+            needs_codes = any(t.encoder == "tokenizer" for t in OBJECTIVES[variant.row].targets.values())
+            if needs_codes and not guide.num_codes:
+                raise ValueError(
+                    f"--guide {variant.guide}={guide.folder} has no codebook, which {variant.name} predicts: make it "
+                    "by `python -m pretrain.codebook`"
+                )
 
 
 def run(name: str, comparison: Comparison, settings: Settings, num_at_once: int) -> int:
@@ -134,7 +150,7 @@ def publish(name: str, comparison: Comparison, settings: Settings, jobs: Sequenc
     """Writes comparison.json, .md and .svg of what is measured so far, and prints the table."""
     found = collect(jobs)
     if not found.methods:
-        print("nothing is measured yet: no run has reached its end")
+        print("nothing is measured: no evaluation of what is asked has been finished")
         return
     text = tell.table(comparison, settings, jobs, found)
     record = tell.record(name, comparison, settings, jobs, found)

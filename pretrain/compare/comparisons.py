@@ -172,5 +172,7 @@ def choose(name: str, rows: tuple[str, ...] = ()) -> Comparison:
     by_name = {variant.name: variant for variant in comparison.variants}
     if unknown := [row for row in rows if row not in by_name]:
         raise ValueError(f"--only {unknown} are no variants of {name!r}; choose from {list(by_name)}")
+    if len(set(rows)) != len(rows):
+        raise ValueError(f"--only {list(rows)} names one twice: name each once")
     variants = tuple(by_name[row] for row in rows) or comparison.variants
     return replace(comparison, variants=variants)

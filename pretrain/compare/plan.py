@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +22,10 @@ from pretrain.recipes import rows
 HELDOUT = ("heldout", "val", "test")  # folders beside train/ that may test the probes, first found first
 PROBES = ("knn", "linear", "dense")  # of pretrain.evaluate
 TRAIN = "train"  # name of the task that pre-trains
+ALL_STEPS = "first,last"  # checkpoints of a run that is evaluated untrained as well
+NEIGHBOURS = 20  # of pretrain.evaluate's kNN: a set needs as many training images
+ENDS = 2**20  # bytes of a guide's file that tell whether it is another one
+OWNED = ("--name", "--seed", "--steps", "--batch")  # fields of a recipe that the comparison decides
 SAVES = 3  # checkpoints of a small run, from which an interrupted one goes on
 
 
@@ -54,9 +60,10 @@ class Job:
         """Where the evaluation on a set is written."""
         return self.folder / f"evaluation-{name}.json"
 
-    def todo(self, name: str) -> Path:
-        """Says of a task what it is asked."""
-        return self.folder / f"todo-{name}.json"
+    def todo(self, task: Task) -> Path:
+        """Says what a task is asked; a file for each way of asking, since printed commands name it."""
+        way = hashlib.sha256(json.dumps(task.asked, sort_keys=True).encode()).hexdigest()[:8]
+        return self.folder / f"todo-{task.name}-{way}.json"
 
     def done(self, name: str) -> Path:
         """The same of a task that is finished."""
@@ -152,7 +159,7 @@ def plan(comparison: Comparison, settings: Settings) -> list[Job]:
             folder = settings.out / "runs" / f"{variant.name}-seed{run.seed}"
             asked = {"data": data, "guide": guides.get(variant.guide)}
             train = Task(TRAIN, _train_command(variant, folder, settings), asked)
-            steps = "first,last" if place == 0 else "last"  # untrained networks differ by seed alone
+            steps = ALL_STEPS if place == 0 else "last"  # untrained networks differ by seed alone
             evaluations = [_evaluation(name, folder, splits[name], steps, settings) for name in splits]
             jobs.append(Job(variant, run, folder, (train, *evaluations)))
     return jobs
@@ -166,8 +173,18 @@ def split_folders(folder: Path) -> tuple[Path, Path]:
             f"{folder} must hold train/ and one of {', '.join(f'{name}/' for name in HELDOUT)}: "
             "`python -m data_prep build` makes them"
         )
-    for split in (folder / "train", heldout):
-        Manifest.read(split)
+    train, other = Manifest.read(folder / "train"), Manifest.read(heldout)
+    if not train.has_category or not other.has_category:
+        raise ValueError(f"{folder} has no categories, which the probes tell apart: name another set")
+    if train.categories != other.categories:
+        raise ValueError(
+            f"{folder / 'train'} has {len(train.categories)} categories and {heldout} {len(other.categories)}, which "
+            "must be the same: build both splits from one source"
+        )
+    if train.num_samples < NEIGHBOURS:
+        raise ValueError(
+            f"{folder / 'train'} has {train.num_samples} images, kNN needs {NEIGHBOURS}: name a larger set"
+        )
     return folder / "train", heldout
 
 
@@ -188,6 +205,15 @@ def _check(comparison: Comparison, settings: Settings) -> None:
     }.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} {value} must be positive")
+    for name in settings.sets:
+        if name == TRAIN or not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(
+                f"--sets {name}=... names files: take letters, digits, . _ and -, and not {TRAIN!r}"
+            )
+    if owned := [word for word in settings.overrides if word.partition("=")[0] in OWNED]:
+        raise ValueError(
+            f"{owned[0]} is the comparison's to decide: leave it out, or say --seeds, --steps, --batch"
+        )
     if settings.fine_tune < 0:
         raise ValueError(f"--fine-tune {settings.fine_tune} must be epochs: 0 for none")
 
@@ -215,6 +241,7 @@ def _evaluation(name: str, folder: Path, splits: tuple[Path, Path], steps: str, 
         "heldout": _manifest_sha256(heldout),
         "probes": list(PROBES),
         "fine_tune": settings.fine_tune,
+        "steps": steps,
     }
     return Task(name, tuple(command), asked)
 
@@ -226,5 +253,13 @@ def _manifest_sha256(folder: Path) -> str:
 def _fingerprint(folder: Path) -> str:
     """Changes when a file of a guide is replaced; its bytes are many, and pre-training hashes them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    told = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    told = [(str(path.relative_to(folder)), path.stat().st_size, _ends(path)) for path in files]
     return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def _ends(path: Path) -> str:
+    """SHA-256 of the first and the last ENDS bytes of a file: another training changes them everywhere."""
+    with path.open("rb") as file:
+        first = file.read(ENDS)
+        file.seek(max(path.stat().st_size - ENDS, 0))
+        return hashlib.sha256(first + file.read()).hexdigest()

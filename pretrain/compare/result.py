@@ -14,7 +14,8 @@ from scipy.stats import kendalltau
 
 from pretrain.checkpoint import checkpoint_folder
 from pretrain.compare.comparisons import Comparison
-from pretrain.compare.plan import Job
+from pretrain.compare.plan import TRAIN, Job
+from pretrain.compare.work import is_evaluated
 from pretrain.monitor import LOG
 
 UNTRAINED = "untrained"  # the networks as the runs of a seed begin, all alike
@@ -106,7 +107,9 @@ def collect(jobs: Sequence[Job]) -> Found:
         for method, of_method in values.items()
     }
     order = sorted(methods, key=lambda m: -(methods[m][OVERALL].mean if methods[m][OVERALL].values else -1.0))
-    trained = [job for job in jobs if any(job.result(name).is_file() for name in job.sets)]
+    trained = [
+        job for job in jobs if any(is_evaluated(job, task) for task in job.tasks if task.name != TRAIN)
+    ]
     return Found(
         (*columns, OVERALL),
         in_mean,
@@ -121,12 +124,14 @@ def collect(jobs: Sequence[Job]) -> Found:
 
 
 def _rows(job: Job) -> Iterable[tuple[Column, str, Mapping[str, Any]]]:
-    """(column, method, its row) of what was measured: trained, and untrained where that was evaluated too."""
-    for name in job.sets:
-        path = job.result(name)
-        if not path.is_file():
+    """(column, method, its row) of what was measured as it is asked now: trained, and untrained where that was
+    evaluated too.
+    """
+    for task in job.tasks:
+        if task.name == TRAIN or not is_evaluated(job, task):
             continue
-        checkpoints = json.loads(path.read_text())["checkpoints"]
+        name = task.name
+        checkpoints = json.loads(job.result(name).read_text())["checkpoints"]
         steps = sorted(checkpoints)
         of_methods = {job.variant.name: checkpoints[steps[-1]]}
         if len(steps) > 1:
@@ -153,9 +158,11 @@ def log_lines(folder: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(line))
+            told = json.loads(line)
         except ValueError:
             continue
+        if isinstance(told, dict):
+            lines.append(told)
     return lines
 
 

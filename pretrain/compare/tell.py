@@ -11,7 +11,7 @@ from pretrain import provenance
 from pretrain.compare.comparisons import Comparison
 from pretrain.compare.plan import TRAIN, Job, Settings
 from pretrain.compare.result import UNTRAINED, Found, Spread, order_agreement
-from pretrain.objective import Objective
+from pretrain.objective import LABELS, Objective
 from pretrain.resume import differences
 from pretrain.visualize.dots import Dot, Panel, dot_panels
 
@@ -131,6 +131,12 @@ def _notes(
         if told := changes(job, jobs[0]):
             fields = ", ".join(f"{name}={value}" for name, value in told.items())
             lines.append(f"{method} differs in {fields}.")
+        kinds = {target.kind for target in job.run.objective.targets.values()} & set(LABELS)
+        given = {source.supervision for source in job.run.data.values()}
+        if without := sorted(kinds - given):
+            lines.append(
+                f"{method} is trained without its {' and '.join(without)} targets: no data set gives it these labels."
+            )
     if len(found.origins["commit"]) > 1:
         lines.append(f"Runs of several commits: {', '.join(found.origins['commit'])}.")
     for number in _numbers(comparison):

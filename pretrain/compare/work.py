@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data_prep.schema import write_atomic
 from pretrain.checkpoint import checkpoint_folder
-from pretrain.compare.plan import TRAIN, Job, Task
+from pretrain.compare.plan import ALL_STEPS, TRAIN, Job, Task
 from pretrain.config import Run
 from pretrain.intact import verify
 from pretrain.main import ROOT
@@ -47,7 +47,7 @@ def tasks_left(job: Job) -> list[Task]:
     checkpoint = checkpoint_folder(job.folder, job.run.steps)
     is_trained = told is not None and checkpoint.is_dir() and verify(checkpoint, hashes=False) is None
     return [
-        task for task in job.tasks if not is_trained or (task.name != TRAIN and not _is_evaluated(job, task))
+        task for task in job.tasks if not is_trained or (task.name != TRAIN and not is_evaluated(job, task))
     ]
 
 
@@ -59,8 +59,13 @@ def _recipe(job: Job) -> Run | None:
         return None
 
 
-def _is_evaluated(job: Job, task: Task) -> bool:
-    return _told(job, task.name) == task.asked and _json(job.result(task.name)) is not None
+def is_evaluated(job: Job, task: Task) -> bool:
+    """Is there a result of what the task asks now? One that tells more of the run's steps is one too."""
+    result = _json(job.result(task.name))
+    is_whole = (
+        isinstance(result, dict) and isinstance(result.get("checkpoints"), dict) and result["checkpoints"]
+    )
+    return bool(is_whole) and _told(job, task.name) in (task.asked, task.asked | {"steps": ALL_STEPS})
 
 
 def _told(job: Job, name: str) -> object:
@@ -81,12 +86,12 @@ def prepare(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(job.recipe, job.run.to_json().encode())
     for task in job.tasks:
-        write_atomic(job.todo(task.name), json.dumps(task.asked).encode())
+        write_atomic(job.todo(task), json.dumps(task.asked).encode())
 
 
 def shell_line(job: Job, task: Task) -> str:
     """A prepared task as a line of a shell, from anywhere; when it has run, the task counts as finished."""
-    finish = ["cp", str(job.todo(task.name)), str(job.done(task.name))]
+    finish = ["cp", str(job.todo(task)), str(job.done(task.name))]
     return f"cd {shlex.quote(str(ROOT))} && {shlex.join(task.command)} && {shlex.join(finish)}"
 
 
@@ -132,11 +137,13 @@ class _Running:
         prepare(job)
         for task in tasks:
             job.done(task.name).unlink(missing_ok=True)
-            code = self._run(task.command, job.folder / LOG)
+            log = job.folder / LOG
+            earlier = log.stat().st_size if log.exists() else 0
+            code = self._run(task.command, log)
             if code:
-                lines = (job.folder / LOG).read_text(errors="replace").splitlines()
+                lines = log.read_bytes()[earlier:].decode(errors="replace").splitlines()
                 return Failure(job, task, code, "\n".join(lines[-LAST_LINES:]))
-            write_atomic(job.done(task.name), job.todo(task.name).read_bytes())
+            write_atomic(job.done(task.name), json.dumps(task.asked).encode())
         return None
 
     def _run(self, command: tuple[str, ...], log: Path) -> int:

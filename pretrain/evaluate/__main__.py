@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import provenance
-from pretrain.command import exit_code
+from pretrain.command import exit_code, require_place
 from pretrain.evaluate import result
 from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.evaluate.fine_tune import FineTune
@@ -56,6 +56,11 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         fine_tune=None if options.fine_tune is None else FineTune(epochs=options.fine_tune),
         workers=options.workers,
     )
+    out = options.out or options.run / "evaluation.json"
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name a file, such as {out / 'evaluation.json'}")
+    if options.run.is_dir():
+        require_place("--out", out)
     folders = split_folders(options.data, options.train, options.heldout)
     manifests = read_manifests(folders, protocols.k)
     steps = [find_checkpoint(options.run, name.strip()) for name in options.steps.split(",")]
@@ -68,7 +73,6 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         evaluated["checkpoints"][step.name] = result.of_checkpoint(evidence, outcomes)
         evaluated["confusion"] = result.confusion(step.name, evidence, outcomes)
         evaluated["neighbours"] = result.neighbours(step.name, evidence)
-    out = options.out or options.run / "evaluation.json"
     result.write(out, evaluated)
     print(result.table(evaluated))
     print(f"written to {out}")

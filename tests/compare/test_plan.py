@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_prep.schema import Manifest
 from pretrain.compare.comparisons import COMPARISONS, Variant, choose
-from pretrain.compare.plan import Job, Settings, plan
+from pretrain.compare.plan import Job, Settings, _fingerprint, plan
 from pretrain.objectives import OBJECTIVES, SINGLE
 from tests.data.sets import good_set, sample, write_set
 
@@ -27,6 +29,53 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 def planned(name: str, settings: Settings) -> list[Job]:
     return plan(COMPARISONS[name], settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sets": {"train": Path("x")}}, r"--sets train=\.\.\. names files: .* not 'train'"),
+        ({"sets": {"../s": Path("x")}}, r"--sets \.\./s=\.\.\. names files"),
+        ({"overrides": ("--seed", "5")}, r"--seed is the comparison's to decide"),
+        ({"overrides": ("--name=x",)}, r"--name=x is the comparison's to decide"),
+    ],
+)
+def test_what_would_mix_up_jobs_is_refused(settings: Settings, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned("m3i", replace(settings, **changes))
+
+
+def test_sets_that_probes_cannot_use_are_refused_before_anything_runs(
+    settings: Settings, tmp_path: Path
+) -> None:
+    for name, numbers, labels in (("few", 19, True), ("captions", 21, False)):
+        for split in ("train", "heldout"):
+            made = [sample(number, has_category=labels) for number in range(numbers)]
+            write_set(tmp_path / name / split, [made])
+    with pytest.raises(ValueError, match=r"few/train has 19 images, kNN needs 20"):
+        planned("m3i", replace(settings, sets={"few": tmp_path / "few"}))
+    with pytest.raises(ValueError, match=r"captions has no categories, which the probes tell apart"):
+        planned("m3i", replace(settings, sets={"captions": tmp_path / "captions"}))
+
+
+def test_a_guide_is_another_one_by_its_bytes_not_by_its_date(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    before = _fingerprint(tmp_path)
+    os.utime(tmp_path / "config.json", (1, 1))
+    assert _fingerprint(tmp_path) == before
+    (tmp_path / "config.json").write_text("[]")
+    assert _fingerprint(tmp_path) != before
+
+
+def test_a_variant_named_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--only \['m3i', 'm3i'\] names one twice"):
+        choose("m3i", ("m3i", "m3i"))
+
+
+def test_ways_of_asking_have_files_of_their_own(settings: Settings) -> None:
+    one, other = (planned("m3i", replace(settings, fine_tune=epochs))[0] for epochs in (0, 1))
+    (task,), (tuned,) = ([t for t in job.tasks if t.name == "names"] for job in (one, other))
+    assert one.todo(task) != other.todo(tuned)
 
 
 def test_all_methods_of_a_seed_come_before_the_next_seed(settings: Settings) -> None:

@@ -52,12 +52,21 @@ def jobs(tmp_path: Path) -> list[Job]:
                     }
                     checkpoints["step_000000"] = low
                 (folder / "evaluation-scenes.json").write_text(json.dumps({"checkpoints": checkpoints}))
+                made[-1].done("scenes").write_text(json.dumps({"fine_tune": 0}))
     (made[0].folder / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "collapsed": ["image_same"]}\n')
     return made
 
 
 def settings(tmp_path: Path) -> Settings:
     return Settings({"scenes": tmp_path}, {"scenes": tmp_path}, {}, tmp_path, (0, 1))
+
+
+@pytest.mark.parametrize("damage", ["{}", "[]", '{"checkpoints": {}}', "cut"])
+def test_results_that_are_damaged_or_of_another_question_are_not_told(jobs: list[Job], damage: str) -> None:
+    jobs[0].result("scenes").write_text(damage)
+    jobs[1].done("scenes").write_text(json.dumps({"fine_tune": 30}))
+    (jobs[0].folder / "log.jsonl").write_text("[1]\n")
+    assert "m3i" not in collect(jobs).methods
 
 
 def test_methods_stand_by_the_mean_of_their_probes(jobs: list[Job]) -> None:

@@ -260,6 +260,34 @@ def test_weights_that_are_not_finite_are_refused(clip: tuple[Path, Any], tmp_pat
         open_guide(copy)
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"num_attention_heads": 0}, r"copy cannot be opened \(ZeroDivisionError"),
+        ("config.json", {"hidden_size": "abc"}, r"copy cannot be (opened|read)"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, r"mean=\(0\.5,\), .* three finite numbers each"),
+        ("preprocessor_config.json", {"image_std": [0, 0, 0]}, r"three finite numbers each, std above 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told_in_a_line(
+    vit: tuple[Path, Any], tmp_path: Path, file: str, changes: dict[str, Any], message: str
+) -> None:
+    copy = Path(shutil.copytree(vit[0], tmp_path / "copy"))
+    (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        open_guide(copy)
+
+
+def test_an_encoder_that_tells_no_images_apart_is_refused(vit: tuple[Path, Any], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    copy = Path(shutil.copytree(vit[0], tmp_path / "copy"))
+    weights = {name: torch.zeros_like(w) for name, w in load_file(copy / "model.safetensors").items()}
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"copy gives two images the same features"):
+        open_guide(copy)
+
+
 def test_what_is_no_guide_is_told_with_what_is(tmp_path: Path, open_clip: tuple[Path, Any]) -> None:
     with pytest.raises(FileNotFoundError, match="absent is no folder: name one of"):
         open_guide(tmp_path / "absent")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from pretrain.models.guides import huggingface, open_clip_vit, own, tokenizer
 from pretrain.models.guides.guide import Guide, Opened
@@ -47,21 +50,49 @@ def open_guide(folder: Path) -> Guide:
     return Guide(_open_encoder(folder))
 
 
-def _require_finite(opened: Opened) -> Opened:
-    """ValueError for weights that are not finite: training would take them for a diverging student."""
-    weights = opened.tower.state_dict().items()
-    bad = [name for name, weight in weights if not weight.isfinite().all()]
+@torch.no_grad()
+def _require_sound(opened: Opened) -> Opened:
+    """ValueError for weights or pixel statistics that are not finite, and for an encoder that tells no two images
+    apart: training would take them for a diverging or a perfect student.
+    """
+    bad = [name for name, weight in opened.tower.state_dict().items() if not weight.isfinite().all()]
     if bad:
         raise ValueError(
             f"guide {opened.folder} has {len(bad)} weights that are not finite, such as {bad[0]}: copy it again"
+        )
+    statistics = (*opened.mean, *opened.std)
+    if (
+        len(opened.mean) != 3
+        or len(opened.std) != 3
+        or min(opened.std) <= 0
+        or not all(map(math.isfinite, statistics))
+    ):
+        raise ValueError(
+            f"guide {opened.folder} has mean={opened.mean}, std={opened.std} of its pixels, which must be three "
+            "finite numbers each, std above 0: save its image processor again"
+        )
+    side = opened.patch * opened.grid
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    first, second = opened.tower(images)
+    if torch.equal(first, second):
+        raise ValueError(
+            f"guide {opened.folder} gives two images the same features: it is not trained, or its weights are lost"
         )
     return opened
 
 
 def _open_encoder(folder: Path) -> Opened:
     for known in ENCODERS.values():
-        if known.is_folder(folder):
-            return _require_finite(known.open_folder(folder))
+        try:
+            if known.is_folder(folder):
+                return _require_sound(known.open_folder(folder))
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # of any library, for settings that it did not expect
+            told = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise ValueError(
+                f"guide {folder} cannot be opened ({told}): its settings do not fit, copy or save it again"
+            ) from error
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     raise ValueError(
         f"guide {folder} holds {', '.join(found[:8]) or 'nothing'}{', ...' * (len(found) > 8)}, which is none of: "
