@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pretrain.collapse import judged_after, replay, scales
+from pretrain.collapse import can_collapse, judged_after, replay, scales
 from pretrain.config import Run
 from pretrain.report.accuracy import headline
 from pretrain.report.record import Record
@@ -149,6 +149,8 @@ def _collapse(record: Record) -> Verdict:
     names = record.names("collapse")
     if not names:
         return Verdict(None, "Collapse", "the log holds no measure of the features")
+    if not any(can_collapse(record.run, name) for name in names):
+        return Verdict(None, "Collapse", "none is possible: no target is of features that training changes")
     watch = replay(record.run, record.log)
     if watch.collapsed:
         told = "; ".join(map(str, watch.collapsed.values()))

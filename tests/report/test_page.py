@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -228,6 +229,16 @@ def test_verdict_of_spread_features_names_the_lowest_values_and_their_limits(run
         in told["No collapse"].evidence
     )
     assert "code entropy 2.1 (limit 0.347)" in told["No collapse"].evidence
+
+
+def test_a_run_on_frozen_features_is_told_that_nothing_can_collapse(run_folder: Path) -> None:
+    record = read_record(run_folder, {})
+    frozen = {name: replace(target, encoder="frozen") if target.encoder == "ema" else target
+              for name, target in record.run.objective.targets.items()}  # fmt: skip
+    run = replace(record.run, objective=replace(record.run.objective, targets=frozen))
+    log = tuple({**line, "collapse": {"image_same": line["collapse"]["image_same"]}} for line in record.log)
+    (told,) = [v for v in verdicts(replace(record, run=run, log=log)) if v.claim == "Collapse"]
+    assert told.holds is None and told.evidence.startswith("none is possible")
 
 
 def test_a_log_without_measured_features_is_told_and_drawn_without_them(
