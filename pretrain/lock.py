@@ -13,9 +13,13 @@ from pathlib import Path
 LOCK = ".lock"
 
 
+class Busy(ValueError):
+    """Another process holds the folder."""
+
+
 @contextmanager
 def only_writer(out: Path) -> Iterator[None]:
-    """Holds OUT for this process; ValueError names the process that already does.
+    """Holds OUT for this process; Busy names the process that already does, ValueError tells of a place below a file.
 
     Two runs in one folder would delete each other's checkpoints. A file system without locks is warned of.
     """
@@ -28,7 +32,7 @@ def only_writer(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(
+            raise Busy(
                 f"{out} is being written by {file.read().strip() or 'another process'}: wait for it, end it, or "
                 "name another --out"
             ) from None

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from pretrain.checkpoint import checkpoint_folder
 from pretrain.compare.plan import ALL_STEPS, TRAIN, Job, Task
 from pretrain.config import Run
 from pretrain.intact import verify
+from pretrain.lock import Busy, only_writer
 from pretrain.main import ROOT
 
 LOG = "output.txt"  # of a job's commands
+SECONDS_TO_LOOK_AGAIN = 2.0  # whether a folder is free
 LAST_LINES = 5  # of it, shown when a command fails
 
 
@@ -134,6 +137,7 @@ class _Running:
         self._processes: set[subprocess.Popen[bytes]] = set()
 
     def work(self, job: Job, tasks: list[Task]) -> Failure | None:
+        self._wait_for(job.folder)
         prepare(job)
         for task in tasks:
             job.done(task.name).unlink(missing_ok=True)
@@ -145,6 +149,19 @@ class _Running:
                 return Failure(job, task, code, "\n".join(lines[-LAST_LINES:]))
             write_atomic(job.done(task.name), json.dumps(task.asked).encode())
         return None
+
+    def _wait_for(self, folder: Path) -> None:
+        """Returns when nobody writes to the folder: a training outlives a comparison that was killed."""
+        is_told = False
+        while not self._is_stopped:
+            try:
+                with only_writer(folder):
+                    return
+            except Busy as error:
+                if not is_told:
+                    tqdm.write(f"waiting: {error}")
+                is_told = True
+                time.sleep(SECONDS_TO_LOOK_AGAIN)
 
     def _run(self, command: tuple[str, ...], log: Path) -> int:
         fixed = {

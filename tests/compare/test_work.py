@@ -14,6 +14,7 @@ from pretrain.compare.comparisons import Variant
 from pretrain.compare.plan import TRAIN, Job, Task
 from pretrain.compare.work import prepare, shell_line, tasks_left, work_off
 from pretrain.recipes import load
+from tests.paths import ROOT
 
 STEPS = 3
 
@@ -108,6 +109,26 @@ def test_a_printed_line_does_the_task_and_counts_it_as_done(tmp_path: Path) -> N
         subprocess.run(shell_line(one, task), shell=True, check=True, cwd="/")
     assert tasks_left(one) == [] and work_off([one], 1) == []
     assert (one.folder / "count").read_text() == "--"
+
+
+def test_a_training_that_outlived_its_comparison_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.compare.work.SECONDS_TO_LOOK_AGAIN", 0.05)
+    orphaned = job(tmp_path, "orphaned")
+    hold = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from pretrain.lock import only_writer
+with only_writer(Path({str(orphaned.folder)!r})):
+    print("held", flush=True)
+    time.sleep(1)
+"""
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        assert work_off([orphaned], 1) == []
+    assert "waiting: " in capsys.readouterr().out and (orphaned.folder / "count").read_text() == "--"
 
 
 def test_an_interrupt_ends_what_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
