@@ -35,6 +35,7 @@ from pretrain.facts import DataFacts
 
 VERIFIED_BYTES = 2 * 2**30  # data sets up to this size are hashed at start, of larger ones the first shard
 MAX_REPLACED = 100  # bad samples in a row of one source before the data counts as broken
+MOST_UNTAGGED = 64  # images without any tag before that is told
 MAX_DEATHS = 5  # of workers, before the machine counts as too small
 STAGES = ("read", "labels", "decode", "views", "batch")  # of the work, in its order
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -206,6 +207,7 @@ class Loader:
         self.seconds = dict.fromkeys(STAGES, 0.0)  # of work so far for this rank, of all its workers
         self.num_images = 0  # delivered on this rank
         self._dropped_to = dropped_to
+        self._untagged: int | None = 0  # images so far; None once one had a tag, or it was told
         self._workers, self._next_step, self._deaths = workers, start_step, 0
         self._deliveries: Iterator[Delivery] | None = iter(_data_loader(self._steps, workers, start_step))
 
@@ -218,11 +220,28 @@ class Loader:
         delivery = self._deliver()
         self._next_step += 1
         self.num_images += len(delivery.batch.position)
+        self._look_for_tags(delivery.batch)
         for stage, seconds in delivery.seconds.items():
             self.seconds[stage] += seconds
         if delivery.dropped:
             self._count(delivery.dropped)
         return delivery.batch
+
+    def _look_for_tags(self, batch: Batch) -> None:
+        """Warns once when none of the first images that should have tags has one: all would be negatives of all."""
+        if self._untagged is None or not batch.has_tags.any():
+            return
+        if (batch.tags[batch.has_tags] != NO_TAG).any():
+            self._untagged = None
+            return
+        self._untagged += int(batch.has_tags.sum())
+        if self._untagged >= MOST_UNTAGGED:
+            warnings.warn(
+                f"none of the first {self._untagged} images has a tag of confidence {self._steps.run.tags.min_score} "
+                "(tags.min_score) or more, so that each is a negative of every tag: lower it, or build with tags",
+                stacklevel=3,
+            )
+            self._untagged = None
 
     def _deliver(self) -> Delivery:
         """The next step's batch; when a worker has died, all of them begin again at that step."""

@@ -127,6 +127,17 @@ def test_a_record_that_is_no_json_is_a_reason(tmp_path: Path) -> None:
     loader.close()
 
 
+def test_images_without_any_sure_tag_are_told_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    unsure = tag_set(tmp_path / "unsure", ("a",), *[[["a", 0.1]]] * 5)
+    batches(tag_run("unsure", batch=20), {"unsure": unsure}, 9)
+    (told,) = [str(warning.message) for warning in recwarn if "tags.min_score" in str(warning.message)]
+    assert told.startswith("none of the first 80 images has a tag of confidence 0.5") and "lower it" in told
+    recwarn.clear()
+    one = tag_set(tmp_path / "one", ("a",), *[[["a", 0.1]]] * 4, [["a", 0.9]])
+    batches(tag_run("one", batch=20), {"one": one}, 9)
+    assert not [warning for warning in recwarn if "tags.min_score" in str(warning.message)]
+
+
 def test_a_data_set_whose_manifest_names_no_tags_is_refused(tmp_path: Path) -> None:
     folder = good_set(tmp_path / "names")
     with pytest.raises(
