@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -112,8 +111,6 @@ class Mixing:
 
     def __post_init__(self) -> None:
         positive("mixing", temperature=self.temperature, window=self.window)
-        if not math.isfinite(self.temperature):
-            raise ValueError(f"mixing.temperature={self.temperature} must be finite: 1000 gives equal shares")
 
 
 @dataclass(frozen=True)
@@ -213,6 +210,11 @@ class Run:
         """ValueError unless the mask divides the view into whole squares, and into the shares that targets need."""
         patches = self.grid**2
         num_second = self.mask.ratio * patches
+        if self.objective.input.hides and patches < 4:
+            raise ValueError(
+                f"views.size={self.views.size} holds {self.grid} x {self.grid} squares of mask.patch={self.mask.patch}, "
+                f"a mask needs 2 x 2 or more: set views.size={2 * self.mask.patch} or more, or a smaller mask.patch"
+            )
         if self.objective.input.hides and abs(num_second - round(num_second)) > 1e-3:
             nearest = min(max(round(num_second), 1), patches - 1) / patches
             raise ValueError(

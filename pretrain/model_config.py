@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 
 def positive(owner: str, **values: float) -> None:
-    """ValueError for the first value that is not above 0, as a field of `owner`."""
+    """ValueError for the first value that is not above 0, or not finite, as a field of `owner`."""
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{owner}.{name}={value} must be positive")
+        if value == math.inf:
+            raise ValueError(f"{owner}.{name}={value} must be finite")
 
 
 def fraction(owner: str, **values: float) -> None:

@@ -169,6 +169,11 @@ def test_unknown_recipe_lists_the_choices():
         ),
         (lambda: Mixing(temperature=0.0), r"mixing\.temperature=0\.0 must be positive"),
         (lambda: Mixing(temperature=math.inf), r"mixing\.temperature=inf must be finite"),
+        (lambda: Optim(lr=math.inf), r"optim\.lr=inf must be finite"),
+        (
+            lambda: replace(load("m3i.demo"), mask=Mask(patch=64)),
+            r"views\.size=64 holds 1 x 1 squares of mask\.patch=64, .*: set views\.size=128 or more",
+        ),
         (
             lambda: replace(load("rows.classification"), mixing=Mixing(pairs="same")),
             r"mixing\.pairs='same' would be ignored: all its inputs show one image",
