@@ -172,7 +172,7 @@ def test_unknown_recipe_lists_the_choices():
         (lambda: Optim(lr=math.inf), r"optim\.lr=inf must be finite"),
         (
             lambda: replace(load("m3i.demo"), mask=Mask(patch=64)),
-            r"views\.size=64 holds 1 x 1 squares of 64 \(mask\.patch\): a mask needs 2 x 2 or more: set views\.size=128 or more",
+            r"mask\.patch=64 leaves 1 x 1 squares .* a mask needs 2 x 2: set views\.size=128 or more",
         ),
         (
             lambda: replace(load("rows.classification"), mixing=Mixing(pairs="same")),
