@@ -212,7 +212,7 @@ class Run:
         num_second = self.mask.ratio * patches
         if self.objective.input.hides and patches < 4:
             raise ValueError(
-                f"mask.patch={self.mask.patch} leaves {self.grid} x {self.grid} squares of {self.views.size} px: "
+                f"mask.patch={self.mask.patch} leaves {self.grid} x {self.grid} squares in {self.views.size} px: "
                 f"a mask needs 2 x 2: set views.size={2 * self.mask.patch} or more, or a smaller mask.patch"
             )
         if self.objective.input.hides and abs(num_second - round(num_second)) > 1e-3:
