@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.config import Views
-from pretrain.data.colour import change_colours
+from pretrain.data.colour import change_colours, draw_change
 
 TRIES = 10  # crops drawn before the largest fitting one is taken from the middle
 
@@ -33,7 +33,7 @@ def two_views(
         is_flipped = generator.random() < settings.flip
         box = draw_crop(image.shape[0], image.shape[1], settings.scale, settings.ratio, generator)
         view = cut(image, box, is_flipped, size)
-        views[which] = change_colours(view, settings, which, generator)
+        views[which] = change_colours(view, draw_change(settings, which, generator))
         boxes[which] = torch.tensor([*box, is_flipped])
     return views, boxes
 
