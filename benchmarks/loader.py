@@ -36,7 +36,7 @@ from pretrain.data.decode import decode_image  # noqa: E402
 from pretrain.data.loader import keep_memory  # noqa: E402
 from pretrain.data.order import Order  # noqa: E402
 from pretrain.data.shards import ShardFolder  # noqa: E402
-from pretrain.data.views import two_views  # noqa: E402
+from pretrain.data.views import draw_views, make_views  # noqa: E402
 from pretrain.recipes import load  # noqa: E402
 
 SIDES = {"500 x 375": (500, 375), "340 x 256": (340, 256)}  # width, height
@@ -71,7 +71,7 @@ def build(folder: Path, width: int, height: int, count: int) -> tuple[Path, int]
 
 
 def torchvision_views(views: Views) -> Callable[[Image.Image], list[torch.Tensor]]:
-    """The augmentations of `two_views` as torchvision has them, on Pillow images."""
+    """The augmentations of ours as torchvision has them, on Pillow images."""
     kernel = 2 * round(0.05 * views.size) + 1  # 23 at 224, as SimCLR has it
 
     def of(which: int) -> Callable[[Image.Image], torch.Tensor]:
@@ -107,6 +107,10 @@ def forms(folder: Path, count: int, views: Views) -> dict[str, Callable[[], int]
             work(shards.read(pick.shard, pick.index)[1])
         return count
 
+    def two_views(members: dict[str, bytes]) -> None:
+        image = decode_image(members["jpg"])
+        make_views(image, draw_views(image.shape[0], image.shape[1], views, generator), views.size)
+
     def webdatasets(decode: bool) -> int:
         data = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).shuffle(
             1000, initial=100, rng=generator
@@ -122,7 +126,7 @@ def forms(folder: Path, count: int, views: Views) -> dict[str, Callable[[], int]
         "read": lambda: ours(lambda members: None),
         "read, webdataset": lambda: webdatasets(decode=False),
         "decode": lambda: ours(lambda members: decode_image(members["jpg"])),
-        "views": lambda: ours(lambda members: two_views(decode_image(members["jpg"]), views, generator)),
+        "views": lambda: ours(two_views),
         "views, webdataset": lambda: webdatasets(decode=True),
     }
 

@@ -108,7 +108,7 @@ class Manifest:
         folder = Path(folder)
         manifest = parse_manifest(folder)
         for shard in manifest.shards:
-            _require_shard(folder, shard)
+            require_shard(folder, shard)
         return manifest
 
 
@@ -282,7 +282,8 @@ def _missing_manifest(folder: Path) -> str:
     return f"{folder / MANIFEST_NAME} is missing (it is written last): run the same `data_prep build` again"
 
 
-def _require_shard(folder: Path, shard: Shard) -> None:
+def require_shard(folder: Path, shard: Shard) -> None:
+    """FileNotFoundError without the shard in `folder`, ValueError when its size is not the manifest's."""
     path = folder / shard.name  # its index may be missing: readers make one
     if not path.is_file():
         raise FileNotFoundError(

@@ -36,6 +36,9 @@ class Views:
     solarize: tuple[float, float] = (0.0, 0.2)  # probability in view 1, in view 2
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    # What the training device makes of the views: nothing, the colours, or all from the JPEG files on. The draws are
+    # the same and the pixels differ by rounding, so that a run may not be resumed with another choice.
+    on_device: Literal["none", "colours", "all"] = "none"
 
     def __post_init__(self) -> None:
         positive("views", size=self.size)
@@ -91,9 +94,20 @@ class Source:
 
     supervision: Literal["category", "text", "tags", "none"]
     weight: float = 1.0  # share of the samples, relative to the other sources
+    # Captions made of the sample's category, one of these at random with its name in place of {}; () = its own.
+    prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         positive("data", weight=self.weight)
+        if self.prompts and self.supervision != "text":
+            raise ValueError(
+                f"prompts={list(self.prompts)} of a source with supervision={self.supervision!r} would be ignored: "
+                "ask for 'text', or leave them out"
+            )
+        if without := [prompt for prompt in self.prompts if "{}" not in prompt]:
+            raise ValueError(
+                f"prompts {without} must hold {{}} in place of the category, as in 'a photo of {{}}.'"
+            )
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").re
 
 from pretrain import recipes  # noqa: E402
 from pretrain.config import Run  # noqa: E402
-from pretrain.named_folders import named_folders  # noqa: E402
+from pretrain.data.remote import Place  # noqa: E402
+from pretrain.named_folders import named_places  # noqa: E402
 
 MISTAKE = 2  # exit code for a command line that cannot be right, as argparse has it
 FAILED = 1
@@ -42,7 +43,13 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--recipe", required=True, help=f"one of {', '.join(recipes.names())}")
-    parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR", help="folders of the sources")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="NAME=DIR",
+        help="of the sources; or s3://...",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of this run, made if there is none")
     parser.add_argument(
         "--ds-config",
@@ -130,11 +137,11 @@ def show_help(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     override(run, ["--help"])
 
 
-def match_sources(run: Run, pairs: list[str]) -> dict[str, Path]:
-    """NAME=DIR of the command line by name; ValueError unless the names are those of the recipe's sources, and as
-    `named_folders`.
+def match_sources(run: Run, pairs: list[str]) -> dict[str, Place]:
+    """NAME=DIR or NAME=URL of the command line by name; ValueError unless the names are those of the recipe's
+    sources, and as `named_places`.
     """
-    folders = named_folders("--data", pairs)
+    folders = named_places("--data", pairs)
     if folders.keys() != run.data.keys():
         raise ValueError(
             f"--data names {sorted(folders)}, but recipe {run.name} has the sources {sorted(run.data)}: "

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_prep.schema import TOKENIZER_FOLDER
 from pretrain import checkpoint, resume
 from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.config import Run
 from pretrain.data.loader import Loader
+from pretrain.data.remote import Place
+from pretrain.data.sources import tokenizer_beside
 from pretrain.engine import Engine, describe, resolve_config, start_distributed
 from pretrain.facts import DataFacts
 from pretrain.intact import write_text
@@ -32,7 +33,7 @@ from pretrain.towers import Towers, targets_without_labels
 class Paths:
     """What of a start belongs to the machine and not to the recipe."""
 
-    data: dict[str, Path]  # name of a source in the recipe -> its data set
+    data: dict[str, Place]  # name of a source in the recipe -> its data set
     out: Path
     ds_config: Path
     tokenizer: Path | None = None  # folder; that of the first captioned data set if None
@@ -65,6 +66,7 @@ def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device:
         workers=paths.workers,
         start_step=first_step,
         dropped_to=paths.out / f"dropped-rank_{rank():05d}.jsonl",
+        device=device,
     )
     facts = with_guide(loader.facts, guide)
     if folder is not None:  # refuses another recipe before minutes of building
@@ -77,8 +79,8 @@ def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device:
         checkpoint.restore(engine, folder)
     if rank() == 0:
         write_text(paths.out / "recipe.json", run.to_json())
-        folders = {name: str(folder.resolve()) for name, folder in paths.data.items()}
-        write_text(paths.out / "data.json", json.dumps(folders, indent=1))
+        places = {name: str(p.resolve()) if isinstance(p, Path) else p for name, p in paths.data.items()}
+        write_text(paths.out / "data.json", json.dumps(places, indent=1))
     with closing(loader), Monitor(paths.out, run, first_step, wandb=paths.wandb) as monitor:
         monitor.say(f"{machine}; {'from the beginning' if folder is None else f'from {folder}'}")
         if line := left_out(run, facts):
@@ -116,7 +118,7 @@ def tokenizer_folder(run: Run, paths: Paths) -> Path | None:
     """The named one, else that beside the shards of the first captioned source; None without captions."""
     captioned = [name for name, source in run.data.items() if source.supervision == "text"]
     if paths.tokenizer is None and captioned and captioned[0] in paths.data:
-        return paths.data[captioned[0]] / TOKENIZER_FOLDER
+        return tokenizer_beside(paths.data[captioned[0]])
     return paths.tokenizer if captioned else None
 
 

@@ -17,6 +17,12 @@ import tests.shapes  # noqa: F401  the hook below looks it up by name
 install_import_hook(["pretrain", "data_prep"], "tests.shapes.checked")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is kept between runs is kept in a folder of these tests, also by the processes that they start."""
+    os.environ["M3I_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def free_port() -> int:
     """A loopback port that nobody listens on."""

@@ -100,13 +100,13 @@ def remarks(run: Run, measured: Measured, dropped_to: Path) -> list[str]:
         whose = "the largest worker" if measured.workers else "this process"
         said.append(f"Memory of {whose}: {measured.peak_bytes / 2**20:,.0f} MiB at most.")
     if measured.tokens is not None:
-        mean, full = measured.tokens
+        mean, cut = measured.tokens
         said.append(
-            f"Captions have {mean:.1f} tokens on average, {percent(full)} fill all {run.text.length} "
-            "(text.length) and may have been cut."
+            f"Captions have {mean:.1f} tokens on average, {percent(cut)} were longer than text.length="
+            f"{run.text.length} and cut."
         )
     if measured.dropped:
-        counts = ", ".join(f"{reason} {count}" for reason, count in sorted(measured.dropped.items()))
+        counts = ", ".join(f"{kind} {count}" for kind, count in sorted(measured.dropped.items()))
         said.append(f"Replaced: {counts}; listed in {dropped_to}.")
     else:
         said.append("No sample had to be replaced.")

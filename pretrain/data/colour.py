@@ -1,4 +1,4 @@
-"""How do the colours of a view change at random? Drawn in the worker, applied there by OpenCV or on the device."""
+"""How do the colours of a view change at random? One draw; OpenCV applies it to a view, torch to a batch of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from pretrain.config import Views
 # YIQ (NTSC, 1953): luma, and two chroma axes in whose plane a rotation changes the hue.
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 FROM_YIQ = np.linalg.inv(TO_YIQ)
+LUMA = TO_YIQ[0]
 SIGMA_SIDE = 224  # pixels: Views.blur_sigma is given for views of this side
 BLUR_REACH = 3.0  # standard deviations after which a blur is cut off
 
@@ -34,6 +36,11 @@ class Change(NamedTuple):
     @property
     def is_recoloured(self) -> bool:
         return self[:4] != Change()[:4]
+
+    def numbers(self) -> list[float]:
+        """What `change_batch` wants to know: the map of the colours by rows, its part of the luma, blur, solarize."""
+        matrix, pull = _mix(self)
+        return [*matrix.flatten().tolist(), pull, self.sigma, self.solarize]
 
 
 def draw_change(settings: Views, which: int, generator: Random) -> Change:
@@ -75,7 +82,13 @@ def change_colours(view: UInt8[Tensor, "3 s s"], change: Change) -> UInt8[Tensor
 
 
 def affine(change: Change, mean: Sequence[float]) -> Float[np.ndarray, "3 4"]:
-    """The changed colours as one affine map of RGB levels, 0 to 255; `mean` of the view's red, green and blue.
+    """The changed colours as one affine map of RGB levels, 0 to 255; `mean` of the view's red, green and blue."""
+    matrix, pull = _mix(change)
+    return np.hstack([matrix, np.full((3, 1), pull * (LUMA @ np.asarray(mean)))])
+
+
+def _mix(change: Change) -> tuple[Float[np.ndarray, "3 3"], float]:
+    """The linear part of the map, and how much of the view's mean luma is added to every level.
 
     The hue turns in YIQ, where torchvision uses HSV, and levels are clipped once at the end: the same as NVIDIA
     DALI's ColorTwist, and 10 to 20 times faster. In this form the four changes commute, so the random order
@@ -86,8 +99,12 @@ def affine(change: Change, mean: Sequence[float]) -> Float[np.ndarray, "3 4"]:
     gain = change.brightness * change.contrast
     chroma = gain * change.saturation
     in_yiq = np.array([[gain, 0, 0], [0, chroma * cos, chroma * sin], [0, -chroma * sin, chroma * cos]])
-    offset = np.full((3, 1), change.brightness * (1 - change.contrast) * (TO_YIQ[0] @ np.asarray(mean)))
-    return np.hstack([FROM_YIQ @ in_yiq @ TO_YIQ, offset])
+    return FROM_YIQ @ in_yiq @ TO_YIQ, change.brightness * (1 - change.contrast)
+
+
+def reach(sigma: float, size: int) -> int:
+    """Pixels to each side that a blur of a view of `size` pixels takes in."""
+    return min(max(math.ceil(BLUR_REACH * sigma), 1), size - 1)
 
 
 def blur(levels: UInt8[np.ndarray, "s s 3"], sigma: float) -> UInt8[np.ndarray, "s s 3"]:
@@ -95,12 +112,38 @@ def blur(levels: UInt8[np.ndarray, "s s 3"], sigma: float) -> UInt8[np.ndarray, 
 
     In float32 and rounded once: OpenCV's kernels of 8 bits would be slower, and darken.
     """
-    radius = min(max(math.ceil(BLUR_REACH * sigma), 1), len(levels) - 1)
-    weights = cv2.getGaussianKernel(2 * radius + 1, sigma, cv2.CV_32F)
+    weights = cv2.getGaussianKernel(2 * reach(sigma, len(levels)) + 1, sigma, cv2.CV_32F)
     blurred = cv2.sepFilter2D(levels, cv2.CV_32F, weights, weights, borderType=cv2.BORDER_REFLECT_101)
     return cv2.convertScaleAbs(blurred)  # to the nearest whole level; none is negative
 
 
-def solarize(levels: UInt8[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
+def solarize(levels: UInt8[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Invert the upper half of the levels: of a level and its inverse (255 - level) the darker one."""
     return cv2.min(levels, cv2.bitwise_not(levels))
+
+
+def change_batch(
+    views: UInt8[Tensor, "n 3 s s"], changes: Float[Tensor, "n 12"], largest_sigma: float
+) -> UInt8[Tensor, "n 3 s s"]:
+    """The same as `change_colours`, to one level, of many views at once on any device.
+
+    `changes` are `Change.numbers()` of each view, none of which blurs by more than `largest_sigma` pixels.
+    """
+    from kornia.filters import gaussian_blur2d  # takes a second; a worker does without
+
+    levels = views.float()
+    luma = torch.from_numpy(LUMA).to(levels) @ levels.mean(dim=(2, 3)).T
+    matrix, pull, sigma, is_solarized = changes.split([9, 1, 1, 1], dim=1)
+    flat = torch.baddbmm((pull * luma[:, None])[..., None], matrix.view(-1, 3, 3), levels.flatten(2))
+    levels = flat.clamp(0, 255).round().view_as(levels)
+    if largest_sigma:
+        taps = 2 * reach(largest_sigma, views.shape[-1]) + 1
+        blurred = gaussian_blur2d(levels, taps, sigma.clamp(min=1e-3).expand(-1, 2), border_type="reflect")
+        levels = torch.where(sigma[..., None, None] > 0, blurred.round(), levels)
+    inverted = torch.minimum(levels, 255 - levels)
+    return torch.where(is_solarized[..., None, None] > 0, inverted, levels).to(torch.uint8)
+
+
+def largest_sigma(settings: Views) -> float:
+    """Pixels: the widest blur that `draw_change` can draw; 0 without any."""
+    return settings.blur_sigma[1] * settings.size / SIGMA_SIDE if any(settings.blur) else 0.0

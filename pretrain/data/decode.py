@@ -40,6 +40,21 @@ def decode_image(content: bytes) -> UInt8[Tensor, "h w 3"]:
     return torch.from_numpy(_decode_jpeg(content) if is_jpeg else _decode_with_pillow(content))
 
 
+def plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """Height and width of a whole JPEG file whose pixels need no turning and no colour profile of print shops.
+
+    None for everything else, which is left to `decode_image`: that also says what is wrong with it.
+    """
+    is_whole = content[:2] == b"\xff\xd8" and content.rstrip(b"\0")[-2:] == b"\xff\xd9"
+    if not is_whole or b"Exif\0\0" in content[: 2**16]:
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    return (height, width) if colorspace in ("YCbCr", "Gray") and height * width <= MAX_PIXELS else None
+
+
 def _decode_jpeg(content: bytes) -> np.ndarray:
     """libjpeg-turbo with every warning an error: it alone notices damage in the middle of the file."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+WHOLE_SHARD = -1
 MIN_READS = 100  # the limit on bad samples is taken over at least this many reads
 
 
@@ -21,12 +22,18 @@ class Dropped(NamedTuple):
 
     source: str
     shard: str
-    index: int  # inside the shard
+    index: int  # inside the shard; WHOLE_SHARD for all of it
     reason: str
     message: str
 
+    @property
+    def kind(self) -> str:
+        """What is counted together."""
+        return f"{self.source}: {self.reason}"
+
     def __str__(self) -> str:
-        return f"{self.source}/{self.shard} sample {self.index}: {self.reason}: {self.message}"
+        what = "" if self.index == WHOLE_SHARD else f" sample {self.index}"
+        return f"{self.source}/{self.shard}{what}: {self.reason}: {self.message}"
 
 
 class DataError(ValueError):
@@ -40,7 +47,7 @@ def check_bad_share(dropped: Mapping[str, int], num_reads: int, limit: float, la
     """
     num_bad = sum(dropped.values())
     if num_bad > limit * max(num_reads, MIN_READS):
-        counts = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items()))
+        counts = ", ".join(f"{kind} {count}" for kind, count in sorted(dropped.items()))
         raise DataError(
             f"{num_bad} of the {num_reads} samples read so far are bad ({counts}; the last: {last}), "
             f"max_bad={limit} allows {int(limit * max(num_reads, MIN_READS))}: run `python -m data_prep check` "

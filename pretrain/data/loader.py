@@ -1,4 +1,4 @@
-"""Which batch does a rank get at a step?"""
+"""How does a rank receive its batches? Made ahead by worker processes, counted, and with dead workers replaced."""
 
 from __future__ import annotations
 
@@ -11,155 +11,27 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from random import Random
-from typing import NamedTuple
 
+import cv2
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data_prep.schema import IMAGE_EXTENSIONS
 from pretrain.config import Run
-from pretrain.data.batch import MOST_TAGS, NO_TAG, Batch
-from pretrain.data.decode import decode_image
-from pretrain.data.faults import BadSample, DataError, Dropped, check_bad_share
-from pretrain.data.mask import draw_mask
-from pretrain.data.order import Order
-from pretrain.data.sources import OpenSource, Sources, open_sources
-from pretrain.data.text import choose_caption
-from pretrain.data.views import two_views
+from pretrain.data.batch import NO_TAG, Batch
+from pretrain.data.device import finish
+from pretrain.data.faults import WHOLE_SHARD, DataError, Dropped, check_bad_share
+from pretrain.data.remote import Place
+from pretrain.data.sources import open_sources
+from pretrain.data.steps import STAGES, Delivery, Steps
+from pretrain.data.verified import Verifier
 from pretrain.facts import DataFacts
 
 VERIFIED_BYTES = 2 * 2**30  # data sets up to this size are hashed at start, of larger ones the first shard
-MAX_REPLACED = 100  # bad samples in a row of one source before the data counts as broken
+VERIFY_RATE = 2**28  # bytes a second that all ranks together hash of the rest, while they train
 MOST_UNTAGGED = 64  # images without any tag before that is told
 MAX_DEATHS = 5  # of workers, before the machine counts as too small
-STAGES = ("read", "labels", "decode", "views", "batch")  # of the work, in its order
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-
-
-class Delivery(NamedTuple):
-    """One batch, and what it took to make it."""
-
-    batch: Batch
-    dropped: tuple[Dropped, ...]
-    seconds: dict[str, float]  # by stage, of the process that worked
-
-
-def run_order(run: Run, sources: Sources) -> Order:
-    """Which sample the run draws at every position of its order."""
-    weights = [float(source.weight) for source in run.data.values()]
-    return Order(run.seed, weights, [source.shards.shard_sizes for source in sources.opened], run.mixing)
-
-
-class Steps:
-    """step -> Delivery of one rank: a pure function of the run, the data and the step.
-
-    Worker processes rebuild it from its arguments.
-    """
-
-    def __init__(self, run: Run, sources: Sources, rank: int, world: int) -> None:
-        self._arguments = (run, sources, rank, world)
-        self.run = run
-        self.sources = sources
-        self._rank = rank
-        self._images = run.images_per_rank(world)
-        self._order = run_order(run, sources)
-        self._needs_other = run.objective.needs_other_view()
-        self._seconds: dict[str, float] = {}
-
-    def __reduce__(self) -> tuple:
-        return Steps, self._arguments
-
-    def __getitem__(self, step: int) -> Delivery:
-        first = step * self.run.batch + self._rank * self._images
-        positions = range(first, first + self._images)
-        self._seconds = dict.fromkeys(STAGES, 0.0)
-        dropped: list[Dropped] = []
-        rows = [self._row(position, dropped) for position in positions]
-        with self._during("batch"):
-            fields = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-            masks = [self._masks(position) for position in positions[:: self.run.objective.input.mixed]]
-            batch = Batch(mask=torch.cat(masks), position=torch.tensor(positions), **fields)
-        return Delivery(batch, tuple(dropped), self._seconds)
-
-    @contextmanager
-    def _during(self, stage: str) -> Iterator[None]:
-        """Counts the time inside as that of a stage, also of a sample that turns out to be bad."""
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[stage] += time.perf_counter() - begun
-
-    def _row(self, position: int, dropped: list[Dropped]) -> dict[str, Tensor]:
-        """What the batch holds of one image; bad samples are replaced by the next of the same source."""
-        number, draw = self._order.draw(position)
-        source = self.sources.opened[number]
-        for replacement in range(MAX_REPLACED):
-            pick = self._order.pick(number, draw + replacement)
-            try:
-                return self._sample_row(source, pick.shard, pick.index, position)
-            except BadSample as error:
-                shard = source.shards.manifest.shards[pick.shard].name
-                dropped.append(Dropped(source.name, shard, pick.index, error.reason, str(error)))
-        raise DataError(
-            f"{MAX_REPLACED} samples in a row of source {source.name!r} cannot be used, the last: {dropped[-1]}; "
-            f"run `python -m data_prep check {source.shards.folder}` and build the data set again"
-        )
-
-    def _sample_row(self, source: OpenSource, shard: int, index: int, position: int) -> dict[str, Tensor]:
-        run = self.run
-        with self._during("read"):
-            _, members = source.shards.read(shard, index)
-        encoded = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), None)
-        if encoded is None:
-            raise BadSample("no_image", f"the sample holds {sorted(members)}, none of {IMAGE_EXTENSIONS}")
-        with self._during("labels"):
-            category = source.category(members)
-            tags = self._tags(source, members)
-            tokens, token_mask = self._tokens(source, members, position)
-        with self._during("decode"):
-            image = decode_image(encoded)
-        needs_other = self._needs_other[position % run.objective.input.mixed]
-        with self._during("views"):
-            views, boxes = two_views(image, run.views, _generator(run.seed, position, "views"), needs_other)
-        return {
-            "views": views,
-            "boxes": boxes,
-            "sizes": torch.tensor(image.shape[:2], dtype=torch.float32),
-            "category": torch.tensor(category),
-            "tokens": tokens,
-            "token_mask": token_mask,
-            "tags": tags,
-            "has_tags": torch.tensor(source.gives_tags),
-        }
-
-    def _tags(self, source: OpenSource, members: Mapping[str, bytes]) -> Int[Tensor, " most"]:
-        """Tags that are sure enough, the most confident first; as wide for every sample of the run."""
-        told, most = source.tags(members), MOST_TAGS if self.sources.tags else 0
-        sure = [number for number, confidence in told.items() if confidence >= self.run.tags.min_score][:most]
-        return torch.tensor([*sure, *[NO_TAG] * (most - len(sure))], dtype=torch.long)
-
-    def _tokens(
-        self, source: OpenSource, members: Mapping[str, bytes], position: int
-    ) -> tuple[Tensor, Tensor]:
-        captions, length = self.sources.captions, self.run.text.length
-        if captions is not None and source.gives_text:
-            return captions.encode(choose_caption(members, _generator(self.run.seed, position, "caption")))
-        padding = 0 if captions is None else captions.padding
-        return torch.full((length,), padding), torch.zeros(length, dtype=torch.bool)
-
-    def _masks(self, position: int) -> Bool[Tensor, "views g g"]:
-        """The masks of the inputs that begin at `position`, one a view; all False where they hide nothing."""
-        grid, shown = self.run.grid, self.run.objective.input
-        if not shown.hides:
-            return torch.zeros(shown.views, grid, grid, dtype=torch.bool)
-        generator = _generator(self.run.seed, position, "mask")
-        return torch.stack([draw_mask(grid, self.run.mask, generator) for _ in range(shown.views)])
 
 
 class Loader:
@@ -167,8 +39,9 @@ class Loader:
 
     (seed, position) alone decides sample, augmentation and mask: the global batch is the same for any number
     of ranks and workers, and a run resumes by its step. `workers` = 0 works in this process, more prefetch
-    two batches each. Every bad sample becomes a line of JSON at the end of `dropped_to`, if that is given. At
-    construction everything that can be wrong with recipe, folders and labels raises
+    two batches each; what the recipe leaves to the device is done on `device` as a batch is taken, and batches lie
+    there then. Every bad sample becomes a line of JSON at the end of `dropped_to`, if that is given. At construction
+    everything that can be wrong with recipe, folders and labels raises
     ValueError or FileNotFoundError; while iterating, more bad samples than run.max_bad raise DataError. Workers that
     die are replaced with a warning, and nothing is lost; the death after MAX_DEATHS raises DataError.
     """
@@ -176,7 +49,7 @@ class Loader:
     def __init__(
         self,
         run: Run,
-        folders: Mapping[str, Path],
+        folders: Mapping[str, Place],
         tokenizer: Path | None,
         *,
         rank: int,
@@ -184,14 +57,21 @@ class Loader:
         workers: int = 0,
         start_step: int = 0,
         dropped_to: Path | None = None,
+        device: torch.device = torch.device("cpu"),  # noqa: B008  a value
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank={rank} must lie in [0, world={world})")
         run.images_per_rank(world)
-        sources = open_sources(run, folders, tokenizer)
+        sources = open_sources(run, folders, tokenizer, rank, world)
+        later = []
         for source in sources.opened:
-            is_small = source.shards.num_bytes <= VERIFIED_BYTES
-            source.shards.verify(len(source.shards.shard_sizes) if is_small else 1)
+            if source.shards.is_remote:
+                continue  # hashed as it is copied
+            ours = range(len(source.shards.shard_sizes))[rank::world]
+            now = ours if source.shards.num_bytes <= VERIFIED_BYTES else ours[:1]
+            source.shards.verify(now)
+            shards = source.shards.manifest.shards
+            later += [(source.shards.folder, source.name, shards[number]) for number in ours[len(now) :]]
         captions = sources.captions
         sha256 = {f"data.{source.name}": source.shards.sha256 for source in sources.opened}
         if captions is not None:
@@ -203,7 +83,10 @@ class Loader:
             sha256=sha256,
         )
         self._steps = Steps(run, sources, rank, world)
-        self.dropped: dict[str, int] = {}  # reason -> samples replaced so far on this rank
+        self._device = device
+        self._verifier = Verifier(later, VERIFY_RATE / world)
+        self.dropped: dict[str, int] = {}  # "source: reason" -> samples replaced so far on this rank
+        self.num_captions = self.num_cut = 0  # delivered on this rank, and those longer than run.text.length
         self.seconds = dict.fromkeys(STAGES, 0.0)  # of work so far for this rank, of all its workers
         self.num_images = 0  # delivered on this rank
         self._dropped_to = dropped_to
@@ -218,14 +101,37 @@ class Loader:
         if self._deliveries is None:
             raise ValueError("the loader is closed; make a new one with start_step")
         delivery = self._deliver()
+        if delivery.unfinished is not None:
+            try:
+                batch = finish(delivery.batch, delivery.unfinished, self._steps.run.views, self._device)
+            except RuntimeError as error:
+                if not delivery.unfinished.files:
+                    raise
+                delivery = self._decode_here(error)
+                batch = finish(delivery.batch, delivery.unfinished, self._steps.run.views, self._device)
+            delivery = delivery._replace(batch=batch)
         self._next_step += 1
         self.num_images += len(delivery.batch.position)
+        self.num_captions += delivery.num_captions
+        self.num_cut += delivery.num_cut
         self._look_for_tags(delivery.batch)
         for stage, seconds in delivery.seconds.items():
             self.seconds[stage] += seconds
         if delivery.dropped:
             self._count(delivery.dropped)
+        while self._verifier.changed:
+            source, shard, message = self._verifier.changed.pop()
+            warnings.warn(f"{message} (its samples are used as they are)", stacklevel=2)
+            self._count((Dropped(source, shard.name, WHOLE_SHARD, "changed_shard", message),))
         return delivery.batch
+
+    def _decode_here(self, error: RuntimeError) -> Delivery:
+        """The step again, without the device's decoder, which refused a file that ours may take or replace."""
+        warnings.warn(
+            f"the device decodes a file of step {self._next_step} not ({error}): this process decodes the whole step",
+            stacklevel=3,
+        )
+        return self._steps.decoded_here()[self._next_step]
 
     def _look_for_tags(self, batch: Batch) -> None:
         """Warns once when none of the first images that should have tags has one: all would be negatives of all."""
@@ -265,7 +171,7 @@ class Loader:
     def _count(self, dropped: tuple[Dropped, ...]) -> None:
         """Keeps and tells what was replaced; DataError when it is too much."""
         for sample in dropped:
-            self.dropped[sample.reason] = self.dropped.get(sample.reason, 0) + 1
+            self.dropped[sample.kind] = self.dropped.get(sample.kind, 0) + 1
         if self._dropped_to is not None:
             with self._dropped_to.open("a") as file:
                 file.writelines(json.dumps(sample._asdict()) + "\n" for sample in dropped)
@@ -275,6 +181,7 @@ class Loader:
     def close(self) -> None:
         """End the workers and close the shards."""
         self._deliveries = None  # the DataLoader's iterator joins its workers when it goes
+        self._verifier.close()
         for source in self._steps.sources.opened:
             source.shards.close()
 
@@ -334,6 +241,7 @@ def _start_worker(worker: int) -> None:
     """One thread, an allocator that keeps its memory (page faults cost as much as decoding), and an end with
     the trainer: torch's own watchdog sees only the fork server, which outlives a trainer that was killed."""
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     keep_memory()
     threading.Thread(target=_end_with_trainer, daemon=True).start()
 
@@ -343,8 +251,3 @@ def _end_with_trainer() -> None:
     assert trainer is not None, "only worker processes wait for the trainer's end"
     trainer.join()
     os._exit(1)
-
-
-def _generator(seed: int, position: int, purpose: str) -> Random:
-    """Random numbers of one purpose at one position of the run's order."""
-    return Random(f"{seed}/{position}/{purpose}")

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 
 from pretrain.config import Run
-from pretrain.data.loader import STAGES, Loader, run_order
+from pretrain.data.loader import Loader
+from pretrain.data.remote import Place
 from pretrain.data.sources import open_sources
+from pretrain.data.steps import STAGES, run_order
 
 BATCH = 32  # inputs that are made together; the run's own batch may be that of hundreds of ranks
 PLANNED = 10_000  # positions whose sources are counted, which takes no reading
@@ -44,8 +46,8 @@ class Measured:
     seconds: float  # for the batches after the first
     num_timed: int  # images in these
     stages: Mapping[str, float]  # seconds an image by stage, of the process that works
-    dropped: Mapping[str, int]  # reason -> samples replaced
-    tokens: tuple[float, float] | None  # of captions: mean length, share that fills run.text.length
+    dropped: Mapping[str, int]  # "source: reason" -> samples replaced
+    tokens: tuple[float, float] | None  # of captions: mean length, share that is cut to run.text.length
     peak_bytes: int | None  # the most that a process that works has held; None where the system does not tell
 
     @property
@@ -54,7 +56,7 @@ class Measured:
         return self.num_timed / self.seconds if self.num_timed else float("nan")
 
 
-def count_sources(run: Run, folders: Mapping[str, Path], tokenizer: Path | None) -> list[SourceCount]:
+def count_sources(run: Run, folders: Mapping[str, Place], tokenizer: Path | None) -> list[SourceCount]:
     """Every source of the run; ValueError and FileNotFoundError as `open_sources` and `Order`."""
     sources = open_sources(run, folders, tokenizer)
     order = run_order(run, sources)
@@ -75,7 +77,7 @@ def count_sources(run: Run, folders: Mapping[str, Path], tokenizer: Path | None)
 
 def measure(
     run: Run,
-    folders: Mapping[str, Path],
+    folders: Mapping[str, Place],
     tokenizer: Path | None,
     num_images: int,
     workers: int,
@@ -118,7 +120,7 @@ def measure(
         num_timed=loader.num_images - batch,
         stages={stage: loader.seconds[stage] / loader.num_images for stage in STAGES},
         dropped=dict(loader.dropped),
-        tokens=(told.mean().item(), (told == run.text.length).float().mean().item()) if len(told) else None,
+        tokens=(told.mean().item(), loader.num_cut / loader.num_captions) if len(told) else None,
         peak_bytes=max(peaks, default=None),
     )
 

@@ -66,6 +66,10 @@ class Order:
     def __getitem__(self, position: int) -> Pick:
         return self.pick(*self.draw(position))
 
+    def window(self, source: int, draw: int) -> tuple[range, list[int]]:
+        """The draws of `source` that share a window of shards with `draw`; the shards of that window and the next."""
+        return self._sources[source].window(draw)
+
 
 class SourceOrder:
     """Permutes one source anew each epoch: its shards, then the samples of every window of shards."""
@@ -85,6 +89,19 @@ class SourceOrder:
         shards, indices = self._window(epoch, window)
         place -= window_starts[window]
         return Pick(self._key[1], epoch, shards.item(place), indices.item(place))
+
+    def window(self, draw: int) -> tuple[range, list[int]]:
+        epoch, place = divmod(draw, self.num_samples)
+        shards, starts = self._epoch(epoch)
+        window = bisect_right(starts, place) - 1
+        ends = [*starts[1:], self.num_samples]
+        first = window * self._shards
+        needed = shards[first : first + 2 * self._shards].tolist()
+        if window == len(starts) - 1:
+            needed += self._epoch(epoch + 1)[0][: self._shards].tolist()
+        return range(
+            epoch * self.num_samples + starts[window], epoch * self.num_samples + ends[window]
+        ), needed
 
     def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, list[int]]:
         """Permuted shard numbers, and the place in the epoch where each window of them starts."""

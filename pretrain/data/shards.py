@@ -6,6 +6,7 @@ import contextlib
 import os
 from array import array
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -13,28 +14,45 @@ from data_prep.schema import (
     MANIFEST_NAME,
     TAR_BLOCK,
     Manifest,
+    Shard,
     index_bytes,
     index_path,
+    parse_manifest,
     read_index,
+    require_shard,
     sha256_file,
 )
 from pretrain.data.faults import BadSample
+from pretrain.data.remote import Cache, Place, RemoteFolder, is_url
+from pretrain.data.verified import Verified
 
 OPEN_SHARDS = 64  # files and indices kept open at once, unless told otherwise
+ALL = slice(None)  # shards
 REGULAR_FILE = (b"0", b"\0")  # tar type flags
 
 
 class ShardFolder:
-    """A data set folder with random access: one positioned read a sample.
+    """A data set with random access, in a folder or behind a URL: one positioned read a sample.
 
-    At construction every shard's size is checked against the manifest, by `verify` its sha256 too; both raise
-    FileNotFoundError and ValueError that name the shard. Afterwards a sample that cannot be read raises
-    BadSample: `missing_shard`, `unreadable`, `truncated_shard`, `broken_index` or `broken_record`.
+    At construction the sizes of the shards that `checked` selects are compared with the manifest, by `verify` their
+    sha256 too; both raise FileNotFoundError and ValueError that name the shard. Shards behind a URL are copied when
+    they are first read, and hashed then. Afterwards a sample that cannot be read raises BadSample: `missing_shard`,
+    `unreadable`, `truncated_shard`, `changed_shard`, `broken_index` or `broken_record`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], open_shards: int = OPEN_SHARDS) -> None:
-        self.folder, self._most_open = Path(folder), open_shards
-        self.manifest = Manifest.read(self.folder)
+    def __init__(
+        self, place: str | os.PathLike[str], open_shards: int = OPEN_SHARDS, checked: slice = ALL
+    ) -> None:
+        self.place: Place = place if isinstance(place, str) and is_url(place) else Path(place)
+        self._most_open = open_shards
+        self._remote = (
+            None if isinstance(self.place, Path) else RemoteFolder(self.place, Cache.of_environment())
+        )
+        if self._remote is not None:
+            self._remote.copy_manifest()
+        self.folder = Path(place) if self._remote is None else self._remote.folder
+        self.manifest = parse_manifest(self.folder)
+        self._check_sizes(checked)
         self.shard_sizes = [shard.num_samples for shard in self.manifest.shards]
         self._ends = list(accumulate(self.shard_sizes))
         self._open: dict[int, tuple[int, array, str]] = {}  # shard -> descriptor, offsets, path; oldest first
@@ -50,25 +68,46 @@ class ShardFolder:
         return sum(shard.num_bytes for shard in self.manifest.shards)
 
     @property
+    def is_remote(self) -> bool:
+        return self._remote is not None
+
+    @property
     def sha256(self) -> str:
         """Of the manifest, which holds that of every shard: it names the whole content."""
         return sha256_file(self.folder / MANIFEST_NAME)
 
-    def verify(self, num_shards: int) -> None:
-        """Compare the sha256 of the first `num_shards` shards with the manifest; ValueError names the first
-        one that differs."""
-        for shard in self.manifest.shards[:num_shards]:
-            found = sha256_file(self.folder / shard.name)
-            if found != shard.sha256:
-                raise ValueError(
-                    f"{self.folder / shard.name} has sha256 {found}, the manifest says {shard.sha256}: "
-                    "the shard changed after it was built; copy it again or build the data set again"
-                )
+    def _check_sizes(self, checked: slice) -> None:
+        shards = self.manifest.shards[checked]
+        if self._remote is None:
+            for shard in shards:
+                require_shard(self.folder, shard)
+        elif (
+            self.manifest.shards[:1] == shards[:1]
+        ):  # one listing tells all: of many ranks the first asks for it
+            sizes = self._remote.sizes()
+            for shard in self.manifest.shards:
+                if sizes.get(shard.name) != shard.num_bytes:
+                    raise ValueError(
+                        f"{self.place}/{shard.name} has {sizes.get(shard.name, 'no')} bytes, the manifest says "
+                        f"{shard.num_bytes}: copy it again or build the data set again"
+                    )
+
+    def verify(self, shards: Sequence[int]) -> None:
+        """Compare the sha256 of these shards of a folder with the manifest, unless that was done since they last
+        changed; ValueError names the first one that differs."""
+        verified = Verified(self.folder)
+        for shard in shards:
+            verified.check(self.manifest.shards[shard])
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Copies shards behind a URL before they are read; in a folder there is nothing to do."""
+        if self._remote is not None:
+            self._remote.fetch_ahead([self.manifest.shards[shard] for shard in shards])
 
     def locate(self, index: int) -> tuple[int, int]:
         """Shard number and index inside the shard of sample `index`."""
         if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {self.folder} must lie in [0, {len(self)})")
+            raise IndexError(f"sample {index} of {self.place} must lie in [0, {len(self)})")
         shard = bisect_right(self._ends, index)
         return shard, index - self._ends[shard] + self.shard_sizes[shard]
 
@@ -100,32 +139,53 @@ class ShardFolder:
             raise BadSample(error.reason, f"{path}, sample {index}: {error}") from error
 
     def close(self) -> None:
-        for descriptor, *_ in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+        for shard in list(self._open):
+            self._close(shard)
+        if self._remote is not None:
+            self._remote.close()
 
-    def _open_another(self, shard: int) -> tuple[int, array, str]:
+    def _close(self, shard: int) -> None:
+        os.close(self._open.pop(shard)[0])
+
+    def _open_another(self, number: int) -> tuple[int, array, str]:
         if len(self._open) >= self._most_open:
-            os.close(self._open.pop(next(iter(self._open)))[0])
-        path = self.folder / self.manifest.shards[shard].name
-        self._open[shard] = (*_open_shard(path, self.shard_sizes[shard]), str(path))
-        return self._open[shard]
+            self._close(next(iter(self._open)))
+        shard = self.manifest.shards[number]
+        if self._remote is None:
+            descriptor, path = _open_file(self.folder / shard.name)
+        else:
+            for other, (opened, *_) in list(self._open.items()):
+                if os.fstat(opened).st_nlink == 0:  # removed from the cache: the disk has it back only now
+                    self._close(other)
+            descriptor, path = self._remote.open(shard)
+        self._open[number] = (descriptor, _offsets(descriptor, path, shard), str(path))
+        return self._open[number]
 
 
-def _open_shard(path: Path, num_samples: int) -> tuple[int, array]:
-    """File descriptor and sample offsets of one shard, which is indexed if it is not yet; raises BadSample."""
+def read_manifest(place: Place) -> Manifest:
+    """The manifest of a data set in a folder, with its shards' sizes checked, or behind a URL; errors as
+    `ShardFolder`."""
+    return ShardFolder(place).manifest
+
+
+def _open_file(path: Path) -> tuple[int, Path]:
+    """Descriptor and path of a shard; raises BadSample."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        return os.open(path, os.O_RDONLY), path
     except FileNotFoundError as error:
         raise BadSample("missing_shard", str(error)) from error
     except OSError as error:
         raise BadSample("unreadable", f"{path}: {error}") from error
+
+
+def _offsets(descriptor: int, path: Path, shard: Shard) -> array:
+    """Where the samples of an open shard lie; it is indexed if it is not yet. Closes it and raises BadSample."""
     try:
         offsets = read_index(path) if index_path(path).is_file() else _index(descriptor, path)
-        if len(offsets) != num_samples + 1:
+        if len(offsets) != shard.num_samples + 1:
             raise BadSample(
                 "broken_index",
-                f"{path}.idx holds {len(offsets)} offsets, the manifest's {num_samples} samples need one more",
+                f"{path}.idx holds {len(offsets)} offsets, the manifest's {shard.num_samples} samples need one more",
             )
     except OSError as error:
         os.close(descriptor)
@@ -133,7 +193,7 @@ def _open_shard(path: Path, num_samples: int) -> tuple[int, array]:
     except ValueError as error:  # a BadSample is one
         os.close(descriptor)
         raise error if isinstance(error, BadSample) else BadSample("broken_index", str(error)) from error
-    return descriptor, offsets
+    return offsets
 
 
 def _index(descriptor: int, path: Path) -> array:

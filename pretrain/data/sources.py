@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.schema import TOKENIZER_FOLDER, Manifest, tags_of
+from data_prep.schema import TOKENIZER_FOLDER, Manifest, fill_prompt, tags_of
 from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.faults import BadSample
+from pretrain.data.remote import HELD_WINDOWS, Cache, Place, RemoteFolder
 from pretrain.data.shards import ShardFolder
-from pretrain.data.text import Captions
+from pretrain.data.text import Captions, captions_of
 
 MOST_OPEN = 256  # files of one source and process: systems allow a process 1,024 in all
 
@@ -39,6 +40,7 @@ class OpenSource:
     name: str  # on the command line
     shards: ShardFolder
     gives_text: bool
+    prompts: tuple[str, ...]  # captions of its categories; empty where samples have their own
     category_ids: tuple[int, ...]  # number in the data set -> number in the run; empty without supervision
     tag_ids: Mapping[str, int]  # name -> number in the run; empty without supervision
 
@@ -50,18 +52,15 @@ class OpenSource:
         """The run's category of a sample, NO_CATEGORY where this source gives none; raises BadSample."""
         if not self.category_ids:
             return NO_CATEGORY
-        if "cls" not in members:
-            raise BadSample("no_category", "the sample has no .cls")
-        try:
-            number = int(members["cls"])
-        except ValueError as error:
-            raise BadSample("bad_category", f".cls holds {members['cls'][:20]!r}, no number") from error
-        if not 0 <= number < len(self.category_ids):
-            raise BadSample(
-                "bad_category",
-                f".cls={number} must lie in [0, {len(self.category_ids)}), the categories",
-            )
-        return self.category_ids[number]
+        return self.category_ids[_category_number(members, len(self.category_ids))]
+
+    def captions(self, members: Mapping[str, bytes]) -> list[str]:
+        """What may be said of a sample of a source that gives text; raises BadSample."""
+        if not self.prompts:
+            return captions_of(members)
+        categories = self.shards.manifest.categories
+        category = categories[_category_number(members, len(categories))]
+        return [fill_prompt(prompt, category) for prompt in self.prompts]
 
     def tags(self, members: Mapping[str, bytes]) -> dict[int, float]:
         """The run's number -> confidence in [0, 1], highest first; empty where this source gives none.
@@ -89,20 +88,28 @@ class Sources:
     captions: Captions | None  # None without text supervision
 
 
-def open_sources(run: Run, folders: Mapping[str, Path], tokenizer: Path | None) -> Sources:
-    """The sources that `run.data` names, found in `folders`; each must hold the labels asked of it.
+def open_sources(
+    run: Run, places: Mapping[str, Place], tokenizer: Path | None, rank: int = 0, world: int = 1
+) -> Sources:
+    """The sources that `run.data` names, found in `places`; each must hold the labels asked of it.
 
-    Raises ValueError or FileNotFoundError: names that do not match, a broken or missing data set, missing
-    categories, captions, tags or tokenizer, or a `tokenizer` that nothing would use.
+    Of many ranks each looks at its part of the shards. Raises ValueError or FileNotFoundError: names that do not
+    match, a broken or missing data set, missing categories, captions, tags or tokenizer, a `tokenizer` that nothing
+    would use, or too little room for copies of what lies behind URLs.
     """
-    _check_names(run, folders)
+    _check_names(run, places)
     open_shards = min(2 * run.mixing.window, MOST_OPEN)  # a batch may lie across the border of two windows
-    shards = {name: ShardFolder(folders[name], open_shards) for name in run.data}
+    part = slice(rank, None, world)
+    shards = {name: ShardFolder(places[name], open_shards, part) for name in run.data}
+    remote = [folder for folder in shards.values() if folder.is_remote]
+    if remote:
+        Cache.of_environment().require_room(sum(_held_bytes(folder, run.mixing.window) for folder in remote))
     _check_supervision(run)
     told_by = {label: [n for n, source in run.data.items() if source.supervision == label] for label in NEEDS}
     for label, names in told_by.items():
         for name in names:
-            _check_labels(name, label, shards[name])
+            wanted = "category" if run.data[name].prompts else label  # of which captions are made
+            _check_labels(name, label, wanted, shards[name])
     categories = merge_names(shards[name].manifest.categories for name in told_by["category"])
     tags = merge_names(shards[name].manifest.tags for name in told_by["tags"])
     category_number = {category: i for i, category in enumerate(categories)}
@@ -117,11 +124,12 @@ def open_sources(run: Run, folders: Mapping[str, Path], tokenizer: Path | None) 
                 name=name,
                 shards=shards[name],
                 gives_text=name in told_by["text"],
+                prompts=run.data[name].prompts,
                 category_ids=tuple(category_number[category] for category in told_categories),
                 tag_ids={tag: tag_number[tag] for tag in told_tags},
             )
         )
-    captions = _captions(run, folders, told_by["text"], tokenizer)
+    captions = _captions(run, places, told_by["text"], tokenizer)
     return Sources(tuple(opened), categories, tags, captions)
 
 
@@ -130,7 +138,33 @@ def merge_names(lists: Iterable[Iterable[str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for names in lists for name in names))
 
 
-def _check_names(run: Run, folders: Mapping[str, Path]) -> None:
+def _category_number(members: Mapping[str, bytes], num_categories: int) -> int:
+    """The data set's number of a sample's category; raises BadSample."""
+    if "cls" not in members:
+        raise BadSample("no_category", "the sample has no .cls")
+    try:
+        number = int(members["cls"])
+    except ValueError as error:
+        raise BadSample("bad_category", f".cls holds {members['cls'][:20]!r}, no number") from error
+    if not 0 <= number < num_categories:
+        raise BadSample("bad_category", f".cls={number} must lie in [0, {num_categories}), the categories")
+    return number
+
+
+def _held_bytes(folder: ShardFolder, window: int) -> int:
+    """The copies that must have room at once."""
+    largest = max(shard.num_bytes for shard in folder.manifest.shards)
+    return min(folder.num_bytes, HELD_WINDOWS * window * largest)
+
+
+def tokenizer_beside(place: Place) -> Path:
+    """Where the tokenizer of a data set lies, a copy of it where that is behind a URL; it may not exist."""
+    if isinstance(place, Path):
+        return place / TOKENIZER_FOLDER
+    return RemoteFolder(place, Cache.of_environment()).copy_folder(TOKENIZER_FOLDER)
+
+
+def _check_names(run: Run, folders: Mapping[str, Place]) -> None:
     if missing := sorted(run.data.keys() - folders.keys()):
         raise ValueError(
             f"recipe {run.name!r} draws from {missing}, which have no folder: add "
@@ -155,21 +189,21 @@ def _check_supervision(run: Run) -> None:
             )
 
 
-def _check_labels(name: str, label: str, shards: ShardFolder) -> None:
-    """ValueError where a data set does not promise the labels that the recipe takes from it."""
-    is_there, what, remedy = NEEDS[label]
+def _check_labels(name: str, label: str, wanted: str, shards: ShardFolder) -> None:
+    """ValueError where a data set does not promise the `wanted` labels, of which those of `label` are made."""
+    is_there, what, remedy = NEEDS[wanted]
     if not is_there(shards.manifest):
         raise ValueError(
-            f"{shards.folder} has no {what[0]}, data.{name}.supervision={label!r} needs {what[1]}: {remedy}, or ask "
+            f"{shards.place} has no {what[0]}, data.{name}.supervision={label!r} needs {what[1]}: {remedy}, or ask "
             "for 'none'"
         )
 
 
 def _captions(
-    run: Run, folders: Mapping[str, Path], with_text: list[str], tokenizer: Path | None
+    run: Run, places: Mapping[str, Place], with_text: list[str], tokenizer: Path | None
 ) -> Captions | None:
     if with_text:
-        return Captions(tokenizer or folders[with_text[0]] / TOKENIZER_FOLDER, run.text.length)
+        return Captions(tokenizer or tokenizer_beside(places[with_text[0]]), run.text.length)
     if tokenizer is not None:
         raise ValueError(
             f"tokenizer={tokenizer} would be ignored, no source of recipe {run.name!r} has supervision="

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from random import Random
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -13,6 +14,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pretrain.data.faults import BadSample
+
+
+class Tokens(NamedTuple):
+    """One caption."""
+
+    numbers: Int[Tensor, " length"]
+    is_real: Bool[Tensor, " length"]  # False on padding
+    is_cut: bool  # it had more
 
 
 class Captions:
@@ -31,14 +40,15 @@ class Captions:
         self._tokenizer.enable_padding(length=length, pad_id=self.padding, pad_token=padding_token)
         self.vocab_size = self._tokenizer.get_vocab_size()
 
-    def encode(self, caption: str) -> tuple[Int[Tensor, " length"], Bool[Tensor, " length"]]:
-        """Token numbers and which of them are real; special tokens included."""
+    def encode(self, caption: str) -> Tokens:
+        """Special tokens included."""
         encoding = self._tokenizer.encode(caption)
-        return torch.tensor(encoding.ids), torch.tensor(encoding.attention_mask, dtype=torch.bool)
+        mask = torch.tensor(encoding.attention_mask, dtype=torch.bool)
+        return Tokens(torch.tensor(encoding.ids), mask, bool(encoding.overflowing))
 
 
-def choose_caption(members: dict[str, bytes], generator: Random) -> str:
-    """One of the sample's captions: of those in its .json, else the .txt.
+def captions_of(members: Mapping[str, bytes]) -> list[str]:
+    """The captions of a sample: those in its .json, else the .txt.
 
     Raises BadSample: `broken_text` (no UTF-8, no JSON) or `no_caption`.
     """
@@ -51,7 +61,7 @@ def choose_caption(members: dict[str, bytes], generator: Random) -> str:
     captions = captions or ([text] if text else [])
     if not captions:
         raise BadSample("no_caption", "the sample has neither a .txt nor captions in its .json")
-    return captions[int(generator.random() * len(captions))]
+    return captions
 
 
 def _load(folder: Path) -> tuple[Tokenizer, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from random import Random
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -11,30 +13,46 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.config import Views
-from pretrain.data.colour import change_colours, draw_change
+from pretrain.data.colour import Change, change_colours, draw_change
 
 TRIES = 10  # crops drawn before the largest fitting one is taken from the middle
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
-def two_views(
-    image: UInt8[Tensor, "h w 3"], settings: Views, generator: Random, with_other: bool = True
-) -> tuple[UInt8[Tensor, "2 3 s s"], Float[Tensor, "2 5"]]:
-    """Two augmented views of one image and their boxes: top, left, height, width, flipped.
+class DrawnView(NamedTuple):
+    """One view, before there are pixels."""
 
-    Boxes are in pixels of the whole image, flipped first where the fifth number is 1. Without `with_other`
-    the second view and its box are zero, and the first view is the same as with it.
-    """
-    size = settings.size
-    views = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    boxes = torch.zeros(2, 5)
-    for which in range(1 + with_other):
+    box: Box  # in pixels of the whole image, flipped first where that is said
+    is_flipped: bool
+    change: Change
+
+
+def draw_views(
+    height: int, width: int, settings: Views, generator: Random, num_views: int = 2
+) -> list[DrawnView]:
+    """What is drawn for the views of an image of that many pixels; the first does not depend on the second."""
+    drawn = []
+    for which in range(num_views):
         is_flipped = generator.random() < settings.flip
-        box = draw_crop(image.shape[0], image.shape[1], settings.scale, settings.ratio, generator)
-        view = cut(image, box, is_flipped, size)
-        views[which] = change_colours(view, draw_change(settings, which, generator))
-        boxes[which] = torch.tensor([*box, is_flipped])
+        box = draw_crop(height, width, settings.scale, settings.ratio, generator)
+        drawn.append(DrawnView(box, is_flipped, draw_change(settings, which, generator)))
+    return drawn
+
+
+def make_views(
+    image: UInt8[Tensor, "h w 3"] | None, drawn: Sequence[DrawnView], size: int, with_colours: bool = True
+) -> tuple[UInt8[Tensor, "2 3 s s"], Float[Tensor, "2 5"]]:
+    """Pixels and boxes of the views that were drawn; what was not, or has no image, is zero.
+
+    Without `with_colours` the colours are those of the image.
+    """
+    views, boxes = torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.zeros(2, 5)
+    for which, one in enumerate(drawn):
+        boxes[which] = torch.tensor([*one.box, one.is_flipped])
+        if image is not None:
+            view = cut(image, one.box, one.is_flipped, size)
+            views[which] = change_colours(view, one.change) if with_colours else view
     return views, boxes
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.schema import MANIFEST_NAME, Manifest
 from pretrain.checkpoint import load_towers
 from pretrain.config import Run
+from pretrain.data.faults import DataError
+from pretrain.data.remote import place_of
+from pretrain.data.shards import read_manifest
 from pretrain.facts import DataFacts
 from pretrain.towers import Towers
 
@@ -64,7 +67,10 @@ def read_evaluation(path: Path) -> dict[str, Any] | None:
 
 
 def count_samples(path: Path) -> dict[str, int]:
-    """Samples of the data sets that data.json of a run names ({source: folder}), where they still are."""
-    folders = json.loads(path.read_text()) if path.is_file() else {}
-    present = {name: folder for name, folder in folders.items() if (Path(folder) / MANIFEST_NAME).is_file()}
-    return {name: Manifest.read(folder).num_samples for name, folder in present.items()}
+    """Samples of the data sets that data.json of a run names ({source: folder or URL}), where they still are."""
+    places = json.loads(path.read_text()) if path.is_file() else {}
+    counts = {}
+    for name, place in places.items():
+        with contextlib.suppress(FileNotFoundError, DataError):  # moved, or a store that does not answer
+            counts[name] = read_manifest(place_of(place)).num_samples
+    return counts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +16,11 @@ from pretrain.config import Run
 from pretrain.data.batch import NO_TAG, Batch
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample
-from pretrain.data.loader import Loader, run_order
+from pretrain.data.loader import Loader
 from pretrain.data.order import Order
-from pretrain.data.sources import Sources, open_sources
+from pretrain.data.remote import Place
+from pretrain.data.sources import OpenSource, Sources, open_sources
+from pretrain.data.steps import run_order
 from pretrain.data.text import Captions
 from pretrain.objective import LABELS
 from pretrain.visualize.correspondence import landing, tinted_view
@@ -52,7 +53,7 @@ class Pair:
     mask: np.ndarray  # bool [g, g], of view 1: True where the second image shows, or nothing
 
 
-def read_pairs(run: Run, folders: Mapping[str, Path], tokenizer: Path | None, count: int) -> list[Pair]:
+def read_pairs(run: Run, folders: Mapping[str, Place], tokenizer: Path | None, count: int) -> list[Pair]:
     """The first `count` inputs of the run: its positions 0, 1, ... whatever its batch.
 
     ValueError or FileNotFoundError when the folders do not fit the recipe, as in training.
@@ -85,7 +86,7 @@ def _example(batch: Batch, place: int, order: Order, sources: Sources) -> Exampl
             source.category(members)
             source.tags(members)
             encoded = next(members[ext] for ext in IMAGE_EXTENSIONS if ext in members)
-            caption = None if tokens is None else _caption(members, sources.captions, tokens)
+            caption = None if tokens is None else _caption(source, members, sources.captions, tokens)
             image = decode_image(encoded).numpy()
         except (BadSample, StopIteration):
             continue
@@ -96,15 +97,10 @@ def _example(batch: Batch, place: int, order: Order, sources: Sources) -> Exampl
     )
 
 
-def _caption(members: Mapping[str, bytes], captions: Captions, tokens: Tensor) -> str:
+def _caption(source: OpenSource, members: Mapping[str, bytes], captions: Captions, tokens: Tensor) -> str:
     """The caption of a sample that became `tokens`. BadSample where there is none, as in training."""
-    try:
-        told = json.loads(members.get("json", b"{}")).get("captions", [])
-        told = [*told, members.get("txt", b"").decode("utf-8").strip()]
-    except (ValueError, AttributeError) as error:
-        raise BadSample("broken_text", f"caption: {error}") from error
-    for caption in told:
-        if torch.equal(captions.encode(caption)[0], tokens):
+    for caption in source.captions(members):
+        if torch.equal(captions.encode(caption).numbers, tokens):
             return caption
     raise BadSample("no_caption", "no caption of the sample gives these tokens")
 

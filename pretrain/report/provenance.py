@@ -9,6 +9,8 @@ from pathlib import Path
 from data_prep.schema import Manifest
 from pretrain.config import Run
 from pretrain.data.order import shares
+from pretrain.data.remote import Place
+from pretrain.data.shards import read_manifest
 from pretrain.report.record import Record
 from pretrain.visualize.markup import Html, element, table
 
@@ -52,12 +54,12 @@ def data(record: Record, heldout: Path | None) -> Html:
     return element("div", parts)
 
 
-def _manifests(folders: Mapping[str, Path]) -> tuple[dict[str, Manifest], list[str]]:
+def _manifests(places: Mapping[str, Place]) -> tuple[dict[str, Manifest], list[str]]:
     """Those that can be read, by name, and what is wrong with the others."""
     found, problems = {}, []
-    for name, folder in folders.items():
+    for name, place in places.items():
         try:
-            found[name] = Manifest.read(folder)
+            found[name] = read_manifest(place)
         except (FileNotFoundError, ValueError) as error:
             problems.append(f"{name}: {error}")
     return found, problems

@@ -11,6 +11,7 @@ from typing import Any
 
 from pretrain import intact
 from pretrain.config import Run
+from pretrain.data.remote import Place, place_of
 from pretrain.facts import DataFacts
 
 _STEP = re.compile(r"step_(\d{6,})")
@@ -28,7 +29,7 @@ class Record:
     facts: DataFacts | None  # of the newest checkpoint
     state: Mapping[str, Any]  # of the newest checkpoint: versions, commit, world, stage, dtype
     evaluation: Mapping[str, Any]  # evaluation.json
-    data: Mapping[str, Path]  # source of the recipe -> data set folder
+    data: Mapping[str, Place]  # source of the recipe -> its data set
     tokenizer: Path | None
 
     def series(self, *path: str) -> tuple[list[float], list[float]]:
@@ -55,7 +56,7 @@ class Record:
         return ordered + [name for name in logged if name not in ordered]
 
 
-def read_record(folder: Path, data: Mapping[str, Path], tokenizer: Path | None = None) -> Record:
+def read_record(folder: Path, data: Mapping[str, Place], tokenizer: Path | None = None) -> Record:
     """Everything the report needs from the run folder; `data` overrides the folders that training recorded.
 
     FileNotFoundError when `folder` is no run, ValueError when a file in it cannot be read or `data` names a
@@ -77,7 +78,7 @@ def read_record(folder: Path, data: Mapping[str, Path], tokenizer: Path | None =
         if tokenizer is None and (newest / "tokenizer").is_dir():
             tokenizer = newest / "tokenizer"
     recorded = {
-        name: Path(path) for name, path in _read_json(folder / "data.json").items() if name in run.data
+        name: place_of(place) for name, place in _read_json(folder / "data.json").items() if name in run.data
     }
     return Record(
         folder=folder,

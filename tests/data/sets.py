@@ -10,10 +10,12 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import torch
 from PIL import Image
 
 from data_prep.schema import Manifest, Shard, index_bytes, index_path, sha256_file, write_manifest
 from pretrain.config import Mask, Run, Source, Text, Views
+from pretrain.data.views import draw_views, make_views
 from pretrain.objectives import OBJECTIVES
 
 CATEGORIES = ("ant", "bee", "cow")
@@ -24,6 +26,14 @@ def picture(seed: int, height: int = 40, width: int = 52) -> np.ndarray:
     """Smooth random colours, uint8 [height, width, 3]."""
     coarse = np.random.RandomState(seed).randint(0, 256, (4, 5, 3)).astype(np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def two_views(
+    image: torch.Tensor, settings: Views, generator: Random, num_views: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views and boxes of one image, as the loader makes them."""
+    drawn = draw_views(image.shape[0], image.shape[1], settings, generator, num_views)
+    return make_views(image, drawn, settings.size)
 
 
 def encoded(pixels: np.ndarray, form: str = "JPEG", **options: object) -> bytes:

@@ -10,7 +10,8 @@ import torch
 
 from pretrain.config import Views
 from pretrain.data.geometry import relative_positions
-from pretrain.data.views import cut, draw_crop, two_views
+from pretrain.data.views import cut, draw_crop
+from tests.data.sets import two_views
 
 SIZE, GRID = 64, 4  # pixels, patches
 PLAIN = Views(size=SIZE, jitter_probability=0.0, grayscale=0.0, blur=(0.0, 0.0), solarize=(0.0, 0.0))

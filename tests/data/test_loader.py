@@ -209,7 +209,7 @@ def test_a_bad_sample_is_replaced_and_counted_by_reason(tmp_path: Path, workers:
     )
     for batch in islice(loader, 10):  # one epoch
         assert batch.has_category.all() and batch.views[:, 0].flatten(1).any(1).all()
-    assert loader.dropped == {"truncated": 1, "not_an_image": 1, "bad_category": 1}
+    assert loader.dropped == {"spoilt: truncated": 1, "spoilt: not_an_image": 1, "spoilt: bad_category": 1}
     assert loader.num_images == 200 and all(seconds > 0 for seconds in loader.seconds.values())
     told = [json.loads(line) for line in log.read_text().splitlines()]
     assert {(one["source"], one["shard"], one["index"], one["reason"]) for one in told} == {
@@ -239,7 +239,7 @@ def test_too_many_bad_samples_stop_the_run_with_counts_and_a_remedy(tmp_path: Pa
     folder = spoilt(tmp_path, {index: broken for index in range(0, 200, 20)})  # 5 %
     run = small_run(data={"spoilt": Source("category")}, batch=20)
     with pytest.raises(
-        DataError, match=r"samples read so far are bad \(\w+ \d; .*max_bad=0.01.*data_prep check"
+        DataError, match=r"samples read so far are bad \(spoilt: \w+ \d; .*max_bad=0.01.*data_prep check"
     ):
         list(islice(rounds(run, folder), 10))
 
@@ -258,7 +258,7 @@ def test_a_broken_caption_is_a_reason(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "spoilt", [samples])
     write_tokenizer(folder / "tokenizer")
     run = small_run(data={"spoilt": Source("text")}, batch=40, max_bad=0.5)
-    assert next(rounds(run, folder))[1] == {"broken_text": 1, "no_caption": 1}
+    assert next(rounds(run, folder))[1] == {"spoilt: broken_text": 1, "spoilt: no_caption": 1}
 
 
 def test_a_shard_that_goes_missing_is_replaced_and_counted(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_shard_that_goes_missing_is_replaced_and_counted(tmp_path: Path) -> No
     loader = Loader(run, {"spoilt": folder}, None, rank=0, world=1)
     (folder / "000001.tar").unlink()
     assert next(loader).has_category.all()
-    assert loader.dropped.keys() == {"missing_shard"}
+    assert loader.dropped.keys() == {"spoilt: missing_shard"}
     loader.close()
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from pretrain.config import Mixing, Source
 from pretrain.data.__main__ import main
-from pretrain.data.loader import STAGES
 from pretrain.data.measure import count_sources, measure
+from pretrain.data.steps import STAGES
 from tests.data.sets import good_set, sample, small_run, write_set, write_tokenizer
 
 
@@ -75,7 +75,7 @@ def test_replaced_samples_are_counted_and_listed(tmp_path: Path, capsys: pytest.
     recipe = write_recipe(tmp_path, data={"names": Source("category")}, max_bad=0.5)
     page = tmp_path / "page.html"
     assert main([str(folder), "--recipe", str(recipe), "--images", "64", "--out", str(page)]) == 0
-    assert "Replaced: truncated" in capsys.readouterr().out
+    assert "Replaced: names: truncated" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "page.dropped.jsonl").read_text().splitlines()]
     assert {(line["source"], line["index"], line["reason"]) for line in lines} == {("names", 7, "truncated")}
 

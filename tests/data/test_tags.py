@@ -108,7 +108,7 @@ def test_malformed_tags_are_a_reason_and_cost_only_their_sample(tmp_path: Path, 
     run = tag_run("pets", batch=5, max_bad=0.5)
     loader = Loader(run, {"pets": folder}, None, rank=0, world=1)
     assert next(loader).tags[:, 0].tolist() == [0] * 5
-    assert loader.dropped == {"bad_tags": 1}
+    assert loader.dropped == {"pets: bad_tags": 1}
     loader.close()
     examples = [pair.examples[0] for pair in read_pairs(run, {"pets": folder}, None, 5)]
     assert {example.tags for example in examples} == {("a",)} and "000000_000004" not in {
@@ -123,7 +123,7 @@ def test_a_record_that_is_no_json_is_a_reason(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "pets", [samples], tags=("a",))
     loader = Loader(tag_run("pets", batch=5, max_bad=0.9), {"pets": folder}, None, rank=0, world=1)
     next(loader)
-    assert loader.dropped.keys() == {"bad_tags"} and loader.dropped["bad_tags"] >= 3
+    assert loader.dropped.keys() == {"pets: bad_tags"} and loader.dropped["pets: bad_tags"] >= 3
     loader.close()
 
 

@@ -14,8 +14,8 @@ from torchvision.transforms.v2 import functional as reference
 
 from pretrain.config import Views
 from pretrain.data.colour import Change, affine, blur, change_colours, draw_jitter, solarize
-from pretrain.data.views import center_view, cut, draw_crop, resize, two_views
-from tests.data.sets import picture
+from pretrain.data.views import center_view, cut, draw_crop, resize
+from tests.data.sets import picture, two_views
 
 PLAIN = Views(size=32, jitter_probability=0.0, grayscale=0.0, blur=(0.0, 0.0), solarize=(0.0, 0.0))
 
@@ -76,7 +76,7 @@ def test_half_of_the_views_are_flipped_each_on_its_own() -> None:
 def test_the_first_view_does_not_depend_on_the_second() -> None:
     image = image_of(3, 60, 60)
     both, boxes = two_views(image, Views(size=32), Random(5))
-    alone, box = two_views(image, Views(size=32), Random(5), with_other=False)
+    alone, box = two_views(image, Views(size=32), Random(5), num_views=1)
     assert torch.equal(both[0], alone[0]) and torch.equal(boxes[0], box[0])
     assert not alone[1].any() and not box[1].any() and both[1].any()
 
@@ -150,8 +150,8 @@ def test_each_change_happens_by_its_own_field(what: str) -> None:
     image = image_of(7, 40, 40)
     always = (1.0, 1.0) if what in ("blur", "solarize") else 1.0
     settings = replace(PLAIN, blur_sigma=(7.0, 9.0), **{what: always})  # 1 to 1.3 pixels here
-    results = torch.stack([two_views(image, settings, Random(seed), False)[0][0] for seed in range(5)])
-    unchanged = torch.stack([two_views(image, PLAIN, Random(seed), False)[0][0] for seed in range(5)])
+    results = torch.stack([two_views(image, settings, Random(seed), 1)[0][0] for seed in range(5)])
+    unchanged = torch.stack([two_views(image, PLAIN, Random(seed), 1)[0][0] for seed in range(5)])
     assert (results != unchanged).flatten(1).any(1).all()
     if what == "grayscale":
         assert int((results.int() - results[:, :1].int()).abs().max()) <= 1

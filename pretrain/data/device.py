@@ -1,0 +1,56 @@
+"""How does the training device finish the views that the workers left to it?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from pretrain.config import Views
+from pretrain.data.batch import Batch
+from pretrain.data.colour import change_batch, largest_sigma
+
+
+class Unfinished(NamedTuple):
+    """What is still to be done with the views of a batch."""
+
+    changes: Float[Tensor, "b 2 12"]  # of the colours, `Change.numbers()` of each view
+    files: tuple[bytes, ...]  # JPEG files that are still to be decoded; empty where the batch holds all crops
+    rows: tuple[int, ...]  # of the batch, one a file
+
+
+def finish(batch: Batch, unfinished: Unfinished, settings: Views, device: torch.device) -> Batch:
+    """The batch on `device` with all its views. RuntimeError for a file that the device's decoder refuses."""
+    views = batch.views.to(device, non_blocking=True)
+    if unfinished.files:
+        views = views.clone() if device.type == "cpu" else views
+        for row, image in zip(unfinished.rows, decode_files(unfinished.files, device), strict=True):
+            for which, box in enumerate(batch.boxes[row].tolist()):
+                if box[2]:  # a view that no target needs has a box of zeros
+                    views[row, which] = cut_float(image, box, settings.size)
+    changes = unfinished.changes.to(device, non_blocking=True)
+    changed = change_batch(views.flatten(0, 1), changes.flatten(0, 1), largest_sigma(settings))
+    return replace(batch.to(device), views=changed.view_as(views))
+
+
+def decode_files(files: tuple[bytes, ...], device: torch.device) -> list[UInt8[Tensor, "3 h w"]]:
+    """RGB pixels of JPEG files, by nvJPEG on a GPU and libjpeg-turbo without."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in files]
+    return decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+
+
+def cut_float(image: UInt8[Tensor, "3 h w"], box: list[float], size: int) -> UInt8[Tensor, "3 s s"]:
+    """As `views.cut`, in float32, since antialiasing of whole levels is a thing of CPUs; `box` as in Batch.boxes."""
+    top, left, height, width, is_flipped = map(int, box)
+    if is_flipped:
+        left = image.shape[2] - left - width
+    crop = image[None, :, top : top + height, left : left + width].float()
+    view = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
+    view = view.round_().clamp_(0, 255).to(torch.uint8)
+    return view.flip(2) if is_flipped else view
