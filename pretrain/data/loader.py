@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -22,6 +22,7 @@ from pretrain.data.batch import NO_TAG, Batch
 from pretrain.data.device import finish
 from pretrain.data.faults import WHOLE_SHARD, DataError, Dropped, check_bad_share
 from pretrain.data.remote import Place
+from pretrain.data.shards import ShardFolder
 from pretrain.data.sources import open_sources
 from pretrain.data.steps import STAGES, Delivery, Steps
 from pretrain.data.verified import Verifier
@@ -62,16 +63,25 @@ class Loader:
         if not 0 <= rank < world:
             raise ValueError(f"rank={rank} must lie in [0, world={world})")
         run.images_per_rank(world)
-        sources = open_sources(run, folders, tokenizer, rank, world)
+        ours = slice(rank, None, world)  # each rank looks at its part of the shards
+        is_resumed = start_step > 0
+        sources = open_sources(run, folders, tokenizer, slice(0) if is_resumed else ours)
         later = []
         for source in sources.opened:
+            if is_resumed:
+                _tell(list(source.shards.problems(ours)))
             if source.shards.is_remote:
                 continue  # hashed as it is copied
-            ours = range(len(source.shards.shard_sizes))[rank::world]
-            now = ours if source.shards.num_bytes <= VERIFIED_BYTES else ours[:1]
-            source.shards.verify(now)
-            shards = source.shards.manifest.shards
-            later += [(source.shards.folder, source.name, shards[number]) for number in ours[len(now) :]]
+            now, rest = _when_hashed(source.shards, ours)
+            try:
+                source.shards.verify(now)
+            except ValueError as error:
+                if not is_resumed:
+                    raise
+                _tell([error])
+            later += [
+                (source.shards.folder, source.name, source.shards.manifest.shards[number]) for number in rest
+            ]
         captions = sources.captions
         sha256 = {f"data.{source.name}": source.shards.sha256 for source in sources.opened}
         if captions is not None:
@@ -184,6 +194,22 @@ class Loader:
         self._verifier.close()
         for source in self._steps.sources.opened:
             source.shards.close()
+
+
+def _when_hashed(shards: ShardFolder, ours: slice) -> tuple[range, range]:
+    """Which of our shards are hashed before the first step, and which beside the training."""
+    numbers = range(len(shards.shard_sizes))[ours]
+    num_now = len(numbers) if shards.num_bytes <= VERIFIED_BYTES else 1
+    return numbers[:num_now], numbers[num_now:]
+
+
+def _tell(problems: Sequence[Exception]) -> None:
+    """Warns of shards that a run had when it began: it goes on, and their samples are replaced and counted."""
+    if problems:
+        warnings.warn(
+            f"{problems[0]} ({len(problems)} such shards; what cannot be read is replaced, as before the resume)",
+            stacklevel=3,
+        )
 
 
 class _StepNumbers:

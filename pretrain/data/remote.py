@@ -11,6 +11,7 @@ import random
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ CACHE_FOLDER, CACHE_GIB = (
 DEFAULT_GIB = 100.0
 PIECE = 2**24  # bytes, of one request; what fails is asked for again, not the whole shard
 PATIENCE = 600.0  # seconds that a store may fail before the run ends
+SILENT = 10.0  # seconds after which it is told that a store fails
 PATIENCE_AT_START = 20.0  # seconds: a wrong address or key is told soon
 FIRST_PAUSE, LONGEST_PAUSE = (
     0.1,
@@ -320,8 +322,7 @@ class RemoteFolder:
         """What `work` gives for the file system and the path of a file, repeated while the store fails."""
         fs, root = self._connect()
         told = f"{self.url}/{name}".rstrip("/")
-        deadline = time.monotonic() + patience
-        pause = FIRST_PAUSE
+        begun, is_told, pause = time.monotonic(), False, FIRST_PAUSE
         while True:
             try:
                 return work(fs, f"{root}/{name}".rstrip("/"))
@@ -332,7 +333,14 @@ class RemoteFolder:
                     f"{told} may not be read: {error}; mend the access and start again"
                 ) from error
             except Exception as error:  # every store has errors of its own
-                if time.monotonic() > deadline or self._closed.is_set():
+                failing = time.monotonic() - begun
+                if failing > SILENT and not is_told:
+                    is_told = True
+                    warnings.warn(
+                        f"{told} fails since {failing:.0f} seconds: {error!r}; tried again for {patience:g} in all",
+                        stacklevel=2,
+                    )
+                if failing > patience or self._closed.is_set():
                     raise DataError(
                         f"{told} has failed for {patience:g} seconds, at last with {error!r}: start again when the "
                         "store answers, nothing is lost"

@@ -6,7 +6,7 @@ import contextlib
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -52,7 +52,8 @@ class ShardFolder:
             self._remote.copy_manifest()
         self.folder = Path(place) if self._remote is None else self._remote.folder
         self.manifest = parse_manifest(self.folder)
-        self._check_sizes(checked)
+        for problem in self.problems(checked):
+            raise problem
         self.shard_sizes = [shard.num_samples for shard in self.manifest.shards]
         self._ends = list(accumulate(self.shard_sizes))
         self._open: dict[int, tuple[int, array, str]] = {}  # shard -> descriptor, offsets, path; oldest first
@@ -76,18 +77,22 @@ class ShardFolder:
         """Of the manifest, which holds that of every shard: it names the whole content."""
         return sha256_file(self.folder / MANIFEST_NAME)
 
-    def _check_sizes(self, checked: slice) -> None:
+    def problems(self, checked: slice = ALL) -> Iterator[FileNotFoundError | ValueError]:
+        """What is wrong with the presence and size of these shards."""
         shards = self.manifest.shards[checked]
         if self._remote is None:
             for shard in shards:
-                require_shard(self.folder, shard)
+                try:
+                    require_shard(self.folder, shard)
+                except (FileNotFoundError, ValueError) as error:
+                    yield error
         elif (
-            self.manifest.shards[:1] == shards[:1]
+            shards[:1] == self.manifest.shards[:1]
         ):  # one listing tells all: of many ranks the first asks for it
             sizes = self._remote.sizes()
             for shard in self.manifest.shards:
                 if sizes.get(shard.name) != shard.num_bytes:
-                    raise ValueError(
+                    yield ValueError(
                         f"{self.place}/{shard.name} has {sizes.get(shard.name, 'no')} bytes, the manifest says "
                         f"{shard.num_bytes}: copy it again or build the data set again"
                     )

@@ -12,7 +12,7 @@ from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.faults import BadSample
 from pretrain.data.remote import HELD_WINDOWS, Cache, Place, RemoteFolder
-from pretrain.data.shards import ShardFolder
+from pretrain.data.shards import ALL, ShardFolder
 from pretrain.data.text import Captions, captions_of
 
 MOST_OPEN = 256  # files of one source and process: systems allow a process 1,024 in all
@@ -89,18 +89,17 @@ class Sources:
 
 
 def open_sources(
-    run: Run, places: Mapping[str, Place], tokenizer: Path | None, rank: int = 0, world: int = 1
+    run: Run, places: Mapping[str, Place], tokenizer: Path | None, checked: slice = ALL
 ) -> Sources:
     """The sources that `run.data` names, found in `places`; each must hold the labels asked of it.
 
-    Of many ranks each looks at its part of the shards. Raises ValueError or FileNotFoundError: names that do not
-    match, a broken or missing data set, missing categories, captions, tags or tokenizer, a `tokenizer` that nothing
-    would use, or too little room for copies of what lies behind URLs.
+    Of the shards of each those that `checked` selects must be there. Raises ValueError or FileNotFoundError: names
+    that do not match, a broken or missing data set, missing categories, captions, tags or tokenizer, a `tokenizer`
+    that nothing would use, or too little room for copies of what lies behind URLs.
     """
     _check_names(run, places)
     open_shards = min(2 * run.mixing.window, MOST_OPEN)  # a batch may lie across the border of two windows
-    part = slice(rank, None, world)
-    shards = {name: ShardFolder(places[name], open_shards, part) for name in run.data}
+    shards = {name: ShardFolder(places[name], open_shards, checked) for name in run.data}
     remote = [folder for folder in shards.values() if folder.is_remote]
     if remote:
         Cache.of_environment().require_room(sum(_held_bytes(folder, run.mixing.window) for folder in remote))

@@ -26,7 +26,7 @@ from pretrain.data.sources import OpenSource, Sources
 from pretrain.data.text import Tokens
 from pretrain.data.views import draw_views, make_views
 
-MAX_REPLACED = 100  # bad samples in a row of one source before the data counts as broken
+MAX_TRIED = 32  # samples of a source for one position before the data counts as broken
 STAGES = ("read", "labels", "decode", "views", "batch")  # of the work, in its order
 
 
@@ -54,6 +54,14 @@ def run_order(run: Run, sources: Sources) -> Order:
     """Which sample the run draws at every position of its order."""
     weights = [float(source.weight) for source in run.data.values()]
     return Order(run.seed, weights, [source.shards.shard_sizes for source in sources.opened], run.mixing)
+
+
+def tried_draws(draw: int) -> Iterator[int]:
+    """The sample of a source that is drawn, and those that may replace it: the next, then ever farther ones.
+
+    Growing strides leave a whole shard that is gone after a few tries, and spread its replacements.
+    """
+    return (draw + 2**tried - 1 for tried in range(MAX_TRIED))
 
 
 class Steps:
@@ -113,21 +121,27 @@ class Steps:
             self._seconds[stage] += time.perf_counter() - begun
 
     def _row(self, position: int, dropped: list[Dropped]) -> _Row:
-        """What the batch holds of one image; bad samples are replaced by the next of the same source."""
+        """What the batch holds of one image; a bad sample is replaced by another of the same source.
+
+        Only the sample that stands at the position is counted as dropped: the others that are tried, and may be bad
+        too, stand at positions of their own.
+        """
         number, draw = self._order.draw(position)
         source = self.sources.opened[number]
         if source.shards.is_remote and draw not in self._windows[number]:
             self._windows[number], needed = self._order.window(number, draw)
             source.shards.fetch_ahead(needed)
-        for replacement in range(MAX_REPLACED):
-            pick = self._order.pick(number, draw + replacement)
+        for tried in tried_draws(draw):
+            pick = self._order.pick(number, tried)
             try:
                 return self._sample_row(source, pick.shard, pick.index, position)
             except BadSample as error:
                 shard = source.shards.manifest.shards[pick.shard].name
-                dropped.append(Dropped(source.name, shard, pick.index, error.reason, str(error)))
+                bad = Dropped(source.name, shard, pick.index, error.reason, str(error))
+                if tried == draw:
+                    dropped.append(bad)
         raise DataError(
-            f"{MAX_REPLACED} samples in a row of source {source.name!r} cannot be used, the last: {dropped[-1]}; "
+            f"{MAX_TRIED} samples of source {source.name!r} in turn cannot be used, the last: {bad}; "
             f"run `python -m data_prep check {source.shards.place}` and build the data set again"
         )
 

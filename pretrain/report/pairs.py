@@ -20,7 +20,7 @@ from pretrain.data.loader import Loader
 from pretrain.data.order import Order
 from pretrain.data.remote import Place
 from pretrain.data.sources import OpenSource, Sources, open_sources
-from pretrain.data.steps import run_order
+from pretrain.data.steps import MAX_TRIED, run_order, tried_draws
 from pretrain.data.text import Captions
 from pretrain.objective import LABELS
 from pretrain.visualize.correspondence import landing, tinted_view
@@ -28,7 +28,6 @@ from pretrain.visualize.markup import Child, Html, element, figure, key
 from pretrain.visualize.picture import Outline, mask_picture, outlined, pixels
 
 VIEW_COLOURS = ("var(--image_same)", "var(--image_other)")  # of view 1 and view 2
-MAX_REPLACED = 100  # samples looked at before a picture is given up, as in training
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ def _example(batch: Batch, place: int, order: Order, sources: Sources) -> Exampl
     category = sources.categories[batch.category[place]] if batch.has_category[place] else None
     sure = batch.tags[place][batch.tags[place] != NO_TAG].tolist()
     tags = tuple(sources.tags[tag] for tag in sure) if batch.has_tags[place] else None
-    for replacement in range(MAX_REPLACED):
-        pick = order.pick(number, draw + replacement)
+    for tried in tried_draws(draw):
+        pick = order.pick(number, tried)
         try:
             key, members = source.shards.read(pick.shard, pick.index)
             source.category(members)
@@ -93,7 +92,7 @@ def _example(batch: Batch, place: int, order: Order, sources: Sources) -> Exampl
         views, boxes = batch.views[place], batch.boxes[place]
         return Example(image, views, boxes, source.name, key, caption, category, tags)
     raise ValueError(
-        f"{MAX_REPLACED} bad samples in a row in {source.name!r}: run `python -m data_prep check`"
+        f"{MAX_TRIED} samples of {source.name!r} in turn are bad: run `python -m data_prep check`"
     )
 
 

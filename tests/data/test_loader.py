@@ -247,7 +247,7 @@ def test_too_many_bad_samples_stop_the_run_with_counts_and_a_remedy(tmp_path: Pa
 def test_a_source_of_bad_samples_alone_ends_the_run(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "spoilt", [[{"jpg": b"", "cls": b"0", "json": b"{}"}] * 3])
     run = small_run(data={"spoilt": Source("category")}, max_bad=1.0)
-    with pytest.raises(DataError, match="100 samples in a row of source 'spoilt'"):
+    with pytest.raises(DataError, match="32 samples of source 'spoilt' in turn"):
         next(rounds(run, folder))
 
 

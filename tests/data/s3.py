@@ -1,0 +1,96 @@
+"""How does a test get an S3 store on the loopback that fails as real ones do? moto's, behind faults of ours."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import boto3
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+BUCKET = "bucket"
+KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@dataclass
+class Faults:
+    """What goes wrong with GET and HEAD requests from now on; counted."""
+
+    refused: float = 0.0  # share answered by 503 SlowDown
+    stalled: float = 0.0  # share that waits for `stall` seconds first
+    stall: float = 2.0
+    num_requests: int = 0
+    num_refused: int = 0
+    num_stalled: int = 0
+    random: Random = field(default_factory=lambda: Random(0))
+    lock: Any = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True)
+class Store:
+    url: str  # of the server
+    faults: Faults
+    environment: dict[str, str]  # by which s3fs finds it
+
+    def put(self, folder: Path, prefix: str) -> str:
+        """Copies a folder; gives its URL."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.suffix != ".idx":
+                self.client.upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder)}")
+        return f"s3://{BUCKET}/{prefix}"
+
+    @property
+    def client(self) -> Any:
+        return boto3.client(
+            "s3", endpoint_url=self.url, aws_access_key_id="test", aws_secret_access_key="test"
+        )
+
+
+def with_faults(
+    application: Callable[..., Iterable[bytes]], faults: Faults
+) -> Callable[..., Iterable[bytes]]:
+    """A WSGI application that fails as `faults` says at the moment of each request."""
+
+    def serve(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+            with faults.lock:
+                faults.num_requests += 1
+                is_refused = faults.random.random() < faults.refused
+                is_stalled = faults.random.random() < faults.stalled
+                faults.num_refused += is_refused
+                faults.num_stalled += is_stalled
+            if is_stalled:
+                time.sleep(faults.stall)
+            if is_refused:
+                start_response("503 Slow Down", [("Content-Type", "application/xml")])
+                return [
+                    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+                ]
+        return application(environ, start_response)
+
+    return serve
+
+
+@contextmanager
+def s3_store() -> Iterator[Store]:
+    """A store with an empty bucket, until the block ends."""
+    faults = Faults()
+    application = with_faults(DomainDispatcherApplication(create_backend_app), faults)
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    store = Store(url, faults, {**KEYS, "AWS_ENDPOINT_URL": url})
+    try:
+        store.client.create_bucket(Bucket=BUCKET)
+        yield store
+    finally:
+        server.shutdown()
+        thread.join()

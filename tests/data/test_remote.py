@@ -1,0 +1,225 @@
+"""Do data sets behind a URL give the same batches, within their limit of bytes, while the store fails?"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from pretrain.config import Mixing, Source
+from pretrain.data import remote
+from pretrain.data.faults import BadSample, DataError
+from pretrain.data.loader import Loader
+from pretrain.data.remote import Cache, RemoteFolder, is_url
+from pretrain.data.shards import ShardFolder
+from pretrain.named_folders import named_folders, named_places
+from tests.data.delivered import assert_same, batches
+from tests.data.s3 import BUCKET, Store, s3_store
+from tests.data.sets import good_set, sample, small_run, write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    with s3_store() as store:
+        yield store
+
+
+@pytest.fixture(autouse=True)
+def reachable(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store is found by its environment; every test has a cache of its own and begins without faults."""
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("M3I_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "PATIENCE_AT_START", 2.0)
+    store.faults.refused = store.faults.stalled = 0.0
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sets")
+    write_tokenizer(good_set(root / "talk", (8, 4), has_category=False) / "tokenizer")
+    return {"names": good_set(root / "names", has_text=False), "talk": root / "talk"}
+
+
+@pytest.fixture(scope="module")
+def urls(store: Store, folders: dict[str, Path]) -> dict[str, str]:
+    return {name: store.put(folder, f"sets/{name}") for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bucket_gives_the_batches_of_the_folder(
+    folders: dict[str, Path], urls: dict[str, str], workers: int
+) -> None:
+    forkserver._forkserver._stop()  # of earlier tests: workers have its environment, which lacks the store
+    run = small_run(mixing=Mixing(window=1))
+    for here, there in zip(batches(run, folders, 6), batches(run, urls, 6, workers=workers), strict=True):
+        assert_same(here, there)
+
+
+def test_a_store_that_refuses_and_stalls_costs_time_and_nothing_else(
+    store: Store, folders: dict[str, Path], urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.faults.refused, store.faults.stalled, store.faults.stall = 0.25, 0.1, 0.2
+    monkeypatch.setattr(remote, "PIECE", 2048)  # many requests for small shards
+    before = store.faults.num_refused
+    loader = Loader(small_run(), urls, None, rank=0, world=1)
+    delivered = [next(loader) for _ in range(6)]
+    assert not loader.dropped and store.faults.num_refused > before + 5
+    loader.close()
+    for here, there in zip(batches(small_run(), folders, 6), delivered, strict=True):
+        assert_same(here, there)
+
+
+def test_what_was_copied_is_not_asked_for_again(store: Store, urls: dict[str, str]) -> None:
+    batches(small_run(), urls, 4)
+    before = store.faults.num_requests
+    batches(small_run(), urls, 4)
+    # two manifests, two listings, the tokenizer's listing and files: no shard
+    assert store.faults.num_requests - before < 20
+    assert len(list((remote.cache_folder() / "shards").glob("*.tar"))) == 5
+
+
+def test_the_next_window_is_copied_before_it_is_read(store: Store, tmp_path: Path) -> None:
+    url = store.put(good_set(tmp_path / "many", (4,) * 6), "sets/many")
+    run = small_run(data={"many": Source("category")}, batch=4, mixing=Mixing(window=1))
+    loader = Loader(run, {"many": url}, None, rank=0, world=1)
+    next(loader)
+    shards = remote.cache_folder() / "shards"
+    until = time.monotonic() + 20
+    while len(list(shards.glob("*.tar"))) < 2:
+        assert time.monotonic() < until, "20 seconds and the second window is not there"
+        time.sleep(0.02)
+    assert len(list(shards.glob("*.tar"))) == 2  # and no more than that
+    loader.close()
+
+
+def test_the_cache_stays_within_its_limit_and_drops_what_was_used_longest_ago(
+    store: Store, tmp_path: Path
+) -> None:
+    folder = good_set(tmp_path / "many", (4,) * 6)
+    url = store.put(folder, "sets/limited")
+    opened = ShardFolder(url)
+    limit = sum(shard.num_bytes for shard in opened.manifest.shards[:3])
+    opened._remote.cache = Cache(remote.cache_folder(), limit)
+    for index in range(0, 24, 4):
+        assert opened.sample(index) == sample(index)
+        held = list((remote.cache_folder() / "shards").glob("*.tar"))
+        assert sum(path.stat().st_size for path in held) <= limit
+    kept = {path.stem for path in (remote.cache_folder() / "shards").glob("*.tar")}
+    newest = [shard.sha256 for shard in opened.manifest.shards[4:]]
+    assert kept >= set(newest) and opened.manifest.shards[0].sha256 not in kept
+    assert opened.sample(0) == sample(0)  # its file is gone, it is copied again
+    opened.close()
+
+
+def test_files_that_were_dropped_are_closed(store: Store, tmp_path: Path) -> None:
+    opened = ShardFolder(store.put(good_set(tmp_path / "many", (4,) * 3), "sets/closed"))
+    opened.sample(0)
+    for path in (remote.cache_folder() / "shards").glob("*.tar"):
+        path.unlink()
+    opened.sample(4)
+    assert list(opened._open) == [1]
+    opened.close()
+
+
+def test_a_missing_and_a_truncated_shard_are_replaced_counted_and_exact_after_a_resume(
+    store: Store, tmp_path: Path
+) -> None:
+    url = store.put(good_set(tmp_path / "gone", (6,) * 5), "sets/gone")
+    run = small_run(data={"gone": Source("category")}, batch=10, max_bad=1.0, mixing=Mixing(window=1))
+    loader = Loader(run, {"gone": url}, None, rank=0, world=1)
+    store.client.delete_object(Bucket=BUCKET, Key="sets/gone/000001.tar")
+    store.client.put_object(Bucket=BUCKET, Key="sets/gone/000003.tar", Body=b"\0" * 512)
+    straight = [next(loader) for _ in range(6)]  # two epochs
+    assert loader.dropped == {"gone: missing_shard": 12, "gone: truncated_shard": 12}
+    loader.close()
+    with pytest.warns(UserWarning, match=r"000001.tar has no bytes.*\(2 such shards; .*as before the resume"):
+        resumed = batches(run, {"gone": url}, 3, start_step=3)
+    for one, other in zip(straight[3:], resumed, strict=True):
+        assert_same(one, other)
+
+
+def test_a_shard_that_differs_from_the_manifest_is_no_data(store: Store, tmp_path: Path) -> None:
+    folder = good_set(tmp_path / "rotten", (4, 4))
+    content = bytearray((folder / "000001.tar").read_bytes())
+    content[1500] ^= 1
+    (folder / "000001.tar").write_bytes(content)
+    opened = ShardFolder(store.put(folder, "sets/rotten"))
+    with pytest.raises(BadSample, match=r"000001.tar has sha256 .*, the manifest says") as caught:
+        opened.sample(4)
+    assert caught.value.reason == "changed_shard"
+    before = store.faults.num_requests
+    with pytest.raises(BadSample):
+        opened.sample(5)
+    assert store.faults.num_requests == before  # it is not copied for every sample
+    assert not list((remote.cache_folder() / "shards").glob("*"))
+    opened.close()
+
+
+def test_what_a_store_lacks_is_told_at_start(store: Store, tmp_path: Path, urls: dict[str, str]) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"s3://bucket/nothing/manifest.json is missing: name the URL"
+    ):
+        ShardFolder(f"s3://{BUCKET}/nothing")
+    with pytest.raises(ValueError, match="nosuch://x cannot be opened: Protocol not known"):
+        ShardFolder("nosuch://x")
+    url = store.put(good_set(tmp_path / "short", (4, 4)), "sets/short")
+    store.client.delete_object(Bucket=BUCKET, Key="sets/short/000001.tar")
+    with pytest.raises(ValueError, match=r"sets/short/000001.tar has no bytes, the manifest says \d+"):
+        ShardFolder(url)
+
+
+def test_a_store_that_never_answers_ends_the_start_soon(
+    store: Store, urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PATIENCE_AT_START", 0.1)
+    monkeypatch.setattr(RemoteFolder, "_connect", lambda self: (Broken(), "bucket"))
+    with pytest.raises(
+        DataError, match=r"manifest.json has failed for 0.1 seconds, .*no route.*nothing is lost"
+    ):
+        ShardFolder(urls["names"])
+
+
+class Broken:
+    def cat_file(self, path: str) -> bytes:
+        raise OSError("no route")
+
+
+@pytest.mark.parametrize("told", ["nan", "0", "-3", "ten"])
+def test_a_limit_that_is_none_is_refused(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M3I_CACHE_GIB", told)
+    with pytest.raises(ValueError, match=f"M3I_CACHE_GIB='{told}' must be a positive number"):
+        Cache.of_environment()
+
+
+def test_a_limit_below_three_windows_is_refused(
+    urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("M3I_CACHE_GIB", "0.00001")
+    with pytest.raises(ValueError, match=r"M3I_CACHE_GIB=.* is too little: 3 windows .* raise it or lower"):
+        Loader(small_run(), urls, None, rank=0, world=1)
+
+
+def test_any_file_system_of_fsspec_serves(folders: dict[str, Path]) -> None:
+    memory = fsspec.filesystem("memory")
+    for path in folders["names"].iterdir():
+        memory.pipe_file(f"/sets/names/{path.name}", path.read_bytes())
+    for url in ("memory://sets/names", f"file://{folders['names']}"):
+        opened = ShardFolder(url)
+        assert [opened.sample(n) for n in range(21)] == [
+            ShardFolder(folders["names"]).sample(n) for n in range(21)
+        ]
+        opened.close()
+
+
+def test_only_tools_that_take_urls_are_given_them(tmp_path: Path) -> None:
+    assert named_places("--data", ["a=s3://b/c/", f"d={tmp_path}"]) == {"a": "s3://b/c", "d": tmp_path}
+    assert is_url("s3://b/c") and not is_url(tmp_path)
+    with pytest.raises(ValueError, match=r"--data a=s3://b/c is a URL: copy the data set to a folder"):
+        named_folders("--data", ["a=s3://b/c"])
