@@ -15,7 +15,7 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,10 @@ class Monitor:
         yield
         self._since += time.perf_counter() - start
 
-    def after_step(self, engine: Any, losses: Any, dropped: dict[str, int]) -> None:
-        """Call after each `Engine.step` on all ranks with what it returned and the loader's drop counts.
+    def after_step(
+        self, engine: Any, losses: Any, dropped: Mapping[str, int], captions: Mapping[str, int]
+    ) -> None:
+        """Call after each `Engine.step` on all ranks with what it returned and the loader's counts so far.
 
         FloatingPointError on all ranks when a loss is not finite at a logged step.
         """
@@ -114,6 +116,7 @@ class Monitor:
             "data_wait_seconds": self._waited / self._steps,
             "step_seconds": seconds,
             "dropped": _sum_counts(dropped),
+            "captions": _sum_counts(captions),
             "skipped_steps": engine.skipped_steps,
         }
         self._waited, self._steps, self._since = 0.0, 0, time.perf_counter()
@@ -178,8 +181,8 @@ def _mean_scalars(values: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(values, mean_over_ranks(flat).tolist(), strict=True))
 
 
-def _sum_counts(counts: dict[str, int]) -> dict[str, int]:
-    of_ranks: list[dict[str, int]] = [counts]
+def _sum_counts(counts: Mapping[str, int]) -> dict[str, int]:
+    of_ranks: list[dict[str, int]] = [dict(counts)]
     if world_size() > 1:
         of_ranks = [{} for _ in range(world_size())]
         dist.all_gather_object(of_ranks, dict(counts))

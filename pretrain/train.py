@@ -92,7 +92,7 @@ def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device:
             with monitor.waiting_for_data():
                 batch = next(batches)
             losses = engine.step(batch)
-            monitor.after_step(engine, losses, loader.dropped)
+            monitor.after_step(engine, losses, loader.dropped, loader.captions)
             if engine.steps_done % run.save_every == 0 or engine.steps_done == run.steps:
                 with monitor.uncounted():
                     saved = checkpoint.save(engine, paths.out, facts, tokenizer)

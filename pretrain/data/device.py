@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -42,7 +43,9 @@ def decode_files(files: tuple[bytes, ...], device: torch.device) -> list[UInt8[T
     from torchvision.io import ImageReadMode, decode_jpeg
 
     encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in files]
-    return decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+    with warnings.catch_warnings():  # it is to move to torchcodec, whose wheels need FFmpeg
+        warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
+        return decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
 
 
 def cut_float(image: UInt8[Tensor, "3 h w"], box: list[float], size: int) -> UInt8[Tensor, "3 s s"]:

@@ -188,6 +188,11 @@ class Loader:
         num_reads = self.num_images + sum(self.dropped.values())
         check_bad_share(self.dropped, num_reads, self._steps.run.max_bad, str(dropped[-1]))
 
+    @property
+    def captions(self) -> dict[str, int]:
+        """How many were delivered on this rank, and how many of them were cut."""
+        return {"delivered": self.num_captions, "cut": self.num_cut} if self.num_captions else {}
+
     def close(self) -> None:
         """End the workers and close the shards."""
         self._deliveries = None  # the DataLoader's iterator joins its workers when it goes

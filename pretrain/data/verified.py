@@ -13,6 +13,7 @@ from pathlib import Path
 from data_prep.schema import MANIFEST_NAME, Shard, sha256_file
 from pretrain.data.remote import cache_folder
 
+THREAD = "m3i-verifier"
 CHUNK = 2**20  # bytes hashed between two looks at the clock
 
 
@@ -79,7 +80,7 @@ class Verifier:
         self.changed: list[tuple[str, Shard, str]] = []  # source, shard, what is wrong
         self._shards, self._rate, self._stop = shards, bytes_a_second, threading.Event()
         if shards:
-            threading.Thread(target=self._run, daemon=True).start()
+            threading.Thread(target=self._run, name=THREAD, daemon=True).start()
 
     def _run(self) -> None:
         opened = {folder: Verified(folder) for folder in {folder for folder, *_ in self._shards}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -12,10 +12,19 @@ import torch
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
+from pretrain.data.remote import Place
 
 
-def batches(run: Run, folders: dict[str, Path], num: int, rank: int = 0, world: int = 1, **options: int):
-    loader = Loader(run, folders, None, rank=rank, world=world, **options)
+def batches(
+    run: Run,
+    places: Mapping[str, Place],
+    num: int,
+    rank: int = 0,
+    world: int = 1,
+    tokenizer: Path | None = None,
+    **options: int,
+) -> list[Batch]:
+    loader = Loader(run, places, tokenizer, rank=rank, world=world, **options)
     delivered = list(islice(loader, num))
     loader.close()
     return delivered

@@ -12,21 +12,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from data_prep.schema import fill_prompt
 from pretrain.config import Mixing, Run, Source
 from pretrain.data.batch import NO_CATEGORY, Batch
 from pretrain.data.faults import DataError
 from pretrain.data.loader import Loader
+from pretrain.data.text import Captions
 from pretrain.objective import Input, Objective, Target
 from tests.data.delivered import assert_same, batches, joined
-from tests.data.sets import good_set, sample, small_run, write_set, write_tokenizer
+from tests.data.sets import CATEGORIES, good_set, sample, small_run, write_set, write_tokenizer
 from tests.paths import ROOT
 
 
@@ -58,9 +61,19 @@ def test_resume_equals_straight(folders: dict[str, Path]) -> None:
         assert_same(one, other)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking would start processes for an hour
+SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than cores
+@settings(
+    max_examples=12, deadline=None, phases=QUICK, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    worlds=st.tuples(*[st.sampled_from([1, 2, 3, 4, 6])] * 2),
+    sizes=st.tuples(SIZES, SIZES),
+    worlds=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    workers=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    weights=st.tuples(st.floats(0.2, 5), st.floats(0.2, 5)),
     mixing=st.builds(
         Mixing,
         by=st.sampled_from(["weight", "size"]),
@@ -70,15 +83,39 @@ def test_resume_equals_straight(folders: dict[str, Path]) -> None:
     ),
     stop=st.integers(0, 3),
 )
-def test_another_number_of_ranks_goes_on_with_the_same_sequence(
-    folders: dict[str, Path], worlds: tuple[int, int], mixing: Mixing, stop: int
+def test_another_number_of_ranks_and_workers_goes_on_with_the_same_sequence(
+    tmp_path_factory: pytest.TempPathFactory,
+    folders: dict[str, Path],
+    sizes: tuple[list[int], list[int]],
+    worlds: tuple[int, int],
+    workers: tuple[int, int],
+    weights: tuple[float, float],
+    mixing: Mixing,
+    stop: int,
 ) -> None:
-    """Pixels, boxes, masks and tokens bit for bit, at any step and however sources are mixed."""
-    run = small_run(batch=24, mixing=mixing)
-    straight = batches(run, folders, 4)
-    for world, steps in zip(worlds, (range(stop), range(stop, 4)), strict=True):
+    """Pixels, boxes, masks and tokens bit for bit, of any data, at any step and however sources are mixed."""
+    root = tmp_path_factory.mktemp("drawn")
+    drawn = {
+        "names": good_set(root / "names", sizes[0], has_text=False),
+        "talk": good_set(root / "talk", sizes[1], has_category=False),
+    }
+    tokenizer = folders["talk"] / "tokenizer"
+    data = {"names": Source("category", weights[0]), "talk": Source("text", weights[1])}
+    run = small_run(batch=2 * worlds[0] * worlds[1], mixing=mixing, data=data)
+    straight = batches(run, drawn, 4, tokenizer=tokenizer)
+    for world, some, steps in zip(worlds, workers, (range(stop), range(stop, 4)), strict=True):
         ranks = [
-            batches(run, folders, len(steps), rank=rank, world=world, start_step=steps.start)
+            # processes for the last rank alone, to make few of them
+            batches(
+                run,
+                drawn,
+                len(steps),
+                tokenizer=tokenizer,
+                rank=rank,
+                world=world,
+                start_step=steps.start,
+                workers=some if rank == world - 1 else 0,
+            )
             for rank in range(world)
         ]
         for step in steps:
@@ -131,6 +168,64 @@ def test_supervision_decides_which_labels_are_taken(tmp_path: Path) -> None:
         assert loader.facts.categories == (("ant", "bee", "cow") if has_category else ())
         assert loader.facts.vocab_size == (15 if has_text else 0)
         loader.close()
+
+
+def test_captions_longer_than_the_text_are_counted(folders: dict[str, Path]) -> None:
+    run = small_run(data={"talk": Source("text")}, batch=12)
+    loader = Loader(run, {"talk": folders["talk"]}, None, rank=0, world=1, workers=1)
+    whole = replace(run, text=replace(run.text, length=40))
+    long = Loader(whole, {"talk": folders["talk"]}, None, rank=0, world=1)
+    for _ in range(4):
+        batch, uncut = next(loader), next(long)
+    assert loader.num_captions == long.num_captions == 48 and long.num_cut == 0
+    assert 0 < loader.num_cut < 48
+    assert bool((uncut.token_mask.sum(1) > 10).any()) and int(batch.token_mask.sum(1).max()) == 10
+    loader.close()
+    long.close()
+
+
+def test_categories_become_captions_by_prompts(tmp_path: Path, folders: dict[str, Path]) -> None:
+    prompts = ("a red {}", "the sun sees {}")
+    run = small_run(data={"names": Source("text", prompts=prompts)}, batch=20)
+    names, tokenizer = {"names": folders["names"]}, folders["talk"] / "tokenizer"
+    batch = joined(batches(run, names, 4, tokenizer=tokenizer))
+    captions = Captions(tokenizer, run.text.length)
+    told = {tuple(captions.encode(fill_prompt(p, c)).numbers.tolist()) for p in prompts for c in CATEGORIES}
+    assert {tuple(row) for row in batch.tokens.tolist()} == told
+    by_category = joined(batches(small_run(data={"names": Source("category")}, batch=20), names, 4)).category
+    for row, category in zip(batch.tokens, by_category, strict=True):
+        said = [captions.encode(fill_prompt(prompt, CATEGORIES[category])).numbers for prompt in prompts]
+        assert any(torch.equal(row, one) for one in said)
+
+
+def test_prompts_that_cannot_be_used_are_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(
+        ValueError, match=r"prompts=\['a {}'\] of a source with supervision='category' would be"
+    ):
+        Source("category", prompts=("a {}",))
+    with pytest.raises(ValueError, match=r"prompts \['a photo'\] must hold {}"):
+        Source("text", prompts=("a photo", "a {}"))
+    run = small_run(data={"talk": Source("text", prompts=("a {}",))})
+    with pytest.raises(ValueError, match=r"has no categories, data.talk.supervision='text' needs a .cls"):
+        Loader(run, {"talk": folders["talk"]}, None, rank=0, world=1)
+
+
+def test_a_shard_that_rots_during_training_is_told_and_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = good_set(tmp_path / "names", has_text=False)
+    content = bytearray((folder / "000001.tar").read_bytes())
+    content[1500] ^= 1  # in a file of JSON or an image: what it does there does not matter here
+    (folder / "000001.tar").write_bytes(content)
+    monkeypatch.setattr("pretrain.data.loader.VERIFIED_BYTES", 0)
+    run = small_run(data={"names": Source("category")}, max_bad=0.5)
+    log = tmp_path / "dropped.jsonl"
+    loader = Loader(run, {"names": folder}, None, rank=0, world=1, dropped_to=log)
+    with pytest.warns(UserWarning, match=r"000001.tar has sha256 .*\(its samples are used as they are\)"):
+        while "names: changed_shard" not in loader.dropped:
+            next(loader)
+    assert '"shard": "000001.tar", "index": -1, "reason": "changed_shard"' in log.read_text()
+    loader.close()
 
 
 def test_an_epoch_chooses_among_the_captions_of_a_sample(folders: dict[str, Path]) -> None:

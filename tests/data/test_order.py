@@ -35,6 +35,25 @@ def test_an_epoch_holds_each_sample_exactly_once(
     assert {pick.epoch for pick in picks} == {epoch}
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=30),
+    window=st.integers(1, 40),
+    draw=st.integers(0, 900),
+)
+def test_the_shards_of_a_window_and_the_next_are_known_ahead(
+    sizes: list[int], window: int, draw: int
+) -> None:
+    order = SourceOrder(3, 0, sizes, window)
+    draws, needed = order.window(draw)
+    assert draw in draws and len(set(needed)) <= 2 * window
+    assert {order.pick(one).shard for one in draws} == set(
+        needed[: len({order.pick(one).shard for one in draws})]
+    )
+    following, _ = order.window(draws.stop)
+    assert following.start == draws.stop and {order.pick(one).shard for one in following} <= set(needed)
+
+
 @pytest.mark.parametrize(
     "weights", [(1.0,), (1.0, 1.0), (3.0, 1.0), (400.0, 15.0, 12.0, 15.0), (0.2, 0.3, 0.5)]
 )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from data_prep.schema import index_path
+from pretrain.data import verified
 from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
 from tests.data.sets import good_set, sample, write_set
@@ -99,6 +102,44 @@ def test_verify_finds_one_changed_bit(tmp_path: Path) -> None:
     ShardFolder(folder).verify(range(2))
     with pytest.raises(ValueError, match=r"000002.tar has sha256 .*the manifest says"):
         ShardFolder(folder).verify(range(3))
+
+
+def test_a_shard_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = []
+    real = verified._sha256
+    monkeypatch.setattr(
+        verified, "_sha256", lambda path, *rest: hashed.append(path.name) or real(path, *rest)
+    )
+    folder = good_set(tmp_path / "set")
+    ShardFolder(folder).verify(range(3))
+    ShardFolder(folder).verify(range(3))
+    assert hashed == ["000000.tar", "000001.tar", "000002.tar"]
+    content = (folder / "000001.tar").read_bytes()
+    (folder / "000001.tar").write_bytes(content[:1500] + b"?" + content[1501:])
+    with pytest.raises(ValueError, match=r"000001.tar has sha256"):
+        ShardFolder(folder).verify(range(3))
+    shutil.copytree(folder, tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"000001.tar has sha256"):  # another place, nothing is known of it
+        ShardFolder(tmp_path / "copy").verify(range(3))
+    assert hashed[3:] == ["000001.tar", "000000.tar", "000001.tar"]
+
+
+def test_without_a_place_to_remember_shards_are_hashed_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("M3I_CACHE", str(tmp_path / "file" / "cache"))
+    ShardFolder(good_set(tmp_path / "set")).verify(range(3))
+
+
+def test_a_slow_check_takes_its_time_and_ends_when_told(tmp_path: Path) -> None:
+    folder = good_set(tmp_path / "set")
+    manifest = ShardFolder(folder).manifest
+    verifier = verified.Verifier([(folder, "set", shard) for shard in manifest.shards], bytes_a_second=1e-3)
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == verified.THREAD]
+    verifier.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive() and not verifier.changed
 
 
 def test_a_shard_truncated_later_gives_a_reason(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def _follow(out: Path, first_step: int, until: int) -> None:
         for step in range(first_step + 1, until + 1):
             with monitor.waiting_for_data():
                 pass
-            monitor.after_step(_engine(step), _losses(1.0 + step), {"bad_jpeg": 3})
+            monitor.after_step(_engine(step), _losses(1.0 + step), {"bad_jpeg": 3}, {"seen": 8})
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:
@@ -69,13 +69,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_name(tmp_path: Path) -> None:
         Monitor(tmp_path, toy_run(), 0) as monitor,
         pytest.raises(FloatingPointError, match=r"loss \{'dense': nan\} after step 1 must be finite; .*lr"),
     ):
-        monitor.after_step(_engine(1), _losses(float("nan")), {})
+        monitor.after_step(_engine(1), _losses(float("nan")), {}, {})
 
 
 def test_between_logged_steps_nothing_is_read_from_the_device(tmp_path: Path) -> None:
     with Monitor(tmp_path, toy_run(log_every=5), 1) as monitor:
         nats = {"dense": torch.empty((), device="meta")}  # reading a meta tensor raises
-        monitor.after_step(_engine(2), ToyLosses(nats["dense"], nats, {}), {})
+        monitor.after_step(_engine(2), ToyLosses(nats["dense"], nats, {}), {}, {})
     assert _lines(tmp_path) == []
 
 
@@ -89,7 +89,7 @@ def _collapse_from(out: Path, first_step: int, until: int, seen: Seen) -> None:
     nats = {"dense": torch.tensor(1.0)}
     with Monitor(out, toy_run(), first_step) as monitor:
         for step in range(first_step + 1, until + 1):
-            monitor.after_step(_engine(step), ToyLosses(nats["dense"], nats, {"dense": seen}), {})
+            monitor.after_step(_engine(step), ToyLosses(nats["dense"], nats, {"dense": seen}), {}, {})
 
 
 def test_a_collapse_is_told_once_when_it_is_clear_and_again_at_the_end(tmp_path: Path, capsys: Any) -> None:
@@ -133,6 +133,6 @@ def test_wandb_is_alerted_of_a_collapse(tmp_path: Path, monkeypatch: pytest.Monk
     nats = {"dense": torch.tensor(1.0)}
     with Monitor(tmp_path, toy_run(), 0, wandb=True) as monitor:
         for step in range(1, 6):
-            monitor.after_step(_engine(step), ToyLosses(nats["dense"], nats, {"dense": FLAT}), {})
+            monitor.after_step(_engine(step), ToyLosses(nats["dense"], nats, {"dense": FLAT}), {}, {})
         assert len(alerts) == 1 and "target dense" in alerts[0]
     assert len(logged) == 5

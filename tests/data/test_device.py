@@ -1,0 +1,124 @@
+"""Do views that the device finishes equal those that a worker makes?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from pretrain.config import Source, Views
+from pretrain.data import loader as loader_module
+from pretrain.data.colour import Change, change_batch, change_colours, draw_change, largest_sigma
+from pretrain.data.decode import decode_image, plain_jpeg_size
+from pretrain.data.device import cut_float, decode_files
+from pretrain.data.loader import Loader
+from pretrain.data.views import cut
+from tests.data.delivered import batches
+from tests.data.sets import encoded, good_set, picture, sample, small_run, write_set
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+STRONG = Views(size=48, solarize=(0.3, 0.3), blur=(0.7, 0.3), blur_sigma=(0.5, 9.0))  # up to 2 pixels at 48
+
+
+def view_of(seed: int, size: int = 48) -> torch.Tensor:
+    return torch.from_numpy(picture(seed, size, size).copy()).permute(2, 0, 1).contiguous()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_colours_of_a_batch_are_those_of_each_view(device: str) -> None:
+    drawn = [draw_change(STRONG, seed % 2, Random(seed)) for seed in range(64)]
+    views = torch.stack([view_of(seed) for seed in range(64)])
+    numbers = torch.tensor([change.numbers() for change in drawn])
+    found = change_batch(views.to(device), numbers.to(device), largest_sigma(STRONG)).cpu()
+    expected = torch.stack(
+        [change_colours(view.clone(), change) for view, change in zip(views, drawn, strict=True)]
+    )
+    difference = (found.int() - expected.int()).abs()
+    # each rounds twice; a blur over all of its reach differs from one cut off at three deviations by 0.3 %
+    assert int(difference.max()) <= 2 and float((difference > 0).float().mean()) < 0.05
+    assert sum(change.sigma > 0 for change in drawn) > 10 and sum(change.solarize for change in drawn) > 10
+
+
+def test_a_change_of_nothing_changes_nothing() -> None:
+    views = torch.stack([view_of(seed) for seed in range(3)] + [torch.zeros(3, 48, 48, dtype=torch.uint8)])
+    numbers = torch.tensor([Change().numbers()] * 4)
+    assert torch.equal(change_batch(views, numbers, 2.0), views)
+    assert torch.equal(change_batch(views, numbers, 0.0), views)
+
+
+@pytest.mark.parametrize("is_flipped", [False, True])
+def test_a_crop_in_float_is_that_of_whole_levels(is_flipped: bool) -> None:
+    image = torch.from_numpy(picture(3, 90, 120).copy())
+    box = (7, 13, 60, 72)
+    expected = cut(image, box, is_flipped, 32)
+    found = cut_float(image.permute(2, 0, 1), [*map(float, box), float(is_flipped)], 32)
+    difference = (found.int() - expected.int()).abs()
+    assert (
+        int(difference.max()) <= 2 and float(difference.float().mean()) < 0.3
+    )  # 8-bit weights against float32
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_devices_decoder_gives_the_pixels_of_ours(device: str) -> None:
+    files = tuple(encoded(picture(seed, 40 + seed, 52), quality=90) for seed in range(4))
+    for content, found in zip(files, decode_files(files, torch.device(device)), strict=True):
+        difference = (found.cpu().permute(1, 2, 0).int() - decode_image(content).int()).abs()
+        assert float(difference.float().mean()) < 1.5  # chroma may be upsampled in another way
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {"names": good_set(tmp_path_factory.mktemp("sets") / "names", has_text=False)}
+
+
+@pytest.mark.parametrize("on_device", ["colours", "all"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_batches_are_those_of_the_workers(folders: dict[str, Path], on_device: str, workers: int) -> None:
+    run = small_run(data={"names": Source("category")})
+    other = replace(run, views=replace(run.views, on_device=on_device))
+    for one, two in zip(batches(run, folders, 4), batches(other, folders, 4, workers=workers), strict=True):
+        difference = (one.views.int() - two.views.int()).abs().float()
+        assert float(difference.mean()) < 1 and float((difference > 6).float().mean()) < 0.01
+        for name in ("boxes", "sizes", "mask", "category", "position"):
+            assert torch.equal(getattr(one, name), getattr(two, name)), name
+
+
+def test_what_is_no_plain_jpeg_is_left_to_the_worker() -> None:
+    jpeg = encoded(picture(0), quality=90)
+    assert plain_jpeg_size(jpeg) == (40, 52)
+    turned = jpeg[:2] + b"\xff\xe1\x00\x10Exif\0\0" + bytes(8) + jpeg[2:]
+    for content in (encoded(picture(0), "PNG"), jpeg[:-20], turned, b"", b"\xff\xd8\xff\xd9"):
+        assert plain_jpeg_size(content) is None
+
+
+def test_a_file_that_the_device_refuses_is_decoded_or_replaced_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [sample(number, has_text=False) for number in range(12)]
+    damaged = bytearray(samples[5]["jpg"])
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 40] = b"\xff\xd9" * 20
+    samples[5]["jpg"] = bytes(damaged)
+    folder = write_set(tmp_path / "names", [samples])
+    run = small_run(data={"names": Source("category")}, batch=12, max_bad=0.5)
+    here = Loader(
+        replace(run, views=replace(run.views, on_device="colours")), {"names": folder}, None, rank=0, world=1
+    )
+    real = loader_module.finish
+
+    def refuse(batch: object, unfinished: object, *rest: object) -> object:
+        if unfinished.files:
+            raise RuntimeError("nvJPEG: corrupt")
+        return real(batch, unfinished, *rest)
+
+    monkeypatch.setattr(loader_module, "finish", refuse)
+    run = replace(run, views=replace(run.views, on_device="all"))
+    there = Loader(run, {"names": folder}, None, rank=0, world=1)
+    with pytest.warns(UserWarning, match=r"the device decodes a file of step 0 not \(nvJPEG: corrupt\)"):
+        assert torch.equal(next(there).views, next(here).views)
+    assert here.dropped == there.dropped and sum(there.dropped.values()) == 1
