@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 from tests.paths import ROOT
 
 CODE_FOLDERS = ("pretrain", "data_prep", "tests", "benchmarks", "jobs")
+ELSEWHERE = ROOT / "benchmarks" / "peers"  # scripts that run in environments of their own
 LINE = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!]+)( +# (?P<purpose>.+))?$")
 USED_WITHOUT_IMPORT = {"ruff", "s3fs"}  # a command of `make lint`; what fsspec opens by name
 
@@ -50,7 +51,7 @@ def third_party_distributions() -> dict[str, str]:
     found: dict[str, str] = {}
     for folder in CODE_FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            for module in imports(path):
+            for module in imports(path) if path.parent != ELSEWHERE else ():
                 if module in sys.stdlib_module_names or module in CODE_FOLDERS or module == "__future__":
                     continue
                 for owner in owners.get(module, [f"{module} (installed nowhere)"]):
