@@ -33,10 +33,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.record import keep  # noqa: E402
 from pretrain.config import Mixing, Views  # noqa: E402
 from pretrain.data.decode import decode_image, plain_jpeg_size  # noqa: E402
-from pretrain.data.loader import keep_memory  # noqa: E402
 from pretrain.data.order import Order  # noqa: E402
 from pretrain.data.shards import ShardFolder  # noqa: E402
 from pretrain.data.views import draw_views, make_views  # noqa: E402
+from pretrain.data.workers import keep_memory  # noqa: E402
 from pretrain.recipes import load  # noqa: E402
 
 # With it the files are as large as photos of that size: 56 and 29 kB, the mean of 105 photos of COCO under free

@@ -2,7 +2,8 @@
 
     python benchmarks/loader_scale.py [--shards 41455] [--samples 10000]
 
-The manifest is whole, the shards are empty files of their size (sparse: they take no room), so that all happens but the reading of samples. Each start is that of a fresh process, imports not counted. Writes
+The manifest is whole, the shards are empty files of their size (sparse: they take no room): all happens but the
+reading of samples. Each start is that of a fresh process, imports not counted. Writes its results to
 benchmarks/results/loader_scale.json.
 """
 

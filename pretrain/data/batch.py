@@ -66,7 +66,3 @@ class Batch:
             f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)
         }
         return Batch(**moved)
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory; called by torch's DataLoader."""
-        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in dataclasses.fields(self)})

@@ -1,38 +1,29 @@
-"""How does a rank receive its batches? Made ahead by worker processes, counted, and with dead workers replaced."""
+"""Which batches does a rank get, from which data, and what had to be left out of them?"""
 
 from __future__ import annotations
 
-import ctypes
-import itertools
 import json
-import multiprocessing
-import os
-import threading
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import cv2
 import torch
-from torch.utils.data import DataLoader
 
 from pretrain.config import Run
-from pretrain.data.batch import NO_TAG, Batch
+from pretrain.data.batch import Batch
 from pretrain.data.device import finish
-from pretrain.data.faults import WHOLE_SHARD, DataError, Dropped, check_bad_share
+from pretrain.data.faults import WHOLE_SHARD, Dropped, check_bad_share
 from pretrain.data.remote import Place
 from pretrain.data.shards import ShardFolder
 from pretrain.data.sources import open_sources
 from pretrain.data.steps import STAGES, Delivery, Steps
 from pretrain.data.verified import Verifier
+from pretrain.data.workers import Made
 from pretrain.facts import DataFacts
 
 VERIFIED_BYTES = 2 * 2**30  # data sets up to this size are hashed at start, of larger ones the first shard
 VERIFY_RATE = 2**28  # bytes a second that all ranks together hash of the rest, while they train
 MOST_UNTAGGED = 64  # images without any tag before that is told
-MAX_DEATHS = 5  # of workers, before the machine counts as too small
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 class Loader:
@@ -44,7 +35,7 @@ class Loader:
     there then. Every bad sample becomes a line of JSON at the end of `dropped_to`, if that is given. At construction
     everything that can be wrong with recipe, folders and labels raises
     ValueError or FileNotFoundError; while iterating, more bad samples than run.max_bad raise DataError. Workers that
-    die are replaced with a warning, and nothing is lost; the death after MAX_DEATHS raises DataError.
+    die are replaced with a warning, and nothing is lost; too many deaths raise DataError.
     """
 
     def __init__(
@@ -101,16 +92,16 @@ class Loader:
         self.num_images = 0  # delivered on this rank
         self._dropped_to = dropped_to
         self._untagged: int | None = 0  # images so far; None once one had a tag, or it was told
-        self._workers, self._next_step, self._deaths = workers, start_step, 0
-        self._deliveries: Iterator[Delivery] | None = iter(_data_loader(self._steps, workers, start_step))
+        self._next_step = start_step
+        self._made: Made | None = Made(self._steps, workers, start_step)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        if self._deliveries is None:
+        if self._made is None:
             raise ValueError("the loader is closed; make a new one with start_step")
-        delivery = self._deliver()
+        delivery = next(self._made)
         if delivery.unfinished is not None:
             try:
                 batch = finish(delivery.batch, delivery.unfinished, self._steps.run.views, self._device)
@@ -121,10 +112,10 @@ class Loader:
                 batch = finish(delivery.batch, delivery.unfinished, self._steps.run.views, self._device)
             delivery = delivery._replace(batch=batch)
         self._next_step += 1
-        self.num_images += len(delivery.batch.position)
+        self.num_images += delivery.num_images
         self.num_captions += delivery.num_captions
         self.num_cut += delivery.num_cut
-        self._look_for_tags(delivery.batch)
+        self._look_for_tags(delivery)
         for stage, seconds in delivery.seconds.items():
             self.seconds[stage] += seconds
         if delivery.dropped:
@@ -143,14 +134,14 @@ class Loader:
         )
         return self._steps.decoded_here()[self._next_step]
 
-    def _look_for_tags(self, batch: Batch) -> None:
+    def _look_for_tags(self, delivery: Delivery) -> None:
         """Warns once when none of the first images that should have tags has one: all would be negatives of all."""
-        if self._untagged is None or not batch.has_tags.any():
+        if self._untagged is None or not delivery.num_taggable:
             return
-        if (batch.tags[batch.has_tags] != NO_TAG).any():
+        if delivery.num_tagged:
             self._untagged = None
             return
-        self._untagged += int(batch.has_tags.sum())
+        self._untagged += delivery.num_taggable
         if self._untagged >= MOST_UNTAGGED:
             warnings.warn(
                 f"none of the first {self._untagged} images has a tag of confidence {self._steps.run.tags.min_score} "
@@ -158,25 +149,6 @@ class Loader:
                 stacklevel=3,
             )
             self._untagged = None
-
-    def _deliver(self) -> Delivery:
-        """The next step's batch; when a worker has died, all of them begin again at that step."""
-        while True:
-            try:
-                return next(self._deliveries)
-            except (RuntimeError, OSError, EOFError):  # torch's own, or of the memory that a worker shared
-                dead = _dead_workers(self._deliveries)
-                if not dead:
-                    raise
-            self._deaths += 1
-            told = f"worker processes {dead} of the loader died at step {self._next_step}"
-            if self._deaths > MAX_DEATHS:
-                raise DataError(
-                    f"{told}, for the {self._deaths}. time: if the system killed them for memory, lower --workers"
-                )
-            warnings.warn(f"{told}: new ones go on from there", stacklevel=3)
-            self._deliveries = None  # ends the others
-            self._deliveries = iter(_data_loader(self._steps, self._workers, self._next_step))
 
     def _count(self, dropped: tuple[Dropped, ...]) -> None:
         """Keeps and tells what was replaced; DataError when it is too much."""
@@ -195,7 +167,9 @@ class Loader:
 
     def close(self) -> None:
         """End the workers and close the shards."""
-        self._deliveries = None  # the DataLoader's iterator joins its workers when it goes
+        if self._made is not None:
+            self._made.close()
+        self._made = None
         self._verifier.close()
         for source in self._steps.sources.opened:
             source.shards.close()
@@ -215,70 +189,3 @@ def _tell(problems: Sequence[Exception]) -> None:
             f"{problems[0]} ({len(problems)} such shards; what cannot be read is replaced, as before the resume)",
             stacklevel=3,
         )
-
-
-class _StepNumbers:
-    """Sampler: every step from `start` on."""
-
-    def __init__(self, start: int) -> None:
-        self._start = start
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self._start)
-
-
-def _data_loader(steps: Steps, workers: int, start_step: int) -> DataLoader:
-    """torch's DataLoader with one whole batch an item; workers start from a clean process, because a fork
-    of a trainer that runs threads (NCCL, gloo) may deadlock."""
-    context = None
-    if workers:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-    return DataLoader(
-        steps,  # a map-style dataset is what has __getitem__
-        sampler=_StepNumbers(start_step),
-        batch_size=None,
-        collate_fn=_unchanged,
-        num_workers=workers,
-        worker_init_fn=_start_worker,
-        multiprocessing_context=context,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _dead_workers(deliveries: Iterator[Delivery]) -> list[int]:
-    """Process numbers; a worker's death may be seen through its memory before the system tells of it."""
-    workers = getattr(deliveries, "_workers", [])  # torch has no public name for them
-    for _ in range(10):
-        if dead := [worker.pid for worker in workers if not worker.is_alive()]:
-            return dead
-        time.sleep(0.1 * bool(workers))
-    return []
-
-
-def _unchanged(delivery: Delivery) -> Delivery:
-    return delivery
-
-
-def keep_memory() -> None:
-    """Lets this process reuse the memory of images: fresh pages cost as much as decoding. glibc alone can."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the largest that glibc takes
-        mallopt(M_TRIM_THRESHOLD, 2**28)
-
-
-def _start_worker(worker: int) -> None:
-    """One thread, an allocator that keeps its memory (page faults cost as much as decoding), and an end with
-    the trainer: torch's own watchdog sees only the fork server, which outlives a trainer that was killed."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    keep_memory()
-    threading.Thread(target=_end_with_trainer, daemon=True).start()
-
-
-def _end_with_trainer() -> None:
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None, "only worker processes wait for the trainer's end"
-    trainer.join()
-    os._exit(1)

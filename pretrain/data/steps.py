@@ -36,6 +36,9 @@ class Delivery(NamedTuple):
     batch: Batch
     unfinished: Unfinished | None  # None where the views are as training sees them
     dropped: tuple[Dropped, ...]
+    num_images: int
+    num_taggable: int  # of sources that tell tags
+    num_tagged: int  # with one that is sure enough
     num_captions: int
     num_cut: int  # of them, captions longer than run.text.length
     seconds: dict[str, float]  # by stage, of the process that worked
@@ -95,6 +98,9 @@ class Steps:
             batch,
             self._unfinished(rows),
             tuple(dropped),
+            len(rows),
+            int(batch.has_tags.sum()),
+            int((batch.tags != NO_TAG).any(dim=1).sum()),
             int(batch.has_text.sum()),
             sum(row.is_cut for row in rows),
             self._seconds,

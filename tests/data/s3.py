@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import boto3
+import fsspec
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
@@ -43,13 +43,15 @@ class Store:
         """Copies a folder; gives its URL."""
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.suffix != ".idx":
-                self.client.upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder)}")
+                self.files.put_file(str(path), f"{BUCKET}/{prefix}/{path.relative_to(folder)}")
         return f"s3://{BUCKET}/{prefix}"
 
     @property
-    def client(self) -> Any:
-        return boto3.client(
-            "s3", endpoint_url=self.url, aws_access_key_id="test", aws_secret_access_key="test"
+    def files(self) -> Any:
+        """The file system, as fsspec has it."""
+        place = {"endpoint_url": self.url, "region_name": KEYS["AWS_DEFAULT_REGION"]}
+        return fsspec.filesystem(
+            "s3", key="test", secret="test", client_kwargs=place, use_listings_cache=False
         )
 
 
@@ -89,7 +91,7 @@ def s3_store() -> Iterator[Store]:
     url = f"http://127.0.0.1:{server.server_port}"
     store = Store(url, faults, {**KEYS, "AWS_ENDPOINT_URL": url})
     try:
-        store.client.create_bucket(Bucket=BUCKET)
+        store.files.mkdir(BUCKET)
         yield store
     finally:
         server.shutdown()

@@ -458,7 +458,7 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(folders: dict[s
     with pytest.warns(
         UserWarning, match=r"worker processes \[\d+\] of the loader died at step \d: new ones go on"
     ):
-        os.kill(loader._deliveries._workers[0].pid, signal.SIGKILL)
+        os.kill(loader._made._deliveries._workers[0].pid, signal.SIGKILL)
         delivered += islice(loader, 7)
     loader.close()
     for one, other in zip(delivered, batches(run, folders, 8), strict=True):
@@ -468,10 +468,10 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(folders: dict[s
 def test_workers_that_keep_dying_end_the_run_with_a_remedy(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pretrain.data.loader.MAX_DEATHS", 0)
+    monkeypatch.setattr("pretrain.data.workers.MAX_DEATHS", 0)
     loader = Loader(small_run(), folders, None, rank=0, world=1, workers=1)
     next(loader)
-    os.kill(loader._deliveries._workers[0].pid, signal.SIGKILL)
+    os.kill(loader._made._deliveries._workers[0].pid, signal.SIGKILL)
     with pytest.raises(DataError, match=r"for the 1. time: .* lower --workers"):
         list(islice(loader, 9))
     loader.close()

@@ -134,8 +134,8 @@ def test_a_missing_and_a_truncated_shard_are_replaced_counted_and_exact_after_a_
     url = store.put(good_set(tmp_path / "gone", (6,) * 5), "sets/gone")
     run = small_run(data={"gone": Source("category")}, batch=10, max_bad=1.0, mixing=Mixing(window=1))
     loader = Loader(run, {"gone": url}, None, rank=0, world=1)
-    store.client.delete_object(Bucket=BUCKET, Key="sets/gone/000001.tar")
-    store.client.put_object(Bucket=BUCKET, Key="sets/gone/000003.tar", Body=b"\0" * 512)
+    store.files.rm_file(f"{BUCKET}/sets/gone/000001.tar")
+    store.files.pipe_file(f"{BUCKET}/sets/gone/000003.tar", b"\0" * 512)
     straight = [next(loader) for _ in range(6)]  # two epochs
     assert loader.dropped == {"gone: missing_shard": 12, "gone: truncated_shard": 12}
     loader.close()
@@ -170,7 +170,7 @@ def test_what_a_store_lacks_is_told_at_start(store: Store, tmp_path: Path, urls:
     with pytest.raises(ValueError, match="nosuch://x cannot be opened: Protocol not known"):
         ShardFolder("nosuch://x")
     url = store.put(good_set(tmp_path / "short", (4, 4)), "sets/short")
-    store.client.delete_object(Bucket=BUCKET, Key="sets/short/000001.tar")
+    store.files.rm_file(f"{BUCKET}/sets/short/000001.tar")
     with pytest.raises(ValueError, match=r"sets/short/000001.tar has no bytes, the manifest says \d+"):
         ShardFolder(url)
 

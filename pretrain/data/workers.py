@@ -1,0 +1,157 @@
+"""Which process makes the next batch? Workers, ahead of time, replaced when they die; or this one."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import multiprocessing
+import os
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+
+import cv2
+import torch
+from torch.utils.data import DataLoader
+
+from pretrain.data.faults import DataError
+from pretrain.data.packed import Packed, pack, unpack
+from pretrain.data.steps import Delivery, Steps
+
+MAX_DEATHS = 5  # of workers, before the machine counts as too small
+LONGEST_CLOSE = 10.0  # seconds that closing waits for a batch that is being made
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+class Made:
+    """The deliveries of one step after the other, made by `workers` processes, or in this one without.
+
+    Every process works two batches ahead, and a thread has the next one ready here: what it takes to receive a batch
+    is no time of the trainer's. Workers that die are replaced with a warning and nothing is lost; the death after
+    MAX_DEATHS raises DataError.
+    """
+
+    def __init__(self, steps: Steps, workers: int, start_step: int) -> None:
+        self._steps, self._workers, self._next_step, self._deaths = steps, workers, start_step, 0
+        self._deliveries: Iterator[Packed] | None = None
+        if workers:
+            self._deliveries = iter(_data_loader(steps, workers, start_step))
+            self._ready: queue.Queue[Delivery | BaseException] = queue.Queue(maxsize=1)
+            self._is_closed = threading.Event()
+            self._thread = threading.Thread(target=self._receive, daemon=True)
+            self._thread.start()
+
+    def __next__(self) -> Delivery:
+        if not self._workers:
+            self._next_step += 1
+            return self._steps[self._next_step - 1]
+        received = self._ready.get()
+        if isinstance(received, BaseException):
+            self._ready.put(received)  # whoever asks again is told again
+            raise received
+        return received
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._workers:
+            self._is_closed.set()
+            self._thread.join(LONGEST_CLOSE)
+            self._deliveries = None  # the DataLoader's iterator joins its workers when it goes
+
+    def _receive(self) -> None:
+        while not self._is_closed.is_set():
+            try:
+                received: Delivery | BaseException = self._deliver()
+            except BaseException as error:  # for the trainer's thread, all of it
+                received = error
+            while not self._is_closed.is_set():
+                try:
+                    self._ready.put(received, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(received, BaseException):
+                return
+            self._next_step += 1
+
+    def _deliver(self) -> Delivery:
+        """The next step's batch; when a worker has died, all of them begin again at that step."""
+        while True:
+            try:
+                return unpack(next(self._deliveries))
+            except (RuntimeError, OSError, EOFError):  # torch's own, or of the memory that a worker shared
+                dead = _dead_workers(self._deliveries)
+                if not dead:
+                    raise
+            self._deaths += 1
+            told = f"worker processes {dead} of the loader died at step {self._next_step}"
+            if self._deaths > MAX_DEATHS:
+                raise DataError(
+                    f"{told}, for the {self._deaths}. time: if the system killed them for memory, lower --workers"
+                )
+            warnings.warn(f"{told}: new ones go on from there", stacklevel=3)
+            self._deliveries = None  # ends the others
+            self._deliveries = iter(_data_loader(self._steps, self._workers, self._next_step))
+
+
+class _StepNumbers:
+    """Sampler: every step from `start` on."""
+
+    def __init__(self, start: int) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self._start)
+
+
+def _data_loader(steps: Steps, workers: int, start_step: int) -> DataLoader:
+    """torch's DataLoader with one whole batch an item; workers start from a clean process, because a fork
+    of a trainer that runs threads (NCCL, gloo) may deadlock."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return DataLoader(
+        steps,  # a map-style dataset is what has __getitem__
+        sampler=_StepNumbers(start_step),
+        batch_size=None,
+        collate_fn=pack,  # in the process that made it
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=context,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _dead_workers(deliveries: Iterator[Packed]) -> list[int]:
+    """Process numbers; a worker's death may be seen through its memory before the system tells of it."""
+    workers = getattr(deliveries, "_workers", [])  # torch has no public name for them
+    for _ in range(10):
+        if dead := [worker.pid for worker in workers if not worker.is_alive()]:
+            return dead
+        time.sleep(0.1 * bool(workers))
+    return []
+
+
+def keep_memory() -> None:
+    """Lets this process reuse the memory of images: fresh pages cost as much as decoding. glibc alone can."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the largest that glibc takes
+        mallopt(M_TRIM_THRESHOLD, 2**28)
+
+
+def _start_worker(worker: int) -> None:
+    """One thread, an allocator that keeps its memory (page faults cost as much as decoding), and an end with
+    the trainer: torch's own watchdog sees only the fork server, which outlives a trainer that was killed."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    keep_memory()
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None, "only worker processes wait for the trainer's end"
+    trainer.join()
+    os._exit(1)
