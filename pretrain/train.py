@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pretrain import checkpoint, resume
 from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.config import Run
+from pretrain.data import drops
 from pretrain.data.loader import Loader
 from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_beside
@@ -65,7 +66,7 @@ def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device:
         **place,
         workers=paths.workers,
         start_step=first_step,
-        dropped_to=paths.out / f"dropped-rank_{rank():05d}.jsonl",
+        dropped_to=drops.file_of(paths.out, **place),
         device=device,
     )
     facts = with_guide(loader.facts, guide)

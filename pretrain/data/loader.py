@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.device import finish
-from pretrain.data.faults import WHOLE_SHARD, Dropped, check_bad_share
+from pretrain.data.drops import Drops
+from pretrain.data.faults import WHOLE_SHARD, Dropped
 from pretrain.data.remote import Place
 from pretrain.data.shards import ShardFolder
 from pretrain.data.sources import open_sources
@@ -32,7 +32,7 @@ class Loader:
     (seed, position) alone decides sample, augmentation and mask: the global batch is the same for any number
     of ranks and workers, and a run resumes by its step. `workers` = 0 works in this process, more prefetch
     two batches each; what the recipe leaves to the device is done on `device` as a batch is taken, and batches lie
-    there then. Every bad sample becomes a line of JSON at the end of `dropped_to`, if that is given. At construction
+    there then. Every bad sample becomes a line of JSON in `dropped_to`, if that is given. At construction
     everything that can be wrong with recipe, folders and labels raises
     ValueError or FileNotFoundError; while iterating, more bad samples than run.max_bad raise DataError. Workers that
     die are replaced with a warning, and nothing is lost; too many deaths raise DataError.
@@ -86,11 +86,11 @@ class Loader:
         self._steps = Steps(run, sources, rank, world)
         self._device = device
         self._verifier = Verifier(later, VERIFY_RATE / world)
-        self.dropped: dict[str, int] = {}  # "source: reason" -> samples replaced so far on this rank
+        self._drops = Drops(dropped_to, start_step)
+        self._images_before = start_step * run.images_per_rank(world)
         self.num_captions = self.num_cut = 0  # delivered on this rank, and those longer than run.text.length
         self.seconds = dict.fromkeys(STAGES, 0.0)  # of work so far for this rank, of all its workers
         self.num_images = 0  # delivered on this rank
-        self._dropped_to = dropped_to
         self._untagged: int | None = 0  # images so far; None once one had a tag, or it was told
         self._next_step = start_step
         self._made: Made | None = Made(self._steps, workers, start_step)
@@ -150,15 +150,15 @@ class Loader:
             )
             self._untagged = None
 
-    def _count(self, dropped: tuple[Dropped, ...]) -> None:
-        """Keeps and tells what was replaced; DataError when it is too much."""
-        for sample in dropped:
-            self.dropped[sample.kind] = self.dropped.get(sample.kind, 0) + 1
-        if self._dropped_to is not None:
-            with self._dropped_to.open("a") as file:
-                file.writelines(json.dumps(sample._asdict()) + "\n" for sample in dropped)
-        num_reads = self.num_images + sum(self.dropped.values())
-        check_bad_share(self.dropped, num_reads, self._steps.run.max_bad, str(dropped[-1]))
+    @property
+    def dropped(self) -> dict[str, int]:
+        """ "source: reason" -> samples replaced so far on this rank, also before a resume."""
+        return self._drops.counts
+
+    def _count(self, dropped: Sequence[Dropped]) -> None:
+        """Keeps and tells what was replaced at this step; DataError when it is too much."""
+        self._drops.add(self._next_step - 1, dropped)
+        self._drops.check(self.num_images + self._images_before, self._steps.run.max_bad)
 
     @property
     def captions(self) -> dict[str, int]:

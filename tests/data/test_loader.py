@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from data_prep.schema import fill_prompt
 from pretrain.config import Mixing, Run, Source
 from pretrain.data.batch import NO_CATEGORY, Batch
+from pretrain.data.drops import file_of
 from pretrain.data.faults import DataError
 from pretrain.data.loader import Loader
 from pretrain.data.text import Captions
@@ -313,6 +314,32 @@ def test_a_bad_sample_is_replaced_and_counted_by_reason(tmp_path: Path, workers:
         ("spoilt", "000001.tar", 50, "bad_category"),
     }
     loader.close()
+
+
+def test_what_was_dropped_is_told_once_whatever_the_kills_and_ranks(tmp_path: Path) -> None:
+    broken = {**sample(0, has_text=False), "jpg": b"\xff\xd8 broken"}
+    folder = spoilt(tmp_path, dict.fromkeys(range(0, 200, 10), broken))
+    run = small_run(data={"spoilt": Source("category")}, batch=20, max_bad=1.0)
+
+    def ranks(world: int, first: int, until: int) -> dict[str, int]:
+        total: dict[str, int] = {}
+        for rank in range(world):
+            path = file_of(tmp_path, rank, world)
+            loader = Loader(
+                run, {"spoilt": folder}, None, rank=rank, world=world, start_step=first, dropped_to=path
+            )
+            list(islice(loader, until - first))
+            loader.close()
+            total |= {kind: total.get(kind, 0) + count for kind, count in loader.dropped.items()}
+        return total
+
+    ranks(2, 0, 7)  # killed, and begun again at step 5 by five ranks, at step 8 by one
+    ranks(5, 5, 8)
+    assert sum(ranks(1, 8, 10).values()) == 20
+    assert [path.name for path in tmp_path.glob("dropped-*")] == ["dropped-rank_00000.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "dropped-rank_00000.jsonl").read_text().splitlines()]
+    assert len(lines) == 20 == len({(line["shard"], line["index"]) for line in lines})
+    assert {line["step"] for line in lines} <= set(range(10))
 
 
 def test_the_replacement_is_the_next_sample_of_the_source(tmp_path: Path) -> None:
