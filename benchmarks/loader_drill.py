@@ -33,11 +33,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.record import keep  # noqa: E402
+from data_prep.schema import Manifest  # noqa: E402
+from pretrain.data.order import SourceOrder  # noqa: E402
 from tests.data.s3 import Store, s3_store  # noqa: E402
 
-STEPS, SAVE_EVERY = 24, 8
+STEPS, SAVE_EVERY, WINDOW = 24, 8, 2
 SHRUNKEN = f"""--steps {STEPS} --save_every {SAVE_EVERY} --log_every 1 --optim.warmup 2 --batch 32 --views.size 64
-    --mixing.window 2 --max_bad 0.9""".split()
+    --mixing.window {WINDOW} --max_bad 0.9""".split()
 SLOW_READS = """
 import os, time
 read = os.pread
@@ -114,6 +116,14 @@ def dropped(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+def shard_of_the_next_window(folder: Path, source: int) -> str:
+    """The first shard after those that are being read."""
+    shards = Manifest.read(folder).shards
+    order = SourceOrder(0, source, [shard.num_samples for shard in shards], WINDOW)
+    _, needed = order.window(0)
+    return shards[needed[WINDOW]].name
+
+
 def store_drill(place: Path, data: dict[str, Path], store: Store) -> dict[str, Any]:
     urls = {name: store.put(folder, name) for name, folder in data.items()}
     environment = {**store.environment, "M3I_CACHE": str(place / "cache")}
@@ -151,8 +161,11 @@ def loss_drill(place: Path, data: dict[str, Path]) -> dict[str, Any]:
     out, again = place / "loss", place / "loss_resumed"
     training = Training(out, copies, 2, environment)
     training.until(2)
-    (Path(copies["labelled"]) / "000001.tar").unlink()
-    with (Path(copies["captioned"]) / "000002.tar").open("r+b") as shard:
+    lost = {
+        name: shard_of_the_next_window(Path(folder), k) for k, (name, folder) in enumerate(copies.items())
+    }
+    (Path(copies["labelled"]) / lost["labelled"]).unlink()
+    with (Path(copies["captioned"]) / lost["captioned"]).open("r+b") as shard:
         shard.truncate(2048)
     training.finish()
     shutil.copytree(out, again)

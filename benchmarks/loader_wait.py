@@ -10,12 +10,14 @@ makes it pass many ends of epochs. Writes benchmarks/results/loader_wait.json.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,9 +30,11 @@ from benchmarks.record import keep  # noqa: E402
 from pretrain.config import Run, Source  # noqa: E402
 from pretrain.data.batch import Batch  # noqa: E402
 from pretrain.data.loader import Loader  # noqa: E402
+from pretrain.data.measure import peak_bytes_of  # noqa: E402
 from pretrain.objectives import OBJECTIVES  # noqa: E402
 
 BATCH = 32
+LARGE = 256  # images a step, for the memory of a worker
 FREE, WARM, PACED = 20, 15, 40  # steps of a round: without pause, until the workers are ahead again, measured
 
 
@@ -75,6 +79,12 @@ def main() -> None:
                 all_waits += found
                 rounds.append((possible, step, sum(found) / (sum(found) + step * PACED)))
                 print(f"possible {possible:.0f} images/s, waits {100 * rounds[-1][2]:.2f} %", flush=True)
+        large = replace(run, batch=LARGE)
+        loader = Loader(large, {"photos": folder}, None, rank=0, world=1, workers=options.workers)
+        with closing(loader):
+            waits(loader, 6, 0.0)
+            working = [child.pid for child in multiprocessing.active_children()]
+            peaks = [peak for peak in map(peak_bytes_of, working) if peak is not None]
     keep(
         "loader_wait",
         "goal, reached or not: a step waits at most 1 % of its time for data when the loader could make 1.2 times as "
@@ -87,6 +97,7 @@ def main() -> None:
         images_a_second_possible=[round(possible, 1) for possible, *_ in rounds],
         step_milliseconds=[round(1000 * step, 1) for _, step, _ in rounds],
         wait_shares=[round(share, 5) for *_, share in rounds],
+        worker_peak_mebibytes={f"{LARGE} images a step": round(max(peaks) / 2**20)} if peaks else {},
         median_wait_share=round(statistics.median(share for *_, share in rounds), 5),
         wait_milliseconds={
             "median": round(1000 * statistics.median(all_waits), 3),

@@ -55,24 +55,20 @@ class Loader:
             raise ValueError(f"rank={rank} must lie in [0, world={world})")
         run.images_per_rank(world)
         ours = slice(rank, None, world)  # each rank looks at its part of the shards
-        is_resumed = start_step > 0
-        sources = open_sources(run, folders, tokenizer, slice(0) if is_resumed else ours)
+        sources = open_sources(run, folders, tokenizer, slice(0) if start_step else ours)
         later = []
         for source in sources.opened:
-            if is_resumed:
-                _tell(list(source.shards.problems(ours)))
-            if source.shards.is_remote:
-                continue  # hashed as it is copied
-            now, rest = _when_hashed(source.shards, ours)
-            try:
-                source.shards.verify(now)
-            except ValueError as error:
-                if not is_resumed:
-                    raise
-                _tell([error])
-            later += [
-                (source.shards.folder, source.name, source.shards.manifest.shards[number]) for number in rest
-            ]
+            shards = source.shards
+            problems: list[Exception] = (
+                list(shards.problems(ours)) if start_step else []
+            )  # else all are there
+            if not shards.is_remote:  # hashed as it is copied
+                now, rest = _when_hashed(shards, ours)
+                problems += shards.changed(now) if start_step else ()
+                if not start_step:
+                    shards.verify(now)
+                later += [(shards.folder, source.name, shards.manifest.shards[number]) for number in rest]
+            _tell(problems)
         captions = sources.captions
         sha256 = {f"data.{source.name}": source.shards.sha256 for source in sources.opened}
         if captions is not None:

@@ -110,7 +110,7 @@ def measure(
                 break
         seconds = time.perf_counter() - since
         working = [child.pid for child in multiprocessing.active_children()] if workers else [os.getpid()]
-        peaks = [peak for peak in map(_peak_bytes, working) if peak is not None]
+        peaks = [peak for peak in map(peak_bytes_of, working) if peak is not None]
     told = torch.cat(lengths).float()
     return Measured(
         num_images=loader.num_images,
@@ -125,7 +125,7 @@ def measure(
     )
 
 
-def _peak_bytes(process: int | None) -> int | None:
+def peak_bytes_of(process: int | None) -> int | None:
     """The most memory that a process has held so far, as Linux counts it."""
     status = Path(f"/proc/{process}/status")
     lines = status.read_text().splitlines() if status.is_file() else []

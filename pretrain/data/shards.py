@@ -6,7 +6,7 @@ import contextlib
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -97,12 +97,25 @@ class ShardFolder:
                         f"{shard.num_bytes}: copy it again or build the data set again"
                     )
 
-    def verify(self, shards: Sequence[int]) -> None:
-        """Compare the sha256 of these shards of a folder with the manifest, unless that was done since they last
-        changed; ValueError names the first one that differs."""
+    def changed(self, shards: Iterable[int]) -> Iterator[ValueError]:
+        """What the sha256 of these shards of a folder says against the manifest, where that was not found right since
+        they last changed. Shards that are missing or too short are told by `problems`."""
         verified = Verified(self.folder)
-        for shard in shards:
-            verified.check(self.manifest.shards[shard])
+        for number in shards:
+            shard = self.manifest.shards[number]
+            try:
+                require_shard(self.folder, shard)
+            except (FileNotFoundError, ValueError):
+                continue
+            try:
+                verified.check(shard)
+            except ValueError as error:
+                yield error
+
+    def verify(self, shards: Iterable[int]) -> None:
+        """ValueError with the first that `changed` tells."""
+        for problem in self.changed(shards):
+            raise problem
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Copies shards behind a URL before they are read; in a folder there is nothing to do."""

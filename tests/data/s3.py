@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -84,6 +85,7 @@ def with_faults(
 def s3_store() -> Iterator[Store]:
     """A store with an empty bucket, until the block ends."""
     faults = Faults()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line a request
     application = with_faults(DomainDispatcherApplication(create_backend_app), faults)
     server = make_server("127.0.0.1", 0, application, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -393,6 +393,25 @@ def test_a_shard_that_goes_missing_is_replaced_and_counted(tmp_path: Path) -> No
     loader.close()
 
 
+def test_a_resume_goes_on_where_shards_were_lost_before_it(tmp_path: Path) -> None:
+    folder = good_set(tmp_path / "names", (6,) * 4, has_text=False)
+    run = small_run(data={"names": Source("category")}, batch=8, max_bad=1.0)
+    loader = Loader(run, {"names": folder}, None, rank=0, world=1)
+    (folder / "000000.tar").unlink()
+    for number, change in ((1, b"\0"), (2, b"")):
+        content = (folder / f"{number:06d}.tar").read_bytes()
+        (folder / f"{number:06d}.tar").write_bytes(change + content[1:] if change else content[:1024])
+    straight = list(islice(loader, 6))
+    assert sum(loader.dropped.values()) == 26  # of two passes: two shards, and a sample
+    loader.close()
+    with pytest.warns(UserWarning, match=r"000000.tar is missing.*\(3 such shards"):
+        resumed = batches(run, {"names": folder}, 3, start_step=3)
+    for one, other in zip(straight[3:], resumed, strict=True):
+        assert_same(one, other)
+    with pytest.raises(FileNotFoundError, match=r"000000.tar is missing"):
+        Loader(run, {"names": folder}, None, rank=0, world=1)
+
+
 def test_names_that_do_not_match_are_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(
         ValueError, match=r"draws from \['talk'\], which have no folder: add talk=DIR to --data"

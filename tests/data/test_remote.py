@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from multiprocessing import forkserver
@@ -25,7 +24,6 @@ from tests.data.sets import good_set, sample, small_run, write_tokenizer
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[Store]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     with s3_store() as store:
         yield store
 
