@@ -36,6 +36,7 @@ FIRST_PAUSE, LONGEST_PAUSE = (
     30.0,
 )  # seconds before an attempt is repeated: doubled each time, up to the second
 AHEAD = 4  # shards that one process copies at once before they are needed
+PARTIAL = ".part"
 NUM_LOCKS = 256  # files that keep two processes of a machine from copying the same shard
 HELD_WINDOWS = 3  # of a source: what the slowest worker reads, what the fastest reads, what comes next
 
@@ -112,13 +113,14 @@ class Cache:
         with self.locked("all"):
             held = sorted(self._held(), key=lambda file: file[1])
             total = sum(size for size, *_ in held)
-            for size, used, path in held:
+            for size, _, path in held:
                 if total + num_bytes <= self.max_bytes:
                     break
-                if path.suffix == ".tar" or used < time.time() - 2 * PATIENCE:  # else it is being written
-                    path.unlink(missing_ok=True)
-                    path.with_name(path.name + ".idx").unlink(missing_ok=True)
-                    total -= size
+                if path.suffix == PARTIAL and self._is_written(path):
+                    continue
+                path.unlink(missing_ok=True)
+                path.with_name(path.name + ".idx").unlink(missing_ok=True)
+                total -= size
             if total + num_bytes > self.max_bytes:
                 raise DataError(
                     f"{self.folder} holds {total} bytes that are being written, of {self.max_bytes}: raise "
@@ -128,12 +130,22 @@ class Cache:
             with partial.open("wb") as file:
                 file.truncate(num_bytes)
 
+    def _is_written(self, partial: Path) -> bool:
+        """Is a process at work on it? One that was killed has lost its lock."""
+        with self.locked(lock_of(partial.stem), wait=False) as is_ours:
+            return not is_ours
+
     def _held(self) -> Iterator[tuple[int, float, Path]]:
         """Bytes, time of last use and path of every shard, whole or begun."""
         for path in (self.folder / "shards").glob("*"):
             with contextlib.suppress(FileNotFoundError):  # another process removes it
                 stat = path.stat()
                 yield stat.st_size, stat.st_mtime, path
+
+
+def lock_of(sha256: str) -> str:
+    """The lock under which the copy of a shard is made."""
+    return f"{int(sha256[:8], 16) % NUM_LOCKS:03d}"
 
 
 def cache_folder() -> Path:
@@ -159,6 +171,7 @@ class RemoteFolder:
             str, tuple[str, str]
         ] = {}  # sha256 of a shard that cannot be had -> reason and message
         self._asked: set[str] = set()
+        self._needed: list[Path] = []
         self._queue: queue.SimpleQueue[Shard] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._closed = threading.Event()
@@ -219,11 +232,12 @@ class RemoteFolder:
             self._fetch(shard, wait=True)
             with contextlib.suppress(FileNotFoundError):  # removed since, to make room
                 descriptor = os.open(path, os.O_RDONLY)
-                os.utime(path)  # it was used now
+                os.utime(descriptor)  # it was used now
                 return descriptor, path
 
     def fetch_ahead(self, shards: Sequence[Shard]) -> None:
         """Copies what will be needed, in that order, meanwhile; what another process copies is left to it."""
+        self._needed = [self.cache.path_of(shard) for shard in shards]
         for shard in shards:
             if shard.sha256 not in self._asked:
                 self._asked.add(shard.sha256)
@@ -231,6 +245,12 @@ class RemoteFolder:
         while len(self._threads) < AHEAD:
             self._threads.append(threading.Thread(target=self._copy_ahead, daemon=True))
             self._threads[-1].start()
+
+    def keep_ahead(self) -> None:
+        """Counts what was last asked for as used now, so that it is not removed before it is read."""
+        for path in self._needed:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
 
     def close(self) -> None:
         """Ends what is being copied ahead."""
@@ -251,7 +271,7 @@ class RemoteFolder:
             raise BadSample(*self._bad[shard.sha256])
         if path.exists():
             return
-        with self.cache.locked(f"{int(shard.sha256[:8], 16) % NUM_LOCKS:03d}", wait) as is_ours:
+        with self.cache.locked(lock_of(shard.sha256), wait) as is_ours:
             if not is_ours or path.exists():
                 return
             try:
@@ -261,18 +281,10 @@ class RemoteFolder:
                 raise
 
     def _copy(self, shard: Shard, path: Path) -> None:
+        partial = path.with_suffix(PARTIAL)
         try:
-            size = self._patiently(shard.name, lambda fs, path: fs.info(path)["size"])
-        except FileNotFoundError as error:
-            raise BadSample("missing_shard", f"{self.url}/{shard.name} is missing") from error
-        if size != shard.num_bytes:
-            raise BadSample(
-                "truncated_shard",
-                f"{self.url}/{shard.name} has {size} bytes, the manifest says {shard.num_bytes}",
-            )
-        partial = path.with_suffix(".part")
-        self.cache.reserve(partial, shard.num_bytes)
-        try:
+            self._patiently(shard.name, lambda fs, path: self._require_size(fs, path, shard))
+            self.cache.reserve(partial, shard.num_bytes)
             found = self._copy_pieces(shard, partial)
             if found != shard.sha256:  # on the way, or there?
                 found = self._copy_pieces(shard, partial)
@@ -282,8 +294,18 @@ class RemoteFolder:
                     f"{self.url}/{shard.name} has sha256 {found}, the manifest says {shard.sha256}",
                 )
             partial.replace(path)
+        except FileNotFoundError as error:
+            raise BadSample("missing_shard", f"{self.url}/{shard.name} is missing") from error
         finally:
             partial.unlink(missing_ok=True)
+
+    def _require_size(self, fs: Any, path: str, shard: Shard) -> None:
+        size = fs.info(path)["size"]
+        if size != shard.num_bytes:
+            raise BadSample(
+                "truncated_shard",
+                f"{self.url}/{shard.name} has {size} bytes, the manifest says {shard.num_bytes}",
+            )
 
     def _copy_pieces(self, shard: Shard, partial: Path) -> str:
         """The sha256 of what was copied."""
@@ -299,9 +321,15 @@ class RemoteFolder:
 
     def _piece(self, shard: Shard, start: int, end: int) -> bytes:
         def read(fs: Any, path: str) -> bytes:
-            content = fs.cat_file(path, start=start, end=end)
-            if len(content) < end - start:
-                raise OSError(f"{len(content)} of {end - start} bytes came")
+            try:
+                content = fs.cat_file(path, start=start, end=end)
+                if len(content) < end - start:
+                    raise OSError(f"{len(content)} of {end - start} bytes came")
+            except Exception:
+                self._require_size(
+                    fs, path, shard
+                )  # a shard that became shorter meanwhile is no failing store
+                raise
             return content
 
         content = self._patiently(shard.name, read)
@@ -326,7 +354,7 @@ class RemoteFolder:
         while True:
             try:
                 return work(fs, f"{root}/{name}".rstrip("/"))
-            except FileNotFoundError:
+            except (FileNotFoundError, BadSample):
                 raise
             except PermissionError as error:
                 raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from array import array
 from bisect import bisect_right
@@ -22,7 +23,7 @@ from data_prep.schema import (
     require_shard,
     sha256_file,
 )
-from pretrain.data.faults import BadSample
+from pretrain.data.faults import BadSample, DataError
 from pretrain.data.remote import Cache, Place, RemoteFolder, is_url
 from pretrain.data.verified import Verified
 
@@ -122,6 +123,11 @@ class ShardFolder:
         if self._remote is not None:
             self._remote.fetch_ahead([self.manifest.shards[shard] for shard in shards])
 
+    def keep_ahead(self) -> None:
+        """Says that what was last asked to be copied is still needed: other sources may have moved on since."""
+        if self._remote is not None:
+            self._remote.keep_ahead()
+
     def locate(self, index: int) -> tuple[int, int]:
         """Shard number and index inside the shard of sample `index`."""
         if not 0 <= index < len(self):
@@ -187,24 +193,29 @@ def read_manifest(place: Place) -> Manifest:
 
 
 def _open_file(path: Path) -> tuple[int, Path]:
-    """Descriptor and path of a shard; raises BadSample."""
+    """Descriptor and path of a shard; raises BadSample, and DataError where the process may not open another file."""
     try:
         return os.open(path, os.O_RDONLY), path
     except FileNotFoundError as error:
         raise BadSample("missing_shard", str(error)) from error
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # of the machine: the shard may be good
+            raise DataError(f"{error}: raise the limit (`ulimit -n`) or lower mixing.window") from error
         raise BadSample("unreadable", f"{path}: {error}") from error
 
 
 def _offsets(descriptor: int, path: Path, shard: Shard) -> array:
     """Where the samples of an open shard lie; it is indexed if it is not yet. Closes it and raises BadSample."""
     try:
-        offsets = read_index(path) if index_path(path).is_file() else _index(descriptor, path)
+        has_index = index_path(path).is_file()
+        offsets = read_index(path) if has_index else _index(descriptor, path)
         if len(offsets) != shard.num_samples + 1:
             raise BadSample(
                 "broken_index",
                 f"{path}.idx holds {len(offsets)} offsets, the manifest's {shard.num_samples} samples need one more",
             )
+        if not has_index:
+            _keep_index(path, offsets)
     except OSError as error:
         os.close(descriptor)
         raise BadSample("unreadable", f"{path}: {error}") from error
@@ -217,8 +228,7 @@ def _offsets(descriptor: int, path: Path, shard: Shard) -> array:
 def _index(descriptor: int, path: Path) -> array:
     """Offsets of the samples of a shard that came without an index, from its headers: one short read a member.
 
-    Kept beside the shard for the next time, where this process may write. Raises BadSample for what is no shard of
-    data_prep.
+    Raises BadSample for what is no whole shard of data_prep.
     """
     offsets, last_key, at = array("Q"), None, 0
     while (header := os.pread(descriptor, TAR_BLOCK, at)).strip(b"\0"):  # a block of zeros ends an archive
@@ -233,7 +243,16 @@ def _index(descriptor: int, path: Path) -> array:
             offsets.append(at)
             last_key = key
         at += TAR_BLOCK + -(-size // TAR_BLOCK) * TAR_BLOCK
+    if not header:
+        raise BadSample(
+            "truncated_shard", f"{path} has no index and cannot get one: it ends before its end mark"
+        )
     offsets.append(at)
+    return offsets
+
+
+def _keep_index(path: Path, offsets: array) -> None:
+    """Writes the index of a shard for the next time, where this process may."""
     partial = path.with_name(f".{path.name}.idx.{os.getpid()}")  # workers may index the same shard at once
     try:
         partial.write_bytes(index_bytes(offsets.tolist()))
@@ -241,7 +260,6 @@ def _index(descriptor: int, path: Path) -> array:
     except OSError:  # a data set that others own
         with contextlib.suppress(OSError):
             partial.unlink()
-    return offsets
 
 
 def read_members(record: bytes) -> tuple[str, dict[str, bytes]]:

@@ -15,7 +15,7 @@ from pretrain.data.remote import HELD_WINDOWS, Cache, Place, RemoteFolder
 from pretrain.data.shards import ALL, ShardFolder
 from pretrain.data.text import Captions, captions_of
 
-MOST_OPEN = 256  # files of one source and process: systems allow a process 1,024 in all
+MOST_OPEN = 512  # shards of all sources in a process: systems allow it 1,024 files in all
 
 # supervision -> does a data set promise its labels, what they are, where they come from
 NEEDS: dict[str, tuple[Callable[[Manifest], bool], tuple[str, str], str]] = {
@@ -98,7 +98,8 @@ def open_sources(
     that nothing would use, or too little room for copies of what lies behind URLs.
     """
     _check_names(run, places)
-    open_shards = min(2 * run.mixing.window, MOST_OPEN)  # a batch may lie across the border of two windows
+    # A batch may lie across the border of two windows.
+    open_shards = min(2 * run.mixing.window, max(MOST_OPEN // len(run.data), 1))
     shards = {name: ShardFolder(places[name], open_shards, checked) for name in run.data}
     remote = [folder for folder in shards.values() if folder.is_remote]
     if remote:

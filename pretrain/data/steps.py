@@ -137,6 +137,8 @@ class Steps:
         if source.shards.is_remote and draw not in self._windows[number]:
             self._windows[number], needed = self._order.window(number, draw)
             source.shards.fetch_ahead(needed)
+            for other in self.sources.opened:
+                other.shards.keep_ahead()
         for tried in tried_draws(draw):
             pick = self._order.pick(number, tried)
             try:

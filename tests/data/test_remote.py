@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from data_prep.schema import Shard
 from pretrain.config import Mixing, Source
-from pretrain.data import remote
+from pretrain.data import remote, sources
 from pretrain.data.faults import BadSample, DataError
 from pretrain.data.loader import Loader
 from pretrain.data.remote import Cache, RemoteFolder, is_url
@@ -158,6 +160,68 @@ def test_a_shard_that_differs_from_the_manifest_is_no_data(store: Store, tmp_pat
     assert store.faults.num_requests == before  # it is not copied for every sample
     assert not list((remote.cache_folder() / "shards").glob("*"))
     opened.close()
+
+
+@pytest.mark.parametrize("change", ["deleted", "truncated"])
+def test_a_shard_that_is_lost_while_it_is_copied_is_a_bad_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    folder = good_set(tmp_path / "names", (6, 6))
+    monkeypatch.setattr(remote, "PIECE", 2048)
+    opened = ShardFolder(f"file://{folder}")
+    real = RemoteFolder._piece
+
+    def piece(self: RemoteFolder, shard: Shard, start: int, end: int) -> bytes:
+        if start == 2048:
+            path = folder / shard.name
+            path.unlink() if change == "deleted" else path.write_bytes(path.read_bytes()[:1024])
+        return real(self, shard, start, end)
+
+    monkeypatch.setattr(RemoteFolder, "_piece", piece)
+    with pytest.raises(BadSample) as caught:
+        opened.sample(0)
+    assert caught.value.reason == {"deleted": "missing_shard", "truncated": "truncated_shard"}[change]
+    assert not list((remote.cache_folder() / "shards").glob("*"))
+    opened.close()
+
+
+def test_what_a_killed_process_had_begun_makes_room_at_once(tmp_path: Path) -> None:
+    opened = ShardFolder(f"file://{good_set(tmp_path / 'names', (6, 6))}")
+    sizes = [shard.num_bytes for shard in opened.manifest.shards]
+    opened._remote.cache = Cache(remote.cache_folder(), max(sizes))
+    begun = remote.cache_folder() / "shards" / f"{'a' * 64}.part"
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(bytes(max(sizes)))
+    told = pytest.raises(DataError, match=r"bytes that are being written, of .*: raise M3I_CACHE_GIB")
+    with opened._remote.cache.locked(remote.lock_of("a" * 64)), told:
+        opened.sample(0)
+    assert opened.sample(0) == sample(0) and not begun.exists()
+    opened.close()
+
+
+def test_a_rarely_drawn_source_keeps_its_window_beside_a_fast_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = {"slow": good_set(tmp_path / "slow", (9,) * 12), "fast": good_set(tmp_path / "fast", (2,) * 60)}
+    run = small_run(
+        data={"slow": Source("category", 1.0), "fast": Source("category", 20.0)},
+        batch=20,
+        mixing=Mixing(window=4),
+    )
+    urls = {name: f"file://{folder}" for name, folder in sets.items()}
+    needed = sum(sources._held_bytes(ShardFolder(folder), 4) for folder in sets.values())
+    monkeypatch.setenv("M3I_CACHE_GIB", repr((needed + 4096) / 2**30))
+    copied: Counter[str] = Counter()
+    real = RemoteFolder._copy
+    monkeypatch.setattr(
+        RemoteFolder,
+        "_copy",
+        lambda self, shard, path: copied.update([self.url[-4:]]) or real(self, shard, path),
+    )
+    batches(
+        run, urls, 40
+    )  # 38 samples of the slow source, of the 36 of one window; the fast one has many windows
+    assert copied["slow"] <= 12 and copied["fast"] > 60
 
 
 def test_what_a_store_lacks_is_told_at_start(store: Store, tmp_path: Path, urls: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from data_prep.schema import index_path
 from pretrain.data import verified
-from pretrain.data.faults import BadSample
+from pretrain.data.faults import BadSample, DataError
 from pretrain.data.shards import ShardFolder
 from tests.data.sets import good_set, sample, write_set
 
@@ -74,6 +75,33 @@ def test_what_cannot_be_indexed_is_told_by_its_byte(tmp_path: Path) -> None:
     with pytest.raises(BadSample, match=r"has no index and cannot get one: byte 0: the header of") as caught:
         folder.sample(0)
     assert caught.value.reason == "broken_index"
+
+
+def test_a_shard_that_is_cut_off_gets_no_index_that_outlives_its_mending(tmp_path: Path) -> None:
+    root = good_set(tmp_path / "set", (6, 6))
+    index_path(root / "000001.tar").unlink()
+    folder = ShardFolder(root)
+    content = (root / "000001.tar").read_bytes()
+    for kept in (len(content) // 1024 * 512, len(content) // 2048 * 512 + 100):
+        (root / "000001.tar").write_bytes(content[:kept])
+        with pytest.raises(BadSample):
+            folder.sample(6)
+    (root / "000001.tar").write_bytes(content)
+    assert folder.sample(6) == sample(6)
+
+
+def test_too_many_open_files_are_no_fault_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ShardFolder(good_set(tmp_path / "set"))
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("pretrain.data.shards.os.open", refuse)
+    with pytest.raises(
+        DataError, match=r"Too many open files: raise the limit .`ulimit -n`. or lower mixing.window"
+    ):
+        folder.sample(0)
+    monkeypatch.undo()
 
 
 def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
