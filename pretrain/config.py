@@ -37,7 +37,8 @@ class Views:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     # What the training device makes of the views: nothing, the colours, or all from the JPEG files on. The draws are
-    # the same and the pixels differ by rounding, so that a run may not be resumed with another choice.
+    # the same and the pixels differ by rounding, so that a run may not be resumed with another choice. With "all"
+    # files that are damaged inside pass, where the strict decoder of the workers replaces them.
     on_device: Literal["none", "colours", "all"] = "none"
 
     def __post_init__(self) -> None:

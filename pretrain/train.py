@@ -50,10 +50,12 @@ def train(run: Run, paths: Paths) -> None:
     config, machine = resolve_config(ds_config, run, device)
     with ExitStack() as held:
         from_first_rank(lambda: held.enter_context(only_writer(paths.out)))
-        _train(run, paths, config, machine, device)
+        _train(run, paths, config, machine, device, held)
 
 
-def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device: torch.device) -> None:
+def _train(
+    run: Run, paths: Paths, config: dict[str, Any], machine: str, device: torch.device, held: ExitStack
+) -> None:
     folder = from_first_rank(lambda: resume.newest_or_none(paths.out))
     first_step = 0 if folder is None else checkpoint.step_of(folder)
     tokenizer = tokenizer_folder(run, paths)
@@ -69,6 +71,7 @@ def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device:
         dropped_to=drops.file_of(paths.out, **place),
         device=device,
     )
+    held.enter_context(closing(loader))
     facts = with_guide(loader.facts, guide)
     if folder is not None:  # refuses another recipe before minutes of building
         resume.check_resumable(folder, run, facts, **describe(config))
@@ -82,7 +85,7 @@ def _train(run: Run, paths: Paths, config: dict[str, Any], machine: str, device:
         write_text(paths.out / "recipe.json", run.to_json())
         places = {name: str(p.resolve()) if isinstance(p, Path) else p for name, p in paths.data.items()}
         write_text(paths.out / "data.json", json.dumps(places, indent=1))
-    with closing(loader), Monitor(paths.out, run, first_step, wandb=paths.wandb) as monitor:
+    with Monitor(paths.out, run, first_step, wandb=paths.wandb) as monitor:
         monitor.say(f"{machine}; {'from the beginning' if folder is None else f'from {folder}'}")
         if line := left_out(run, facts):
             monitor.say(line)

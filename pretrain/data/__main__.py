@@ -20,6 +20,7 @@ from pretrain import recipes
 from pretrain.command import exit_code
 from pretrain.config import Run
 from pretrain.data.measure import Measured, SourceCount, count_sources, measure
+from pretrain.data.remote import is_url
 from pretrain.main import match_sources, override
 from pretrain.report.document import Section, document
 from pretrain.report.pairs import legend, pair_pictures, read_pairs
@@ -49,7 +50,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Run, argparse.Namespace]:
     parser.add_argument("--out", type=Path, default=Path("data.html"), help="page to write (data.html)")
     options, overrides = parser.parse_known_args(arguments)
     run = override(recipes.load(options.recipe), overrides)
-    if len(options.data) == 1 and "=" not in options.data[0]:
+    if len(options.data) == 1 and (is_url(options.data[0]) or "=" not in options.data[0]):
         options.data = [f"{name}={options.data[0]}" for name in run.data]
     options.data = match_sources(run, options.data)
     if options.images < 1 or options.workers < 0:

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from data_prep.schema import write_atomic
-from pretrain.data.faults import Dropped, check_bad_share
+from data_prep.schema import Manifest, write_atomic
+from pretrain.data.faults import OF_SHARDS, WHOLE_SHARD, DataError, Dropped, check_bad_share
 
 NAME = "dropped-rank_{:05d}.jsonl"  # in the folder of a run
 
@@ -16,34 +16,59 @@ class Drops:
     """Counts of one rank by source and reason, from a step on.
 
     `path`, if given, gets a line for each; what it tells of `start_step` and later belongs to a run that did not get
-    so far, and is removed, the rest counted.
+    so far, and is removed by `begin`, the rest counted. `manifests` of all sources say how much a lost shard holds.
     """
 
-    def __init__(self, path: Path | None, start_step: int) -> None:
+    def __init__(self, path: Path | None, start_step: int, manifests: Mapping[str, Manifest]) -> None:
         self.counts: dict[str, int] = {}  # "source: reason" -> samples
-        self.last: str | None = None
-        self._path = path
-        if path is None:
-            return
-        kept = [line for line in _lines([path]) if line["step"] < start_step]
-        write_atomic(path, _text(kept).encode())
-        self._add(Dropped(*(line[name] for name in Dropped._fields)) for line in kept)
+        self._single: dict[str, int] = {}  # the same, of samples whose shard is there
+        self._lost: dict[
+            tuple[str, str], int
+        ] = {}  # source and name of a shard that is not as it was -> samples
+        self._manifests, self._path = manifests, path
+        self._last = ""
+        found = [] if path is None else _lines([path])
+        self._kept = [line for line in found if line["step"] < start_step]
+        self._add([Dropped(*(line[name] for name in Dropped._fields)) for line in self._kept])
+
+    def begin(self) -> None:
+        """The run goes on from its step: what a later one had told is gone."""
+        if self._path is not None:
+            write_atomic(self._path, _text(self._kept).encode())
 
     def add(self, step: int, dropped: Sequence[Dropped]) -> None:
+        """A whole shard counts once, also if it is told at every resume."""
+        dropped = [
+            one for one in dropped if one.index != WHOLE_SHARD or (one.source, one.shard) not in self._lost
+        ]
         self._add(dropped)
         if self._path is not None:
             with self._path.open("a") as file:
                 file.write(_text({"step": step, **sample._asdict()} for sample in dropped))
 
-    def _add(self, dropped: Iterable[Dropped]) -> None:
+    def _add(self, dropped: Sequence[Dropped]) -> None:
         for sample in dropped:
             self.counts[sample.kind] = self.counts.get(sample.kind, 0) + 1
-            self.last = str(sample)
+            self._last = str(sample)
+            if sample.reason not in OF_SHARDS:
+                self._single[sample.kind] = self._single.get(sample.kind, 0) + 1
+            elif (sample.source, sample.shard) not in self._lost and sample.source in self._manifests:
+                shards = self._manifests[sample.source].shards
+                samples = [shard.num_samples for shard in shards if shard.name == sample.shard]
+                self._lost[sample.source, sample.shard] = sum(samples)
 
     def check(self, num_images: int, limit: float) -> None:
-        """DataError when they are more than `limit` of all that were read for `num_images`."""
-        if self.last is not None:
-            check_bad_share(self.counts, num_images, limit, self.last)
+        """DataError when single samples are more than `limit` of those read for `num_images`, or the shards that
+        were lost hold more than that of a source: one of few thousand shards may go, at any time."""
+        check_bad_share(self._single, num_images, limit, self._last)
+        for name, manifest in self._manifests.items():
+            lost = {shard: samples for (source, shard), samples in self._lost.items() if source == name}
+            if sum(lost.values()) > limit * manifest.num_samples:
+                raise DataError(
+                    f"{len(lost)} of {len(manifest.shards)} shards of source {name!r} are lost ({', '.join(lost)}; "
+                    f"the last: {self._last}), {sum(lost.values())} of {manifest.num_samples} samples: copy them "
+                    f"again, or raise max_bad={limit}"
+                )
 
 
 def file_of(folder: Path, rank: int, world: int) -> Path:

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 WHOLE_SHARD = -1
-MIN_READS = 100  # the limit on bad samples is taken over at least this many reads
+A_FEW = 3  # bad samples beyond what chance explains
+OF_SHARDS = (  # reasons that concern a shard as a whole
+    "missing_shard",
+    "unreadable",
+    "truncated_shard",
+    "changed_shard",
+    "broken_index",
+)
 
 
 class BadSample(ValueError):
@@ -41,15 +48,17 @@ class DataError(ValueError):
 
 
 def check_bad_share(dropped: Mapping[str, int], num_reads: int, limit: float, last: str) -> None:
-    """Raise DataError when more than `limit` of the samples read (of at least MIN_READS) were bad.
+    """Raise DataError when so many of the samples read were bad that their share is above `limit`, not by chance.
 
-    `last` describes the latest bad sample, so that the message leads to one.
+    Four standard deviations and a few more are allowed: hundreds of ranks that each judge for themselves would else
+    stop a run whose data is good enough. `last` describes the latest bad sample, so that the message leads to one.
     """
-    num_bad = sum(dropped.values())
-    if num_bad > limit * max(num_reads, MIN_READS):
+    num_bad, expected = sum(dropped.values()), limit * num_reads
+    allowed = expected + 4 * expected**0.5 + A_FEW
+    if num_bad > allowed and num_bad > expected:
         counts = ", ".join(f"{kind} {count}" for kind, count in sorted(dropped.items()))
         raise DataError(
             f"{num_bad} of the {num_reads} samples read so far are bad ({counts}; the last: {last}), "
-            f"max_bad={limit} allows {int(limit * max(num_reads, MIN_READS))}: run `python -m data_prep check` "
+            f"max_bad={limit} allows {int(allowed)}: run `python -m data_prep check` "
             "on the data sets and build them again, or raise max_bad"
         )

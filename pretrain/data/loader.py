@@ -56,7 +56,7 @@ class Loader:
         run.images_per_rank(world)
         ours = slice(rank, None, world)  # each rank looks at its part of the shards
         sources = open_sources(run, folders, tokenizer, slice(0) if start_step else ours)
-        later = []
+        later, changed = [], []
         for source in sources.opened:
             shards = source.shards
             problems: list[Exception] = (
@@ -64,9 +64,12 @@ class Loader:
             )  # else all are there
             if not shards.is_remote:  # hashed as it is copied
                 now, rest = _when_hashed(shards, ours)
-                problems += shards.changed(now) if start_step else ()
                 if not start_step:
                     shards.verify(now)
+                else:
+                    found = list(shards.changed(now))
+                    changed += [(source.name, shard, str(error)) for shard, error in found]
+                    problems += [error for _, error in found]
                 later += [(shards.folder, source.name, shards.manifest.shards[number]) for number in rest]
             _tell(problems)
         captions = sources.captions
@@ -82,7 +85,10 @@ class Loader:
         self._steps = Steps(run, sources, rank, world)
         self._device = device
         self._verifier = Verifier(later, VERIFY_RATE / world)
-        self._drops = Drops(dropped_to, start_step)
+        self._changed = changed  # before a resume, and not yet counted
+        manifests = {source.name: source.shards.manifest for source in sources.opened}
+        self._drops = Drops(dropped_to, start_step, manifests)
+        self._is_begun = False
         self._images_before = start_step * run.images_per_rank(world)
         self.num_captions = self.num_cut = 0  # delivered on this rank, and those longer than run.text.length
         self.seconds = dict.fromkeys(STAGES, 0.0)  # of work so far for this rank, of all its workers
@@ -97,12 +103,17 @@ class Loader:
     def __next__(self) -> Batch:
         if self._made is None:
             raise ValueError("the loader is closed; make a new one with start_step")
+        if not self._is_begun:
+            self._drops.begin()
+            self._is_begun = True
+            for source, shard, message in self._changed:
+                self._count([Dropped(source, shard.name, WHOLE_SHARD, "changed_shard", message)])
         delivery = next(self._made)
         if delivery.unfinished is not None:
             try:
                 batch = finish(delivery.batch, delivery.unfinished, self._steps.run.views, self._device)
             except RuntimeError as error:
-                if not delivery.unfinished.files:
+                if not delivery.unfinished.files or isinstance(error, torch.OutOfMemoryError):
                     raise
                 delivery = self._decode_here(error)
                 batch = finish(delivery.batch, delivery.unfinished, self._steps.run.views, self._device)
@@ -119,7 +130,7 @@ class Loader:
         while self._verifier.changed:
             source, shard, message = self._verifier.changed.pop()
             warnings.warn(f"{message} (its samples are used as they are)", stacklevel=2)
-            self._count((Dropped(source, shard.name, WHOLE_SHARD, "changed_shard", message),))
+            self._count([Dropped(source, shard.name, WHOLE_SHARD, "changed_shard", message)])
         return delivery.batch
 
     def _decode_here(self, error: RuntimeError) -> Delivery:
@@ -182,6 +193,7 @@ def _tell(problems: Sequence[Exception]) -> None:
     """Warns of shards that a run had when it began: it goes on, and their samples are replaced and counted."""
     if problems:
         warnings.warn(
-            f"{problems[0]} ({len(problems)} such shards; what cannot be read is replaced, as before the resume)",
+            f"{problems[0]} ({len(problems)} such shards; what cannot be read is replaced, what changed is "
+            "used as it is)",
             stacklevel=3,
         )

@@ -45,8 +45,11 @@ def pack(delivery: Delivery) -> Packed:
     batch, unfinished, *rest = delivery
     tensors = [getattr(batch, field.name) for field in dataclasses.fields(Batch)]
     if unfinished is not None:
-        tensors.append(unfinished.changes)
-        unfinished = unfinished._replace(changes=None)
+        # Files too: a message longer than a pipe takes at once would leave the trainer in the middle of it if its
+        # worker is killed.
+        files = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in unfinished.files]
+        tensors += [unfinished.changes, *files]
+        unfinished = unfinished._replace(changes=None, files=())
     places, size = [], 0
     for tensor in tensors:
         places.append(_Place(size, tensor.nbytes, tensor.dtype, tuple(tensor.shape)))
@@ -62,9 +65,11 @@ def unpack(packed: Packed) -> Delivery:
     tensors = [_part(packed.buffer, place) for place in packed.places]
     names = [field.name for field in dataclasses.fields(Batch)]
     unfinished, *rest = packed.rest
+    fields, others = tensors[: len(names)], tensors[len(names) :]
     if unfinished is not None:
-        unfinished = unfinished._replace(changes=tensors.pop())
-    return Delivery(Batch(**dict(zip(names, tensors, strict=True))), unfinished, *rest)
+        files = tuple(file.numpy().tobytes() for file in others[1:])
+        unfinished = unfinished._replace(changes=others[0], files=files)
+    return Delivery(Batch(**dict(zip(names, fields, strict=True))), unfinished, *rest)
 
 
 def _part(buffer: Tensor, place: _Place) -> Tensor:

@@ -1,156 +1,57 @@
-"""How do the shards of a data set behind a URL become local files? Whole, checked and within a limit of bytes."""
+"""How do the shards of a data set behind a URL become local files? Whole, checked, and before they are needed."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import os
 import queue
 import random
-import shutil
+import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 
 from data_prep.schema import MANIFEST_NAME, Shard, write_atomic
+from pretrain.data.cache import CACHE_GIB, PARTIAL, Cache, lock_of
 from pretrain.data.faults import BadSample, DataError
 
-CACHE_FOLDER, CACHE_GIB = (
-    "M3I_CACHE",
-    "M3I_CACHE_GIB",
-)  # environment: where copies lie, how many GiB of shards
-DEFAULT_GIB = 100.0
 PIECE = 2**24  # bytes, of one request; what fails is asked for again, not the whole shard
-PATIENCE = 600.0  # seconds that a store may fail before the run ends
-SILENT = 10.0  # seconds after which it is told that a store fails
+PATIENCE = 600.0  # seconds that a store may fail, or a full cache stay full, before the run ends
 PATIENCE_AT_START = 20.0  # seconds: a wrong address or key is told soon
-FIRST_PAUSE, LONGEST_PAUSE = (
-    0.1,
-    30.0,
-)  # seconds before an attempt is repeated: doubled each time, up to the second
+SILENT = 10.0  # seconds after which it is told that a store fails
+FIRST_PAUSE = 0.1  # seconds before an attempt is repeated; doubled each time
+LONGEST_PAUSE = 30.0  # seconds
 AHEAD = 4  # shards that one process copies at once before they are needed
-PARTIAL = ".part"
-NUM_LOCKS = 256  # files that keep two processes of a machine from copying the same shard
-HELD_WINDOWS = 3  # of a source: what the slowest worker reads, what the fastest reads, what comes next
+NO_ACCESS = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "CredentialRetrievalError",
+)  # boto's
+OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
 
 Place = Path | str  # a folder, or a URL that fsspec opens
 T = TypeVar("T")
 
 
 def is_url(place: Place) -> bool:
-    return isinstance(place, str) and "://" in place
+    return isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
 
 
 def place_of(text: str) -> Place:
-    """What a command line or a record names."""
-    return text.rstrip("/") if is_url(text) else Path(text)
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Copies of shards, shared by all processes of a machine, named by their content; the least recently used go.
-
-    ValueError for what is no number in M3I_CACHE_GIB.
-    """
-
-    folder: Path
-    max_bytes: int
-
-    @classmethod
-    def of_environment(cls) -> Cache:
-        """M3I_CACHE (~/.cache/m3i) and M3I_CACHE_GIB (DEFAULT_GIB)."""
-        told = os.environ.get(CACHE_GIB, str(DEFAULT_GIB))
-        try:
-            gib = float(told)
-        except ValueError:
-            gib = -1.0
-        if not 0 < gib < 2**40:
-            raise ValueError(
-                f"{CACHE_GIB}={told!r} must be a positive number, the GiB of shards to keep: such as 100"
-            )
-        return cls(cache_folder(), int(gib * 2**30))
-
-    def path_of(self, shard: Shard) -> Path:
-        return self.folder / "shards" / f"{shard.sha256}.tar"
-
-    @contextlib.contextmanager
-    def locked(self, name: str, wait: bool = True) -> Iterator[bool]:
-        """Holds the lock of a name against all threads and processes of the machine; False when it is taken."""
-        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-        with (self.folder / "locks" / name).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
-
-    def require_room(self, num_bytes: int) -> None:
-        """ValueError unless that much may be held, and fits the disk."""
-        gib = num_bytes / 2**30
-        if num_bytes > self.max_bytes:
-            raise ValueError(
-                f"{CACHE_GIB}={self.max_bytes / 2**30:g} is too little: {HELD_WINDOWS} windows of mixing.window "
-                f"shards of each source behind a URL take {gib:.3g} GiB: raise it or lower mixing.window"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        possible = shutil.disk_usage(self.folder).free + sum(size for size, *_ in self._held())
-        if num_bytes > possible:
-            raise ValueError(
-                f"{self.folder} has room for {possible / 2**30:.3g} GiB, {HELD_WINDOWS} windows of the sources "
-                f"behind a URL take {gib:.3g}: name a larger disk by {CACHE_FOLDER} or lower mixing.window"
-            )
-
-    def reserve(self, partial: Path, num_bytes: int) -> None:
-        """Makes `partial` of that size, after removing what was used longest ago; DataError when that does not do."""
-        with self.locked("all"):
-            held = sorted(self._held(), key=lambda file: file[1])
-            total = sum(size for size, *_ in held)
-            for size, _, path in held:
-                if total + num_bytes <= self.max_bytes:
-                    break
-                if path.suffix == PARTIAL and self._is_written(path):
-                    continue
-                path.unlink(missing_ok=True)
-                path.with_name(path.name + ".idx").unlink(missing_ok=True)
-                total -= size
-            if total + num_bytes > self.max_bytes:
-                raise DataError(
-                    f"{self.folder} holds {total} bytes that are being written, of {self.max_bytes}: raise "
-                    f"{CACHE_GIB}"
-                )
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                file.truncate(num_bytes)
-
-    def _is_written(self, partial: Path) -> bool:
-        """Is a process at work on it? One that was killed has lost its lock."""
-        with self.locked(lock_of(partial.stem), wait=False) as is_ours:
-            return not is_ours
-
-    def _held(self) -> Iterator[tuple[int, float, Path]]:
-        """Bytes, time of last use and path of every shard, whole or begun."""
-        for path in (self.folder / "shards").glob("*"):
-            with contextlib.suppress(FileNotFoundError):  # another process removes it
-                stat = path.stat()
-                yield stat.st_size, stat.st_mtime, path
-
-
-def lock_of(sha256: str) -> str:
-    """The lock under which the copy of a shard is made."""
-    return f"{int(sha256[:8], 16) % NUM_LOCKS:03d}"
-
-
-def cache_folder() -> Path:
-    """Where this user's machine keeps what it can make again."""
-    return Path(os.environ.get(CACHE_FOLDER) or Path.home() / ".cache" / "m3i")
+    """What a command line or a record names; ValueError for a URL without a path."""
+    if not is_url(text):
+        return Path(text)
+    if not text.partition("://")[2].strip("/"):
+        raise ValueError(f"{text} names no folder of that store: such as s3://bucket/set")
+    return text.rstrip("/")
 
 
 class RemoteFolder:
@@ -217,10 +118,10 @@ class RemoteFolder:
             with self.cache.locked("all"):
                 write_atomic(path, content)
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes by name of everything beside the manifest."""
+    def sizes(self) -> dict[str, int | None]:
+        """Bytes by name of everything beside the manifest, None where the store does not tell."""
         listed = self._patiently("", lambda fs, path: fs.ls(path, detail=True))
-        return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] or 0 for entry in listed}
+        return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in listed}
 
     def open(self, shard: Shard) -> tuple[int, Path]:
         """Descriptor and path of the copy of a shard, which is made if there is none.
@@ -261,30 +162,34 @@ class RemoteFolder:
             with contextlib.suppress(queue.Empty):
                 shard = self._queue.get(timeout=1.0)
                 with contextlib.suppress(BadSample, DataError, OSError):  # told when it is read
-                    self._fetch(shard, wait=False)
+                    if not self._fetch(shard, wait=False) and self.cache.path_of(shard) in self._needed:
+                        self._closed.wait(FIRST_PAUSE)
+                        self._queue.put(shard)  # another process is at it: see later that it is there
+                        continue
                 self._asked.discard(shard.sha256)
 
-    def _fetch(self, shard: Shard, wait: bool) -> None:
-        """Makes sure of the copy of a shard; without `wait` only if nobody else is about to."""
+    def _fetch(self, shard: Shard, wait: bool) -> bool:
+        """Makes sure of the copy of a shard; without `wait` only if nobody else is about to and there is room."""
         path = self.cache.path_of(shard)
         if shard.sha256 in self._bad:
             raise BadSample(*self._bad[shard.sha256])
         if path.exists():
-            return
+            return True
         with self.cache.locked(lock_of(shard.sha256), wait) as is_ours:
             if not is_ours or path.exists():
-                return
+                return path.exists()
             try:
-                self._copy(shard, path)
+                return self._copy(shard, path, wait)
             except BadSample as error:
                 self._bad[shard.sha256] = (error.reason, str(error))
                 raise
 
-    def _copy(self, shard: Shard, path: Path) -> None:
+    def _copy(self, shard: Shard, path: Path, wait: bool) -> bool:
         partial = path.with_suffix(PARTIAL)
         try:
             self._patiently(shard.name, lambda fs, path: self._require_size(fs, path, shard))
-            self.cache.reserve(partial, shard.num_bytes)
+            if not self._reserve(partial, shard.num_bytes, wait):
+                return False
             found = self._copy_pieces(shard, partial)
             if found != shard.sha256:  # on the way, or there?
                 found = self._copy_pieces(shard, partial)
@@ -294,14 +199,33 @@ class RemoteFolder:
                     f"{self.url}/{shard.name} has sha256 {found}, the manifest says {shard.sha256}",
                 )
             partial.replace(path)
+            return True
         except FileNotFoundError as error:
             raise BadSample("missing_shard", f"{self.url}/{shard.name} is missing") from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise DataError(f"{partial.parent} is full: make room there or lower {CACHE_GIB}") from error
         finally:
             partial.unlink(missing_ok=True)
 
+    def _reserve(self, partial: Path, num_bytes: int, wait: bool) -> bool:
+        """Room in the cache; with `wait` it may become free within PATIENCE, else DataError."""
+        until = time.monotonic() + PATIENCE
+        while not self.cache.reserve(partial, num_bytes):
+            if not wait:
+                return False
+            if time.monotonic() > until:
+                raise DataError(
+                    f"{partial.parent} is full of shards that are being written, {CACHE_GIB} allows "
+                    f"{self.cache.max_bytes / 2**30:.3g} GiB: raise it"
+                )
+            self._closed.wait(FIRST_PAUSE)
+        return True
+
     def _require_size(self, fs: Any, path: str, shard: Shard) -> None:
         size = fs.info(path)["size"]
-        if size != shard.num_bytes:
+        if size is not None and size != shard.num_bytes:
             raise BadSample(
                 "truncated_shard",
                 f"{self.url}/{shard.name} has {size} bytes, the manifest says {shard.num_bytes}",
@@ -346,15 +270,15 @@ class RemoteFolder:
                 raise ValueError(f"{self.url} cannot be opened: {error}") from error
         return self._fs
 
-    def _patiently(self, name: str, work: Callable[[Any, str], T], patience: float = PATIENCE) -> T:
+    def _patiently(self, name: str, work: Callable[[Any, str], T], patience: float | None = None) -> T:
         """What `work` gives for the file system and the path of a file, repeated while the store fails."""
         fs, root = self._connect()
-        told = f"{self.url}/{name}".rstrip("/")
+        told, patience = f"{self.url}/{name}".rstrip("/"), PATIENCE if patience is None else patience
         begun, is_told, pause = time.monotonic(), False, FIRST_PAUSE
         while True:
             try:
-                return work(fs, f"{root}/{name}".rstrip("/"))
-            except (FileNotFoundError, BadSample):
+                return _within(patience, lambda: work(fs, f"{root}/{name}".rstrip("/")))
+            except (FileNotFoundError, BadSample, *OUR_FAULTS):
                 raise
             except PermissionError as error:
                 raise DataError(
@@ -362,16 +286,38 @@ class RemoteFolder:
                 ) from error
             except Exception as error:  # every store has errors of its own
                 failing = time.monotonic() - begun
+                if self._closed.is_set():
+                    raise DataError(f"{told} was not read: the loader is closed") from error
+                if failing > patience:
+                    raise DataError(
+                        f"{told} has failed for {patience:g} seconds, at last with {error!r}: start again when the "
+                        "store answers, nothing is lost"
+                    ) from error
                 if failing > SILENT and not is_told:
                     is_told = True
                     warnings.warn(
                         f"{told} fails since {failing:.0f} seconds: {error!r}; tried again for {patience:g} in all",
                         stacklevel=2,
                     )
-                if failing > patience or self._closed.is_set():
-                    raise DataError(
-                        f"{told} has failed for {patience:g} seconds, at last with {error!r}: start again when the "
-                        "store answers, nothing is lost"
-                    ) from error
             self._closed.wait(random.uniform(pause / 2, pause))  # of many processes not all at once
             pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` gives; TimeoutError when it takes longer: a store may take a question and never answer."""
+    answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put((work(), None))
+        except BaseException as error:  # raised where it was asked
+            answers.put((None, error))
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except queue.Empty as late:
+        raise TimeoutError(f"no answer within {seconds:g} seconds") from late
+    if error is not None:
+        raise error
+    return answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import socket
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +24,9 @@ from data_prep.schema import (
     require_shard,
     sha256_file,
 )
+from pretrain.data.cache import Cache
 from pretrain.data.faults import BadSample, DataError
-from pretrain.data.remote import Cache, Place, RemoteFolder, is_url
+from pretrain.data.remote import Place, RemoteFolder, is_url
 from pretrain.data.verified import Verified
 
 OPEN_SHARDS = 64  # files and indices kept open at once, unless told otherwise
@@ -57,10 +59,11 @@ class ShardFolder:
             raise problem
         self.shard_sizes = [shard.num_samples for shard in self.manifest.shards]
         self._ends = list(accumulate(self.shard_sizes))
+        self._bad: dict[int, tuple[str, str]] = {}  # shard that cannot be opened -> reason and message
         self._open: dict[int, tuple[int, array, str]] = {}  # shard -> descriptor, offsets, path; oldest first
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}  # a worker process opens its own files
+        return {**self.__dict__, "_open": {}, "_bad": {}}  # a worker process opens its own files
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -92,13 +95,13 @@ class ShardFolder:
         ):  # one listing tells all: of many ranks the first asks for it
             sizes = self._remote.sizes()
             for shard in self.manifest.shards:
-                if sizes.get(shard.name) != shard.num_bytes:
+                if sizes.get(shard.name, 0) not in (shard.num_bytes, None):
                     yield ValueError(
                         f"{self.place}/{shard.name} has {sizes.get(shard.name, 'no')} bytes, the manifest says "
                         f"{shard.num_bytes}: copy it again or build the data set again"
                     )
 
-    def changed(self, shards: Iterable[int]) -> Iterator[ValueError]:
+    def changed(self, shards: Iterable[int]) -> Iterator[tuple[Shard, ValueError]]:
         """What the sha256 of these shards of a folder says against the manifest, where that was not found right since
         they last changed. Shards that are missing or too short are told by `problems`."""
         verified = Verified(self.folder)
@@ -111,11 +114,11 @@ class ShardFolder:
             try:
                 verified.check(shard)
             except ValueError as error:
-                yield error
+                yield shard, error
 
     def verify(self, shards: Iterable[int]) -> None:
         """ValueError with the first that `changed` tells."""
-        for problem in self.changed(shards):
+        for _, problem in self.changed(shards):
             raise problem
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
@@ -172,17 +175,25 @@ class ShardFolder:
         os.close(self._open.pop(shard)[0])
 
     def _open_another(self, number: int) -> tuple[int, array, str]:
+        if number in self._bad:
+            raise BadSample(*self._bad[number])
         if len(self._open) >= self._most_open:
             self._close(next(iter(self._open)))
         shard = self.manifest.shards[number]
-        if self._remote is None:
-            descriptor, path = _open_file(self.folder / shard.name)
-        else:
-            for other, (opened, *_) in list(self._open.items()):
-                if os.fstat(opened).st_nlink == 0:  # removed from the cache: the disk has it back only now
-                    self._close(other)
-            descriptor, path = self._remote.open(shard)
-        self._open[number] = (descriptor, _offsets(descriptor, path, shard), str(path))
+        try:
+            if self._remote is None:
+                descriptor, path = _open_file(self.folder / shard.name)
+            else:
+                for other, (opened, *_) in list(self._open.items()):
+                    if (
+                        os.fstat(opened).st_nlink == 0
+                    ):  # removed from the cache: the disk has it back only now
+                        self._close(other)
+                descriptor, path = self._remote.open(shard)
+            self._open[number] = (descriptor, _offsets(descriptor, path, shard), str(path))
+        except BadSample as error:  # it would take as long to find that again for each of its samples
+            self._bad[number] = (error.reason, str(error))
+            raise
         return self._open[number]
 
 
@@ -207,8 +218,10 @@ def _open_file(path: Path) -> tuple[int, Path]:
 def _offsets(descriptor: int, path: Path, shard: Shard) -> array:
     """Where the samples of an open shard lie; it is indexed if it is not yet. Closes it and raises BadSample."""
     try:
-        has_index = index_path(path).is_file()
-        offsets = read_index(path) if has_index else _index(descriptor, path)
+        try:
+            offsets, has_index = read_index(path), True
+        except FileNotFoundError:
+            offsets, has_index = _index(descriptor, path), False
         if len(offsets) != shard.num_samples + 1:
             raise BadSample(
                 "broken_index",
@@ -253,7 +266,9 @@ def _index(descriptor: int, path: Path) -> array:
 
 def _keep_index(path: Path, offsets: array) -> None:
     """Writes the index of a shard for the next time, where this process may."""
-    partial = path.with_name(f".{path.name}.idx.{os.getpid()}")  # workers may index the same shard at once
+    partial = path.with_name(
+        f".{path.name}.idx.{socket.gethostname()}.{os.getpid()}"
+    )  # workers may index the same shard at once
     try:
         partial.write_bytes(index_bytes(offsets.tolist()))
         partial.replace(index_path(path))

@@ -10,8 +10,9 @@ from pathlib import Path
 from data_prep.schema import TOKENIZER_FOLDER, Manifest, fill_prompt, tags_of
 from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
+from pretrain.data.cache import HELD_WINDOWS, Cache
 from pretrain.data.faults import BadSample
-from pretrain.data.remote import HELD_WINDOWS, Cache, Place, RemoteFolder
+from pretrain.data.remote import Place, RemoteFolder
 from pretrain.data.shards import ALL, ShardFolder
 from pretrain.data.text import Captions, captions_of
 
@@ -71,7 +72,7 @@ class OpenSource:
             return {}
         try:
             told = tags_of(json.loads(members.get("json", b"{}")), self.tag_ids)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample("bad_tags", f".json: {error}") from error
         ascending = sorted(told, key=lambda tag: tag[1])
         confidence = {self.tag_ids[name]: score for name, score in ascending}

@@ -54,9 +54,14 @@ def captions_of(members: Mapping[str, bytes]) -> list[str]:
     """
     try:
         record = json.loads(members["json"]) if "json" in members else {}
-        captions = [caption for caption in record.get("captions", []) if caption.strip()]
+        told = record.get("captions", []) if isinstance(record, dict) else None
+        if not isinstance(told, list) or not all(isinstance(caption, str) for caption in told):
+            raise ValueError(f"captions={told!r} in the .json must be a list of texts")
+        captions = [caption for caption in told if caption.strip()]
+        for caption in captions:
+            caption.encode()  # half of a pair of surrogates is no text
         text = members.get("txt", b"").decode("utf-8").strip()
-    except (ValueError, AttributeError, TypeError) as error:  # UnicodeDecodeError is a ValueError
+    except (ValueError, RecursionError) as error:  # Unicode's errors are ValueErrors
         raise BadSample("broken_text", f"caption: {error}") from error
     captions = captions or ([text] if text else [])
     if not captions:
@@ -75,8 +80,10 @@ def _load(folder: Path) -> tuple[Tokenizer, int]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no Hugging Face tokenizer: {error}; name another folder") from error
+    except Exception as error:  # a damaged file raises anything
+        raise ValueError(
+            f"{folder} holds no Hugging Face tokenizer: {error!r}; name another folder"
+        ) from error
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no padding token: add one (`pad_token`) to it")
     if not tokenizer.is_fast:

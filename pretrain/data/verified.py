@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.schema import MANIFEST_NAME, Shard, sha256_file
-from pretrain.data.remote import cache_folder
+from pretrain.data.cache import cache_folder
 
 THREAD = "m3i-verifier"
 CHUNK = 2**20  # bytes hashed between two looks at the clock

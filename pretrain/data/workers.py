@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 
 import cv2
 import torch
@@ -20,6 +21,7 @@ from pretrain.data.faults import DataError
 from pretrain.data.packed import Packed, pack, unpack
 from pretrain.data.steps import Delivery, Steps
 
+MOST_A_CORE = 16  # workers: more have no use
 MAX_DEATHS = 5  # of workers, before the machine counts as too small
 LONGEST_CLOSE = 10.0  # seconds that closing waits for a batch that is being made
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -30,16 +32,22 @@ class Made:
 
     Every process works two batches ahead, and a thread has the next one ready here: what it takes to receive a batch
     is no time of the trainer's. Workers that die are replaced with a warning and nothing is lost; the death after
-    MAX_DEATHS raises DataError.
+    MAX_DEATHS raises DataError. ValueError for more workers than this machine can have a use for.
     """
 
     def __init__(self, steps: Steps, workers: int, start_step: int) -> None:
+        most = MOST_A_CORE * (os.cpu_count() or 1)
+        if not 0 <= workers <= most:
+            raise ValueError(
+                f"workers={workers} must lie in [0, {most}], {MOST_A_CORE} a core: take one or two a core"
+            )
         self._steps, self._workers, self._next_step, self._deaths = steps, workers, start_step, 0
-        self._deliveries: Iterator[Packed] | None = None
+        self._deliveries: Iterator[Packed | DataError] | None = None
         if workers:
             self._deliveries = iter(_data_loader(steps, workers, start_step))
             self._ready: queue.Queue[Delivery | BaseException] = queue.Queue(maxsize=1)
             self._is_closed = threading.Event()
+            self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
             self._thread = threading.Thread(target=self._receive, daemon=True)
             self._thread.start()
 
@@ -58,9 +66,17 @@ class Made:
         if self._workers:
             self._is_closed.set()
             self._thread.join(LONGEST_CLOSE)
+            if self._thread.is_alive():  # it waits for a worker, which waits for its data
+                for worker in _workers_of(self._deliveries):
+                    worker.terminate()
+                self._thread.join(LONGEST_CLOSE)
             self._deliveries = None  # the DataLoader's iterator joins its workers when it goes
 
     def _receive(self) -> None:
+        if self._device is not None:
+            torch.cuda.set_device(
+                self._device
+            )  # where this thread, and one that it starts, keeps pinned memory
         while not self._is_closed.is_set():
             try:
                 received: Delivery | BaseException = self._deliver()
@@ -80,10 +96,13 @@ class Made:
         """The next step's batch; when a worker has died, all of them begin again at that step."""
         while True:
             try:
-                return unpack(next(self._deliveries))
+                made = next(self._deliveries)
+                if isinstance(made, DataError):
+                    raise made
+                return unpack(made)
             except (RuntimeError, OSError, EOFError):  # torch's own, or of the memory that a worker shared
                 dead = _dead_workers(self._deliveries)
-                if not dead:
+                if not dead or self._is_closed.is_set():
                     raise
             self._deaths += 1
             told = f"worker processes {dead} of the loader died at step {self._next_step}"
@@ -94,6 +113,23 @@ class Made:
             warnings.warn(f"{told}: new ones go on from there", stacklevel=3)
             self._deliveries = None  # ends the others
             self._deliveries = iter(_data_loader(self._steps, self._workers, self._next_step))
+
+
+class _Told:
+    """The steps, packed; what is wrong with the data is a result: torch would raise it with a worker's traceback."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+
+    def __getitem__(self, step: int) -> Packed | DataError:
+        try:
+            return pack(self._steps[step])
+        except DataError as error:
+            return error
+
+
+def _unchanged(made: Packed | DataError) -> Packed | DataError:
+    return made
 
 
 class _StepNumbers:
@@ -112,20 +148,25 @@ def _data_loader(steps: Steps, workers: int, start_step: int) -> DataLoader:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return DataLoader(
-        steps,  # a map-style dataset is what has __getitem__
+        _Told(steps),  # a map-style dataset is what has __getitem__
         sampler=_StepNumbers(start_step),
         batch_size=None,
-        collate_fn=pack,  # in the process that made it
+        collate_fn=_unchanged,
         num_workers=workers,
         worker_init_fn=_start_worker,
         multiprocessing_context=context,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # of seeds that nothing uses; the global one belongs to training
     )
 
 
-def _dead_workers(deliveries: Iterator[Packed]) -> list[int]:
+def _workers_of(deliveries: Iterator[Packed | DataError] | None) -> list[BaseProcess]:
+    return getattr(deliveries, "_workers", [])  # torch has no public name for them
+
+
+def _dead_workers(deliveries: Iterator[Packed | DataError]) -> list[int]:
     """Process numbers; a worker's death may be seen through its memory before the system tells of it."""
-    workers = getattr(deliveries, "_workers", [])  # torch has no public name for them
+    workers = _workers_of(deliveries)
     for _ in range(10):
         if dead := [worker.pid for worker in workers if not worker.is_alive()]:
             return dead

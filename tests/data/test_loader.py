@@ -16,21 +16,22 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from data_prep.schema import fill_prompt
-from pretrain.config import Mixing, Run, Source
+from pretrain.config import Mixing, Run, Source, Views
 from pretrain.data.batch import NO_CATEGORY, Batch
 from pretrain.data.drops import file_of
-from pretrain.data.faults import DataError
+from pretrain.data.faults import DataError, check_bad_share
 from pretrain.data.loader import Loader
 from pretrain.data.text import Captions
 from pretrain.objective import Input, Objective, Target
 from tests.data.delivered import assert_same, batches, joined
-from tests.data.sets import CATEGORIES, good_set, sample, small_run, write_set, write_tokenizer
+from tests.data.sets import CATEGORIES, encoded, good_set, sample, small_run, write_set, write_tokenizer
 from tests.paths import ROOT
 
 
@@ -358,12 +359,49 @@ def test_the_replacement_is_the_next_sample_of_the_source(tmp_path: Path) -> Non
 
 def test_too_many_bad_samples_stop_the_run_with_counts_and_a_remedy(tmp_path: Path) -> None:
     broken = {**sample(0, has_text=False), "jpg": b"\xff\xd8 broken"}
-    folder = spoilt(tmp_path, {index: broken for index in range(0, 200, 20)})  # 5 %
+    folder = spoilt(tmp_path, {index: broken for index in range(0, 200, 10)})  # 10 %
     run = small_run(data={"spoilt": Source("category")}, batch=20)
     with pytest.raises(
-        DataError, match=r"samples read so far are bad \(spoilt: \w+ \d; .*max_bad=0.01.*data_prep check"
+        DataError, match=r"samples read so far are bad \(spoilt: \w+ \d+; .*max_bad=0.01.*data_prep check"
     ):
         list(islice(rounds(run, folder), 10))
+
+
+@pytest.mark.parametrize(("share", "stopped"), [(0.005, 0), (0.02, 200)])
+def test_ranks_stop_for_a_share_above_the_limit_and_not_by_chance(share: float, stopped: int) -> None:
+    """Of 200 ranks that read 20,000 samples each, as many as are given."""
+    found = 0
+    for rank in range(200):
+        bad = np.cumsum(np.random.RandomState(rank).rand(20_000) < share)
+        try:
+            for num_reads in range(20, 20_001, 20):
+                check_bad_share({"a": int(bad[num_reads - 1])}, num_reads, 0.01, "")
+        except DataError:
+            found += 1
+    assert found == stopped
+
+
+def test_one_of_many_shards_may_be_lost_and_one_of_few_may_not(tmp_path: Path) -> None:
+    for num_shards, lasts in ((150, True), (10, False)):
+        samples = [sample(n, has_text=False) for n in range(4)]
+        folder = write_set(tmp_path / str(num_shards), [samples] * num_shards)
+        run = small_run(data={"names": Source("category")}, batch=4, mixing=Mixing(window=2))
+        loader = Loader(run, {"names": folder}, None, rank=0, world=1)
+        (folder / f"{loader._steps._order[9].shard:06d}.tar").unlink()
+        if lasts:
+            list(islice(loader, 30))
+            assert loader.dropped == {"names: missing_shard": 4}
+            loader.close()
+            with pytest.warns(UserWarning, match=r"is missing.*1 such shards"):
+                assert (
+                    len(batches(run, {"names": folder}, 20, start_step=2)) == 20
+                )  # in the lost shard's window
+        else:
+            with pytest.raises(
+                DataError, match=r"1 of 10 shards of source 'names' are lost \(\d+.tar; .*4 of 40"
+            ):
+                list(islice(loader, 30))
+            loader.close()
 
 
 def test_a_source_of_bad_samples_alone_ends_the_run(tmp_path: Path) -> None:
@@ -377,10 +415,13 @@ def test_a_broken_caption_is_a_reason(tmp_path: Path) -> None:
     samples = [sample(n, has_category=False) for n in range(40)]
     samples[7] = {**samples[7], "txt": b"caf\xe9", "json": b"{}"}
     samples[9] = {**samples[9], "txt": b" ", "json": b"{}"}
+    samples[11] = {**samples[11], "json": b'{"captions": ["half of a pair: \\ud83d"]}'}
+    samples[13] = {**samples[13], "json": b'{"captions": "one text, no list"}'}
+    samples[15] = {**samples[15], "json": b"[" * 100_000}
     folder = write_set(tmp_path / "spoilt", [samples])
     write_tokenizer(folder / "tokenizer")
     run = small_run(data={"spoilt": Source("text")}, batch=40, max_bad=0.5)
-    assert next(rounds(run, folder))[1] == {"spoilt: broken_text": 1, "spoilt: no_caption": 1}
+    assert next(rounds(run, folder))[1] == {"spoilt: broken_text": 4, "spoilt: no_caption": 1}
 
 
 def test_a_shard_that_goes_missing_is_replaced_and_counted(tmp_path: Path) -> None:
@@ -509,6 +550,35 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(folders: dict[s
     loader.close()
     for one, other in zip(delivered, batches(run, folders, 8), strict=True):
         assert_same(one, other)
+
+
+def test_a_worker_that_is_killed_while_it_sends_large_files_is_replaced(tmp_path: Path) -> None:
+    noise = np.random.RandomState(0).randint(0, 256, (400, 500, 3)).astype(np.uint8)
+    jpeg = encoded(noise, quality=95)  # more than a pipe takes at once
+    assert len(jpeg) > 2**17
+    folder = write_set(tmp_path / "large", [[{"jpg": jpeg, "cls": b"0", "json": b"{}"}] * 8])
+    run = small_run(data={"large": Source("category")}, views=Views(size=16, on_device="all"))
+    loader = Loader(run, {"large": folder}, None, rank=0, world=1, workers=1)
+    next(loader)
+    with pytest.warns(UserWarning, match=r"died at step \d: new ones go on"):
+        os.kill(loader._made._deliveries._workers[0].pid, signal.SIGKILL)
+        list(islice(loader, 6))
+    loader.close()
+
+
+def test_what_is_wrong_with_the_data_is_told_without_a_workers_traceback(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "spoilt", [[{"jpg": b"", "cls": b"0", "json": b"{}"}] * 3])
+    run = small_run(data={"spoilt": Source("category")}, max_bad=1.0)
+    loader = Loader(run, {"spoilt": folder}, None, rank=0, world=1, workers=1)
+    for _ in range(2):  # and again to whoever asks again
+        with pytest.raises(DataError, match=r"^32 samples of source 'spoilt' in turn cannot be used"):
+            next(loader)
+    loader.close()
+
+
+def test_more_workers_than_have_a_use_are_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"workers=100000 must lie in \[0, \d+\], 16 a core"):
+        Loader(small_run(), folders, None, rank=0, world=1, workers=100_000)
 
 
 def test_workers_that_keep_dying_end_the_run_with_a_remedy(

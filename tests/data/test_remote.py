@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -14,9 +18,10 @@ import pytest
 from data_prep.schema import Shard
 from pretrain.config import Mixing, Source
 from pretrain.data import remote, sources
+from pretrain.data.cache import Cache, cache_folder, lock_of
 from pretrain.data.faults import BadSample, DataError
 from pretrain.data.loader import Loader
-from pretrain.data.remote import Cache, RemoteFolder, is_url
+from pretrain.data.remote import RemoteFolder, is_url
 from pretrain.data.shards import ShardFolder
 from pretrain.named_folders import named_folders, named_places
 from tests.data.delivered import assert_same, batches
@@ -82,7 +87,7 @@ def test_what_was_copied_is_not_asked_for_again(store: Store, urls: dict[str, st
     batches(small_run(), urls, 4)
     # two manifests, two listings, the tokenizer's listing and files: no shard
     assert store.faults.num_requests - before < 20
-    assert len(list((remote.cache_folder() / "shards").glob("*.tar"))) == 5
+    assert len(list((cache_folder() / "shards").glob("*.tar"))) == 5
 
 
 def test_the_next_window_is_copied_before_it_is_read(store: Store, tmp_path: Path) -> None:
@@ -90,7 +95,7 @@ def test_the_next_window_is_copied_before_it_is_read(store: Store, tmp_path: Pat
     run = small_run(data={"many": Source("category")}, batch=4, mixing=Mixing(window=1))
     loader = Loader(run, {"many": url}, None, rank=0, world=1)
     next(loader)
-    shards = remote.cache_folder() / "shards"
+    shards = cache_folder() / "shards"
     until = time.monotonic() + 20
     while len(list(shards.glob("*.tar"))) < 2:
         assert time.monotonic() < until, "20 seconds and the second window is not there"
@@ -106,12 +111,12 @@ def test_the_cache_stays_within_its_limit_and_drops_what_was_used_longest_ago(
     url = store.put(folder, "sets/limited")
     opened = ShardFolder(url)
     limit = sum(shard.num_bytes for shard in opened.manifest.shards[:3])
-    opened._remote.cache = Cache(remote.cache_folder(), limit)
+    opened._remote.cache = Cache(cache_folder(), limit)
     for index in range(0, 24, 4):
         assert opened.sample(index) == sample(index)
-        held = list((remote.cache_folder() / "shards").glob("*.tar"))
+        held = list((cache_folder() / "shards").glob("*.tar"))
         assert sum(path.stat().st_size for path in held) <= limit
-    kept = {path.stem for path in (remote.cache_folder() / "shards").glob("*.tar")}
+    kept = {path.stem for path in (cache_folder() / "shards").glob("*.tar")}
     newest = [shard.sha256 for shard in opened.manifest.shards[4:]]
     assert kept >= set(newest) and opened.manifest.shards[0].sha256 not in kept
     assert opened.sample(0) == sample(0)  # its file is gone, it is copied again
@@ -121,7 +126,7 @@ def test_the_cache_stays_within_its_limit_and_drops_what_was_used_longest_ago(
 def test_files_that_were_dropped_are_closed(store: Store, tmp_path: Path) -> None:
     opened = ShardFolder(store.put(good_set(tmp_path / "many", (4,) * 3), "sets/closed"))
     opened.sample(0)
-    for path in (remote.cache_folder() / "shards").glob("*.tar"):
+    for path in (cache_folder() / "shards").glob("*.tar"):
         path.unlink()
     opened.sample(4)
     assert list(opened._open) == [1]
@@ -139,7 +144,9 @@ def test_a_missing_and_a_truncated_shard_are_replaced_counted_and_exact_after_a_
     straight = [next(loader) for _ in range(6)]  # two epochs
     assert loader.dropped == {"gone: missing_shard": 12, "gone: truncated_shard": 12}
     loader.close()
-    with pytest.warns(UserWarning, match=r"000001.tar has no bytes.*\(2 such shards; .*as before the resume"):
+    with pytest.warns(
+        UserWarning, match=r"000001.tar has no bytes.*\(2 such shards; .*what changed is used as it is"
+    ):
         resumed = batches(run, {"gone": url}, 3, start_step=3)
     for one, other in zip(straight[3:], resumed, strict=True):
         assert_same(one, other)
@@ -158,7 +165,7 @@ def test_a_shard_that_differs_from_the_manifest_is_no_data(store: Store, tmp_pat
     with pytest.raises(BadSample):
         opened.sample(5)
     assert store.faults.num_requests == before  # it is not copied for every sample
-    assert not list((remote.cache_folder() / "shards").glob("*"))
+    assert not list((cache_folder() / "shards").glob("*"))
     opened.close()
 
 
@@ -181,19 +188,24 @@ def test_a_shard_that_is_lost_while_it_is_copied_is_a_bad_one(
     with pytest.raises(BadSample) as caught:
         opened.sample(0)
     assert caught.value.reason == {"deleted": "missing_shard", "truncated": "truncated_shard"}[change]
-    assert not list((remote.cache_folder() / "shards").glob("*"))
+    assert not list((cache_folder() / "shards").glob("*"))
     opened.close()
 
 
-def test_what_a_killed_process_had_begun_makes_room_at_once(tmp_path: Path) -> None:
+def test_what_a_killed_process_had_begun_makes_room_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PATIENCE", 0.3)
     opened = ShardFolder(f"file://{good_set(tmp_path / 'names', (6, 6))}")
     sizes = [shard.num_bytes for shard in opened.manifest.shards]
-    opened._remote.cache = Cache(remote.cache_folder(), max(sizes))
-    begun = remote.cache_folder() / "shards" / f"{'a' * 64}.part"
+    opened._remote.cache = Cache(cache_folder(), max(sizes))
+    begun = cache_folder() / "shards" / f"{'a' * 64}.part"
     begun.parent.mkdir(parents=True)
     begun.write_bytes(bytes(max(sizes)))
-    told = pytest.raises(DataError, match=r"bytes that are being written, of .*: raise M3I_CACHE_GIB")
-    with opened._remote.cache.locked(remote.lock_of("a" * 64)), told:
+    told = pytest.raises(
+        DataError, match=r"is full of shards that are being written, M3I_CACHE_GIB allows .*: raise it"
+    )
+    with opened._remote.cache.locked(lock_of("a" * 64)), told:
         opened.sample(0)
     assert opened.sample(0) == sample(0) and not begun.exists()
     opened.close()
@@ -214,9 +226,7 @@ def test_a_rarely_drawn_source_keeps_its_window_beside_a_fast_one(
     copied: Counter[str] = Counter()
     real = RemoteFolder._copy
     monkeypatch.setattr(
-        RemoteFolder,
-        "_copy",
-        lambda self, shard, path: copied.update([self.url[-4:]]) or real(self, shard, path),
+        RemoteFolder, "_copy", lambda self, *rest: copied.update([self.url[-4:]]) or real(self, *rest)
     )
     batches(
         run, urls, 40
@@ -237,8 +247,45 @@ def test_what_a_store_lacks_is_told_at_start(store: Store, tmp_path: Path, urls:
         ShardFolder(url)
 
 
-def test_a_store_that_never_answers_ends_the_start_soon(
-    store: Store, urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_a_store_that_takes_a_question_and_never_answers_ends_the_start_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote, "PATIENCE_AT_START", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/set"
+        with pytest.raises(DataError, match=r"has failed for 0.5 seconds, .*no answer within 0.5 seconds"):
+            ShardFolder(url)
+
+
+def test_a_store_on_the_web_that_tells_no_sizes_serves(tmp_path: Path) -> None:
+    folder = good_set(tmp_path / "names", (3, 4))
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    opened = ShardFolder(f"http://127.0.0.1:{server.server_port}/names")
+    assert [opened.sample(n) for n in range(7)] == [ShardFolder(folder).sample(n) for n in range(7)]
+    opened.close()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_cache_that_may_not_be_written_is_told_by_its_name(
+    tmp_path: Path, urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("M3I_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(
+        ValueError, match=r"M3I_CACHE=.*/cache must be a folder that may be written.*local disk"
+    ):
+        ShardFolder(urls["names"])
+
+
+def test_a_store_that_fails_ends_the_start_soon(
+    urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "PATIENCE_AT_START", 0.1)
     monkeypatch.setattr(RemoteFolder, "_connect", lambda self: (Broken(), "bucket"))
@@ -283,5 +330,7 @@ def test_any_file_system_of_fsspec_serves(folders: dict[str, Path]) -> None:
 def test_only_tools_that_take_urls_are_given_them(tmp_path: Path) -> None:
     assert named_places("--data", ["a=s3://b/c/", f"d={tmp_path}"]) == {"a": "s3://b/c", "d": tmp_path}
     assert is_url("s3://b/c") and not is_url(tmp_path)
+    with pytest.raises(ValueError, match="memory:// names no folder of that store"):
+        named_places("--data", ["a=memory://"])
     with pytest.raises(ValueError, match=r"--data a=s3://b/c is a URL: copy the data set to a folder"):
         named_folders("--data", ["a=s3://b/c"])

@@ -86,8 +86,10 @@ def test_a_shard_that_is_cut_off_gets_no_index_that_outlives_its_mending(tmp_pat
         (root / "000001.tar").write_bytes(content[:kept])
         with pytest.raises(BadSample):
             folder.sample(6)
+        with pytest.raises(BadSample):
+            folder.sample(7)  # told again, without another look
     (root / "000001.tar").write_bytes(content)
-    assert folder.sample(6) == sample(6)
+    assert ShardFolder(root).sample(6) == sample(6)
 
 
 def test_too_many_open_files_are_no_fault_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
