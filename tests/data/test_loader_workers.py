@@ -1,0 +1,122 @@
+"""Do the processes that make batches end, die and fail without harm?"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.config import Source, Views
+from pretrain.data.faults import DataError
+from pretrain.data.loader import Loader
+from tests.data.delivered import assert_same, batches
+from tests.data.sets import encoded, small_run, write_set
+from tests.paths import ROOT
+
+
+def test_a_closed_loader_says_so_and_leaves_no_worker(folders: dict[str, Path]) -> None:
+    loader = Loader(small_run(), folders, None, rank=0, world=1, workers=1)
+    next(loader)
+    assert len(multiprocessing.active_children()) == 1
+    loader.close()
+    assert not multiprocessing.active_children()
+    with pytest.raises(ValueError, match="the loader is closed"):
+        next(loader)
+
+
+KILLED_TRAINER = """
+import os, pickle, signal, sys
+from pretrain.data.loader import Loader
+
+if __name__ == "__main__":
+    run, folders = pickle.load(open(sys.argv[1], "rb"))
+    loader = Loader(run, folders, None, rank=0, world=1, workers=1)
+    next(loader)
+    import multiprocessing
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(folders: dict[str, Path]) -> None:
+    run = small_run()
+    loader = Loader(run, folders, None, rank=0, world=1, workers=2)
+    delivered = [next(loader)]
+    with pytest.warns(
+        UserWarning, match=r"worker processes \[\d+\] of the loader died at step \d: new ones go on"
+    ):
+        os.kill(loader._made._deliveries._workers[0].pid, signal.SIGKILL)
+        delivered += islice(loader, 7)
+    loader.close()
+    for one, other in zip(delivered, batches(run, folders, 8), strict=True):
+        assert_same(one, other)
+
+
+def test_a_worker_that_is_killed_while_it_sends_large_files_is_replaced(tmp_path: Path) -> None:
+    noise = np.random.RandomState(0).randint(0, 256, (400, 500, 3)).astype(np.uint8)
+    jpeg = encoded(noise, quality=95)  # more than a pipe takes at once
+    assert len(jpeg) > 2**17
+    folder = write_set(tmp_path / "large", [[{"jpg": jpeg, "cls": b"0", "json": b"{}"}] * 8])
+    run = small_run(data={"large": Source("category")}, views=Views(size=16, on_device="all"))
+    loader = Loader(run, {"large": folder}, None, rank=0, world=1, workers=1)
+    next(loader)
+    with pytest.warns(UserWarning, match=r"died at step \d: new ones go on"):
+        os.kill(loader._made._deliveries._workers[0].pid, signal.SIGKILL)
+        list(islice(loader, 6))
+    loader.close()
+
+
+def test_what_is_wrong_with_the_data_is_told_without_a_workers_traceback(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "spoilt", [[{"jpg": b"", "cls": b"0", "json": b"{}"}] * 3])
+    run = small_run(data={"spoilt": Source("category")}, max_bad=1.0)
+    loader = Loader(run, {"spoilt": folder}, None, rank=0, world=1, workers=1)
+    for _ in range(2):  # and again to whoever asks again
+        with pytest.raises(DataError, match=r"^32 samples of source 'spoilt' in turn cannot be used"):
+            next(loader)
+    loader.close()
+
+
+def test_more_workers_than_have_a_use_are_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"workers=100000 must lie in \[0, \d+\], 16 a core"):
+        Loader(small_run(), folders, None, rank=0, world=1, workers=100_000)
+
+
+def test_workers_that_keep_dying_end_the_run_with_a_remedy(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.data.workers.MAX_DEATHS", 0)
+    loader = Loader(small_run(), folders, None, rank=0, world=1, workers=1)
+    next(loader)
+    os.kill(loader._made._deliveries._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"for the 1. time: .* lower --workers"):
+        list(islice(loader, 9))
+    loader.close()
+
+
+def test_workers_end_when_the_trainer_is_killed(tmp_path: Path, folders: dict[str, Path]) -> None:
+    run = small_run(data={"names": Source("category")})
+    (tmp_path / "job.pickle").write_bytes(pickle.dumps((run, {"names": folders["names"]})))
+    (tmp_path / "trainer.py").write_text(KILLED_TRAINER)
+    trainer = subprocess.run(
+        [sys.executable, tmp_path / "trainer.py", tmp_path / "job.pickle"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        timeout=120,
+    )
+    assert trainer.returncode == -signal.SIGKILL
+    (worker,) = map(int, trainer.stdout.split())
+    with contextlib.suppress(ProcessLookupError):  # ended already
+        ended = os.pidfd_open(worker)
+        assert select.select([ended], [], [], 20)[0], "the worker outlives its trainer by 20 seconds"
+        os.close(ended)
