@@ -15,6 +15,7 @@ from PIL import Image
 
 from data_prep.schema import Manifest, Shard, index_bytes, index_path, sha256_file, write_manifest
 from pretrain.config import Mask, Run, Source, Text, Views
+from pretrain.data.colour import Change, change_colours
 from pretrain.data.views import draw_views, make_views
 from pretrain.objectives import OBJECTIVES
 
@@ -34,6 +35,12 @@ def two_views(
     """Views and boxes of one image, as the loader makes them."""
     drawn = draw_views(image.shape[0], image.shape[1], settings, generator, num_views)
     return make_views(image, drawn, settings.size)
+
+
+def recoloured(view: torch.Tensor, change: Change) -> torch.Tensor:
+    """A view [3, s, s] with changed colours."""
+    levels = np.ascontiguousarray(view.permute(1, 2, 0).numpy())
+    return torch.from_numpy(change_colours(levels, change)).permute(2, 0, 1)
 
 
 def encoded(pixels: np.ndarray, form: str = "JPEG", **options: object) -> bytes:

@@ -11,13 +11,13 @@ import torch
 
 from pretrain.config import Source, Views
 from pretrain.data import loader as loader_module
-from pretrain.data.colour import Change, change_batch, change_colours, draw_change, largest_sigma
+from pretrain.data.colour import Change, change_batch, draw_change, largest_sigma
 from pretrain.data.decode import decode_image, plain_jpeg_size
 from pretrain.data.device import cut_float, decode_files
 from pretrain.data.loader import Loader
 from pretrain.data.views import cut
 from tests.data.delivered import batches
-from tests.data.sets import encoded, good_set, picture, sample, small_run, write_set
+from tests.data.sets import encoded, good_set, picture, recoloured, sample, small_run, write_set
 
 DEVICES = [
     "cpu",
@@ -36,9 +36,7 @@ def test_colours_of_a_batch_are_those_of_each_view(device: str) -> None:
     views = torch.stack([view_of(seed) for seed in range(64)])
     numbers = torch.tensor([change.numbers() for change in drawn])
     found = change_batch(views.to(device), numbers.to(device), largest_sigma(STRONG)).cpu()
-    expected = torch.stack(
-        [change_colours(view.clone(), change) for view, change in zip(views, drawn, strict=True)]
-    )
+    expected = torch.stack([recoloured(view, change) for view, change in zip(views, drawn, strict=True)])
     difference = (found.int() - expected.int()).abs()
     # each rounds twice; a blur over all of its reach differs from one cut off at three deviations by 0.3 %
     assert int(difference.max()) <= 2 and float((difference > 0).float().mean()) < 0.05

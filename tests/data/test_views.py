@@ -13,15 +13,15 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as reference
 
 from pretrain.config import Views
-from pretrain.data.colour import Change, affine, blur, change_colours, draw_jitter, solarize
+from pretrain.data.colour import Change, affine, blur, draw_jitter, solarize
 from pretrain.data.views import center_view, cut, draw_crop, resize
-from tests.data.sets import picture, two_views
+from tests.data.sets import picture, recoloured, two_views
 
 PLAIN = Views(size=32, jitter_probability=0.0, grayscale=0.0, blur=(0.0, 0.0), solarize=(0.0, 0.0))
 
 
 def changed(view: torch.Tensor, **fields: float) -> torch.Tensor:
-    return change_colours(view.clone(), Change(**fields)).float()
+    return recoloured(view, Change(**fields)).float()
 
 
 def image_of(seed: int, height: int, width: int) -> torch.Tensor:
