@@ -90,7 +90,8 @@ class Loader:
         self._drops = Drops(dropped_to, start_step, manifests)
         self._is_begun = False
         self._images_before = start_step * run.images_per_rank(world)
-        self.num_captions = self.num_cut = 0  # delivered on this rank, and those longer than run.text.length
+        self.num_captions = self.num_tokens = 0  # delivered on this rank
+        self.num_cut = 0  # of these captions, those longer than run.text.length
         self.seconds = dict.fromkeys(STAGES, 0.0)  # of work so far for this rank, of all its workers
         self.num_images = 0  # delivered on this rank
         self._untagged: int | None = 0  # images so far; None once one had a tag, or it was told
@@ -121,6 +122,7 @@ class Loader:
         self._next_step += 1
         self.num_images += delivery.num_images
         self.num_captions += delivery.num_captions
+        self.num_tokens += delivery.num_tokens
         self.num_cut += delivery.num_cut
         self._look_for_tags(delivery)
         for stage, seconds in delivery.seconds.items():
@@ -169,8 +171,9 @@ class Loader:
 
     @property
     def captions(self) -> dict[str, int]:
-        """How many were delivered on this rank, and how many of them were cut."""
-        return {"delivered": self.num_captions, "cut": self.num_cut} if self.num_captions else {}
+        """How many were delivered on this rank, with how many tokens, and how many of them were cut."""
+        counts = {"delivered": self.num_captions, "tokens": self.num_tokens, "cut": self.num_cut}
+        return counts if self.num_captions else {}
 
     def close(self) -> None:
         """End the workers and close the shards."""

@@ -11,8 +11,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from pretrain.config import Run
 from pretrain.data.loader import Loader
 from pretrain.data.remote import Place
@@ -88,7 +86,6 @@ def measure(
     Arguments and errors as those of `Loader`.
     """
     batch = BATCH * run.objective.input.mixed
-    lengths: list[torch.Tensor] = []
     begun = time.perf_counter()
     loader = Loader(
         replace(run, batch=batch),
@@ -101,17 +98,16 @@ def measure(
     )
     with closing(loader):
         first, since = 0.0, begun
-        for made in loader:
+        for _ in loader:
             if not first:
                 since = time.perf_counter()
                 first = since - begun
-            lengths.append(made.token_mask[made.has_text].sum(1))
             if loader.num_images >= num_images:
                 break
         seconds = time.perf_counter() - since
         working = [child.pid for child in multiprocessing.active_children()] if workers else [os.getpid()]
         peaks = [peak for peak in map(peak_bytes_of, working) if peak is not None]
-    told = torch.cat(lengths).float()
+    num_captions = loader.num_captions
     return Measured(
         num_images=loader.num_images,
         workers=workers,
@@ -120,7 +116,7 @@ def measure(
         num_timed=loader.num_images - batch,
         stages={stage: loader.seconds[stage] / loader.num_images for stage in STAGES},
         dropped=dict(loader.dropped),
-        tokens=(told.mean().item(), loader.num_cut / loader.num_captions) if len(told) else None,
+        tokens=(loader.num_tokens / num_captions, loader.num_cut / num_captions) if num_captions else None,
         peak_bytes=max(peaks, default=None),
     )
 

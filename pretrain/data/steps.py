@@ -40,6 +40,7 @@ class Delivery(NamedTuple):
     num_taggable: int  # of sources that tell tags
     num_tagged: int  # with one that is sure enough
     num_captions: int
+    num_tokens: int  # of all captions, special tokens included
     num_cut: int  # of them, captions longer than run.text.length
     seconds: dict[str, float]  # by stage, of the process that worked
 
@@ -102,6 +103,7 @@ class Steps:
             int(batch.has_tags.sum()),
             int((batch.tags != NO_TAG).any(dim=1).sum()),
             int(batch.has_text.sum()),
+            int(batch.token_mask.sum()),
             sum(row.is_cut for row in rows),
             self._seconds,
         )

@@ -158,6 +158,8 @@ def test_captions_longer_than_the_text_are_counted(folders: dict[str, Path]) -> 
     for _ in range(4):
         batch, uncut = next(loader), next(long)
     assert loader.num_captions == long.num_captions == 48 and long.num_cut == 0
+    assert loader.captions == {"delivered": 48, "tokens": loader.num_tokens, "cut": loader.num_cut}
+    assert 48 * 5 <= loader.num_tokens < long.num_tokens <= 48 * 14  # 3 to 12 words, and 2 special tokens
     assert 0 < loader.num_cut < 48
     assert bool((uncut.token_mask.sum(1) > 10).any()) and int(batch.token_mask.sum(1).max()) == 10
     loader.close()

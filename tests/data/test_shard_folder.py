@@ -157,9 +157,17 @@ def test_a_shard_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: py
 def test_without_a_place_to_remember_shards_are_hashed_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hashed = []
+    real = verified._sha256
+    monkeypatch.setattr(
+        verified, "_sha256", lambda path, *rest: hashed.append(path.name) or real(path, *rest)
+    )
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("M3I_CACHE", str(tmp_path / "file" / "cache"))
-    ShardFolder(good_set(tmp_path / "set")).verify(range(3))
+    folder = ShardFolder(good_set(tmp_path / "set"))
+    for _ in range(2):
+        folder.verify(range(3))
+    assert len(hashed) == 6
 
 
 def test_a_slow_check_takes_its_time_and_ends_when_told(tmp_path: Path) -> None:
