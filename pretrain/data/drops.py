@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.schema import Manifest, write_atomic
-from pretrain.data.faults import OF_SHARDS, WHOLE_SHARD, DataError, Dropped, check_bad_share
+from pretrain.data.faults import OF_SHARDS, WHOLE_SHARD, DataError, Dropped, beyond_chance, check_bad_share
 
 NAME = "dropped-rank_{:05d}.jsonl"  # in the folder of a run
 
@@ -60,7 +60,7 @@ class Drops:
     def check(self, num_images: int, limit: float) -> None:
         """DataError when single samples are more than `limit` of those read for `num_images`, or the shards that
         were lost hold more than that of a source: one of few thousand shards may go, at any time."""
-        check_bad_share(self._single, num_images, limit, self._last)
+        check_bad_share(self._single, num_images, limit, self._last, beyond_chance)
         for name, manifest in self._manifests.items():
             lost = {shard: samples for (source, shard), samples in self._lost.items() if source == name}
             if sum(lost.values()) > limit * manifest.num_samples:

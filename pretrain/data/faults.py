@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 WHOLE_SHARD = -1
+MIN_READS = 100  # the limit on bad samples is taken over at least this many reads
 A_FEW = 3  # bad samples beyond what chance explains
 OF_SHARDS = (  # reasons that concern a shard as a whole
     "missing_shard",
@@ -47,18 +48,34 @@ class DataError(ValueError):
     """The data as a whole cannot be trained on."""
 
 
-def check_bad_share(dropped: Mapping[str, int], num_reads: int, limit: float, last: str) -> None:
-    """Raise DataError when so many of the samples read were bad that their share is above `limit`, not by chance.
+def exactly(limit: float, num_reads: int) -> float:
+    """Bad samples that one judge of all samples allows."""
+    return limit * max(num_reads, MIN_READS)
 
-    Four standard deviations and a few more are allowed: hundreds of ranks that each judge for themselves would else
-    stop a run whose data is good enough. `last` describes the latest bad sample, so that the message leads to one.
+
+def beyond_chance(limit: float, num_reads: int) -> float:
+    """Bad samples that each of hundreds of judges allows: four standard deviations and a few more, or one of them
+    would stop a run whose data is good enough."""
+    expected = limit * num_reads
+    return expected + 4 * expected**0.5 + A_FEW
+
+
+def check_bad_share(
+    dropped: Mapping[str, int],
+    num_reads: int,
+    limit: float,
+    last: str,
+    allowed: Callable[[float, int], float] = exactly,
+) -> None:
+    """Raise DataError when more of the samples read were bad than a share of `limit` allows.
+
+    `last` describes the latest bad sample, so that the message leads to one.
     """
-    num_bad, expected = sum(dropped.values()), limit * num_reads
-    allowed = expected + 4 * expected**0.5 + A_FEW
-    if num_bad > allowed and num_bad > expected:
+    num_bad, most = sum(dropped.values()), allowed(limit, num_reads)
+    if num_bad > most:
         counts = ", ".join(f"{kind} {count}" for kind, count in sorted(dropped.items()))
         raise DataError(
             f"{num_bad} of the {num_reads} samples read so far are bad ({counts}; the last: {last}), "
-            f"max_bad={limit} allows {int(allowed)}: run `python -m data_prep check` "
+            f"max_bad={limit} allows {int(most)}: run `python -m data_prep check` "
             "on the data sets and build them again, or raise max_bad"
         )

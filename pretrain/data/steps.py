@@ -200,7 +200,7 @@ class Steps:
         if captions is not None and source.gives_text:
             told = source.captions(members)
             chosen = int(_generator(self.run.seed, position, "caption").random() * len(told))
-            return captions.encode(told[chosen])
+            return captions.tokens(told[chosen])
         padding = 0 if captions is None else captions.padding
         return Tokens(torch.full((length,), padding), torch.zeros(length, dtype=torch.bool), False)
 

@@ -40,8 +40,13 @@ class Captions:
         self._tokenizer.enable_padding(length=length, pad_id=self.padding, pad_token=padding_token)
         self.vocab_size = self._tokenizer.get_vocab_size()
 
-    def encode(self, caption: str) -> Tokens:
-        """Special tokens included."""
+    def encode(self, caption: str) -> tuple[Int[Tensor, " length"], Bool[Tensor, " length"]]:
+        """Token numbers and which of them are real; special tokens included."""
+        numbers, is_real, _ = self.tokens(caption)
+        return numbers, is_real
+
+    def tokens(self, caption: str) -> Tokens:
+        """The same, and whether the caption is longer."""
         encoding = self._tokenizer.encode(caption)
         mask = torch.tensor(encoding.attention_mask, dtype=torch.bool)
         return Tokens(torch.tensor(encoding.ids), mask, bool(encoding.overflowing))

@@ -99,7 +99,7 @@ def _example(batch: Batch, place: int, order: Order, sources: Sources) -> Exampl
 def _caption(source: OpenSource, members: Mapping[str, bytes], captions: Captions, tokens: Tensor) -> str:
     """The caption of a sample that became `tokens`. BadSample where there is none, as in training."""
     for caption in source.captions(members):
-        if torch.equal(captions.encode(caption).numbers, tokens):
+        if torch.equal(captions.encode(caption)[0], tokens):
             return caption
     raise BadSample("no_caption", "no caption of the sample gives these tokens")
 

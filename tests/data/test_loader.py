@@ -172,11 +172,11 @@ def test_categories_become_captions_by_prompts(tmp_path: Path, folders: dict[str
     names, tokenizer = {"names": folders["names"]}, folders["talk"] / "tokenizer"
     batch = joined(batches(run, names, 4, tokenizer=tokenizer))
     captions = Captions(tokenizer, run.text.length)
-    told = {tuple(captions.encode(fill_prompt(p, c)).numbers.tolist()) for p in prompts for c in CATEGORIES}
+    told = {tuple(captions.encode(fill_prompt(p, c))[0].tolist()) for p in prompts for c in CATEGORIES}
     assert {tuple(row) for row in batch.tokens.tolist()} == told
     by_category = joined(batches(small_run(data={"names": Source("category")}, batch=20), names, 4)).category
     for row, category in zip(batch.tokens, by_category, strict=True):
-        said = [captions.encode(fill_prompt(prompt, CATEGORIES[category])).numbers for prompt in prompts]
+        said = [captions.encode(fill_prompt(prompt, CATEGORIES[category]))[0] for prompt in prompts]
         assert any(torch.equal(row, one) for one in said)
 
 

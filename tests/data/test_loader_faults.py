@@ -14,7 +14,7 @@ import torch
 from pretrain.config import Mixing, Run, Source
 from pretrain.data.batch import Batch
 from pretrain.data.drops import file_of
-from pretrain.data.faults import DataError, check_bad_share
+from pretrain.data.faults import DataError, beyond_chance, check_bad_share
 from pretrain.data.loader import Loader
 from tests.data.delivered import assert_same, batches, joined
 from tests.data.sets import good_set, sample, small_run, write_set, write_tokenizer
@@ -117,7 +117,7 @@ def test_ranks_stop_for_a_share_above_the_limit_and_not_by_chance(share: float, 
         bad = np.cumsum(np.random.RandomState(rank).rand(20_000) < share)
         try:
             for num_reads in range(20, 20_001, 20):
-                check_bad_share({"a": int(bad[num_reads - 1])}, num_reads, 0.01, "")
+                check_bad_share({"a": int(bad[num_reads - 1])}, num_reads, 0.01, "", beyond_chance)
         except DataError:
             found += 1
     assert found == stopped
