@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -152,6 +153,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     keep_memory()  # as in the loader's workers; both sides gain
     views = load("m3i.vit_b16").views
     measured = {}
