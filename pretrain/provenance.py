@@ -15,13 +15,13 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "transformers")
 
 def commit() -> str | None:
     """Commit of the working tree, with "+changes" if tracked files differ from it, other than results of
-    benchmarks, which are its products; None outside git.
+    benchmarks, which are its products. Outside git what the variable M3I_COMMIT says, as in an image; else None.
     """
     try:
         head = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("M3I_COMMIT")
     return head + ("+changes" if changes else "")
 
 
