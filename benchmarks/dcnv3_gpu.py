@@ -1,12 +1,12 @@
 """How fast is fused DCNv3 on a GPU, at the stages of InternImage-H at 192 px, and how far from the memory's limit?
 
-    python benchmarks/dcnv3_gpu.py [--batch 64] [--dtype bfloat16]
+    python benchmarks/dcnv3_gpu.py [--batch 64] [--dtype bfloat16] [--only fused]
 
 Per stage, forward and forward + backward: the fused kernels (deterministic and atomic), the compiled gather, and
 the published CUDA operator where its package `DCNv3` is importable (in float16, the only narrow type it has, with
 softmax and blend in torch). The bandwidth bound counts every operand once, at the rate that a copy reaches in the
-same run. Checks each stage against the float64 reference first. Writes benchmarks/results/dcnv3_gpu.json; without
-a GPU it measures and writes nothing.
+same run. Checks each stage against the float64 reference first. Writes benchmarks/results/dcnv3_gpu.json,
+or dcnv3_gpu_fused.json with the fused kernels alone; without a GPU it measures and writes nothing.
 """
 
 from __future__ import annotations
@@ -103,14 +103,21 @@ def published_seconds(
 
 
 def measure(
-    kind: Kind, device: torch.device, dtype: torch.dtype, rate: float, published: Callable[..., Tensor] | None
+    kind: Kind,
+    device: torch.device,
+    dtype: torch.dtype,
+    rate: float,
+    published: Callable[..., Tensor] | None,
+    *,
+    is_whole: bool = True,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Implementation -> pass -> milliseconds, gigabytes a second, share of the bandwidth bound."""
     times = {
         "fused": pass_seconds(kind, device, dtype, "triton"),
         "fused_atomic": pass_seconds(kind, device, dtype, "triton", is_atomic=True),
-        "compiled": pass_seconds(kind, device, dtype, "compiled"),
     }
+    if is_whole:
+        times["compiled"] = pass_seconds(kind, device, dtype, "compiled")
     if published is not None:
         times["published_float16"] = published_seconds(kind, device, published)
     moved = moved_bytes(kind, dtype.itemsize)
@@ -131,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=64, help="images")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--only", choices=["fused"], help="leave the compiled path out: minutes of compiling")
     arguments = parser.parse_args()
     device, dtype = gpu(), DTYPES[arguments.dtype]
     rate, published = copy_rate(device), published_operator()
@@ -142,7 +150,8 @@ def main() -> None:
         report = check(kind, device, dtype, "triton")
         if not (report.is_close(dtype) and report.is_repeatable):
             sys.exit(f"{name}: the fused kernels fail their check, so no time counts: {report}")
-        times = measure(replace(kind, images=arguments.batch), device, dtype, rate, published)
+        kind = replace(kind, images=arguments.batch)
+        times = measure(kind, device, dtype, rate, published, is_whole=arguments.only is None)
         stages[name] = {"errors": report.errors, "implementations": times}
         for implementation, passes in times.items():
             parts = [
@@ -152,7 +161,7 @@ def main() -> None:
             ]
             print(f"{name} {implementation:18s} {'; '.join(parts)}")
     keep(
-        "dcnv3_gpu",
+        "_".join(["dcnv3_gpu", *filter(None, [arguments.only])]),
         __doc__.splitlines()[0],
         device,
         batch=arguments.batch,

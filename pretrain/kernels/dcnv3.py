@@ -121,9 +121,9 @@ def dcnv3_packed(
         obstacle = triton_obstacle(device)
         if obstacle is not None:
             raise ValueError(f"dcnv3 path={path!r} cannot run on {device}: {obstacle}")
-        from pretrain.kernels.dcnv3_triton import fused_dcnv3  # here: Triton is optional
+        from pretrain.kernels.dcnv3_triton import call_fused_dcnv3  # here: Triton is optional
 
-        return fused_dcnv3(value, packed, offset_scale, has_scale, is_atomic)
+        return call_fused_dcnv3(value, packed, offset_scale, has_scale, is_atomic)
     offset, logits, scale = unpack(packed)
     return dcnv3_blended(
         value, offset, logits, scale if has_scale else None, offset_scale=offset_scale, path=path

@@ -1,7 +1,7 @@
 """How are the Triton kernels of DCNv3 launched for a shape? One table, and defaults for the rest.
 
-Where the numbers come from: offline compilation to sm_90 (tests/kernels/test_dcnv3_sass.py holds them): the
-fewest instructions an element without register spills. Nothing is tuned on a GPU yet.
+Where the numbers come from: benchmarks/tune_gpu.py on an H200, bfloat16, 64 images; none spills registers
+(tests/kernels/test_dcnv3_sass.py).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ DENSE_POSITIONS = 256  # largest map, in positions, whose tiles are all multipli
 
 @dataclass(frozen=True)
 class Gather:
-    """Positions that one program samples, or whose packed row it differentiates."""
+    """Samples that one program takes, or whose packed rows it differentiates: one group at one position each."""
 
-    positions: int  # power of 2
+    samples: int  # power of 2
     warps: int
 
 
@@ -43,8 +43,8 @@ class Launch:
     grad_value_atomic: Gather
 
 
-SMALL = Product(8, 8, query_rows=4, query_columns=8, is_banded=False, warps=1)
-MEDIUM = Product(4, 16, query_rows=4, query_columns=8, is_banded=False, warps=1)
+SMALL = Product(8, 8, query_rows=8, query_columns=8, is_banded=False, warps=2)
+MEDIUM = Product(4, 16, query_rows=4, query_columns=8, is_banded=False, warps=2)
 LARGE = Product(4, 8, query_rows=4, query_columns=8, is_banded=True, warps=1)
 SMALL_WIDE = Product(4, 8, query_rows=4, query_columns=8, is_banded=False, warps=2)
 MEDIUM_WIDE = Product(4, 16, query_rows=4, query_columns=8, is_banded=False, warps=2)
@@ -53,22 +53,22 @@ PRODUCTS = {2: (SMALL, MEDIUM, LARGE), 4: (SMALL_WIDE, MEDIUM_WIDE, LARGE_WIDE)}
 
 GATHER = Gather(64, warps=4)
 ATOMIC = Gather(32, warps=4)
-# (bytes of a number, channels of a group) -> the three kernels that walk over positions
+# (bytes of a number, channels of a group) -> the three kernels that walk over samples
 GATHERS = {
-    (2, 32): (GATHER, GATHER, ATOMIC),
-    (2, 16): (Gather(128, warps=4), GATHER, ATOMIC),
+    (2, 32): (Gather(32, warps=4), GATHER, ATOMIC),
+    (2, 16): (GATHER, GATHER, ATOMIC),
     (4, 32): (GATHER, GATHER, ATOMIC),
     (4, 16): (GATHER, GATHER, ATOMIC),
 }
 
-# (height, width, groups, channels of a group, bytes of a number) -> launch. Rows for shapes that count: the
-# stages of InternImage-H at 192 px, with the values that a measurement will replace. All else: default_launch.
-LAUNCHES: dict[tuple[int, int, int, int, int], Launch] = {
-    (48, 48, 10, 32, 2): Launch(GATHER, GATHER, LARGE, ATOMIC),
-    (24, 24, 20, 32, 2): Launch(GATHER, GATHER, LARGE, ATOMIC),
-    (12, 12, 40, 32, 2): Launch(GATHER, GATHER, MEDIUM, ATOMIC),
-    (6, 6, 80, 32, 2): Launch(GATHER, GATHER, SMALL, ATOMIC),
-}
+# (height, width, groups, channels of a group, bytes of a number) -> launch, for shapes whose best is not
+# default_launch. At the stages of InternImage-H at 192 px it is.
+LAUNCHES: dict[tuple[int, int, int, int, int], Launch] = {}
+
+
+def ceil_div(total: int, part: int) -> int:
+    """Parts that cover the total."""
+    return -(-total // part)
 
 
 def launch_for(height: int, width: int, groups: int, group_width: int, itemsize: int) -> Launch:

@@ -11,9 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
-from pretrain.kernels.dcnv3_launch import COMPILE_OPTIONS, Launch, Product, launch_for
+from pretrain.kernels.dcnv3_launch import COMPILE_OPTIONS, Launch, Product, ceil_div, launch_for
+from pretrain.kernels.direct import differentiable, direct
+from pretrain.kernels.packed_row import SCALE_LOGIT
 from pretrain.kernels.triton_gather import grad_packed_kernel, sample_kernel
-from pretrain.kernels.triton_scatter import grad_value_atomic_kernel, grad_value_kernel, reach_kernel
+from pretrain.kernels.triton_scatter import arrange_kernel, grad_value_atomic_kernel, grad_value_kernel
 
 IS_INTERPRETED = not isinstance(sample_kernel, triton.runtime.JITFunction)
 
@@ -34,10 +36,10 @@ def fused_dcnv3(
     value, packed = value.contiguous(), packed.contiguous()
     out = torch.empty_like(value)
     launch, shape = _launch(value, packed)
-    positions = value.shape[0] * value.shape[1] * value.shape[2]
-    sample_kernel[(triton.cdiv(positions, launch.sample.positions), packed.shape[3])](
-        value, packed, out, positions, *shape, *_options(value, packed, offset_scale, has_scale),
-        POSITIONS=launch.sample.positions, num_warps=launch.sample.warps, **COMPILE_OPTIONS,
+    samples = packed.shape[:-1].numel()
+    sample_kernel[(ceil_div(samples, launch.sample.samples),)](
+        value, packed, out, samples, *shape, *_options(value, packed, offset_scale, has_scale),
+        SAMPLES=launch.sample.samples, num_warps=launch.sample.warps, **COMPILE_OPTIONS,
     )  # fmt: skip
     return out
 
@@ -54,10 +56,10 @@ def grad_packed(
     grad_out, value, packed = grad_out.contiguous(), value.contiguous(), packed.contiguous()
     grad = torch.empty_like(packed)
     launch, shape = _launch(value, packed)
-    positions = value.shape[0] * value.shape[1] * value.shape[2]
-    grad_packed_kernel[(triton.cdiv(positions, launch.grad_packed.positions), packed.shape[3])](
-        grad_out, value, packed, grad, positions, *shape, *_options(value, packed, offset_scale, has_scale),
-        POSITIONS=launch.grad_packed.positions, num_warps=launch.grad_packed.warps, **COMPILE_OPTIONS,
+    samples = packed.shape[:-1].numel()
+    grad_packed_kernel[(ceil_div(samples, launch.grad_packed.samples),)](
+        grad_out, value, packed, grad, samples, *shape, *_options(value, packed, offset_scale, has_scale),
+        SAMPLES=launch.grad_packed.samples, num_warps=launch.grad_packed.warps, **COMPILE_OPTIONS,
     )  # fmt: skip
     return grad
 
@@ -78,10 +80,10 @@ def grad_value(
         return _grad_value_product(grad_out, packed, launch.grad_value, shape, options)
     grad = torch.zeros_like(grad_out, dtype=torch.float32)
     tile = launch.grad_value_atomic
-    positions = grad_out.shape[0] * grad_out.shape[1] * grad_out.shape[2]
-    grad_value_atomic_kernel[(triton.cdiv(positions, tile.positions), packed.shape[3])](
-        grad_out, packed, grad, positions, *shape, *options,
-        POSITIONS=tile.positions, num_warps=tile.warps, **COMPILE_OPTIONS,
+    samples = packed.shape[:-1].numel()
+    grad_value_atomic_kernel[(ceil_div(samples, tile.samples),)](
+        grad_out, packed, grad, samples, *shape, *options,
+        SAMPLES=tile.samples, num_warps=tile.warps, **COMPILE_OPTIONS,
     )  # fmt: skip
     return grad.to(grad_out.dtype)
 
@@ -90,23 +92,25 @@ def _grad_value_product(
     grad_out: Tensor, packed: Tensor, product: Product, shape: tuple[int, int, int], options: tuple
 ) -> Tensor:
     images, (height, width, groups) = grad_out.shape[0], shape
-    grad = torch.empty_like(grad_out)
+    group_width, offset_scale, has_scale = options
+    queries = {"QUERY_ROWS": product.query_rows, "QUERY_COLUMNS": product.query_columns}
+    num_queries = product.query_rows * product.query_columns
+    across, num_tiles = 0, ceil_div(height * width, num_queries)
     if product.is_banded:
-        across = triton.cdiv(width, product.query_columns)
-        num_tiles = triton.cdiv(height, product.query_rows) * across
-        reach = grad_out.new_empty(images, groups, num_tiles, 4, dtype=torch.float32)
-        reach_kernel[(num_tiles, groups, images)](
-            packed, reach, *shape, across, OFFSET_SCALE=options[1],
-            QUERY_ROWS=product.query_rows, QUERY_COLUMNS=product.query_columns, num_warps=1, **COMPILE_OPTIONS,
-        )  # fmt: skip
-    else:
-        across, reach = 0, grad
-        num_tiles = triton.cdiv(height * width, product.query_rows * product.query_columns)
-    tiles = triton.cdiv(height, product.rows) * triton.cdiv(width, product.columns)
-    grad_value_kernel[(tiles, groups, images)](
-        grad_out, packed, reach, grad, *shape, num_tiles, across, *options,
-        ROWS=product.rows, COLUMNS=product.columns,
-        QUERY_ROWS=product.query_rows, QUERY_COLUMNS=product.query_columns,
+        across = ceil_div(width, product.query_columns)
+        num_tiles = ceil_div(height, product.query_rows) * across
+    per_tile = (images, groups, num_tiles)
+    arranged = grad_out.new_empty(*per_tile, SCALE_LOGIT, num_queries, dtype=torch.float32)
+    reach = grad_out.new_empty(*per_tile, 4, dtype=torch.float32) if product.is_banded else arranged
+    arrange_kernel[num_tiles, groups, images](
+        packed, arranged, reach, *shape, across, OFFSET_SCALE=offset_scale, HAS_SCALE=has_scale, **queries,
+        IS_BANDED=product.is_banded, num_warps=1, **COMPILE_OPTIONS,
+    )  # fmt: skip
+    grad = torch.empty_like(grad_out)
+    tiles = ceil_div(height, product.rows) * ceil_div(width, product.columns)
+    grad_value_kernel[tiles, groups, images](
+        grad_out, packed, arranged, reach, grad, *shape, num_tiles, across,
+        GROUP_WIDTH=group_width, HAS_SCALE=has_scale, ROWS=product.rows, COLUMNS=product.columns, **queries,
         IS_BANDED=product.is_banded, PRECISION=dot_precision(grad_out.dtype),
         num_warps=product.warps, **COMPILE_OPTIONS,
     )  # fmt: skip
@@ -146,6 +150,9 @@ def _(grad_out: Tensor, packed: Tensor, offset_scale: float, has_scale: bool, is
     return torch.empty_like(grad_out, memory_format=torch.contiguous_format)
 
 
+_call_grad_value, _call_grad_packed = direct(grad_value), direct(grad_packed)
+
+
 def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
     value, packed, ctx.offset_scale, ctx.has_scale, ctx.is_atomic = inputs
     ctx.save_for_backward(value, packed)
@@ -154,9 +161,11 @@ def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     value, packed = ctx.saved_tensors
     options = (ctx.offset_scale, ctx.has_scale)
-    of_value = grad_value(grad_out, packed, *options, ctx.is_atomic) if ctx.needs_input_grad[0] else None
-    of_packed = grad_packed(grad_out, value, packed, *options) if ctx.needs_input_grad[1] else None
+    of_value = (
+        _call_grad_value(grad_out, packed, *options, ctx.is_atomic) if ctx.needs_input_grad[0] else None
+    )
+    of_packed = _call_grad_packed(grad_out, value, packed, *options) if ctx.needs_input_grad[1] else None
     return of_value, of_packed, None, None, None
 
 
-fused_dcnv3.register_autograd(_backward, setup_context=_setup_context)
+call_fused_dcnv3 = differentiable(fused_dcnv3, _setup_context, _backward)

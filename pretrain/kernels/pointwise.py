@@ -1,9 +1,9 @@
 """What stands around DCNv3 in a block, and costs as much when every step reads and writes the whole map?
 
-Three functions, Triton kernels where Triton serves the device and plain torch elsewhere: a branch joins its map
-and is normalised on both sides (one kernel); depth-wise convolution, then LayerNorm and GELU (two kernels); a
-linear layer behind a GELU whose result is not kept (one kernel, backward). What they cost is the memory that
-they move. Norms and sums run in float32, whatever the dtype.
+Triton kernels where Triton serves the device and plain torch elsewhere: a branch joins its map and is normalised
+on both sides (one kernel, which is a LayerNorm without a branch); depth-wise convolution, then LayerNorm and GELU
+(two kernels); a linear layer, also behind a GELU whose result is not kept (two kernels, backward). What they cost is
+the memory that they move. Norms and sums run in float32, whatever the dtype.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def residual_norm(
     if _checked(path, x) == "triton":
         from pretrain.kernels import residual_triton  # here: Triton is optional
 
-        total, normed = residual_triton.residual_norm(x, branch, share, gamma, outer, following, NORM_EPS)
+        parts = (share, gamma, outer, following)
+        total, normed, _ = residual_triton.call_residual_norm(x, branch, *parts, NORM_EPS)
         return total, normed if following is not None else None
     if outer is not None:
         branch = F.layer_norm(branch, branch.shape[-1:], *outer.unbind(), NORM_EPS)
@@ -133,7 +134,7 @@ def depthwise_norm_gelu(
     if _checked(path if size in FUSED_SIZES else "torch", x) == "triton":
         from pretrain.kernels import pointwise_triton  # here: Triton is optional
 
-        return pointwise_triton.depthwise_norm_gelu(x, weight.flatten(1).t(), bias, norm, NORM_EPS)
+        return pointwise_triton.call_depthwise_norm_gelu(x, weight.flatten(1).t(), bias, norm, NORM_EPS)[0]
     channels = x.shape[-1]
     pre = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=size // 2, groups=channels).permute(
         0, 2, 3, 1
@@ -141,32 +142,59 @@ def depthwise_norm_gelu(
     return F.gelu(F.layer_norm(pre, (channels,), *norm.unbind(), NORM_EPS))
 
 
-def gelu_linear(
-    x: Float[Tensor, "b c"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"]
-) -> Float[Tensor, "b d"]:
-    """linear(gelu(x)), of which x alone is kept for the gradient: gelu(x) is computed again there.
+def layer_norm(
+    x: Float[Tensor, "*b c"], norm: Float[Tensor, "2 c"], *, path: str | None = None
+) -> Float[Tensor, "*b c"]:
+    """LayerNorm over the last axis by weight and bias, with NORM_EPS. Differentiable once on the Triton path."""
+    if _checked(path, x) == "triton":
+        from pretrain.kernels import residual_triton  # here: Triton is optional
 
-    Under autocast all three are cast as F.linear would cast them.
+        return residual_triton.call_layer_norm(x, norm, NORM_EPS)[0]
+    return F.layer_norm(x, x.shape[-1:], *norm.unbind(), NORM_EPS)
+
+
+def rows_linear(
+    x: Float[Tensor, "b c"],
+    weight: Float[Tensor, "d c"],
+    bias: Float[Tensor, " d"],
+    *,
+    has_gelu: bool = False,
+) -> Float[Tensor, "b d"]:
+    """linear(x), or linear(gelu(x)), of which x alone is kept for the gradient: gelu(x) is computed again there.
+
+    Under autocast all three are cast as F.linear would cast them. The bias's gradient is summed in float32.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    return _GeluLinear.apply(x, weight, bias)
+    return _RowsLinear.apply(x, weight, bias, has_gelu)
 
 
-class _GeluLinear(torch.autograd.Function):
+class _RowsLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, has_gelu: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.addmm(bias, F.gelu(x), weight.t())
+        ctx.has_gelu = has_gelu
+        return torch.addmm(bias, F.gelu(x) if has_gelu else x, weight.t())
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        activated, grad_x = gelu_again(x, grad_out @ weight)
-        of_weight = grad_out.t() @ activated if ctx.needs_input_grad[1] else None
-        return grad_x, of_weight, grad_out.sum(0) if ctx.needs_input_grad[2] else None
+        grad_x = grad_out @ weight if ctx.has_gelu or ctx.needs_input_grad[0] else None
+        if ctx.has_gelu:
+            x, grad_x = gelu_again(x, grad_x)
+        of_weight = grad_out.t() @ x if ctx.needs_input_grad[1] else None
+        return grad_x, of_weight, column_sum(grad_out) if ctx.needs_input_grad[2] else None, None
+
+
+def column_sum(x: Float[Tensor, "b c"], *, path: str | None = None) -> Float[Tensor, " c"]:
+    """Sum over the rows, added in float32."""
+    if _checked(path, x) == "triton":
+        from pretrain.kernels import pointwise_triton  # here: Triton is optional
+
+        return pointwise_triton.call_column_sum(x).to(x.dtype)
+    return x.sum(0)
 
 
 def gelu_again(
@@ -176,5 +204,5 @@ def gelu_again(
     if _checked(path, x) == "triton":
         from pretrain.kernels import pointwise_triton  # here: Triton is optional
 
-        return pointwise_triton.gelu_grad(x, grad)
+        return pointwise_triton.call_gelu_grad(x, grad)
     return F.gelu(x), torch.ops.aten.gelu_backward(grad, x)

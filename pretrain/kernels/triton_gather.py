@@ -1,7 +1,7 @@
 """How does one Triton program sample DCNv3, and what is the gradient of its packed rows?
 
-A program owns POSITIONS consecutive positions of the whole batch in one group, so that small maps waste no
-lane. Channels come in two halves: a thread that loads both shares addresses and weights between them.
+A program owns SAMPLES consecutive samples: a sample is one group at one position of the whole batch, groups
+first, so that small maps waste no lane.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pretrain.kernels.triton_points import (
     exponential,
     largest_logit,
     location,
-    owned_positions,
+    owned_samples,
     packed_number,
 )
 
@@ -39,27 +39,26 @@ def sample_kernel(
     value_pointer,  # [n, h, w, c]
     packed_pointer,  # [n, h, w, groups, 32]
     out_pointer,  # [n, h, w, c]
-    num_positions,  # n h w
+    num_samples,  # n h w groups
     height,
     width,
     groups,
     GROUP_WIDTH: tl.constexpr,
     OFFSET_SCALE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
-    POSITIONS: tl.constexpr,
+    SAMPLES: tl.constexpr,
 ):
     """Softmax over the points, bilinear samples, weighted sum, blend with the centre; sums in float32."""
-    HALF: tl.constexpr = GROUP_WIDTH // 2
     channels = groups * GROUP_WIDTH
-    group = tl.program_id(1)
-    position, is_valid, image, place, row, column = owned_positions(num_positions, height, width, POSITIONS)
-    rows = packed_pointer + (position.to(tl.int64) * groups + group) * PACKED
+    sample, is_valid, group, image, place, row, column = owned_samples(
+        num_samples, height, width, groups, SAMPLES
+    )
+    rows = packed_pointer + sample.to(tl.int64) * PACKED
     images = value_pointer + image.to(tl.int64) * (height * width * channels) + group * GROUP_WIDTH
-    channel = tl.arange(0, HALF)[None, :]
+    channel = tl.arange(0, GROUP_WIDTH)[None, :]
     largest = largest_logit(rows, is_valid)
-    total = tl.zeros([POSITIONS], tl.float32)
-    first = tl.zeros([POSITIONS, HALF], tl.float32)
-    second = tl.zeros([POSITIONS, HALF], tl.float32)
+    total = tl.zeros([SAMPLES], tl.float32)
+    sums = tl.zeros([SAMPLES, GROUP_WIDTH], tl.float32)
     for point in tl.static_range(POINTS):
         x, y = location(rows, point, row, column, OFFSET_SCALE, is_valid)
         mask = exponential(rows, point, largest, is_valid)
@@ -67,28 +66,20 @@ def sample_kernel(
         corner, share_x, share_y, inside = cell(x, y, is_valid, height, width)
         weights = corner_weights(mask, share_x, share_y)
         start = (images + corner * channels)[:, None] + channel
-        first = add(first, start, weights[0], inside[0])
-        second = add(second, start + HALF, weights[0], inside[0])
-        first = add(first, start + channels, weights[1], inside[1])
-        second = add(second, start + channels + HALF, weights[1], inside[1])
+        sums = add(sums, start, weights[0], inside[0])
+        sums = add(sums, start + channels, weights[1], inside[1])
         start += width * channels
-        first = add(first, start, weights[2], inside[2])
-        second = add(second, start + HALF, weights[2], inside[2])
-        first = add(first, start + channels, weights[3], inside[3])
-        second = add(second, start + channels + HALF, weights[3], inside[3])
+        sums = add(sums, start, weights[2], inside[2])
+        sums = add(sums, start + channels, weights[3], inside[3])
     sampled_share = 1.0 / total
     if HAS_SCALE:
         scale = tl.sigmoid(packed_number(rows, SCALE_LOGIT, is_valid))
         sampled_share *= 1.0 - scale
-    first *= sampled_share[:, None]
-    second *= sampled_share[:, None]
+    sums *= sampled_share[:, None]
     if HAS_SCALE:
-        centre = (images + place * channels)[:, None] + channel
-        first = add(first, centre, scale, is_valid)
-        second = add(second, centre + HALF, scale, is_valid)
-    out = (out_pointer + position.to(tl.int64) * channels + group * GROUP_WIDTH)[:, None] + channel
-    tl.store(out, first.to(out_pointer.dtype.element_ty), mask=is_valid[:, None])
-    tl.store(out + HALF, second.to(out_pointer.dtype.element_ty), mask=is_valid[:, None])
+        sums = add(sums, (images + place * channels)[:, None] + channel, scale, is_valid)
+    out = (out_pointer + sample.to(tl.int64) * GROUP_WIDTH)[:, None] + channel
+    tl.store(out, sums.to(out_pointer.dtype.element_ty), mask=is_valid[:, None])
 
 
 @triton.jit
@@ -116,14 +107,14 @@ def grad_packed_kernel(
     value_pointer,  # [n, h, w, c]
     packed_pointer,  # [n, h, w, groups, 32]
     grad_packed_pointer,  # [n, h, w, groups, 32]
-    num_positions,  # n h w
+    num_samples,  # n h w groups
     height,
     width,
     groups,
     GROUP_WIDTH: tl.constexpr,
     OFFSET_SCALE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
-    POSITIONS: tl.constexpr,
+    SAMPLES: tl.constexpr,
 ):
     """Gradient of offsets, mask logits and centre scale; padding gets zeros.
 
@@ -134,13 +125,14 @@ def grad_packed_kernel(
     SLICE: tl.constexpr = PACKED // 2
     IS_WIDE: tl.constexpr = GROUP_WIDTH == 32
     channels = groups * GROUP_WIDTH
-    group = tl.program_id(1)
-    position, is_valid, image, place, row, column = owned_positions(num_positions, height, width, POSITIONS)
-    row_start = (position.to(tl.int64) * groups + group) * PACKED
+    sample, is_valid, group, image, place, row, column = owned_samples(
+        num_samples, height, width, groups, SAMPLES
+    )
+    row_start = sample.to(tl.int64) * PACKED
     rows = packed_pointer + row_start
     images = value_pointer + image.to(tl.int64) * (height * width * channels) + group * GROUP_WIDTH
     columns = tl.arange(0, SLICE)[None, :]
-    out = (grad_out_pointer + position.to(tl.int64) * channels + group * GROUP_WIDTH)[:, None] + columns
+    out = (grad_out_pointer + sample.to(tl.int64) * GROUP_WIDTH)[:, None] + columns
     grad_first = tl.load(out, mask=is_valid[:, None], other=0.0).to(tl.float32)
     grad_second = grad_first
     if IS_WIDE:
@@ -152,9 +144,9 @@ def grad_packed_kernel(
     largest = tl.max(logits, 1)
     masks = tl.exp(logits - largest[:, None])
     total = tl.sum(masks, 1)
-    along = tl.zeros([POSITIONS], tl.float32)  # <gradient of the output, sampled value> times the total
-    left_tile = tl.zeros([POSITIONS, SLICE], tl.float32)  # columns 0 to 15 of the packed row
-    right_tile = tl.zeros([POSITIONS, SLICE], tl.float32)  # columns 16 to 31
+    along = tl.zeros([SAMPLES], tl.float32)  # <gradient of the output, sampled value> times the total
+    left_tile = tl.zeros([SAMPLES, SLICE], tl.float32)  # columns 0 to 15 of the packed row
+    right_tile = tl.zeros([SAMPLES, SLICE], tl.float32)  # columns 16 to 31
     for point in tl.static_range(POINTS):
         x, y = location(rows, point, row, column, OFFSET_SCALE, is_valid)
         mask = exponential(rows, point, largest, is_valid)

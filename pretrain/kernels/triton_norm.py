@@ -1,7 +1,7 @@
 """How do Triton programs normalise rows of channels, alone and before a GELU?
 
-A program owns whole rows, so that mean and deviation are sums within it, in float32. Gradients compute them
-again from the rows that they read anyway.
+A program owns whole rows, so that mean and deviation are sums within it, in float32. They are kept for the
+gradient, two numbers a row, which then needs one sum over a row, of two numbers at a time.
 """
 
 from __future__ import annotations
@@ -23,17 +23,44 @@ def row_sum(tile):
 @triton.jit
 @no_type_check
 def standardise(tile, is_channel, width, EPS: tl.constexpr):
-    """Rows of `tile` with mean 0 and variance 1, and what they were multiplied by; 0 outside the channels."""
-    centred = tl.where(is_channel, tile - row_sum(tile) / width, 0.0)
+    """Rows of `tile` with mean 0 and variance 1 (0 outside the channels), their mean and what multiplied them."""
+    mean = row_sum(tile) / width
+    centred = tl.where(is_channel, tile - mean, 0.0)
     scale = tl.rsqrt(row_sum(centred * centred) / width + EPS)
-    return centred * scale, scale
+    return centred * scale, mean, scale
+
+
+@triton.jit
+@no_type_check
+def keep_statistics(statistics_pointer, number: tl.constexpr, row, num_rows, mean, scale):
+    """Writes the mean and scale of rows to the lines 2 `number` and 2 `number` + 1 of statistics [_, rows]."""
+    place = statistics_pointer + 2 * number * num_rows + row
+    tl.store(place, mean, mask=row < num_rows)
+    tl.store(place + num_rows, scale, mask=row < num_rows)
+
+
+@triton.jit
+@no_type_check
+def standardise_again(tile, statistics_pointer, number: tl.constexpr, row, num_rows, is_channel):
+    """What `standardise` made of the rows whose mean and scale were kept, and the scale."""
+    place = statistics_pointer + 2 * number * num_rows + row
+    mean = tl.load(place, mask=row < num_rows, other=0.0)
+    scale = tl.load(place + num_rows, mask=row < num_rows, other=0.0)
+    return tl.where(is_channel, (tile - mean) * scale, 0.0), scale
+
+
+@triton.jit
+@no_type_check
+def add_pairs(first, second, other_first, other_second):
+    return first + other_first, second + other_second
 
 
 @triton.jit
 @no_type_check
 def standardise_grad(grad, standard, scale, is_channel, width):
     """Gradient of what `standardise` was given, from that of its result."""
-    projected = grad - row_sum(grad) / width - standard * (row_sum(grad * standard) / width)
+    along_one, along_standard = tl.reduce((grad, grad * standard), 1, add_pairs)
+    projected = grad - along_one[:, None] / width - standard * (along_standard[:, None] / width)
     return tl.where(is_channel, projected * scale, 0.0)
 
 
@@ -50,6 +77,7 @@ def norm_gelu_kernel(
     x_pointer,  # [rows, width]
     norm_pointer,  # [2, width]: weight and bias
     out_pointer,  # [rows, width]
+    statistics_pointer,  # [2, rows], float32
     num_rows,
     width,
     EPS: tl.constexpr,
@@ -62,7 +90,8 @@ def norm_gelu_kernel(
     is_valid = (row < num_rows) & is_channel
     place = row.to(tl.int64) * width + channel
     x = tl.load(x_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
-    x, _ = standardise(x, is_channel, width, EPS)
+    x, mean, scale = standardise(x, is_channel, width, EPS)
+    keep_statistics(statistics_pointer, 0, row, num_rows, mean, scale)
     x = x * vector(norm_pointer, 0, channel, is_channel, width) + vector(
         norm_pointer, 1, channel, is_channel, width
     )
@@ -75,12 +104,12 @@ def norm_gelu_grad_kernel(
     grad_out_pointer,  # [rows, width]
     x_pointer,  # [rows, width]
     norm_pointer,  # [2, width]
+    statistics_pointer,  # [2, rows], float32
     grad_x_pointer,  # [rows, width]
     partial_pointer,  # [programs, 3, width], float32: gradients of weight and bias, sum of that of x
     num_rows,
     width,
     num_tiles,
-    EPS: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -95,7 +124,7 @@ def norm_gelu_grad_kernel(
         is_valid = (row < num_rows) & is_channel
         place = row.to(tl.int64) * width + channel
         x = tl.load(x_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
-        standard, scale = standardise(x, is_channel, width, EPS)
+        standard, scale = standardise_again(x, statistics_pointer, 0, row, num_rows, is_channel)
         weight = vector(norm_pointer, 0, channel, is_channel, width)
         normed = standard * weight + vector(norm_pointer, 1, channel, is_channel, width)
         grad = tl.load(grad_out_pointer + place, mask=is_valid, other=0.0).to(tl.float32) * gelu_slope(normed)

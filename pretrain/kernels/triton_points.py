@@ -82,11 +82,24 @@ def corner_weights(mask, share_x, share_y):
 
 @triton.jit
 @no_type_check
-def owned_positions(num_positions, height, width, POSITIONS: tl.constexpr):
-    """What a program along axis 0 owns: positions in the whole batch and their validity, image, place in the
-    image's map, row and column.
+def owned_samples(num_samples, height, width, groups, SAMPLES: tl.constexpr):
+    """What a program owns: samples, that is positions of the whole batch in one group each, and their validity,
+    group, image, place in the image's map, row and column.
+
+    Groups come first: the packed rows of neighbouring threads then lie side by side, and so do the channels that
+    they sample wherever their offsets are alike. What bounds these kernels is the number of cache lines that a
+    load touches.
     """
-    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    sample = tl.program_id(0) * SAMPLES + tl.arange(0, SAMPLES)
+    position = sample // groups
     image = position // (height * width)
     place = position - image * (height * width)
-    return position, position < num_positions, image, place, place // width, place % width
+    return (
+        sample,
+        sample < num_samples,
+        sample - position * groups,
+        image,
+        place,
+        place // width,
+        place % width,
+    )

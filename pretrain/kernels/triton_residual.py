@@ -1,7 +1,7 @@
 """How do Triton programs add a branch to a map and normalise it, before and after, in one reading?
 
-A program owns whole rows of channels, so that both norms are sums within it. Sums are float32. The gradient
-computes mean and deviation again from the rows that it reads anyway: nothing but inputs and output is kept.
+A program owns whole rows of channels, so that both norms are sums within it. Sums are float32. For the gradient
+the mean and scale of every row are kept beside inputs and output.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from pretrain.kernels.triton_norm import standardise, standardise_grad, vector
+from pretrain.kernels.triton_norm import (
+    keep_statistics,
+    standardise,
+    standardise_again,
+    standardise_grad,
+    vector,
+)
 
 
 @triton.jit
@@ -25,10 +31,12 @@ def residual_norm_kernel(
     following_pointer,  # [2, width]: of the sum's norm
     total_pointer,  # [rows, width]
     normed_pointer,  # [rows, width]
+    statistics_pointer,  # [2 norms, rows], float32: mean and scale, of the branch's norm before the sum's
     num_rows,
     rows_per_image,
     width,
     EPS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,  # False: total is x, and not written
     HAS_SHARE: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     HAS_OUTER: tl.constexpr,
@@ -42,22 +50,26 @@ def residual_norm_kernel(
     is_channel = channel < width
     is_valid = (row < num_rows) & is_channel
     place = row.to(tl.int64) * width + channel
-    branch = tl.load(branch_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
-    if HAS_OUTER:
-        branch, _ = standardise(branch, is_channel, width, EPS)
-        branch *= vector(outer_pointer, 0, channel, is_channel, width)
-        branch += vector(outer_pointer, 1, channel, is_channel, width)
-    if HAS_GAMMA:
-        branch *= vector(gamma_pointer, 0, channel, is_channel, width)
-    if HAS_SHARE:
-        branch *= tl.load(share_pointer + row // rows_per_image, mask=row < num_rows, other=0.0).to(
-            tl.float32
-        )
-    total = tl.load(x_pointer + place, mask=is_valid, other=0.0).to(tl.float32) + branch
-    rounded = total.to(total_pointer.dtype.element_ty)
-    tl.store(total_pointer + place, rounded, mask=is_valid)
+    total = tl.load(x_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        branch = tl.load(branch_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
+        if HAS_OUTER:
+            branch, mean, scale = standardise(branch, is_channel, width, EPS)
+            keep_statistics(statistics_pointer, 0, row, num_rows, mean, scale)
+            branch *= vector(outer_pointer, 0, channel, is_channel, width)
+            branch += vector(outer_pointer, 1, channel, is_channel, width)
+        if HAS_GAMMA:
+            branch *= vector(gamma_pointer, 0, channel, is_channel, width)
+        if HAS_SHARE:
+            branch *= tl.load(share_pointer + row // rows_per_image, mask=row < num_rows, other=0.0).to(
+                tl.float32
+            )
+        rounded = (total + branch).to(total_pointer.dtype.element_ty)
+        tl.store(total_pointer + place, rounded, mask=is_valid)
+        total = rounded.to(tl.float32)
     if HAS_FOLLOWING:
-        normed, _ = standardise(rounded.to(tl.float32), is_channel, width, EPS)
+        normed, mean, scale = standardise(total, is_channel, width, EPS)
+        keep_statistics(statistics_pointer, 1 if HAS_OUTER else 0, row, num_rows, mean, scale)
         normed *= vector(following_pointer, 0, channel, is_channel, width)
         normed += vector(following_pointer, 1, channel, is_channel, width)
         tl.store(normed_pointer + place, normed.to(normed_pointer.dtype.element_ty), mask=is_valid)
@@ -74,14 +86,15 @@ def residual_norm_grad_kernel(
     gamma_pointer,  # [width]
     outer_pointer,  # [2, width]
     following_pointer,  # [2, width]
-    grad_x_pointer,  # [rows, width]
+    statistics_pointer,  # [2 norms, rows]
+    grad_x_pointer,  # [rows, width]; written where HAS_FOLLOWING: it is that of total elsewhere
     grad_branch_pointer,  # [rows, width]
     partial_pointer,  # [programs, vectors, width], float32: of gamma, outer and following, where they are
     num_rows,
     rows_per_image,
     width,
     num_tiles,
-    EPS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
     HAS_SHARE: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     HAS_OUTER: tl.constexpr,
@@ -103,23 +116,28 @@ def residual_norm_grad_kernel(
         row = tile * ROWS + tl.arange(0, ROWS)[:, None]
         is_valid = (row < num_rows) & is_channel
         place = row.to(tl.int64) * width + channel
-        grad = tl.load(grad_total_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
+        if HAS_BRANCH:
+            grad = tl.load(grad_total_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
+        else:
+            grad = tl.zeros([ROWS, CHANNELS], tl.float32)
         if HAS_FOLLOWING:
             total = tl.load(total_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
-            standard, scale = standardise(total, is_channel, width, EPS)
+            standard, scale = standardise_again(
+                total, statistics_pointer, 1 if HAS_OUTER else 0, row, num_rows, is_channel
+            )
             grad_normed = tl.load(grad_normed_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
             of_following_weight += grad_normed * standard
             of_following_bias += grad_normed
             grad_normed *= vector(following_pointer, 0, channel, is_channel, width)
             grad += standardise_grad(grad_normed, standard, scale, is_channel, width)
-        tl.store(grad_x_pointer + place, grad.to(grad_x_pointer.dtype.element_ty), mask=is_valid)
+            tl.store(grad_x_pointer + place, grad.to(grad_x_pointer.dtype.element_ty), mask=is_valid)
         if HAS_SHARE:
             grad *= tl.load(share_pointer + row // rows_per_image, mask=row < num_rows, other=0.0).to(
                 tl.float32
             )
         if HAS_OUTER:
             branch = tl.load(branch_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
-            standard, scale = standardise(branch, is_channel, width, EPS)
+            standard, scale = standardise_again(branch, statistics_pointer, 0, row, num_rows, is_channel)
             weight = vector(outer_pointer, 0, channel, is_channel, width)
             if HAS_GAMMA:
                 bias = vector(outer_pointer, 1, channel, is_channel, width)
@@ -132,7 +150,10 @@ def residual_norm_grad_kernel(
             branch = tl.load(branch_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
             of_gamma += grad * branch
             grad *= vector(gamma_pointer, 0, channel, is_channel, width)
-        tl.store(grad_branch_pointer + place, grad.to(grad_branch_pointer.dtype.element_ty), mask=is_valid)
+        if HAS_BRANCH:
+            tl.store(
+                grad_branch_pointer + place, grad.to(grad_branch_pointer.dtype.element_ty), mask=is_valid
+            )
         tile += tl.num_programs(0)
     # Rows of the partial sums, one after the other, of the parameters that there are.
     place = partial_pointer + tl.program_id(0).to(tl.int64) * (NUM_VECTORS * width) + tl.arange(0, CHANNELS)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretrain.kernels.dcnv3 import FUSED, dcnv3_blended, dcnv3_packed
 from pretrain.kernels.dcnv3_choice import Call, choose_path
 from pretrain.kernels.packed_row import COLUMNS, SCALE_LOGIT
-from pretrain.kernels.pointwise import NORM_EPS, depthwise_norm_gelu, gelu_linear, residual_norm
+from pretrain.kernels.pointwise import NORM_EPS, depthwise_norm_gelu, layer_norm, residual_norm, rows_linear
 from pretrain.models.activations import RunBlock, keep_all
 from pretrain.models.internimage_config import InternImageConfig
 
@@ -210,10 +209,8 @@ class MapLinear(nn.Linear):
 def map_linear(
     x: Float[Tensor, "*b c"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"]
 ) -> Float[Tensor, "*b d"]:
-    """F.linear as one product of rows. Under ZeRO-3 DeepSpeed's F.linear fuses the bias for rows only, and
-    adds it in place to maps, whose product selective checkpointing could then not keep.
-    """
-    return F.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
+    """F.linear as one product of rows, whose bias is added within it: selective checkpointing keeps the product."""
+    return rows_linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
 
 
 class DepthwiseNormGelu(nn.Conv2d):
@@ -230,7 +227,8 @@ class GeluLinear(nn.Linear):
     """linear(gelu(x)) on the last axis of a map; keeps x alone for the backward pass."""
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b d"]:
-        return gelu_linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+        rows = rows_linear(x.flatten(0, -2), self.weight, self.bias, has_gelu=True)
+        return rows.view(*x.shape[:-1], self.out_features)
 
 
 class Mlp(nn.Module):
@@ -254,7 +252,8 @@ class Norm(nn.LayerNorm):
         super().__init__(width, eps=NORM_EPS)
 
     def forward(self, x: Float[Tensor, "*b c"] | None) -> Float[Tensor, "*b c"] | Float[Tensor, "2 c"]:
-        return torch.stack([self.weight, self.bias]) if x is None else super().forward(x)
+        both = torch.stack([self.weight, self.bias])
+        return both if x is None else layer_norm(x, both)
 
 
 class ChannelsLast(nn.Module):

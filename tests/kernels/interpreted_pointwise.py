@@ -74,7 +74,16 @@ def depthwise_case(size: int, shape: tuple[int, int, int, int]):
     return function, [normal(*shape), weight, normal(width), normal(2, width)]
 
 
+def norm_case(*shape: int):
+    def function(path: str, *leaves: Tensor) -> list[Tensor]:
+        return [pointwise.layer_norm(*leaves, path=path)]
+
+    return function, [3 * normal(*shape) + 1, normal(2, shape[-1])]
+
+
 CASES = {
+    "norm_alone": norm_case(3, 3, 2, 48),
+    "norm_of_many_rows": norm_case(429, 16),
     "share_gamma_outer_following": residual_case(PARTS, True),
     "gamma_following": residual_case(("gamma", "following"), False),
     "share_outer_following": residual_case(("outer", "following"), True),
@@ -90,6 +99,15 @@ CASES = {
     "depthwise_5_many_tiles": depthwise_case(5, (3, 13, 23, 16)),
     "depthwise_3_wide": depthwise_case(3, (2, 6, 6, 128)),
 }
+
+
+def column_sum_error() -> float:
+    """Greatest error of sums over more rows than one program adds, and over widths that are no power of 2."""
+    matrices = [normal(rows, width) for rows, width in ((1, 3), (70, 33), (2300, 160))]
+    found = [pointwise.column_sum(matrix, path="triton") for matrix in matrices]
+    return max(
+        float((a - matrix.double().sum(0)).abs().max()) for a, matrix in zip(found, matrices, strict=True)
+    )
 
 
 def gelu_errors() -> dict[str, float]:
@@ -117,6 +135,8 @@ def opcheck() -> dict[str, str]:
     found = torch.library.opcheck(
         residual_triton.residual_norm, (x, branch, share, gamma, norm, norm.detach().clone(), 1e-6)
     )
+    found |= torch.library.opcheck(residual_triton.layer_norm, (x, norm, 1e-6))
+    found |= torch.library.opcheck(pointwise_triton.column_sum, (x.detach().flatten(0, 2),))
     found |= torch.library.opcheck(residual_triton.residual_norm, (x, branch, None, None, norm, None, 1e-6))
     taps = normal(9, 16).requires_grad_()
     found |= torch.library.opcheck(pointwise_triton.depthwise_norm_gelu, (x, taps, gamma, norm, 1e-6))
@@ -175,6 +195,7 @@ if __name__ == "__main__":
     print(json.dumps({
         "errors": errors,
         "gelu": gelu_errors(),
+        "column_sum": column_sum_error(),
         "is_repeatable": is_repeatable(),
         "opcheck": opcheck(),
         "fused_models": fused_model_errors(),

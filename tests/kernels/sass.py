@@ -24,12 +24,15 @@ from pretrain.kernels.dcnv3_launch import (  # noqa: E402
 from tests.kernels.machine_code import Code, compile_kernel  # noqa: E402
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-KERNELS = ("sample", "grad_packed", "grad_value_atomic", "reach", "small", "medium", "large")
+ARRANGED = ("arrange", "arrange_banded")
+KERNELS = ("sample", "grad_packed", "grad_value_atomic", *ARRANGED, "small", "medium", "large")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One kernel as it is shipped; `kernel` is one of KERNELS, the last three are tiles of grad_value."""
+    """One kernel as it is shipped; `kernel` is one of KERNELS, the last three are tiles of grad_value, and
+    the two before them what lays the rows out for these.
+    """
 
     kernel: str
     dtype: str
@@ -42,7 +45,8 @@ class Configuration:
     @property
     def tile(self) -> Gather | Product:
         small, medium, large = PRODUCTS[BYTES[self.dtype]]
-        products = {"small": small, "medium": medium, "large": large, "reach": replace(large, warps=1)}
+        products = {"small": small, "medium": medium, "large": large}
+        products |= {"arrange": replace(medium, warps=1), "arrange_banded": replace(large, warps=1)}
         return products[self.kernel] if self.kernel in products else getattr(self.launch, self.kernel)
 
 
@@ -55,7 +59,6 @@ class Machine:
     shared_barriers: int
     instructions: int  # of one warp, outside the loop
     loop: int  # of one warp, in one round of the loop that does its work
-    skipped_loop: int  # in one round that is skipped
     matrix_products: int  # instructions of the tensor cores
     atomics: int  # instructions that add to memory
 
@@ -69,9 +72,17 @@ def compile_all(configurations: list[Configuration]) -> dict[Configuration, Mach
 def compile_one(configuration: Configuration) -> Machine:
     from pretrain.kernels import triton_gather, triton_scatter
 
-    name = configuration.kernel if configuration.kernel not in ("small", "medium", "large") else "grad_value"
+    owners = {
+        "small": "grad_value",
+        "medium": "grad_value",
+        "large": "grad_value",
+        "arrange_banded": "arrange",
+    }
+    name = owners.get(configuration.kernel, configuration.kernel)
     kernel = getattr(triton_gather, f"{name}_kernel", None) or getattr(triton_scatter, f"{name}_kernel")
-    wide = ("reach_pointer",) + (("grad_value_pointer",) if name == "grad_value_atomic" else ())
+    wide = ("arranged_pointer", "reach_pointer") + (
+        ("grad_value_pointer",) if name == "grad_value_atomic" else ()
+    )
     code = compile_kernel(
         kernel, _constants(configuration), configuration.dtype, configuration.tile.warps, wide
     )
@@ -80,32 +91,33 @@ def compile_one(configuration: Configuration) -> Machine:
 
 def _constants(configuration: Configuration) -> dict[str, object]:
     tile = configuration.tile
-    constants = {"OFFSET_SCALE": 1.0}
-    if configuration.kernel != "reach":
-        constants |= {"GROUP_WIDTH": configuration.group_width, "HAS_SCALE": True}
+    constants: dict[str, object] = {"HAS_SCALE": True}
     if isinstance(tile, Gather):
-        return constants | {"POSITIONS": tile.positions}
+        return constants | {
+            "GROUP_WIDTH": configuration.group_width, "OFFSET_SCALE": 1.0, "SAMPLES": tile.samples
+        }  # fmt: skip
     constants |= {"QUERY_ROWS": tile.query_rows, "QUERY_COLUMNS": tile.query_columns}
-    if configuration.kernel == "reach":
-        return constants
+    constants["IS_BANDED"] = tile.is_banded
+    if configuration.kernel in ARRANGED:
+        return constants | {"OFFSET_SCALE": 1.0}
     precision = "tf32x3" if configuration.dtype == "fp32" else "ieee"
     return constants | {
-        "ROWS": tile.rows, "COLUMNS": tile.columns, "IS_BANDED": tile.is_banded, "PRECISION": precision
+        "GROUP_WIDTH": configuration.group_width, "ROWS": tile.rows, "COLUMNS": tile.columns,
+        "PRECISION": precision,
     }  # fmt: skip
 
 
 def _count(code: Code) -> Machine:
-    assert len(code.loops) <= 1, f"{len(code.loops)} loops: instructions a loop cannot be told"
-    first, last = code.loops[0] if code.loops else (0, -1)
-    forward = [
-        min(target, last) - source
-        for source, target in code.jumps.items()
-        if first <= source <= min(last, target - 1)
+    """The loop that does the work is the innermost; one around it, over chunks of tiles, counts as once."""
+    inner = [
+        (first, last) for first, last in code.loops if not any(first < f and s < last for f, s in code.loops)
     ]
+    assert len(inner) <= 1, f"{len(inner)} loops side by side: instructions a loop cannot be told"
+    first, last = inner[0] if inner else (0, -1)
     loop = last - first + 1
     return Machine(
         code.registers, code.spills, code.count("BAR"), code.end - loop, loop,
-        loop - max(forward, default=0) if code.loops else 0, code.count("HMMA", "HGMMA"), code.atomics,
+        code.count("HMMA", "HGMMA"), code.atomics,
     )  # fmt: skip
 
 
@@ -116,27 +128,26 @@ def per_element(
     """Warp instructions that the whole launch issues, over the elements of [images, height, width, channels].
 
     Every warp of every program counts, with idle lanes at the borders, and every round of the loop. Tiles are
-    hit or skipped as if all offsets reached `offset_limit` pixels to both sides. Both sides of a branch other
-    than that one count: an upper bound.
+    hit as if all offsets reached `offset_limit` pixels to both sides; maps of up to 128 tiles. Both sides of a
+    branch count: an upper bound.
     """
     tile, elements = configuration.tile, images * height * width * groups * configuration.group_width
     if isinstance(tile, Gather):
-        programs = -(-images * height * width // tile.positions) * groups
+        programs = -(-images * height * width * groups // tile.samples)
         return machine.instructions * programs * tile.warps / elements
-    if configuration.kernel == "reach":
+    if configuration.kernel in ARRANGED:
         programs = len(_starts(height, tile.query_rows)) * len(_starts(width, tile.query_columns))
         return machine.instructions * programs * groups * images * tile.warps / elements
     total = 0
     for row in _starts(height, tile.rows):
         for column in _starts(width, tile.columns):
             if tile.is_banded:
-                rounds = len(_starts(height, tile.query_rows)) * len(_starts(width, tile.query_columns))
                 hits = _hits(height, row, tile.rows, tile.query_rows, offset_limit) * _hits(
                     width, column, tile.columns, tile.query_columns, offset_limit
                 )
             else:
-                rounds = hits = -(-height * width // (tile.query_rows * tile.query_columns))
-            total += machine.instructions + hits * machine.loop + (rounds - hits) * machine.skipped_loop
+                hits = -(-height * width // (tile.query_rows * tile.query_columns))
+            total += machine.instructions + hits * machine.loop
     return total * groups * images * tile.warps / elements
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ import torch.nn.functional as F
 
 from pretrain.kernels import pointwise
 from pretrain.kernels.dcnv3_choice import triton_obstacle
-from pretrain.kernels.pointwise import depthwise_norm_gelu, gelu_again, gelu_linear, residual_norm
+from pretrain.kernels.pointwise import (
+    column_sum,
+    depthwise_norm_gelu,
+    gelu_again,
+    layer_norm,
+    residual_norm,
+    rows_linear,
+)
 from tests.paths import ROOT
 
 
@@ -31,7 +39,7 @@ CASES = (
     "share_gamma_outer_following", "gamma_following", "share_outer_following", "outer", "share_gamma",
     "nothing_but_the_sum", "many_rows_a_program", "a_row_for_a_program", "depthwise_5", "depthwise_3_odd_width",
     "depthwise_5_map_smaller_than_its_kernel", "depthwise_5_one_position", "depthwise_5_many_tiles",
-    "depthwise_3_wide",
+    "depthwise_3_wide", "norm_alone", "norm_of_many_rows",
 )  # fmt: skip
 LIMITS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}  # measured 3e-7, 8e-3, 9e-4
 
@@ -44,6 +52,10 @@ def test_interpreted_kernels_equal_float64(interpreted, case, dtype):
 
 def test_every_interpreted_case_is_claimed(interpreted):
     assert interpreted["errors"].keys() == {f"{case}-{dtype}" for case in CASES for dtype in LIMITS}
+
+
+def test_interpreted_column_sums_equal_float64(interpreted):
+    assert interpreted["column_sum"] < 1e-4
 
 
 def test_interpreted_gelu_and_slope_equal_erf(interpreted):
@@ -87,33 +99,46 @@ def test_depthwise_norm_gelu_sees_its_own_channel_and_neighbours_alone():
     assert out.count_nonzero(-1).count_nonzero() == 1
 
 
-def test_gelu_linear_equals_gelu_then_linear():
+both_ways = pytest.mark.parametrize("has_gelu", [False, True])
+
+
+@both_ways
+def test_rows_linear_equals_linear(has_gelu):
     torch.manual_seed(0)
     operands = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 3), (4, 3), (4,))]
-    assert torch.allclose(gelu_linear(*operands), F.linear(F.gelu(operands[0]), *operands[1:]))
-    assert torch.autograd.gradcheck(gelu_linear, operands)
+    found = partial(rows_linear, has_gelu=has_gelu)
+    first = F.gelu(operands[0]) if has_gelu else operands[0]
+    assert torch.allclose(found(*operands), F.linear(first, *operands[1:]))
+    assert torch.autograd.gradcheck(found, operands)
 
 
-def test_gelu_linear_keeps_its_input_alone():
+@both_ways
+def test_rows_linear_keeps_its_input_alone(has_gelu):
     kept = []
     operands = [torch.randn(*s, requires_grad=True) for s in ((5, 3), (4, 3), (4,))]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        gelu_linear(*operands)
+        rows_linear(*operands, has_gelu=has_gelu)
     assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in operands[:2]}
 
 
-def test_gelu_linear_leaves_frozen_parameters_alone():
+@both_ways
+def test_rows_linear_leaves_what_is_frozen_alone(has_gelu):
     x = torch.randn(5, 3, requires_grad=True)
     weight, bias = torch.randn(4, 3), torch.randn(4)
-    gelu_linear(x, weight, bias).sum().backward()
+    rows_linear(x, weight, bias, has_gelu=has_gelu).sum().backward()
     assert x.grad is not None and weight.grad is None and bias.grad is None
+    x, weight = x.detach(), weight.requires_grad_()
+    rows_linear(x, weight, bias, has_gelu=has_gelu).sum().backward()
+    assert x.grad is None and weight.grad is not None
 
 
-def test_gelu_linear_trains_under_autocast_as_a_linear_layer_does():
+@both_ways
+def test_rows_linear_trains_under_autocast_as_a_linear_layer_does(has_gelu):
     torch.manual_seed(0)
     operands = [torch.randn(*s, requires_grad=True) for s in ((5, 3), (4, 3), (4,))]
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = gelu_linear(*operands), F.linear(F.gelu(operands[0]), *operands[1:])
+        first = F.gelu(operands[0]) if has_gelu else operands[0]
+        found, expected = rows_linear(*operands, has_gelu=has_gelu), F.linear(first, *operands[1:])
     assert found.dtype == expected.dtype == torch.bfloat16
     gradients = [torch.autograd.grad(out.float().sum(), operands) for out in (found, expected)]
     assert all(g.dtype == torch.float32 for g in gradients[0])
@@ -186,9 +211,10 @@ def test_kernels_on_the_gpu_equal_plain_torch(width, dtype):
         )
         out = depthwise_norm_gelu(leaves[0], leaves[5], leaves[2], leaves[3], path=path)
         again = torch.stack(gelu_again(leaves[0].detach(), grad.to(to), path=path))
-        outputs = [total, normed, out]
-        gradients = torch.autograd.grad(outputs, leaves, [grad.to(to)] * 3)
-        return [*(output.detach() for output in outputs), again, *gradients]
+        outputs = [total, normed, out, layer_norm(leaves[1], leaves[3], path=path)]
+        gradients = torch.autograd.grad(outputs, leaves, [grad.to(to)] * 4)
+        summed = column_sum(grad.to(to).flatten(0, 2), path=path)
+        return [*(output.detach() for output in outputs), again, summed, *gradients]
 
     limit = 1e-5 if dtype == torch.float32 else 2e-2  # gradients of vectors are sums of rounded numbers
     for found, expected in zip(results("triton", dtype), results("torch", torch.float64), strict=True):

@@ -32,8 +32,10 @@ pytestmark = pytest.mark.skipif(
 BYTES = {"bf16": 2, "fp32": 4}  # float16 differs from bfloat16 by its conversions alone
 BY_ROWS = ("residual_norm", "residual_norm_grad", "norm_gelu", "norm_gelu_grad")
 DEPTHWISE = ("depthwise", "depthwise_flipped", "depthwise_grad_taps")
-PARTS = ("SHARE", "GAMMA", "OUTER", "FOLLOWING")
-WIDE = ("partial_pointer",)  # float32 pointers
+PARTS = ("BRANCH", "SHARE", "GAMMA", "OUTER", "FOLLOWING")
+VECTORS = {"GAMMA": 1, "OUTER": 2, "FOLLOWING": 2}  # rows of a part's gradient
+NORM_ALONE = ("FOLLOWING",)
+WIDE = ("partial_pointer", "statistics_pointer")  # float32 pointers
 H = INTERNIMAGE["internimage_h"]
 PUBLISHED = [INTERNIMAGE[f"internimage_{size}"] for size in ("t", "s", "b", "l", "xl", "h", "g")]
 
@@ -51,12 +53,13 @@ class Configuration:
 
     @property
     def rows(self) -> Rows:
-        held = pointwise_launch.BACKWARD if self.kernel.endswith("_grad") else pointwise_launch.FORWARD
-        return pointwise_launch.rows_launch(self.width, BYTES[self.dtype], held)
+        return pointwise_launch.rows_launch(self.width, BYTES[self.dtype])
 
     @property
     def tile(self) -> Tile:
-        return pointwise_launch.tile_launch(self.width, BYTES[self.dtype])
+        is_taps = self.kernel == "depthwise_grad_taps"
+        warps = pointwise_launch.TAP_WARPS if is_taps else pointwise_launch.CONVOLUTION_WARPS
+        return pointwise_launch.tile_launch(self.width, BYTES[self.dtype], warps)
 
     @property
     def launch(self) -> tuple[object, ...]:
@@ -67,13 +70,15 @@ class Configuration:
 
     def compile(self) -> Code:
         if self.kernel in BY_ROWS:
-            constants = {"EPS": 1e-6, "ROWS": self.rows.rows, "CHANNELS": self.rows.channels}
+            constants = {"ROWS": self.rows.rows, "CHANNELS": self.rows.channels}
+            if not self.kernel.endswith("_grad"):
+                constants["EPS"] = 1e-6
             module = triton_norm
             if self.kernel.startswith("residual"):
                 module = triton_residual
                 constants |= {f"HAS_{part}": part in self.parts for part in PARTS}
                 if self.kernel.endswith("_grad"):
-                    constants["NUM_VECTORS"] = len(self.parts)
+                    constants["NUM_VECTORS"] = sum(VECTORS.get(part, 0) for part in self.parts)
             kernel = getattr(module, f"{self.kernel}_kernel")
             return compile_kernel(kernel, constants, self.dtype, self.rows.warps, WIDE, ("width",))
         if self.kernel == "gelu_grad":
@@ -95,7 +100,7 @@ def branches(config: InternImageConfig) -> list[tuple[str, ...]]:
     outer = ("OUTER",) if config.post_norm or config.res_post_norm else ()
     following = () if config.post_norm else ("FOLLOWING",)
     both = [(*gamma, *outer, *following), (*gamma, *outer)]
-    shares = [("SHARE",), ()] if config is H else [("SHARE",)]
+    shares = [("BRANCH", "SHARE"), ("BRANCH",)] if config is H else [("BRANCH", "SHARE")]
     return [(*share, *parts) for share in shares for parts in both]
 
 
@@ -104,7 +109,9 @@ def launches() -> list[Configuration]:
     found = []
     for config, dtype in product(PUBLISHED, BYTES):
         for width in config.widths:
-            for kernel, parts in product(("residual_norm", "residual_norm_grad"), branches(config)):
+            for kernel, parts in product(
+                ("residual_norm", "residual_norm_grad"), [*branches(config), NORM_ALONE]
+            ):
                 found.append(Configuration(kernel, dtype, width, parts))
             found += [Configuration(kernel, dtype, width) for kernel in ("norm_gelu", "norm_gelu_grad")]
             size = config.dw_kernel_size
@@ -162,9 +169,13 @@ def test_no_kernel_adds_to_memory_so_sums_keep_their_order(codes, configuration)
 def test_maps_are_read_and_written_in_vectors_of_16_bytes(codes, kernel):
     for configuration, code in codes.items():
         if configuration.kernel == kernel and configuration.width % 512 == 0:
+            rows = configuration.rows.rows if configuration.kernel in BY_ROWS else 0
+            norms = (
+                len({"OUTER", "FOLLOWING"} & {*configuration.parts}) or configuration.kernel == "norm_gelu"
+            )
             stores = [operation for operation in code.operations if operation.startswith("STG")]
+            narrow = [operation for operation in stores if not operation.endswith(".128")]
+            assert len(narrow) < len(stores) and len(narrow) <= 2 * norms * rows, stores  # mean and scale
             loads = [operation for operation in code.operations if operation.startswith("LDG")]
-            assert stores and all(operation.endswith(".128") for operation in stores), stores
             narrow = [operation for operation in loads if not operation.endswith(".128")]
-            shares = configuration.rows.rows if "SHARE" in configuration.parts else 0  # one number a row
-            assert len(narrow) <= shares, narrow
+            assert len(narrow) <= rows * ("SHARE" in configuration.parts), narrow  # one number a row
