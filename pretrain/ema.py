@@ -10,7 +10,7 @@ parameters on every rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -80,7 +80,8 @@ class TeacherAverage:
         self._owned = [s for s in self.slices if s.numel]
         self._stable_masters: list[Tensor] | None = None
         self._average = [master.clone() for master in self._masters()]
-        self._gather = None if hasattr(next(iter(self._teacher.values())), "ds_id") else self._plan_gather()
+        is_partitioned = hasattr(next(iter(self._teacher.values())), "ds_id")
+        self._copies = self._plan_partitioned() if is_partitioned else self._plan_whole()
         self._publish()
 
     def _masters(self) -> list[Tensor]:
@@ -131,41 +132,50 @@ class TeacherAverage:
     def _publish(self) -> None:
         for name, target in self._teacher_buffers.items():
             target.copy_(self.buffers.get(name, self._student_buffers[name]))
-        if self._gather is None:
-            targets = [self._teacher[s.name].ds_tensor.view(-1)[: s.numel] for s in self._owned]
-            if targets:
-                torch._foreach_copy_(targets, self._average)
-        else:
-            self._gather_whole(*self._gather)
+        copies = self._copies
+        if copies.mine:
+            torch._foreach_copy_(copies.mine, self._average)
+        if copies.rows is not None:
+            dist.all_gather(list(copies.rows.unbind()), copies.rows[dist.get_rank()].clone())
+            torch._foreach_copy_(copies.targets, copies.sources)
 
-    def _plan_gather(self) -> tuple[list[list[Slice]], Tensor]:
-        """Every rank's slices, and a buffer [world, longest] for them in the teacher's precision."""
-        owned: list[list[Slice]] = [self._owned]
-        if world_size() > 1:
-            owned = [[] for _ in range(world_size())]
-            dist.all_gather_object(owned, self._owned)
+    def _plan_partitioned(self) -> _Copies:
+        return _Copies([self._teacher[s.name].ds_tensor.view(-1)[: s.numel] for s in self._owned])
+
+    def _plan_whole(self) -> _Copies:
+        """Alone, straight into the teacher; else every rank's slices end to end in its row of a buffer."""
+        if world_size() == 1:
+            return _Copies(self._places_of(self._owned))
+        owned: list[list[Slice]] = [[] for _ in range(world_size())]
+        dist.all_gather_object(owned, self._owned)
         longest = max(sum(s.numel for s in of_rank) for of_rank in owned)
         like = next(iter(self._teacher.values()))
-        return owned, torch.zeros(len(owned), longest, dtype=like.dtype, device=like.device)
+        rows = torch.zeros(len(owned), longest, dtype=like.dtype, device=like.device)
+        parts = [_split(row, of_rank) for row, of_rank in zip(rows, owned, strict=True)]
+        targets = [place for of_rank in owned for place in self._places_of(of_rank)]
+        return _Copies(parts[dist.get_rank()], rows, [part for of_rank in parts for part in of_rank], targets)
 
-    def _gather_whole(self, owned: list[list[Slice]], rows: Tensor) -> None:
-        mine = rows[dist.get_rank()] if len(owned) > 1 else rows[0]
-        _copy_end_to_end(self._average, mine)
-        if len(owned) > 1:
-            dist.all_gather(list(rows.unbind()), mine.clone())
-        targets, sources = [], []
-        for of_rank, row in zip(owned, rows, strict=True):
-            sources += row[: sum(s.numel for s in of_rank)].split([s.numel for s in of_rank])
-            targets += [self._teacher[s.name].view(-1)[s.start : s.start + s.numel] for s in of_rank]
-        torch._foreach_copy_(targets, sources)
+    def _places_of(self, owned: list[Slice]) -> list[Tensor]:
+        """Where slices lie in the whole teacher."""
+        return [self._teacher[s.name].view(-1)[s.start : s.start + s.numel] for s in owned]
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """How the average reaches the teacher: views made once, since making thousands takes the host longer than
+    the device takes to copy."""
+
+    mine: list[Tensor]  # where this rank's slices go
+    rows: Tensor | None = None  # [world, longest] buffer of all ranks' slices, where they are exchanged
+    sources: list[Tensor] = field(default_factory=list)  # parts of it, in the order of `targets`
+    targets: list[Tensor] = field(default_factory=list)  # in the whole teacher
+
+
+def _split(row: Tensor, owned: list[Slice]) -> list[Tensor]:
+    """A rank's slices in its row."""
+    sizes = [s.numel for s in owned]
+    return list(row[: sum(sizes)].split(sizes))
 
 
 def _wide(buffer: Tensor) -> Tensor:
     return buffer.float() if buffer.is_floating_point() else buffer
-
-
-def _copy_end_to_end(parts: list[Tensor], row: Tensor) -> None:
-    offset = 0
-    for part in parts:
-        row[offset : offset + part.numel()].copy_(part)
-        offset += part.numel()

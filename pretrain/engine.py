@@ -26,6 +26,7 @@ from pretrain.collectives import rank, sum_over_ranks, world_size
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.ema import TeacherAverage
+from pretrain.gradient_norm import look_once
 from pretrain.models.backbone import GATHER_UNITS
 from pretrain.models.guides import Guide
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
@@ -220,6 +221,8 @@ class Engine:
         self._optimizer = make_optimizer(model, run.optim)
         mark_gather_units(model)
         self._student, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=config)
+        if self.stage < 3 and not self._student.optimizer.cpu_offload:
+            look_once(self._student.optimizer)
         if self.stage == 3:
             mark_gather_units(teacher)
             self._teacher, *_ = deepspeed.initialize(model=teacher, config=teacher_config(config))

@@ -51,6 +51,7 @@ def train(run: Run, paths: Paths) -> None:
     with ExitStack() as held:
         from_first_rank(lambda: held.enter_context(only_writer(paths.out)))
         _train(run, paths, config, machine, device, held)
+    dist.destroy_process_group()  # NCCL complains of what is left to the end of the process
 
 
 def _train(

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,32 @@ def stop_and_resume(folder: Path) -> dict[str, Any]:
     return result
 
 
+def skip_what_is_not_finite(folder: Path) -> dict[str, Any]:
+    """A step, one whose gradient is not finite on rank 1 alone, and one more: what the weights do in each."""
+    result = {}
+    for variant, poison in product(("zero1", "zero2", "zero3", "zero3_offload"), (math.nan, math.inf)):
+        engine = engine_of(variant, toy_run())
+        weights = dict(engine._student.module.student.named_parameters())
+        owned = [part for part in engine.average.slices if part.numel]
+
+        def masters(weights: Any = weights, owned: Any = owned) -> torch.Tensor:
+            return torch.cat([local_master(weights[part.name], part.numel).clone() for part in owned])
+
+        run_steps(engine, 1)
+        before, backward = masters(), engine._student.backward
+        if rank() == 1:
+            engine._student.backward = lambda total, scale=poison, run=backward: run(total * scale)
+        run_steps(engine, 2)
+        skipped, engine._student.backward = masters(), backward
+        run_steps(engine, 3)
+        result[f"{variant}-{poison}"] = {
+            "moved": (skipped - before).abs().max().item(),
+            "moved_afterwards": (masters() - skipped).abs().max().item(),
+            "skipped_steps": engine.skipped_steps,
+        }
+    return result
+
+
 def die_while_saving(folder: Path) -> dict[str, Any]:
     """A whole checkpoint after one step, SIGKILL just before the one after two is published."""
     engine = engine_of("zero3", toy_run())
@@ -134,6 +162,7 @@ SCENARIOS = {
     "compare_stages": compare_stages,
     "average_in_bfloat16": average_in_bfloat16,
     "stop_and_resume": stop_and_resume,
+    "skip_what_is_not_finite": skip_what_is_not_finite,
     "die_while_saving": die_while_saving,
 }
 

@@ -22,7 +22,9 @@ TOLERANCE = 1e-4  # float32 sums in another order, through five AdamW steps
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One launch of two ranks for all claims: most of its time is imports."""
     folder = tmp_path_factory.mktemp("ranks")
-    return launch(folder, "compare_stages", "average_in_bfloat16", "stop_and_resume")
+    return launch(
+        folder, "compare_stages", "average_in_bfloat16", "stop_and_resume", "skip_what_is_not_finite"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +104,12 @@ def test_average_follows_float32_weights_in_bfloat16(ranks: dict[str, Any]) -> N
         assert found["moved"] > 1e-6, f"{variant}: nothing to follow"
         assert found["error"] < 1e-6, f"{variant}: ten roundings of float32 weights below 1 stay under 1e-6"
         assert found["naive_error"] > 100 * found["error"], f"{variant}: an average in bfloat16 would do"
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight(ranks: dict[str, Any]) -> None:
+    for case, found in ranks["skip_what_is_not_finite"].items():
+        assert found["moved"] == 0 and found["skipped_steps"] == 1, case
+        assert 0 < found["moved_afterwards"] < 1, case
 
 
 def test_resume_equals_uninterrupted(ranks: dict[str, Any]) -> None:
