@@ -166,7 +166,7 @@ def _(x, grad_out):
     return out, torch.empty_like(out)
 
 
-@torch.library.custom_op("pretrain::column_sum", mutates_args=())
+@torch.library.custom_op("pretrain::column_sum", mutates_args=(), schema="(Tensor x) -> Tensor")
 def column_sum(x: Tensor) -> Tensor:
     """Sum over the rows of x [rows, width], in float32; always in the same order."""
     x = x.contiguous()

@@ -41,7 +41,11 @@ def residual_norm(
     return total, normed, statistics
 
 
-@torch.library.custom_op("pretrain::layer_norm", mutates_args=())
+@torch.library.custom_op(
+    "pretrain::layer_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor norm, float eps) -> (Tensor, Tensor)",
+)
 def layer_norm(x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """LayerNorm of x [..., c] by norm [2, c], weight and bias; and mean and scale of every row, [2, rows]."""
     x = x.contiguous()
