@@ -249,6 +249,7 @@ class Engine:
     def step(self, batch: Batch) -> Any:
         """One optimizer step and teacher update on this rank's share of the batch; gives the Losses, detached.
 
+        Neither weights nor teacher move where the gradient is not finite on any rank; all ranks agree on it.
         Drop path and the like draw from a generator that (seed, step, rank) alone decide, so a resumed run
         repeats them. Nothing here waits for the device except DeepSpeed's own check of the gradient.
         """
@@ -262,10 +263,12 @@ class Engine:
         losses, self._losses = self._losses, None
         self._student.backward(total)
         self.balance.advance()
+        skipped = self.skipped_steps
         self._student.step()
         if self.stage == 3:
             self._teacher.optimizer.partition_all_parameters()
-        self.average.update(self.momentum)
+        if self.skipped_steps == skipped:
+            self.average.update(self.momentum)
         self.steps_done += 1
         return dataclasses.replace(losses, total=total.detach())
 

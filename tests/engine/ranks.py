@@ -134,12 +134,16 @@ def skip_what_is_not_finite(folder: Path) -> dict[str, Any]:
 
         run_steps(engine, 1)
         before, backward = masters(), engine._student.backward
+        teacher = [average.clone() for average in engine.average.state().values()]
         if rank() == 1:
             engine._student.backward = lambda total, scale=poison, run=backward: run(total * scale)
         run_steps(engine, 2)
         skipped, engine._student.backward = masters(), backward
+        taught = list(engine.average.state().values())
+        is_teacher_still = all(torch.equal(a, b) for a, b in zip(teacher, taught, strict=True))
         run_steps(engine, 3)
         result[f"{variant}-{poison}"] = {
+            "is_teacher_still": is_teacher_still,
             "moved": (skipped - before).abs().max().item(),
             "moved_afterwards": (masters() - skipped).abs().max().item(),
             "skipped_steps": engine.skipped_steps,
