@@ -49,15 +49,16 @@ def test_only_the_atomic_variant_adds_to_memory(machines, configuration):
 
 
 @pytest.mark.parametrize(("side", "groups", "product"), STAGES)
-def test_forward_takes_at_most_5_instructions_an_element(machines, side, groups, product):
-    assert instructions(machines, "sample", side, groups) <= 5.0
+def test_forward_takes_at_most_6_instructions_an_element(machines, side, groups, product):
+    """4.6 with 16 channels a thread, which touched twice as many cache lines: an H200 took 1.6 times as long."""
+    assert instructions(machines, "sample", side, groups) <= 6.0
 
 
 @pytest.mark.parametrize(("side", "groups", "product"), STAGES)
-def test_backward_takes_at_most_26_instructions_an_element(machines, side, groups, product):
+def test_backward_takes_at_most_18_instructions_an_element(machines, side, groups, product):
     kernels = ["grad_packed", product, "arrange_banded" if product == "large" else "arrange"]
     parts = {kernel: instructions(machines, kernel, side, groups) for kernel in kernels}
-    assert sum(parts.values()) <= 26.0, parts
+    assert sum(parts.values()) <= 18.0, parts
 
 
 @pytest.mark.parametrize("group_width", [32, 16])
