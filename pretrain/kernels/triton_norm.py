@@ -22,21 +22,19 @@ def row_sum(tile):
 
 @triton.jit
 @no_type_check
-def standardise(tile, is_channel, width, EPS: tl.constexpr):
-    """Rows of `tile` with mean 0 and variance 1 (0 outside the channels), their mean and what multiplied them."""
+def standardise(
+    tile, statistics_pointer, number: tl.constexpr, row, num_rows, is_channel, width, EPS: tl.constexpr
+):
+    """Rows of `tile` with mean 0 and variance 1 (0 outside the channels). Their mean and what multiplied them go to
+    the lines 2 `number` and 2 `number` + 1 of statistics [_, rows].
+    """
+    place = statistics_pointer + 2 * number * num_rows + row
     mean = row_sum(tile) / width
+    tl.store(place, mean, mask=row < num_rows)
     centred = tl.where(is_channel, tile - mean, 0.0)
     scale = tl.rsqrt(row_sum(centred * centred) / width + EPS)
-    return centred * scale, mean, scale
-
-
-@triton.jit
-@no_type_check
-def keep_statistics(statistics_pointer, number: tl.constexpr, row, num_rows, mean, scale):
-    """Writes the mean and scale of rows to the lines 2 `number` and 2 `number` + 1 of statistics [_, rows]."""
-    place = statistics_pointer + 2 * number * num_rows + row
-    tl.store(place, mean, mask=row < num_rows)
     tl.store(place + num_rows, scale, mask=row < num_rows)
+    return centred * scale
 
 
 @triton.jit
@@ -90,8 +88,7 @@ def norm_gelu_kernel(
     is_valid = (row < num_rows) & is_channel
     place = row.to(tl.int64) * width + channel
     x = tl.load(x_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
-    x, mean, scale = standardise(x, is_channel, width, EPS)
-    keep_statistics(statistics_pointer, 0, row, num_rows, mean, scale)
+    x = standardise(x, statistics_pointer, 0, row, num_rows, is_channel, width, EPS)
     x = x * vector(norm_pointer, 0, channel, is_channel, width) + vector(
         norm_pointer, 1, channel, is_channel, width
     )

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from pretrain.kernels.triton_norm import (
-    keep_statistics,
     standardise,
     standardise_again,
     standardise_grad,
@@ -54,8 +53,7 @@ def residual_norm_kernel(
     if HAS_BRANCH:
         branch = tl.load(branch_pointer + place, mask=is_valid, other=0.0).to(tl.float32)
         if HAS_OUTER:
-            branch, mean, scale = standardise(branch, is_channel, width, EPS)
-            keep_statistics(statistics_pointer, 0, row, num_rows, mean, scale)
+            branch = standardise(branch, statistics_pointer, 0, row, num_rows, is_channel, width, EPS)
             branch *= vector(outer_pointer, 0, channel, is_channel, width)
             branch += vector(outer_pointer, 1, channel, is_channel, width)
         if HAS_GAMMA:
@@ -68,8 +66,8 @@ def residual_norm_kernel(
         tl.store(total_pointer + place, rounded, mask=is_valid)
         total = rounded.to(tl.float32)
     if HAS_FOLLOWING:
-        normed, mean, scale = standardise(total, is_channel, width, EPS)
-        keep_statistics(statistics_pointer, 1 if HAS_OUTER else 0, row, num_rows, mean, scale)
+        number: tl.constexpr = 1 if HAS_OUTER else 0
+        normed = standardise(total, statistics_pointer, number, row, num_rows, is_channel, width, EPS)
         normed *= vector(following_pointer, 0, channel, is_channel, width)
         normed += vector(following_pointer, 1, channel, is_channel, width)
         tl.store(normed_pointer + place, normed.to(normed_pointer.dtype.element_ty), mask=is_valid)

@@ -149,7 +149,7 @@ def per_element(codes: dict[Configuration, Code], wanted: Configuration) -> floa
 # InternImage-H in bfloat16, with stochastic depth. Multiply-adds of a 5 x 5 kernel alone are 0.78 an element.
 @pytest.mark.parametrize("width", H.widths)
 @pytest.mark.parametrize(("kernel", "limit"), [
-    ("depthwise", 2.4), ("depthwise_flipped", 2.4), ("depthwise_grad_taps", 2.6),
+    ("depthwise", 2.7), ("depthwise_flipped", 2.7), ("depthwise_grad_taps", 2.6),
     ("residual_norm", 2.3), ("residual_norm_grad", 5.0), ("norm_gelu", 2.4), ("norm_gelu_grad", 3.6),
 ])  # fmt: skip
 def test_instructions_an_element(codes, kernel, limit, width):
@@ -166,16 +166,21 @@ def test_no_kernel_adds_to_memory_so_sums_keep_their_order(codes, configuration)
 @pytest.mark.parametrize(
     "kernel", ["depthwise", "depthwise_flipped", "residual_norm", "norm_gelu", "gelu_grad"]
 )
-def test_maps_are_read_and_written_in_vectors_of_16_bytes(codes, kernel):
+def test_maps_are_read_and_written_in_vectors(codes, kernel):
+    """Of 16 bytes; of 8 where a thread of a convolution owns four narrow channels, which an H200 found faster."""
     for configuration, code in codes.items():
         if configuration.kernel == kernel and configuration.width % 512 == 0:
             rows = configuration.rows.rows if configuration.kernel in BY_ROWS else 0
             norms = (
                 len({"OUTER", "FOLLOWING"} & {*configuration.parts}) or configuration.kernel == "norm_gelu"
             )
-            stores = [operation for operation in code.operations if operation.startswith("STG")]
-            narrow = [operation for operation in stores if not operation.endswith(".128")]
+            is_half = configuration.kernel in DEPTHWISE and configuration.dtype == "bf16"
+            vector = ".64" if is_half else ".128"
+            stores, loads = (
+                [operation for operation in code.operations if operation.startswith(kind)]
+                for kind in ("STG", "LDG")
+            )
+            narrow = [operation for operation in stores if not operation.endswith(vector)]
             assert len(narrow) < len(stores) and len(narrow) <= 2 * norms * rows, stores  # mean and scale
-            loads = [operation for operation in code.operations if operation.startswith("LDG")]
-            narrow = [operation for operation in loads if not operation.endswith(".128")]
+            narrow = [operation for operation in loads if not operation.endswith(vector)]
             assert len(narrow) <= rows * ("SHARE" in configuration.parts), narrow  # one number a row
