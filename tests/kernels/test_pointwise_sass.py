@@ -167,15 +167,14 @@ def test_no_kernel_adds_to_memory_so_sums_keep_their_order(codes, configuration)
     "kernel", ["depthwise", "depthwise_flipped", "residual_norm", "norm_gelu", "gelu_grad"]
 )
 def test_maps_are_read_and_written_in_vectors(codes, kernel):
-    """Of 16 bytes; of 8 where a thread of a convolution owns four narrow channels, which an H200 found faster."""
+    """Of 16 bytes; of 8 in convolutions, which an H200 found faster."""
     for configuration, code in codes.items():
         if configuration.kernel == kernel and configuration.width % 512 == 0:
             rows = configuration.rows.rows if configuration.kernel in BY_ROWS else 0
             norms = (
                 len({"OUTER", "FOLLOWING"} & {*configuration.parts}) or configuration.kernel == "norm_gelu"
             )
-            is_half = configuration.kernel in DEPTHWISE and configuration.dtype == "bf16"
-            vector = ".64" if is_half else ".128"
+            vector = ".64" if configuration.kernel in DEPTHWISE else ".128"
             stores, loads = (
                 [operation for operation in code.operations if operation.startswith(kind)]
                 for kind in ("STG", "LDG")
