@@ -20,7 +20,7 @@ from data_prep.images import BadImage, Limits, check_image
 from data_prep.samples import Collection, Dropped, Made, Sample
 from data_prep.schema import fill_prompt
 from data_prep.sources.captions_table import clean_caption, read_table
-from data_prep.sources.listing import FileRef, files_of, is_image_name
+from data_prep.sources.listing import FileRef, files_of, is_image_name, unreadable
 
 VERSION = 1  # raise it when the same input gives other bytes
 SPLITS = ("train", "trainval", "val", "valid", "validation", "heldout", "test")
@@ -51,9 +51,12 @@ class Folder:
     seed: int = 0  # of the order of the samples
     min_side: int = Limits.min_side  # pixels; images with a shorter side are dropped
     max_pixels: int = Limits.max_pixels  # width x height, from the header; larger images are dropped unread
+    max_aspect: float = Limits.max_aspect  # longer over shorter side; images beyond are dropped
+    short_side: int = 0  # pixels; images whose short side is longer are reduced to it, 0 never
     prompts: tuple[str, ...] = ()  # captions of a class: {} becomes "a paper plane" for paper_plane
 
     def __post_init__(self) -> None:
+        self._limits()  # says what is wrong with them
         for prompt in self.prompts:
             if "{}" not in prompt or _DOUBLED_ARTICLE.search(prompt):
                 raise ValueError(
@@ -75,6 +78,9 @@ class Folder:
         name = self.name or self.source.stem
         return [self._collection(name, split, listing, categories) for split, listing in listings.items()]
 
+    def _limits(self) -> Limits:
+        return Limits(self.min_side, self.max_pixels, max_aspect=self.max_aspect, short_side=self.short_side)
+
     def _collection(
         self, name: str, split: str, listing: _Listing, categories: tuple[str, ...]
     ) -> Collection:
@@ -86,7 +92,7 @@ class Folder:
             )
         if self.prompts:
             items = [_with_captions(item, self.prompts, categories, listing) for item in items]
-        limits = Limits(self.min_side, self.max_pixels)
+        limits = self._limits()
         sizes = [item.ref.size() if item.ref else 0 for item in items]
         settings: dict[str, Any] = {
             "source": "folder",
@@ -235,7 +241,10 @@ def _fingerprint(items: Sequence[Item], sizes: Sequence[int]) -> str:
 
 
 def make_sample(item: Item, *, source: str, categories: tuple[str, ...], limits: Limits) -> Made:
-    """The sample of one item, or why there is none; a bad caption costs the image only when it was the last one."""
+    """The sample of one item, or why there is none; a bad caption costs the image only when it was the last one.
+
+    Raises OSError when the disk fails: only a file that is gone from a folder that is still there is left out.
+    """
     name = item.name.encode("utf-8", "replace").decode()
     if not item.is_row:
         return Made(None, (Dropped(name, "caption_columns", "not as many cells as the header"),))
@@ -245,15 +254,18 @@ def make_sample(item: Item, *, source: str, categories: tuple[str, ...], limits:
     if item.captions is not None and not told:
         return Made(None, dropped or (Dropped(name, "no_caption", f"not in {CAPTIONS_NAME}"),))
     try:
-        content = item.ref.read()
-        if len(content) < item.ref.size():
+        content = item.ref.read(limits.max_bytes + 1)
+        if len(content) < min(item.ref.size(), limits.max_bytes + 1):
             raise BadImage("truncated", f"{len(content)} of {item.ref.size()} bytes")
         image = check_image(content, limits)
     except BadImage as bad:
         return Made(None, (*dropped, Dropped(name, bad.reason, bad.detail)))
     except OSError as error:
-        return Made(None, (*dropped, Dropped(name, "unreadable", str(error))))
+        if item.ref.has_vanished():
+            return Made(None, (*dropped, Dropped(name, "vanished", str(error))))
+        raise unreadable(item.ref.path, error) from error
     record: dict[str, Any] = {"source": source, "source_name": name, "objects": [], "tags": []}
+    record["phash"] = image.phash
     if item.category is not None:
         record["category"] = categories[item.category]
         record["tags"] = [[categories[item.category], 1.0]]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from data_prep.sources.tar_index import BadTar, members_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 WHOLE_FILE = -1  # as num_bytes: up to the end of the file
@@ -20,15 +22,47 @@ class FileRef:
     offset: int  # bytes
     num_bytes: int
 
-    def read(self) -> bytes:
-        """The bytes; fewer when the tar ends too early. Raises OSError."""
+    def read(self, at_most: int | None = None) -> bytes:
+        """The bytes, or the first `at_most` of them; fewer when the tar ends too early. Raises OSError.
+
+        A header may claim more than there is: no more memory is taken than the file has bytes.
+        """
         with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read() if self.num_bytes == WHOLE_FILE else file.read(self.num_bytes)
+            num_bytes = max(0, file.seek(0, os.SEEK_END) - self.offset)
+            for limit in (at_most, None if self.num_bytes == WHOLE_FILE else self.num_bytes):
+                num_bytes = num_bytes if limit is None else min(num_bytes, limit)
+            file.seek(min(self.offset, 2**62))
+            return file.read(num_bytes)
 
     def size(self) -> int:
         """How many bytes it should have."""
         return os.path.getsize(self.path) if self.num_bytes == WHOLE_FILE else self.num_bytes
+
+    def has_vanished(self) -> bool:
+        """Whether a whole file is gone from a folder that is still there and holds others.
+
+        A folder that is missing or empty is rather a disk that is gone, as is a tar that was there before.
+        """
+        folder = os.path.dirname(self.path) or "."
+        try:
+            return (
+                self.num_bytes == WHOLE_FILE and not os.path.lexists(self.path) and bool(os.listdir(folder))
+            )
+        except OSError:
+            return False
+
+
+def unreadable(name: str, error: OSError) -> OSError:
+    """What to raise when the disk or the store fails while `name` is read: nothing is known of the image itself.
+
+    Left out of a finished shard it would be lost for good, so that the build stops, to go on later.
+    """
+    told = (
+        f"{name} cannot be read ({error}): inputs are left out for what they hold, not for a disk or store that "
+        "fails: run the same command again, it goes on after the last finished shard; should this file alone "
+        "fail again, copy it again"
+    )
+    return OSError(error.errno or errno.EIO, told)
 
 
 def is_image_name(name: str) -> bool:
@@ -39,7 +73,7 @@ def is_image_name(name: str) -> bool:
 def files_of(path: Path) -> dict[str, FileRef]:
     """Every regular file below a folder, or in a tar, by its relative name with forward slashes, sorted by name."""
     listed = _files_of_tar(path) if path.is_file() else _files_of_folder(path)
-    return dict(sorted(listed))
+    return dict(sorted(listed, key=lambda one: one[0]))  # of one name twice in a tar the last counts
 
 
 def _files_of_folder(folder: Path) -> Iterator[tuple[str, FileRef]]:
@@ -54,12 +88,12 @@ def _files_of_folder(folder: Path) -> Iterator[tuple[str, FileRef]]:
 def _files_of_tar(path: Path) -> Iterator[tuple[str, FileRef]]:
     """Members are only listed: links, devices and folders are passed over, and a name like ../../x is just a text."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isreg() and not member.issparse():
-                    name = str(PurePosixPath(member.name))
-                    yield name, FileRef(str(path), member.offset_data, member.size)
-    except tarfile.ReadError as error:
+        with open(path, "rb") as file:
+            for member in members_of(file):
+                name = str(PurePosixPath(member.name))
+                yield name, FileRef(str(path), member.offset, member.num_bytes)
+    except BadTar as error:
         raise ValueError(
-            f"{path} is no plain tar file ({error}): unpack a compressed one with gunzip, or copy a broken one again"
+            f"{path}: {error}; a plain tar file is needed: unpack a compressed one with gunzip, or copy a broken one"
+            " again"
         ) from error

@@ -1,0 +1,185 @@
+"""How do judged rows become the parts of a list? Sorted once, duplicates left out on the way, rows.json last.
+
+Rows are sorted by the hash of seed and address, so those of one address are neighbours, the best of them first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data_prep.rows.folder import COLUMNS, REJECTS_NAME, Part, Rows, part_name, write_record
+from data_prep.rows.inputs import TEMPORARY, Staged, quoted
+from data_prep.schema import fsync_folder, sha256_file
+
+NO_ADDRESS = ("columns", "empty_line", "no_url", "url_malformed", "url_scheme")
+MAX_WITHOUT = 0.5  # of all rows; with more of them it is another table than the source publishes
+ROW_GROUP = 65_536  # rows; a reader of some rows reads so many at most beside them
+FORMAT = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
+
+
+def write_rows(
+    connection: duckdb.DuckDBPyConnection,
+    folder: Path,
+    judged: Sequence[Path],
+    lists: Sequence[Staged],
+    side_rejects: Mapping[str, int],
+    settings: Mapping[str, Any],
+    stamps: Mapping[str, str | None],
+) -> Rows:
+    """Write the parts, the rejects and at last rows.json; `judged` has the verdicts on every one of `lists`.
+
+    `settings` are those of the whole list, its `prefix` of keys and `rows_per_part` among them; `stamps` is kept as
+    it is. Raises ValueError
+    when no row is left, or most rows have no address.
+    """
+    for leftover in [*folder.glob("*.parquet"), *folder.glob(f"*{TEMPORARY}")]:
+        leftover.unlink()
+    verdicts = f"read_parquet([{', '.join(quoted(path) for path in judged)}])"
+    _require_table(connection, verdicts, lists)
+    twice = judged[0].with_name("twice.parquet")
+    tables = _unique(connection, verdicts, twice)
+    parts = tuple(_write_parts(folder, tables, settings["rows_per_part"], settings["prefix"]))
+    if not parts:
+        reasons = connection.execute(
+            f"SELECT reason, count(*) FROM {verdicts} GROUP BY 1 ORDER BY 2 DESC"
+        ).fetchall()
+        own = ", or pass --allow-private with your own network, such as 127.0.0.0/8"
+        raise ValueError(
+            f"{folder}: no row of the list is left ({dict(reasons)}): check the input and the filters"
+            f"{own if 'url_private' in dict(reasons) else ''}"
+        )
+    _write_rejects(connection, folder, verdicts, twice, lists)
+    counts = connection.execute(
+        f"SELECT reason, count(*) FROM read_parquet({quoted(folder / REJECTS_NAME)}) GROUP BY 1 ORDER BY 1"
+    ).fetchall()
+    notes = dict(
+        connection.execute(
+            f"SELECT note, count(*) FROM {verdicts} WHERE note IS NOT NULL GROUP BY 1 ORDER BY 1"
+        ).fetchall()
+    )
+    num_inputs = sum(one.num_lines() for one in lists)
+    num_repaired = sum(one.num_repaired for one in lists)
+    rows = Rows(folder, parts, settings, dict(counts), num_inputs, num_repaired, side_rejects, notes, stamps)
+    assert num_inputs == rows.num_rows + sum(rows.rejects.values()), "a row was lost or counted twice"
+    write_record(rows)
+    return rows
+
+
+def _require_table(connection: duckdb.DuckDBPyConnection, judged: str, lists: Sequence[Staged]) -> None:
+    """ValueError when most of the input is no address at all: then columns are missing or in another order."""
+    reasons = f"SELECT reason, text FROM {judged} WHERE reason IS NOT NULL"
+    refused = " UNION ALL ".join(
+        [
+            reasons,
+            *(
+                f"SELECT reason, text FROM read_parquet({quoted(one.rejects)})"
+                for one in lists
+                if one.rejects
+            ),
+        ]
+    )
+    ((num_malformed, example),) = connection.execute(
+        f"SELECT count(*), any_value(text) FROM ({refused}) WHERE reason IN {NO_ADDRESS}"
+    ).fetchall()
+    num_lines = sum(one.num_lines() for one in lists)
+    if num_malformed > MAX_WITHOUT * num_lines:
+        raise ValueError(
+            f"{num_malformed} of {num_lines} rows of {lists[0].name} have no address where one must stand, such as"
+            f" {(example or '')[:80]!r}: pass the file as it was published, with its columns in their order"
+        )
+
+
+def _unique(connection: duckdb.DuckDBPyConnection, judged: str, twice: Path) -> Iterator[pa.Table]:
+    """The rows that stay, in their order; the places of those that repeat an address go to the file `twice`."""
+    reader = connection.sql(
+        f"SELECT url, caption, sha256, md5, extra, place FROM {judged} WHERE reason IS NULL"
+        " ORDER BY mix, more, similarity DESC NULLS LAST, place"
+    ).to_arrow_reader(ROW_GROUP)
+    before = pa.array([None], pa.string())
+    with pq.ParquetWriter(twice, pa.schema([("place", pa.int64())])) as writer:
+        for batch in reader:
+            table = pa.Table.from_batches([batch])
+            urls = table["url"].combine_chunks()
+            is_new = pc.fill_null(pc.not_equal(urls, pa.concat_arrays([before, urls[:-1]])), True)
+            before = urls[-1:]
+            writer.write_table(table.select(["place"]).filter(pc.invert(is_new)))
+            yield table.drop_columns(["place"]).filter(is_new)
+
+
+def _write_parts(folder: Path, tables: Iterator[pa.Table], rows_per_part: int, prefix: str) -> Iterator[Part]:
+    """Parts of exactly `rows_per_part` rows, but the last; written while the next rows are sorted."""
+    number = num_before = num_rows = 0
+    writer: pq.ParquetWriter | None = None
+    path = folder / part_name(0)
+    with ThreadPoolExecutor(1) as thread:
+        for table in _ahead(tables, thread):
+            while table.num_rows:
+                if writer is None:
+                    path = folder / part_name(number)
+                    writer = pq.ParquetWriter(path.with_name(path.name + TEMPORARY), COLUMNS, **FORMAT)
+                piece = table[: rows_per_part - num_rows]
+                writer.write_table(_with_keys(piece, num_before, prefix), ROW_GROUP)
+                table, num_rows = table[piece.num_rows :], num_rows + piece.num_rows
+                num_before += piece.num_rows
+                if num_rows == rows_per_part:
+                    yield _finished(writer, path, num_rows)
+                    writer, num_rows, number = None, 0, number + 1
+    if writer is not None:
+        yield _finished(writer, path, num_rows)
+
+
+def _ahead(tables: Iterator[pa.Table], thread: ThreadPoolExecutor) -> Iterator[pa.Table]:
+    """The same tables; the next one is fetched in the thread while the last one is used."""
+    coming = thread.submit(next, tables, None)
+    while (table := coming.result()) is not None:
+        coming = thread.submit(next, tables, None)
+        yield table
+
+
+def _finished(writer: pq.ParquetWriter, path: Path, num_rows: int) -> Part:
+    writer.close()
+    temporary = path.with_name(path.name + TEMPORARY)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+    return Part(path.name, num_rows, sha256_file(path))
+
+
+def _with_keys(table: pa.Table, start: int, prefix: str) -> pa.Table:
+    """Keys number the rows in their order."""
+    numbers = pc.cast(pa.array(np.arange(start, start + table.num_rows)), pa.string())
+    keys = pc.binary_join_element_wise(prefix, pc.utf8_lpad(numbers, 9, "0"), "-")
+    return table.add_column(0, "key", keys).cast(COLUMNS)
+
+
+def _write_rejects(
+    connection: duckdb.DuckDBPyConnection, folder: Path, judged: str, twice: Path, lists: Sequence[Staged]
+) -> None:
+    """All rejects in the order of the inputs."""
+    names = " ".join(f"WHEN {number} THEN {quoted(one.name)}" for number, one in enumerate(lists))
+    pieces = [
+        f"SELECT place, reason, text FROM {judged} WHERE reason IS NOT NULL",
+        f"SELECT place, 'duplicate_url' AS reason, NULL AS text FROM read_parquet({quoted(twice)})",
+        *(
+            f"SELECT ({number}::BIGINT << 40) + row AS place, reason, text FROM read_parquet({quoted(one.rejects)})"
+            for number, one in enumerate(lists)
+            if one.rejects is not None
+        ),
+    ]
+    target = folder / (REJECTS_NAME + TEMPORARY)
+    connection.execute(
+        f"COPY (SELECT CASE place >> 40 {names} END AS source, place & {2**40 - 1} AS row, reason, text"
+        f" FROM ({' UNION ALL '.join(pieces)} ORDER BY place)) TO {quoted(target)} (FORMAT parquet, COMPRESSION zstd)"
+    )
+    os.replace(target, folder / REJECTS_NAME)
