@@ -16,10 +16,15 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.build import Options, build
-from data_prep.check import BadDataSet, _check_sample, _Member, check
+from data_prep.check import BadDataSet, check, examine
+from data_prep.doctor.members import Member
+from data_prep.doctor.verify import verify_sample
+from data_prep.images import Limits, check_image
+from data_prep.places import place_of
 from data_prep.samples import json_bytes
-from data_prep.schema import index_path, parse_manifest
+from data_prep.schema import index_path, parse_manifest, write_manifest
 from data_prep.sources.scenes import Scenes, draw_scene
+from tests.data_prep.pictures import encoded, picture
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def _named(folder: Path) -> str:
 
 
 def test_a_whole_data_set_passes_with_code_0(folder, capsys):
-    assert main(["check", str(folder)]) == 0
+    assert main(["check", str(folder), "--workers", "1"]) == 0
     assert "every byte is as built" in capsys.readouterr().out
 
 
@@ -151,7 +156,7 @@ def test_a_changed_manifest_is_found(folder, change, message):
 
 def test_a_shard_that_the_manifest_does_not_know_is_found(folder):
     shutil.copy(folder / "000000.tar", folder / "000009.tar")
-    assert "000009.tar is not in the manifest" in _named(folder)
+    assert "000009.tar: it is not in the manifest" in _named(folder)
 
 
 def test_a_broken_tokenizer_is_found(folder):
@@ -159,14 +164,132 @@ def test_a_broken_tokenizer_is_found(folder):
     assert "tokenizer does not load" in _named(folder)
 
 
+def _report(folder: Path, tmp_path: Path, *more: str) -> tuple[int, dict]:
+    path = tmp_path / "report.json"
+    code = main(["check", str(folder), "--json", str(path), *more])
+    return code, json.loads(path.read_text())["data_sets"][0]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_all_bad_shards_and_members_are_listed_with_any_number_of_processes(
+    folder, tmp_path, workers, capsys
+):
+    _flip(folder / "000000.tar", 600)
+    _flip(folder / "000000.tar", _members(folder / "000000.tar")[6].offset_data)
+    (folder / "000001.tar").unlink()
+    shutil.copy(folder / "000000.tar", folder / "strange.tar")
+    code, report = _report(folder, tmp_path, "--workers", workers)
+    assert code == 1 and report["bad_shards"] == ["000000.tar", "000001.tar"] and report["is_complete"]
+    assert [fault["where"] for fault in report["faults"]] == [
+        *["000000.tar"] * 2,
+        "000001.tar",
+        "strange.tar",
+    ]
+    told = capsys.readouterr().err
+    assert "2 of 2 shards are bad: 000000.tar, 000001.tar" in told and "strange.tar: it is not in" in told
+
+
+def test_the_first_bad_shard_ends_the_check_when_asked(folder, tmp_path, capsys):
+    for name in ("000000.tar", "000001.tar"):
+        _flip(folder / name, 600)
+    code, report = _report(folder, tmp_path, "--workers", "1", "--first")
+    assert code == 1 and report["bad_shards"] == ["000000.tar"] and not report["is_complete"]
+    assert "so far (stopped at the first)" in capsys.readouterr().err
+
+
+def test_a_good_data_set_is_told_good_in_json(folder, tmp_path):
+    code, report = _report(folder, tmp_path, "--workers", "1")
+    assert code == 0 and report["is_good"] and report["num_samples"] == 6 and report["faults"] == []
+
+
+def test_a_key_in_two_shards_is_found(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    shutil.copy(folder / "000000.tar", folder / "000001.tar")
+    shutil.copy(folder / "000000.tar.idx", folder / "000001.tar.idx")
+    manifest["shards"][1] = {**manifest["shards"][0], "name": "000001.tar"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    report = examine(place_of(folder), workers=1)
+    assert len(report.faults) == 3
+    assert report.faults[0].problem == "member scenes-00000000: its key was there before, in 000000.tar"
+
+
+def test_items_that_are_neither_in_a_shard_nor_left_out_for_a_reason_are_found(folder):
+    manifest = parse_manifest(folder)
+    assert manifest.num_items == manifest.num_samples == sum(shard.num_items for shard in manifest.shards)
+    write_manifest(folder, replace(manifest, num_items=manifest.num_items + 2, dropped={"empty": 1}))
+    assert "2 of" in (named := _named(folder)) and "are in none of its shards, 1 of them" in named
+    first = replace(manifest.shards[0], dropped={"empty": 1})
+    write_manifest(folder, replace(manifest, shards=(first, *manifest.shards[1:])))
+    assert "its shards count {'empty': 1} left out, it says {}" in _named(folder)
+
+
+def test_a_list_of_drops_that_does_not_count_what_the_manifest_counts_is_found(folder):
+    (folder / "dropped.jsonl").write_text('{"name": "a", "reason": "corrupt", "detail": ""}\n')
+    assert "dropped.jsonl: it counts corrupt 1, the manifest {}" in _named(folder)
+
+
+@pytest.mark.parametrize(
+    ("phash", "message"),
+    [(lambda right: right, ""), (lambda right: right ^ 0xFF, "is 8 bits from that of"), (None, "must be 16")],
+)
+def test_a_recorded_perceptual_hash_is_verified(folder, phash, message):
+    image = encoded(picture(0))
+    checked = check_image(image, Limits())
+    text = "nonsense" if phash is None else f"{phash(int(checked.phash, 16)):016x}"
+    record = {"sha256": hashlib.sha256(image).hexdigest(), "size": list(checked.size), "phash": text}
+    manifest = replace(parse_manifest(folder), has_text=False, has_category=False, tags=())
+    sample = _labelled(record)
+    sample[0] = replace(sample[0], content=image)
+    if message:
+        with pytest.raises(BadDataSet, match=f"member x.json: .*{message}"):
+            verify_sample("x", sample, manifest)
+    else:
+        assert verify_sample("x", sample, manifest)
+
+
+def test_samples_that_training_left_out_are_judged_one_by_one(folder, tmp_path, capsys):
+    _flip(folder / "000001.tar", 600)
+    common = {"source": "scenes", "message": "m"}
+    drops = [
+        {**common, "step": 3, "shard": "000001.tar", "index": 0, "reason": "undecodable"},
+        {**common, "step": 9, "shard": "000001.tar", "index": 0, "reason": "undecodable"},
+        {**common, "step": 4, "shard": "000001.tar", "index": 2, "reason": "timeout"},
+        {**common, "step": 4, "shard": "000001.tar", "index": -1, "reason": "changed_shard"},
+        {**common, "step": 5, "shard": "000007.tar", "index": 1, "reason": "timeout"},
+        {**common, "step": 6, "shard": "000000.tar", "index": 99, "reason": "timeout"},
+    ]
+    path = tmp_path / "dropped-rank_00000.jsonl"
+    path.write_text("".join(json.dumps(drop) + "\n" for drop in drops))
+    found = tmp_path / "verdicts.json"
+    assert main(["check", str(folder), "--dropped", str(path), "--json", str(found)]) == 1
+    verdicts = json.loads(found.read_text())["verdicts"]
+    assert [(one["shard"], one["index"], one["is_bad"]) for one in verdicts] == [
+        ("000000.tar", 99, True),
+        ("000001.tar", -1, True),
+        ("000001.tar", 0, True),
+        ("000001.tar", 2, False),
+        ("000007.tar", 1, True),
+    ]
+    assert verdicts[2]["key"] == "scenes-00000003" and "its sha256 is not that of" in verdicts[2]["found"]
+    assert verdicts[3]["found"].startswith("nothing is wrong with it now")
+    assert "4 of 5 that training left out are bad here" in capsys.readouterr().out
+
+
+def test_a_line_that_training_did_not_write_is_refused(folder, tmp_path, capsys):
+    path = tmp_path / "dropped-rank_00000.jsonl"
+    path.write_text('{"step": 1}\n')
+    assert main(["check", str(folder), "--dropped", str(path)]) == 1
+    assert "line 1 is '{\"step\": 1}', it must be an object with" in capsys.readouterr().err
+
+
 def test_a_bad_data_set_ends_the_command_with_code_1(folder, capsys):
     _flip(folder / "000000.tar", 600)
-    assert main(["check", str(folder)]) == 1
+    assert main(["check", str(folder), "--workers", "1"]) == 1
     assert "member scenes-00000000.jpg" in capsys.readouterr().err
 
 
 def test_stats_tell_counts_captions_and_categories(folder, capsys):
-    assert main(["stats", str(folder)]) == 0
+    assert main(["stats", str(folder), "--workers", "1"]) == 0
     text = capsys.readouterr().out
     assert "6 samples in 2 shards" in text and "captions     18" in text and "categories   24" in text
     tags = sum(len(draw_scene(index, 0, 32)[1].objects) for index in range(6))
@@ -174,14 +297,14 @@ def test_stats_tell_counts_captions_and_categories(folder, capsys):
     assert "left out     nothing" in text
 
 
-def _labelled(record: dict, **parts: bytes) -> list[_Member]:
+def _labelled(record: dict, **parts: bytes) -> list[Member]:
     """The members of a sample whose record is `record`."""
     checksums = {
         **{e: zlib.crc32(content) for e, content in parts.items()},
         "json": zlib.crc32(json_bytes(record)),
     }
     parts = {"jpg": b"image", **parts, "json": json_bytes({**record, "crc32": checksums})}
-    return [_Member(f"x.{e}", "x", e, content, 0, 0) for e, content in parts.items()]
+    return [Member(f"x.{e}", "x", e, content, 0, 0) for e, content in parts.items()]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +319,7 @@ def test_tags_outside_the_vocabulary_or_the_unit_interval_are_named(folder, tags
     record = {"sha256": hashlib.sha256(b"image").hexdigest(), "size": [1, 1], "tags": tags}
     manifest = replace(parse_manifest(folder), has_text=False, has_category=False)
     with pytest.raises(BadDataSet, match=f"member x.json: {message}"):
-        _check_sample("x", _labelled(record), manifest)
+        verify_sample("x", _labelled(record), manifest)
 
 
 @pytest.mark.parametrize("field", ["sha256", "size", "category", "objects"])
@@ -205,4 +328,4 @@ def test_a_record_without_a_needed_field_is_named(folder, field):
     del record[field]
     sample = _labelled(record, **{"cls": b"0", "mask.png": b"mask"})
     with pytest.raises(BadDataSet, match=rf"member x.json: it lacks \['{field}'\]"):
-        _check_sample("x", sample, parse_manifest(folder))
+        verify_sample("x", sample, parse_manifest(folder))
