@@ -1,29 +1,30 @@
-"""How does a collection become a data set on disk? Shard by shard, resumable, the manifest last.
+"""How does a collection become a data set? Shard by shard, resumable, on disk or behind a URL, the manifest last.
 
-Shard i holds items [i * shard_size, (i + 1) * shard_size) of the collection, less those that were dropped; so the
-bytes depend on the settings and the input alone, and neither on the number of workers nor on interruptions.
+The bytes depend on the settings and the input alone, and neither on the place, the engine, the number of workers nor
+on interruptions; those of a download on what the servers answered as well. Several builders may make a part of the
+shards each; whoever finds all of them finished writes what belongs to the whole.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import json
-import os
-import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-from data_prep.progress import progress_bar
-from data_prep.samples import Collection, json_bytes
-from data_prep.schema import MANIFEST_NAME, Manifest, write_atomic, write_manifest
-from data_prep.shard import TEMPORARY, WORK_FOLDER, Finished, Work, read_marker
+from data_prep.claim import WORK_FOLDER, Require, agree, claimed
+from data_prep.engines import ENGINES
+from data_prep.output import begin, clean, explained, is_complete, remove_work, require_space
+from data_prep.places import Place, place_of
+from data_prep.plan import WHOLE, Part, part_of, settings_of, shard_ranges
+from data_prep.progress import shard_progress
+from data_prep.samples import Collection, release
+from data_prep.schema import MANIFEST_NAME, Manifest, manifest_bytes
+from data_prep.shard import Finished, Work, changed_shards, dropped_name, finished_shards
 from data_prep.tokenizer import copy_tokenizer, train_tokenizer
-from data_prep.workers import in_this_process, in_workers
 
 DROPPED_NAME = "dropped.jsonl"
 
@@ -33,9 +34,15 @@ class Options:
     """How to build, whatever the source."""
 
     shard_size: int = 500  # items a shard
-    workers: int = 2  # processes; 1 builds in this one
+    workers: int = 2  # processes, or tasks at once of another engine; 1 builds in this process
     max_bad: float = 0.01  # fraction of the items that may be bad before the build stops, in [0, 1]
     vocab_size: int = 8192  # at most so many words in the tokenizer
+    engine: str = "local"  # who builds: local, ray or spark
+    part: str = ""  # I/N: make the I-th of N shares of the shards; slurm: that of this task of an array
+    work: str = (
+        ""  # folder of this machine where shards are made; beside a local output, else a temporary one
+    )
+    limit: int = 0  # items of each split, to try; 0 is all
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
@@ -46,180 +53,236 @@ class Options:
             raise ValueError(f"max_bad={self.max_bad} is a fraction in [0, 1]: pass --max-bad 0.01")
         if self.vocab_size < 64:
             raise ValueError(f"vocab_size={self.vocab_size} must be at least 64: pass --vocab-size 8192")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine={self.engine!r} is unknown; choose from {sorted(ENGINES)}")
+        if self.limit < 0:
+            raise ValueError(f"limit={self.limit} must not be negative: pass --limit 1000, or 0 for all")
+        if self.part:
+            part_of(self.part)
 
 
-def build(collection: Collection, folder: Path, options: Options, tokenizer_from: Path | None = None) -> bool:
-    """Build one data set into `folder`, going on where an earlier run stopped; False when it was complete already.
+@dataclass(frozen=True)
+class Share:
+    """How far one builder of several came."""
+
+    part: Part
+    num_own: int  # shards of this part, all finished
+    num_finished: int  # shards of all parts that are finished
+    num_shards: int
+
+
+def build(
+    collection: Collection,
+    out: Place | Path | str,
+    options: Options,
+    tokenizer_from: Place | Path | None = None,
+) -> bool:
+    """Build one data set into `out`, going on where an earlier run stopped; False when it was complete already.
 
     A tokenizer is trained from the captions, or copied from the data set `tokenizer_from`.
-    Raises ValueError (other settings in the same folder, too many bad items), FileExistsError (foreign files) and
-    OSError (no space left); nothing unfinished ever carries a final name.
+    Raises ValueError (other settings in the same folder, too many bad items), FileExistsError (foreign files, another
+    builder) and OSError (no space left, a store that fails); nothing unfinished ever carries a final name.
     """
-    settings = {**collection.settings, "shard_size": options.shard_size, "vocab_size": options.vocab_size}
-    if (folder / MANIFEST_NAME).exists():
-        _require_same(folder, settings, dict(Manifest.read(folder).builder))
-        shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    place, settings = place_of(out), _settings(collection, options)
+    if is_complete(place, settings):
         return False
-    _claim(folder, settings)
-    with _locked(folder):
-        for leftover in [*folder.glob(f"*{TEMPORARY}"), *(folder / WORK_FOLDER).glob(f"*{TEMPORARY}")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        finished = _build_shards(collection, folder, options)
-        _write_dropped(folder, finished)
-        _require_good(collection, finished, options, folder)
-        good = [done for done in finished.values() if done.shard is not None]
-        total = sum(done.shard.num_samples for done in good)
-        has_text = total > 0 and sum(done.num_text for done in good) == total
-        with _explained(folder):
-            if any(done.num_text for done in good) and tokenizer_from is not None:
-                copy_tokenizer(tokenizer_from, folder)
-            elif any(done.num_text for done in good):
-                train_tokenizer(folder, [done.shard.name for done in good], options.vocab_size)
-            manifest = Manifest(
-                name=collection.name,
-                split=collection.split,
-                categories=tuple(collection.categories),
-                num_samples=total,
-                has_text=has_text,
-                has_category=bool(collection.categories) and sum(done.num_category for done in good) == total,
-                shards=tuple(done.shard for done in good),
-                dropped=dict(sorted(Counter(drop.reason for drop in _drops(finished)).items())),
-                builder=settings,
-                tags=tuple(collection.tags),
-            )
-            write_manifest(folder, manifest)
-        shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    begin(place, settings)
+    with claimed(place) as require:
+        if is_complete(place, settings):  # since
+            return False
+        clean(place, work_folder(place, options))
+        finished = _build_shards(collection, place, options, WHOLE, require)
+        _finish(collection, place, options, tokenizer_from, finished, require)
+    place.remove_folder(WORK_FOLDER)
     return True
 
 
-def _build_shards(collection: Collection, folder: Path, options: Options) -> dict[int, Finished]:
-    """Every shard of the collection by its number; those an earlier run finished are taken as they are."""
-    size = options.shard_size
-    starts = range(0, len(collection.items), size)
-    found = {number: read_marker(folder, number) for number in range(len(starts))}
-    finished = {number: done for number, done in found.items() if done is not None}
-    todo = [
-        Work(str(folder), number, collection.items[number * size : (number + 1) * size], collection.make)
-        for number in range(len(starts))
-        if number not in finished
-    ]
-    num_todo = sum(len(work.items) for work in todo)
-    _require_space(collection, folder, num_todo)
-    num_done = len(collection.items) - num_todo
-    what = f"{collection.name}/{collection.split}"
-    limit = options.max_bad * len(collection.items)
-    run = in_this_process if options.workers == 1 or len(todo) < 2 else in_workers
-    with progress_bar(len(collection.items), what, done=num_done) as bar, _explained(folder):
-        for number, done in run(todo, min(options.workers, max(1, len(todo))), bar.update):
+def build_part(collection: Collection, out: Place | Path | str, options: Options) -> Share:
+    """Build the share of the shards that `options.part` names; other builders of the same parts may run meanwhile.
+
+    Raises as `build` does. When every share is finished, `finish` makes the data set of them.
+    """
+    place, settings, part = place_of(out), _settings(collection, options), part_of(options.part)
+    ranges = shard_ranges(collection, options.shard_size, options.limit)
+    own = [number for number in range(len(ranges)) if part.owns(number)]
+    if is_complete(place, settings):
+        return Share(part, len(own), len(ranges), len(ranges))
+    begin(place, settings)
+    agree(place, part)
+    with claimed(place, part) as require:
+        agree(place, part)  # again: of two at once one wrote last
+        remove_work(work_folder(place, options, part))  # of this part when it was killed
+        finished = _build_shards(collection, place, options, part, require)
+        _require_good(collection, place, options, finished)
+        remove_work(work_folder(place, options, part))
+    num_finished = len(finished_shards(place, range(len(ranges))))
+    return Share(part, len(own), num_finished, len(ranges))
+
+
+def work_folder(place: Place, options: Options, part: Part = WHOLE) -> Path:
+    """Where on this machine the shards of a place are made: one folder a place and part."""
+    name = "work" if part == WHOLE else f"work-{part.index}-of-{part.count}"
+    if not options.work and place.local is not None:
+        return place.local / WORK_FOLDER / name
+    above = Path(options.work or tempfile.gettempdir())
+    return above / f"data_prep-{sha256(str(place).encode()).hexdigest()[:16]}" / name
+
+
+def _settings(collection: Collection, options: Options) -> dict[str, object]:
+    return settings_of(collection, options.shard_size, options.vocab_size, options.limit)
+
+
+def _build_shards(
+    collection: Collection, place: Place, options: Options, part: Part, require: Require
+) -> dict[int, Finished]:
+    """Every shard of a part by its number; those an earlier run finished are taken as they are."""
+    ranges = shard_ranges(collection, options.shard_size, options.limit)
+    own = [number for number in range(len(ranges)) if part.owns(number)]
+    finished = finished_shards(place, own)
+    todo = [number for number in own if number not in finished]
+    for number in finished:  # for a builder that was killed before it could
+        release(collection.items[ranges[number].start : ranges[number].stop])
+    folder = work_folder(place, options, part)
+    num_todo = sum(len(ranges[number]) for number in todo)
+    require_space(collection, place, folder, num_todo, min(len(todo), options.workers), options.shard_size)
+    limit = options.max_bad * sum(map(len, ranges))
+    num_items = sum(len(ranges[number]) for number in own)
+
+    def work_of(number: int) -> Work:
+        items = collection.items[ranges[number].start : ranges[number].stop]
+        return Work(str(place), str(folder), number, items, collection.make, require)
+
+    what = f"{collection.name}/{collection.split}" + (f" part {part}" if part != WHOLE else "")
+    with (
+        shard_progress(num_items, what, len(own), num_items - num_todo) as progress,
+        explained(place, folder),
+    ):
+        for done in finished.values():
+            progress.finish(done.dropped)
+        num_bad = sum(done.num_bad for done in finished.values())
+        if num_bad <= limit and todo and collection.prepare is not None:
+            collection.prepare([ranges[number] for number in todo])
+            require()
+        for number, done in ENGINES[options.engine](todo, work_of, options.workers, progress.advance):
             finished[number] = done
-            if sum(one.num_bad for one in finished.values()) > limit:
+            progress.finish(done.dropped)
+            num_bad += done.num_bad
+            if num_bad > limit:
                 break  # no good end is possible any more; the caller says so
         else:
-            assert len(finished) == len(starts), "a shard got lost"
+            assert len(finished) == len(own), "a shard got lost"
     return dict(sorted(finished.items()))
 
 
-def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder ours, or say why it cannot be."""
-    recorded = folder / WORK_FOLDER / "settings.json"
-    if recorded.is_file():
-        _require_same(folder, settings, json.loads(recorded.read_text(encoding="utf-8")))
-        return
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file, a build needs an empty folder: choose another --out")
-    foreign = (
-        sorted(entry.name for entry in folder.iterdir() if entry.name != WORK_FOLDER)
-        if folder.exists()
-        else []
-    )
-    if foreign:
-        raise FileExistsError(
-            f"{folder} holds {foreign[:3]}{' and more' if len(foreign) > 3 else ''}, a build needs an empty folder:"
-            " choose another --out, or empty it"
-        )
-    with _explained(folder):
-        (folder / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
-        write_atomic(recorded, json_bytes(settings))
+def finish(
+    collection: Collection,
+    out: Place | Path | str,
+    options: Options,
+    tokenizer_from: Place | Path | None = None,
+) -> bool:
+    """Make one data set of shards that are all finished; False when another builder has done so meanwhile.
+
+    Raises FileNotFoundError when a shard is missing, and as `build` does.
+    """
+    place, settings = place_of(out), _settings(collection, options)
+    with claimed(place, wait=True) as require:
+        if is_complete(place, settings):
+            return False
+        ranges = shard_ranges(collection, options.shard_size, options.limit)
+        finished = finished_shards(place, range(len(ranges)))
+        if missing := [number for number in range(len(ranges)) if number not in finished]:
+            raise FileNotFoundError(
+                f"{place} lacks {len(missing)} of {len(ranges)} shards, the first is number {missing[0]}: build its "
+                "part again, or all that is missing by the same command without --part"
+            )
+        _finish(collection, place, replace(options, part=""), tokenizer_from, finished, require)
+    place.remove_folder(WORK_FOLDER)
+    return True
 
 
-def _require_same(folder: Path, wanted: Mapping[str, Any], there: Mapping[str, Any]) -> None:
-    wanted = json.loads(json_bytes(wanted))
-    differing = sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
-    if differing:
-        pairs = ", ".join(
-            f"{name}: {there.get(name)!r} there, {wanted.get(name)!r} asked" for name in differing
-        )
-        raise ValueError(
-            f"{folder} was begun with other settings or another input ({pairs}); a folder holds one data set:"
-            " choose another --out, or remove that folder"
-        )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One build a folder at a time; the lock dies with its process."""
-    with open(folder / WORK_FOLDER / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(
-                f"{folder} is being built by another process: wait until it ends"
-            ) from error
-        yield
-
-
-def _require_space(collection: Collection, folder: Path, num_todo: int) -> None:
-    needed = int(collection.num_bytes * num_todo / max(1, len(collection.items)))
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+def _finish(
+    collection: Collection,
+    place: Place,
+    options: Options,
+    tokenizer_from: Place | Path | None,
+    finished: Mapping[int, Finished],
+    require: Require,
+) -> None:
+    """Write what belongs to the whole: what was left out, the tokenizer, and last the manifest."""
+    require()
+    if changed := changed_shards(place, finished):
         raise OSError(
-            errno.ENOSPC,
-            f"{folder} has {free / 2**20:,.0f} MiB free, {num_todo} items need about {needed / 2**20:,.0f} MiB:"
-            " free some space or choose another --out",
+            errno.ESTALE,
+            f"{place}: shards {changed[:5]} are no longer what this builder counted, another one wrote them: run the "
+            "same command again, it makes them anew",
         )
+    _require_good(collection, place, options, finished)
+    with explained(place, work_folder(place, options)):
+        _write_dropped(place, finished)
+        good = [done for done in finished.values() if done.shard is not None]
+        total = sum(done.shard.num_samples for done in good)
+        num_text = sum(done.num_text for done in good)
+        if num_text and tokenizer_from is not None:
+            copy_tokenizer(tokenizer_from, place)
+        elif num_text:
+            train_tokenizer(place, [done.shard.name for done in good], options.vocab_size)
+        manifest = Manifest(
+            name=collection.name,
+            split=collection.split,
+            categories=tuple(collection.categories),
+            num_samples=total,
+            has_text=num_text == total > 0,
+            has_category=bool(collection.categories) and sum(done.num_category for done in good) == total,
+            shards=tuple(done.shard for done in good),
+            dropped=_counts(finished),
+            builder=_settings(collection, options),
+            tags=tuple(collection.tags),
+            num_items=sum(done.num_items for done in finished.values()),
+        )
+        require()
+        place.write(MANIFEST_NAME, manifest_bytes(manifest))
+    clean(place, work_folder(place, options))
 
 
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Turn a full disk into a sentence; finished shards stay and are used by the next run."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            error.errno,
-            f"no space left in {folder}: free some space and run the same command again, it goes on after the last"
-            " finished shard",
-        ) from error
-
-
-def _drops(finished: Mapping[int, Finished]) -> Iterator[Any]:
+def _counts(finished: Mapping[int, Finished]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
     for done in finished.values():
-        yield from done.dropped
+        counts.update(done.dropped)
+    return dict(sorted(counts.items()))
 
 
-def _write_dropped(folder: Path, finished: Mapping[int, Finished]) -> None:
-    lines = [json.dumps(asdict(drop), ensure_ascii=True, sort_keys=True) + "\n" for drop in _drops(finished)]
-    with _explained(folder):
-        write_atomic(folder / WORK_FOLDER / DROPPED_NAME, "".join(lines).encode())
-        os.replace(folder / WORK_FOLDER / DROPPED_NAME, folder / DROPPED_NAME)
+def _write_dropped(place: Place, finished: Mapping[int, Finished]) -> None:
+    """One file of all that was left out, made on this machine: it may be large."""
+    with tempfile.TemporaryDirectory(prefix="data_prep-") as folder:
+        path = Path(folder) / DROPPED_NAME
+        with open(path, "wb") as file:
+            for number, done in finished.items():
+                if done.dropped:
+                    file.write(place.read(dropped_name(number)))
+        place.put(DROPPED_NAME, path)
 
 
 def _require_good(
-    collection: Collection, finished: Mapping[int, Finished], options: Options, folder: Path
+    collection: Collection, place: Place, options: Options, finished: Mapping[int, Finished]
 ) -> None:
-    num_bad = sum(done.num_bad for done in finished.values())
-    counts = dict(sorted(Counter(drop.reason for drop in _drops(finished)).items()))
-    total = len(collection.items)
-    if num_bad > options.max_bad * total:
+    num_bad, counts = sum(done.num_bad for done in finished.values()), _counts(finished)
+    total = sum(map(len, shard_ranges(collection, options.shard_size, options.limit)))
+    is_bad = num_bad > options.max_bad * total
+    is_empty = not any(done.shard for done in finished.values()) and not options.part
+    if not (is_bad or is_empty):
+        return
+    name = DROPPED_NAME
+    if options.part:
+        name = f"{WORK_FOLDER}/*.{DROPPED_NAME}"  # other parts may write theirs
+    else:
+        _write_dropped(place, finished)
+    if is_bad:
         raise ValueError(
             f"{num_bad} of {total} inputs of {collection.name}/{collection.split} are bad so far ({counts}), more"
-            f" than the fraction max_bad={options.max_bad} allows: see {folder / DROPPED_NAME}, mend the"
+            f" than the fraction max_bad={options.max_bad} allows: see {place}/{name}, mend the"
             " input and build into an empty folder, or run the same command with a higher --max-bad"
         )
-    if not any(done.shard for done in finished.values()):
-        raise ValueError(
-            f"{collection.name}/{collection.split}: none of {total} inputs is good ({counts}): see"
-            f" {folder / DROPPED_NAME}, mend the input and build into an empty folder"
-        )
+    raise ValueError(
+        f"{collection.name}/{collection.split}: none of {total} inputs is good ({counts}): see"
+        f" {place}/{name}, mend the input and build into an empty folder"
+    )

@@ -7,7 +7,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,20 @@ class Made:
     dropped: tuple[Dropped, ...] = ()
 
 
+@runtime_checkable
+class Releasable(Protocol):
+    """A slice of items that holds something, such as downloads, which is not needed once their shard is stored."""
+
+    def release(self) -> None:
+        """Let go of it; called when the shard's marker is written, perhaps again, and by another process."""
+
+
+def release(items: Sequence[Any]) -> None:
+    """Tell a slice of items that its shard is stored, if it wants to know."""
+    if isinstance(items, Releasable):
+        items.release()
+
+
 @dataclass(frozen=True)
 class Collection:
     """One data set to build: `make(items[i])` gives sample i, in any process and any order."""
@@ -50,10 +64,15 @@ class Collection:
     has_split_folder: bool  # it goes into a folder of its split's name even when it is the only one
     categories: tuple[str, ...]
     settings: Mapping[str, Any]  # everything that decides the bytes, JSON types only; goes into the manifest
-    items: Sequence[Any]  # small and picklable
+    items: Sequence[Any]  # only len() and slicing are used; a slice is small, picklable and iterable anywhere
     make: Callable[[Any], Made]  # pure and picklable
     num_bytes: int  # estimate of the finished shards
     tags: tuple[str, ...] = ()  # every name that a sample's record["tags"] can hold
+    shard_sizes: Sequence[int] | None = (
+        None  # items of each shard, where the input fixes them; None: as asked for
+    )
+    # called by a builder, and by nobody who only looks, with the items of the shards that it is about to make
+    prepare: Callable[[Sequence[range]], None] | None = None
 
 
 def members(sample: Sample) -> list[tuple[str, bytes]]:

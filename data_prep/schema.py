@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -40,6 +41,10 @@ class Shard:
     num_samples: int
     num_bytes: int  # size of the tar file
     sha256: str  # of the tar file, lower-case hexadecimal
+    num_items: int | None = None  # inputs that it was made from; None where the builder did not count them
+    dropped: Mapping[str, int] = field(
+        default_factory=dict, hash=False
+    )  # reason -> number left out of this shard
 
     def __post_init__(self) -> None:
         if not _SHARD_NAME.fullmatch(self.name):
@@ -54,6 +59,24 @@ class Shard:
             )
         if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
             raise ValueError(f"{self.name}: sha256={self.sha256!r} must be 64 lower-case hexadecimal digits")
+        self._require_counts()
+
+    def _require_counts(self) -> None:
+        if not isinstance(self.dropped, Mapping) or not all(map(_is_count, self.dropped.values())):
+            raise ValueError(f"{self.name}: dropped={self.dropped!r} must count reasons: build it again")
+        if self.num_items is None:
+            return
+        if not _is_count(self.num_items) or self.num_items < self.num_samples:
+            raise ValueError(
+                f"{self.name}: num_items={self.num_items!r} must be a number not below its {self.num_samples} "
+                "samples: build it again"
+            )
+        lost, told = self.num_items - self.num_samples, sum(self.dropped.values())
+        if lost > told:
+            raise ValueError(
+                f"{self.name}: {lost} of {self.num_items} items gave no sample, but only {told} are told in dropped: "
+                "every one needs a reason: build it again"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,9 @@ class Manifest:
         default_factory=dict
     )  # the settings that produced it, without paths of output
     tags: tuple[str, ...] = ()  # every name that tags of samples have; empty: the tags are not promised
+    num_items: int | None = (
+        None  # inputs of the whole, also those of shards without a good one; None: not counted
+    )
     schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -95,6 +121,12 @@ class Manifest:
             )
         if self.has_category and not self.categories:
             raise ValueError(f"data set {self.name!r} has_category but lists no categories: build it again")
+        told = sum(shard.num_items or 0 for shard in self.shards)
+        if self.num_items is not None and (not _is_count(self.num_items) or self.num_items < told):
+            raise ValueError(
+                f"num_items={self.num_items!r} of data set {self.name!r} must be a number not below the {told} of "
+                "its shards: build it again"
+            )
         if len(set(self.tags)) != len(self.tags):
             raise ValueError(f"data set {self.name!r} names a tag twice: build it again")
 
@@ -141,6 +173,7 @@ def manifest_from_record(record: Any) -> Manifest:
         "tags": list,
     }
     record = {"tags": [], **record}  # manifests that were written before there were tags stay what they are
+    num_items = record.pop("num_items", None)  # so do those from before items were counted
     if missing := sorted(kinds.keys() - record.keys()):
         raise ValueError(f"fields {missing} are missing")
     if unknown := sorted(record.keys() - kinds.keys()):
@@ -152,11 +185,20 @@ def manifest_from_record(record: Any) -> Manifest:
         if not all(isinstance(name, str) for name in record[field_name]):
             raise ValueError(f"{field_name} must be names (strings)")
     typed = {
+        "num_items": num_items,
         "categories": tuple(record["categories"]),
         "tags": tuple(record["tags"]),
         "shards": tuple(Shard(**shard) for shard in record["shards"]),
     }
     return Manifest(**{**record, **typed})
+
+
+def counts_by_reason(manifest: Manifest) -> dict[str, int]:
+    """What was left out of all shards that there are, by reason; less than `dropped` where some had no sample."""
+    counts: Counter[str] = Counter()
+    for shard in manifest.shards:
+        counts.update(shard.dropped)
+    return dict(sorted(counts.items()))
 
 
 def tags_of(record: Any, vocabulary: Collection[str]) -> list[tuple[str, float]]:
@@ -192,10 +234,20 @@ def fill_prompt(prompt: str, category: str) -> str:
 
 
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Write `folder`/manifest.json whole or not at all; the same manifest gives the same bytes."""
+    """Write `folder`/manifest.json whole or not at all."""
+    write_atomic(Path(folder) / MANIFEST_NAME, manifest_bytes(manifest))
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The content of a manifest.json; the same manifest gives the same bytes, one without counts those of before."""
     record = asdict(manifest)
-    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    write_atomic(Path(folder) / MANIFEST_NAME, text.encode("utf-8"))
+    for counted in (record, *record["shards"]):
+        if counted["num_items"] is None:
+            del counted["num_items"]
+    for shard in record["shards"]:
+        if "num_items" not in shard and not shard["dropped"]:
+            del shard["dropped"]
+    return (json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:

@@ -8,10 +8,12 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from data_prep.places import TEMPORARY, Place, place_of
 from data_prep.schema import TOKENIZER_FOLDER, fsync_folder, write_atomic
 
 SPECIAL_TOKENS = {  # role in Hugging Face -> token, in the order of their numbers
@@ -22,14 +24,19 @@ SPECIAL_TOKENS = {  # role in Hugging Face -> token, in the order of their numbe
     "mask_token": "[MASK]",
 }
 MAX_LENGTH = 512  # tokens, BERT's
+MAX_CAPTIONS = (
+    1_000_000  # to learn from: more do not fit in memory, and change a vocabulary of thousands little
+)
 
 
-def train_tokenizer(folder: Path, shards: Sequence[str], vocab_size: int) -> None:
-    """Write `folder`/tokenizer, learned from all captions of the named shards; the same captions give the same bytes.
+def train_tokenizer(folder: Place | Path, shards: Sequence[str], vocab_size: int) -> None:
+    """Write `folder`/tokenizer, learned from the captions of the named shards; the same captions give the same bytes.
 
-    Words are lower-cased, at most `vocab_size` pieces; `transformers.AutoTokenizer.from_pretrained` loads the folder.
+    At most the first MAX_CAPTIONS of them are read. Words are lower-cased, at most `vocab_size` pieces;
+    `transformers.AutoTokenizer.from_pretrained` loads the folder.
     """
-    captions = list(_captions(folder, shards))
+    place = place_of(folder)
+    captions = list(islice(_captions(place, shards), MAX_CAPTIONS))
     tokenizer = _bare_tokenizer()
     letters, continuations = _alphabet(tokenizer, captions, vocab_size // 4)
     # The library numbers continuations in the order of a hash map that differs in every process, and breaks ties
@@ -60,7 +67,7 @@ def train_tokenizer(folder: Path, shards: Sequence[str], vocab_size: int) -> Non
         "clean_up_tokenization_spaces": False,
     }
     _write_folder(
-        folder / TOKENIZER_FOLDER,
+        place,
         {
             "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
             "tokenizer_config.json": json.dumps(config, indent=1) + "\n",
@@ -94,28 +101,33 @@ def _alphabet(tokenizer: Tokenizer, captions: Sequence[str], limit: int) -> tupl
     return sorted(kept), [f"##{letter}" for letter in sorted(inside)]
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Place | Path, folder: Place | Path) -> None:
     """Give the data set in `folder` the tokenizer of the data set in `source`; FileNotFoundError when it has none."""
-    there = source / TOKENIZER_FOLDER
-    if not there.is_dir():
+    there = place_of(source).child(TOKENIZER_FOLDER)
+    names = there.names()
+    if not names:
         raise FileNotFoundError(
             f"{there} is missing: {source} has no captions, build the split with captions first"
         )
-    files = {path.name: path.read_text(encoding="utf-8") for path in sorted(there.iterdir())}
-    _write_folder(folder / TOKENIZER_FOLDER, files)
+    _write_folder(place_of(folder), {name: there.read(name).decode() for name in names})
 
 
-def _captions(folder: Path, shards: Sequence[str]) -> Iterator[str]:
+def _captions(place: Place, shards: Sequence[str]) -> Iterator[str]:
     for name in shards:
-        with tarfile.open(folder / name) as tar:
+        with place.open(name) as file, tarfile.open(fileobj=file) as tar:
             for member in tar:
                 if member.name.endswith(".json"):
                     yield from json.load(tar.extractfile(member))["captions"]
 
 
-def _write_folder(folder: Path, files: dict[str, str]) -> None:
-    """All files or none: written beside, then renamed."""
-    temporary = folder.with_name(folder.name + ".tmp")
+def _write_folder(place: Place, files: dict[str, str]) -> None:
+    """All files; on disk all or none, by a rename. Behind a URL the manifest says when all are there."""
+    if place.local is None:
+        for name, text in files.items():
+            place.write(f"{TOKENIZER_FOLDER}/{name}", text.encode("utf-8"))
+        return
+    folder = place.local / TOKENIZER_FOLDER
+    temporary = folder.with_name(folder.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     for name, text in files.items():

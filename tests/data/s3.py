@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
+from urllib.request import Request, urlopen
 
 import fsspec
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -22,11 +23,12 @@ KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAU
 
 @dataclass
 class Faults:
-    """What goes wrong with GET and HEAD requests from now on; counted."""
+    """What goes wrong with requests from now on; counted."""
 
     refused: float = 0.0  # share answered by 503 SlowDown
     stalled: float = 0.0  # share that waits for `stall` seconds first
     stall: float = 2.0
+    methods: tuple[str, ...] = ("GET", "HEAD")  # of the requests that it concerns
     num_requests: int = 0
     num_refused: int = 0
     num_stalled: int = 0
@@ -62,7 +64,7 @@ def with_faults(
     """A WSGI application that fails as `faults` says at the moment of each request."""
 
     def serve(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+        if environ["REQUEST_METHOD"] in faults.methods:
             with faults.lock:
                 faults.num_requests += 1
                 is_refused = faults.random.random() < faults.refused
@@ -93,6 +95,8 @@ def s3_store() -> Iterator[Store]:
     url = f"http://127.0.0.1:{server.server_port}"
     store = Store(url, faults, {**KEYS, "AWS_ENDPOINT_URL": url})
     try:
+        forget = Request(f"{url}/moto-api/reset", method="POST")  # what other stores of this process held
+        urlopen(forget, timeout=60).close()
         store.files.mkdir(BUCKET)
         yield store
     finally:

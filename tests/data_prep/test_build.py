@@ -21,9 +21,12 @@ import webdataset
 from data_prep import shard as shard_module
 from data_prep.__main__ import main
 from data_prep.build import Options, build
+from data_prep.check import check
+from data_prep.engines import local
 from data_prep.samples import Collection, Dropped, Made
-from data_prep.schema import IMAGE_EXTENSIONS, Manifest, read_index, sha256_file
+from data_prep.schema import IMAGE_EXTENSIONS, Manifest, counts_by_reason, read_index, sha256_file
 from data_prep.sources.scenes import Scenes
+from tests.data_prep.disturbed import kills_itself
 from tests.paths import ROOT
 
 SCENES = Scenes(count=24, heldout=0, size=32)
@@ -169,11 +172,14 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(built, tmp_path
     assert len(kept) >= 1, "finished shards must be reused"
 
 
-def test_a_finished_shard_that_was_damaged_meanwhile_is_built_again(built, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["000000.tar", "000000.tar.idx"])
+def test_a_finished_shard_that_was_damaged_meanwhile_is_built_again(name, built, tmp_path, monkeypatch):
     folder = tmp_path / "d"
     _interrupt(folder, monkeypatch, after=12)
-    path = folder / "000000.tar"
+    path = folder / name
+    time = path.stat().st_mtime_ns
     path.write_bytes(path.read_bytes()[:-1] + b"x")
+    os.utime(path, ns=(time, time + (name == "000000.tar")))
     build(_collection(), folder, OPTIONS)
     assert _contents(folder) == _contents(built)
 
@@ -190,7 +196,7 @@ def _interrupt(
         count += 1
         if count > after:
             raise error or KeyboardInterrupt
-        append(*arguments)
+        return append(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(shard_module, "_append", failing)
@@ -271,17 +277,25 @@ def test_a_shard_without_a_single_good_input_is_left_out(tmp_path):
     build(bad, tmp_path / "d", replace(OPTIONS, max_bad=1.0))
     manifest = Manifest.read(tmp_path / "d")
     assert "000001.tar" not in [shard.name for shard in manifest.shards] and manifest.num_samples == 19
+    assert manifest.num_items == 24 and sum(manifest.dropped.values()) == 5
+    assert sum(shard.num_items for shard in manifest.shards) == 19 and check(tmp_path / "d") == manifest
 
 
-def _killed(index: int, make) -> Made:
-    if index == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return make(index)
-
-
-def test_a_killed_worker_is_an_error_and_not_a_hang(tmp_path):
+def test_every_shard_counts_its_items_and_what_was_left_out_by_reason(tmp_path):
     collection = _collection()
-    deadly = replace(collection, make=partial(_killed, make=collection.make))
+    bad = replace(collection, make=partial(_sometimes_bad, make=collection.make, bad=frozenset({0, 7, 8})))
+    build(bad, tmp_path / "d", replace(OPTIONS, max_bad=1.0))
+    manifest = Manifest.read(tmp_path / "d")
+    (reason,) = manifest.dropped
+    told = [(shard.num_items, shard.num_samples, dict(shard.dropped)) for shard in manifest.shards]
+    assert told[:3] == [(5, 4, {reason: 1}), (5, 3, {reason: 2}), (5, 5, {})]
+    assert manifest.num_items == 24 == manifest.num_samples + counts_by_reason(manifest)[reason]
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang(tmp_path, monkeypatch):
+    collection = _collection()
+    deadly = replace(collection, make=partial(kills_itself, make=collection.make))
+    monkeypatch.setattr(local, "MAX_DEATHS", 2)
     with pytest.raises(OSError, match=r"worker was killed.*same command again"):
         build(deadly, tmp_path / "d", replace(OPTIONS, workers=2))
 

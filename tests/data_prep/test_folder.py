@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import tarfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from data_prep.images import BadImage, Limits, check_image
 from data_prep.schema import Manifest
 from data_prep.sources.captions_table import clean_caption
 from data_prep.sources.folder import Folder
+from data_prep.sources.listing import FileRef
 from tests.paths import SHARED, needs_shared
 
 OPTIONS = Options(workers=1, max_bad=1.0)
@@ -64,7 +67,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> Path:
 def test_class_folders_of_mixed_formats_keep_their_original_bytes(tmp_path):
     files = {
         "cat/a.jpg": _encoded("JPEG"),
-        "cat/b.png": _encoded("PNG", "RGBA"),
+        "cat/b.png": _encoded("PNG", "RGB"),
         "dog/c.webp": _encoded("WEBP"),
         "dog/d.jpeg": _encoded("PNG", "L"),  # the content decides, not the name
         "dog/notes.txt": b"not an image",
@@ -110,7 +113,8 @@ def test_bad_images_are_dropped_and_counted_by_reason_and_name(tmp_path):
         "x/empty.jpg": b"",
         "x/bomb.png": bytes(bomb),
         "x/tiny.png": _encoded("PNG", size=(8, 200)),
-        "x/animation.gif": _encoded("GIF"),
+        "x/ribbon.png": _encoded("PNG", size=(40, 900)),
+        "x/listing.gif": _encoded("PPM"),
     }
     manifest = _build(_write(tmp_path / "in", files), tmp_path / "out")
     dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
@@ -121,10 +125,47 @@ def test_bad_images_are_dropped_and_counted_by_reason_and_name(tmp_path):
         "x/empty.jpg": "empty",
         "x/bomb.png": "too_large",
         "x/tiny.png": "too_small",
-        "x/animation.gif": "unknown_format",
+        "x/ribbon.png": "too_long",
+        "x/listing.gif": "not_an_image",
     }
     assert {entry["name"]: entry["reason"] for entry in dropped} == reasons
-    assert manifest.dropped == {reason: 1 for reason in reasons.values()} and manifest.num_samples == 1
+    assert manifest.dropped == dict(Counter(reasons.values())) and manifest.num_samples == 1
+
+
+def test_a_disk_that_fails_stops_the_build_and_the_next_run_loses_nothing(tmp_path, monkeypatch, capsys):
+    source = _write(tmp_path / "in", {f"x/{i}.jpg": _encoded("JPEG", seed=i) for i in range(9)})
+    command = ["build", "folder", "--from", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]
+    command += ["--max-bad", "1"]
+    read = FileRef.read
+
+    def failing(ref, at_most=None):
+        if ref.path.endswith("5.jpg"):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(ref, at_most)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileRef, "read", failing)
+        assert main(command) == 1
+    assert "5.jpg cannot be read ([Errno 5] Input/output error)" in (shown := capsys.readouterr().err)
+    assert "run the same command again" in shown and not list((tmp_path / "out").glob("*.tar"))
+    assert main(command) == 0
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.num_samples == 9 and not manifest.dropped
+
+
+def test_a_file_that_vanished_is_left_out_and_a_folder_that_vanished_stops_the_build(tmp_path):
+    source = _write(tmp_path / "in", {f"x/{i}.jpg": _encoded("JPEG", seed=i) for i in range(3)})
+    (collection,) = Folder(source).collections()
+    (source / "x" / "1.jpg").unlink()
+    build(collection, tmp_path / "out", Options(workers=1, max_bad=1))
+    assert Manifest.read(tmp_path / "out").dropped == {"vanished": 1}
+    for path in (source / "x").iterdir():
+        path.unlink()  # as the folder where a disk was mounted
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match=r"cannot be read .*run the same command again"):
+            build(collection, tmp_path / "other", Options(workers=1, max_bad=1))
+        if (source / "x").exists():
+            (source / "x").rmdir()
 
 
 def test_damage_inside_a_jpeg_stream_is_seen():
@@ -154,7 +195,7 @@ def test_cmyk_16_bit_and_animated_images_become_plain_ones():
     buffer = io.BytesIO()
     _picture().save(buffer, "WEBP", save_all=True, append_images=[_picture(seed=1)], duration=10)
     still = check_image(buffer.getvalue(), Limits())
-    assert still.extension == "png" and getattr(Image.open(io.BytesIO(still.content)), "n_frames", 1) == 1
+    assert still.extension == "jpg" and getattr(Image.open(io.BytesIO(still.content)), "n_frames", 1) == 1
 
 
 TABLE = (

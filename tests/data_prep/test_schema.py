@@ -41,6 +41,23 @@ def test_what_was_written_is_read_back(folder):
     assert read_index(folder / "000000.tar").tolist() == [0, 512, 1024]
 
 
+def test_counts_of_items_are_read_back_and_a_manifest_without_them_stays_as_it_was(folder):
+    old = (folder / "manifest.json").read_text()
+    assert "num_items" not in old and old.count("dropped") == 1
+    shard = replace(SHARD, num_items=3, dropped={"corrupt": 1})
+    counted = replace(MANIFEST, shards=(shard,), num_items=3)
+    write_manifest(folder, counted)
+    assert Manifest.read(folder) == counted and hash(shard)
+    with pytest.raises(ValueError, match="2 of 4 items gave no sample, but only 1 are told in dropped"):
+        replace(shard, num_items=4)
+    with pytest.raises(ValueError, match="num_items=1 must be a number not below its 2 samples"):
+        replace(shard, num_items=1)
+    with pytest.raises(ValueError, match=r"dropped=\{'corrupt': -1\} must count reasons"):
+        replace(shard, dropped={"corrupt": -1})
+    with pytest.raises(ValueError, match="num_items=2 of data set 'toys' must be a number not below the 3"):
+        replace(counted, num_items=2)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -1,0 +1,146 @@
+"""May a build write here, is there room, and what did an interrupted one leave behind?"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_prep.claim import WORK_FOLDER
+from data_prep.places import TEMPORARY, Place
+from data_prep.samples import Collection, json_bytes
+from data_prep.schema import MANIFEST_NAME, Manifest, manifest_from_record
+
+SETTINGS_NAME = f"{WORK_FOLDER}/settings.json"
+
+
+def read_manifest(place: Place) -> Manifest:
+    """The manifest of a data set on disk or behind a URL; its shards must be there with the recorded sizes.
+
+    Raises FileNotFoundError (no manifest or shard) and ValueError (anything that contradicts the schema).
+    """
+    if place.local is not None:
+        return Manifest.read(place.local)
+    try:
+        manifest = manifest_from_record(json.loads(place.read(MANIFEST_NAME)))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{place}/{MANIFEST_NAME} is missing (it is written last): run the same `data_prep build` again"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{place}/{MANIFEST_NAME} is not a manifest: {error}; build the data set again"
+        ) from error
+    listed = place.listed()
+    for shard in manifest.shards:
+        if shard.name not in listed:
+            raise FileNotFoundError(
+                f"{place}/{shard.name} is missing, the manifest names it: copy it again or build the data set again"
+            )
+        if listed[shard.name].size != shard.num_bytes:
+            raise ValueError(
+                f"{place}/{shard.name} has {listed[shard.name].size} bytes, the manifest says {shard.num_bytes}: "
+                "copy or build it again"
+            )
+    return manifest
+
+
+def is_complete(place: Place, settings: Mapping[str, Any]) -> bool:
+    """Whether the place holds this very data set; ValueError when it holds another."""
+    if not place.exists(MANIFEST_NAME):
+        return False
+    _require_same(place, settings, dict(read_manifest(place).builder))
+    place.remove_folder(WORK_FOLDER)  # what a builder that was killed at its very end left
+    return True
+
+
+def begin(place: Place, settings: Mapping[str, Any]) -> None:
+    """Make the place ours by writing the settings down, or say why it cannot be."""
+    if not place.exists(SETTINGS_NAME):
+        if place.local is not None and place.local.exists() and not place.local.is_dir():
+            raise NotADirectoryError(
+                f"{place} is a file, a build needs an empty folder: choose another --out"
+            )
+        foreign = sorted({*place.names(), *place.folders()} - {WORK_FOLDER})
+        if foreign:
+            raise FileExistsError(
+                f"{place} holds {foreign[:3]}{' and more' if len(foreign) > 3 else ''}, a build needs an empty "
+                "folder: choose another --out, or empty it"
+            )
+        with explained(place, place):
+            place.create(SETTINGS_NAME, json_bytes(settings))
+    # also when another builder was here first: two at once must agree
+    _require_same(place, settings, json.loads(place.read(SETTINGS_NAME)))
+
+
+def clean(place: Place, folder: Path) -> None:
+    """Remove what killed builders left unfinished: whoever has the claim of the whole may."""
+    remove_work(folder)
+    if place.local is None:
+        return
+    for above in (place.local, place.local / WORK_FOLDER):
+        for leftover in [*above.glob(f"*{TEMPORARY}"), *above.glob("work-*")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def remove_work(folder: Path) -> None:
+    """Remove the folder where a builder made its shards, and the one above it when no other is at work there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty, or never made
+        folder.parent.rmdir()
+
+
+def require_space(
+    collection: Collection, place: Place, folder: Path, num_todo: int, num_at_once: int, shard_size: int
+) -> None:
+    """OSError when the output's disk cannot hold what is to come, or that of `folder` the shards in the making."""
+    num_bytes = collection.num_bytes / max(1, len(collection.items))  # an item
+    if place.local is not None:
+        _require_free(place.local, int(num_bytes * num_todo), f"{num_todo} items need")
+    folder.mkdir(parents=True, exist_ok=True)
+    making = int(num_bytes * min(num_todo, num_at_once * shard_size))
+    _require_free(folder, making, f"{num_at_once} shards in the making need")
+
+
+def _require_free(folder: Path, needed: int, told: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{folder} has {free / 2**20:,.0f} MiB free, {told} about {needed / 2**20:,.0f} MiB:"
+            " free some space or choose another --out or --work",
+        )
+
+
+@contextmanager
+def explained(place: Place, folder: Path | Place) -> Iterator[None]:
+    """Turn a full disk into a sentence; finished shards stay and are used by the next run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = str(place) if place.local is not None else f"{folder}, where shards for {place} are made"
+        raise OSError(
+            error.errno,
+            f"no space left in {where}: free some space and run the same command again, it goes on after the last"
+            " finished shard",
+        ) from error
+
+
+def _require_same(place: Place, wanted: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    wanted = json.loads(json_bytes(wanted))
+    differing = sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
+    if differing:
+        pairs = ", ".join(
+            f"{name}: {there.get(name)!r} there, {wanted.get(name)!r} asked" for name in differing
+        )
+        raise ValueError(
+            f"{place} was begun with other settings or another input ({pairs}); a folder holds one data set:"
+            " choose another --out, or remove that folder"
+        )
