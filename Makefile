@@ -10,6 +10,7 @@ PYTHON ?= $(shell for candidate in python3.12 python3.11 python3; do \
     $$candidate -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
     2>/dev/null && echo $$candidate && break; done)
 RANKS ?=
+JOBS ?= 2
 DATA ?= data/demo
 RUN ?= runs/demo
 
@@ -21,7 +22,7 @@ pretrain        = ENV=$(VENV) RANKS=$(RANKS) jobs/local/pretrain.sh --recipe m3i
 evaluate        = python -m pretrain.evaluate $(RUN) --data $(DATA)/labelled --out $(RUN)/evaluation.json
 export_weights  = python -m pretrain.export $(RUN) --to internimage
 report          = python -m pretrain.report $(RUN)
-tests           = python -m pytest $(ARGS)
+tests           = python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
@@ -36,7 +37,7 @@ help: ## this list
 demo: $(RUN)/report.html ## build scenes, pre-train, evaluate, export, report: minutes, on a CPU or on GPUs
 	@echo "[demo] done: open $(RUN)/report.html"
 
-test: $(installed) ## run the tests (ARGS="tests/data -k mask" for some of them)
+test: $(installed) ## run the tests (ARGS="tests/data -k mask" for some of them, JOBS=8 on eight cores)
 	OMP_NUM_THREADS=1 $(tests)
 
 lint: $(installed) ## check style and formatting

