@@ -1,8 +1,8 @@
 """How does eager code call a kernel without the detour of a custom operator?
 
-A custom operator is what torch.compile, fake tensors and selective checkpointing see, and costs the host some 100
-microseconds a call through torch's Python dispatcher: with hundreds of calls a step it, and not the GPU, set the
-pace. Where nobody watches, the same function is called as it is.
+A custom operator is what torch.compile, fake tensors and selective checkpointing see, and costs the host
+a way through torch's Python dispatcher: with 64 images InternImage-H's step kept the host busy for 217 ms and an H200
+for 164. Where nobody watches, the same function is called as it is.
 """
 
 from __future__ import annotations
