@@ -50,7 +50,7 @@ def test_only_the_atomic_variant_adds_to_memory(machines, configuration):
 
 @pytest.mark.parametrize(("side", "groups", "product"), STAGES)
 def test_forward_takes_at_most_6_instructions_an_element(machines, side, groups, product):
-    """4.6 with 16 channels a thread and positions first, which touch more cache lines: an H200 took 1.6 times as long."""
+    """4.6 with 16 channels a thread and positions first: more cache lines, 1.6 times as long on an H200."""
     assert instructions(machines, "sample", side, groups) <= 6.0
 
 
