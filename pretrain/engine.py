@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import difflib
-import os
-import reprlib
-import socket
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import set_z3_leaf_modules
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker
 from pretrain.checkpoint import NATIVE_TAG
-from pretrain.collectives import rank, sum_over_ranks, world_size
+from pretrain.collectives import rank
 from pretrain.config import Run
 from pretrain.data.batch import Batch
+from pretrain.ds_config import describe, teacher_config
 from pretrain.ema import TeacherAverage
 from pretrain.gradient_norm import look_once
 from pretrain.models.backbone import GATHER_UNITS
@@ -32,155 +24,6 @@ from pretrain.models.guides import Guide
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
 from pretrain.randomness import seed_step
 from pretrain.targets import TargetEncoders
-
-RECIPE_OWNS = {  # key of a ds config -> field of the recipe that decides it
-    "optimizer": "optim",
-    "scheduler": "optim.warmup, optim.final_lr",
-    "train_batch_size": "batch",
-    "train_micro_batch_size_per_gpu": "batch",
-    "gradient_accumulation_steps": "batch",
-    "gradient_clipping": "optim.clip",
-    "steps_per_print": "log_every",
-}
-DS_CONFIG_OWNS = (  # memory and communication; DeepSpeed ignores keys that it does not know, we refuse them
-    "zero_optimization",
-    "bf16",
-    "communication_data_type",
-    "data_types",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "aio",
-    "comms_logger",
-)
-TEACHER_ZERO = ("contiguous_gradients", "stage3_prefetch_bucket_size", "overlap_comm", "offload_param")
-NEVER = 10**9  # steps between DeepSpeed's own log lines
-
-
-def start_distributed() -> torch.device:
-    """Joins the process group that the launcher's environment describes, or makes one of this process alone.
-
-    gloo without CUDA or where DS_ACCELERATOR=cpu says so, NCCL otherwise. Returns the device of this rank.
-    """
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind((alone["MASTER_ADDR"], 0))
-            os.environ.update(alone, MASTER_PORT=str(free.getsockname()[1]))
-    # On a CPU DeepSpeed would compile shared-memory collectives first: minutes, a compiler, and, after a kill
-    # meanwhile, a lock file for which every later start waits forever. gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    device = torch.device("cpu")
-    if get_accelerator().device_name() == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    try:
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    except dist.DistNetworkError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ConnectionError(
-            f"the ranks cannot meet at {place} ({str(error).splitlines()[0]}): if another run uses that port, start "
-            "by jobs/local/pretrain.sh, which finds a free one, or give the launcher --master_port"
-        ) from error
-    return device
-
-
-def is_fast_in_bfloat16(device: torch.device) -> tuple[bool, str]:
-    """Does this machine multiply bfloat16 matrices in hardware, and what says so."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return fast, torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.exists() else set()
-    found = sorted(flags & {"amx_bf16", "avx512_bf16"})
-    return bool(found), f"CPU with {found[0]}" if found else "CPU without amx_bf16 or avx512_bf16"
-
-
-def check_config(ds_config: dict[str, Any], run: Run, world: int) -> None:
-    """ValueError when a key belongs to the recipe or to nobody, the ZeRO stage is not 1, 2 or 3, or the
-    batch does not divide over `world` ranks.
-    """
-    for key, value in ds_config.items():
-        if key in RECIPE_OWNS:
-            raise ValueError(
-                f"{key}={value!r} in the ds config is decided by the recipe: delete it there and set "
-                f"{RECIPE_OWNS[key]} of the recipe"
-            )
-        if key not in DS_CONFIG_OWNS:
-            raise ValueError(f"{key!r} in the ds config is not used; choose from {sorted(DS_CONFIG_OWNS)}")
-    for key in ("zero_optimization", "bf16"):
-        if not isinstance(ds_config.get(key, {}), dict):
-            raise ValueError(f"{key}={ds_config[key]!r} in the ds config must be an object, as in zero3.json")
-    if unknown := sorted(ds_config.get("bf16", {}).keys() - {"enabled"}):
-        raise ValueError(f"bf16.{unknown[0]} in the ds config is not used; choose from ['enabled']")
-    stage = ds_config.get("zero_optimization", {}).get("stage")
-    if stage is True or stage not in (1, 2, 3):
-        raise ValueError(
-            f"zero_optimization.stage={stage!r} in the ds config must be 1, 2 or 3: for one rank take 1, which then "
-            "divides nothing"
-        )
-    _check_zero(ds_config["zero_optimization"])
-    enabled = ds_config.get("bf16", {}).get("enabled", False)
-    if enabled not in (True, False, "auto"):
-        raise ValueError(f'bf16.enabled={enabled!r} in the ds config must be true, false or "auto"')
-    run.images_per_rank(world)
-
-
-def _check_zero(section: dict[str, Any]) -> None:
-    """ValueError for the first key or value that DeepSpeed would refuse, or silently take for another."""
-    try:
-        DeepSpeedZeroConfig(**section)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
-        near = difflib.get_close_matches(key, known, 1) if first["type"] == "extra_forbidden" else []
-        remedy = f"did you mean {near[0]!r}?" if near else "see the documentation of DeepSpeed's ZeRO"
-        raise ValueError(
-            f"zero_optimization.{key}={reprlib.repr(first['input'])} in the ds config: {first['msg']}; {remedy}"
-        ) from error
-
-
-def resolve_config(ds_config: dict[str, Any], run: Run, device: torch.device) -> tuple[dict[str, Any], str]:
-    """The ds config plus what the recipe decides, complete for DeepSpeed, and one line that says what is used.
-
-    All ranks call it: bfloat16 that is left to the machine ("auto") is used when it is fast on all of them.
-    ValueError as `check_config`.
-    """
-    check_config(ds_config, run, world_size())
-    fast, machine = is_fast_in_bfloat16(device)
-    fast = bool(sum_over_ranks(torch.tensor(float(fast), device=device)) == world_size())
-    config = copy.deepcopy(ds_config)
-    bf16 = config.setdefault("bf16", {"enabled": False})
-    bf16["enabled"] = fast if bf16.get("enabled") == "auto" else bf16.get("enabled", False)
-    config |= {
-        "train_micro_batch_size_per_gpu": run.images_per_rank(world_size()),
-        "gradient_accumulation_steps": 1,  # with more, DeepSpeed scales heads and encoder differently
-        "gradient_clipping": run.optim.clip,  # DeepSpeed's own default is 1.0, not off
-        "steps_per_print": NEVER,
-        "zero_force_ds_cpu_optimizer": False,  # offload works with torch's AdamW, as everywhere else
-    }
-    used = describe(config)
-    return config, f"ZeRO-{used['stage']}, {used['world']} ranks, {used['dtype']} ({machine})"
-
-
-def describe(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a resolved config decides the files of a checkpoint."""
-    return {
-        "world": world_size(),
-        "stage": config["zero_optimization"]["stage"],
-        "dtype": torch.bfloat16 if config["bf16"]["enabled"] else torch.float32,
-    }
-
-
-def teacher_config(config: dict[str, Any]) -> dict[str, Any]:
-    """For a module that is only read, partitioned like the student.
-
-    No parameter persists and none is kept for reuse: a resident copy would go on showing old weights.
-    """
-    zero = {key: value for key, value in config["zero_optimization"].items() if key in TEACHER_ZERO}
-    fixed = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
-    kept = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")}
-    return kept | {"zero_optimization": zero | fixed}
 
 
 def mark_gather_units(module: nn.Module) -> None:
@@ -253,24 +96,36 @@ class Engine:
         Drop path and the like draw from a generator that (seed, step, rank) alone decide, so a resumed run
         repeats them. Nothing here waits for the device except DeepSpeed's own check of the gradient.
         """
+        self._schedule()
+        losses = self._differentiate(batch.to(self.device))
+        self.balance.advance()
+        self._move()
+        self.steps_done += 1
+        return losses
+
+    def _schedule(self) -> None:
+        """Sets what is a function of the step alone: seed, learning rate, momentum of the teacher."""
         seed_step(self.run.seed, self.steps_done, rank())
         self.lr = learning_rate(self.steps_done, self.run)
         self.momentum = teacher_momentum(self.steps_done, self.run)
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr
-        batch = batch.to(self.device)
+
+    def _differentiate(self, batch: Batch) -> Any:
+        """Leaves the gradient of the batch's losses with DeepSpeed; gives the Losses, detached."""
         total = self._student(batch=batch, encoders=self._encoders, tracker=self.balance)
         losses, self._losses = self._losses, None
         self._student.backward(total)
-        self.balance.advance()
+        return dataclasses.replace(losses, total=total.detach())
+
+    def _move(self) -> None:
+        """Optimizer step, then the teacher's average; neither where the gradient is not finite."""
         skipped = self.skipped_steps
         self._student.step()
         if self.stage == 3:
             self._teacher.optimizer.partition_all_parameters()
         if self.skipped_steps == skipped:
             self.average.update(self.momentum)
-        self.steps_done += 1
-        return dataclasses.replace(losses, total=total.detach())
 
     @property
     def grad_norm(self) -> Tensor | float:

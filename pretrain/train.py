@@ -20,7 +20,9 @@ from pretrain.data import drops
 from pretrain.data.loader import Loader
 from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_beside
-from pretrain.engine import Engine, describe, resolve_config, start_distributed
+from pretrain.distributed import start_distributed
+from pretrain.ds_config import describe, read_ds_config, resolve_config
+from pretrain.engine import Engine
 from pretrain.facts import DataFacts
 from pretrain.intact import write_text
 from pretrain.lock import only_writer
@@ -102,21 +104,6 @@ def _train(
                 with monitor.uncounted():
                     saved = checkpoint.save(engine, paths.out, facts, tokenizer)
                 monitor.say(f"saved {saved}")
-
-
-def read_ds_config(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError names the file and the place that is not JSON."""
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"--ds-config {path} must be JSON: {error}; mend that place or use another"
-        ) from error
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"--ds-config {path} holds a {type(config).__name__}, it must be a JSON object {{...}}"
-        )
-    return config
 
 
 def tokenizer_folder(run: Run, paths: Paths) -> Path | None:

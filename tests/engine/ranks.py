@@ -27,8 +27,10 @@ from pretrain.main import quieten  # noqa: E402
 
 quieten()
 
+from pretrain.distributed import start_distributed  # noqa: E402
+from pretrain.ds_config import resolve_config  # noqa: E402
 from pretrain.ema import local_master  # noqa: E402
-from pretrain.engine import Engine, resolve_config, start_distributed  # noqa: E402
+from pretrain.engine import Engine  # noqa: E402
 from tests.engine.toy import FACTS, build_toy, toy_batch, toy_run  # noqa: E402
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> ds config, what is changed in its ZeRO section

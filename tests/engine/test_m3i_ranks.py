@@ -78,7 +78,7 @@ def run_variant(variant: str, run: Run, facts: Any, batches: list[Batch]) -> lis
 def run_rank(folder: Path) -> None:
     """Every variant on this rank's share of the same batches; rank 0 leaves FOLDER/world_W.json."""
     from pretrain.data.loader import Loader
-    from pretrain.engine import start_distributed
+    from pretrain.distributed import start_distributed
     from pretrain.main import quieten
 
     quieten()

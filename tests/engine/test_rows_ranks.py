@@ -106,7 +106,7 @@ def learn(run: Run, out: Path) -> dict[str, Any]:
 
 def run_rank(folder: Path) -> None:
     """Every row on this rank's share of the same batches; rank 0 leaves FOLDER/world_W.json."""
-    from pretrain.engine import start_distributed
+    from pretrain.distributed import start_distributed
     from pretrain.main import quieten
 
     quieten()

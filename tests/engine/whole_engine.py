@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from pretrain.config import Run
-from pretrain.engine import Engine, resolve_config
+from pretrain.ds_config import resolve_config
+from pretrain.engine import Engine
 from pretrain.facts import DataFacts
 from pretrain.pretrainer import Pretrainer
 from pretrain.towers import Towers

@@ -13,7 +13,8 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from pretrain.engine import mark_gather_units, start_distributed
+from pretrain.distributed import start_distributed
+from pretrain.engine import mark_gather_units
 from pretrain.kernels.dcnv3 import dcnv3_packed
 from pretrain.kernels.dcnv3_choice import Choice
 from pretrain.models import internimage_block
