@@ -195,13 +195,25 @@ class Run:
     label_smoothing: float = 0.1
     max_bad: float = 0.01  # fraction of samples that may be unreadable before the run stops
     save_every: int = 1000  # steps between checkpoints
+    keep_last: int = 2  # newest checkpoints that are kept, besides that of step 0
+    keep_every: int = 0  # steps: multiples of it are kept for good; 0 = none
     log_every: int = 10  # steps between log lines
     seed: int = 0
 
     def __post_init__(self) -> None:
         positive(
-            "run", batch=self.batch, steps=self.steps, save_every=self.save_every, log_every=self.log_every
+            "run",
+            batch=self.batch,
+            steps=self.steps,
+            save_every=self.save_every,
+            keep_last=self.keep_last,
+            log_every=self.log_every,
         )
+        if self.keep_every < 0 or self.keep_every % self.save_every:
+            raise ValueError(
+                f"keep_every={self.keep_every} must be a multiple of save_every={self.save_every}, or 0 to keep none "
+                f"for good: set {-(-abs(self.keep_every) // self.save_every) * self.save_every}"
+            )
         fraction("run", label_smoothing=self.label_smoothing, max_bad=self.max_bad)
         if not self.data:
             raise ValueError("run.data is empty; name at least one source")

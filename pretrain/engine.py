@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -12,7 +12,6 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker
-from pretrain.checkpoint import NATIVE_TAG
 from pretrain.collectives import rank
 from pretrain.config import Run
 from pretrain.data.batch import Batch
@@ -24,6 +23,7 @@ from pretrain.models.guides import Guide
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
 from pretrain.randomness import seed_step
 from pretrain.targets import TargetEncoders
+from pretrain.zero import OwnedState
 
 
 def mark_gather_units(module: nn.Module) -> None:
@@ -55,7 +55,7 @@ class Engine:
         self.run, self.steps_done = run, 0
         self.stage, self.dtype = describe(config)["stage"], describe(config)["dtype"]
         self.device = next(model.parameters()).device
-        self.checkpoint_bytes = _checkpoint_bytes(model, self.dtype)
+        self.before_move: Callable[[], None] | None = None  # waits for who still reads what the step changes
         teacher.load_state_dict(model.student.state_dict())
         teacher.requires_grad_(False).eval()
         # DeepSpeed looks for tensors in tuples and dicts but not in a dataclass: it gets the total alone.
@@ -74,6 +74,7 @@ class Engine:
             for parameter in teacher.parameters():
                 parameter.data = parameter.data.to(self.dtype)
         self._teacher.eval()
+        self.owned = OwnedState(model, self._student.optimizer)
         self.average = TeacherAverage(model.student, teacher)
         if guide is not None:
             guide = guide.to(self.device, self.dtype)
@@ -99,6 +100,8 @@ class Engine:
         self._schedule()
         losses = self._differentiate(batch.to(self.device))
         self.balance.advance()
+        if self.before_move is not None:
+            self.before_move()
         self._move()
         self.steps_done += 1
         return losses
@@ -136,19 +139,3 @@ class Engine:
     def skipped_steps(self) -> int:
         """Steps since the start of this process whose gradient was not finite, so that no weight moved."""
         return self._student.skipped_steps
-
-    def save_native(self, folder: Path) -> None:
-        """Writes DeepSpeed's own checkpoint of model and optimizer; all ranks call it."""
-        self._student.save_checkpoint(str(folder), tag=NATIVE_TAG)
-
-    def load_native(self, folder: Path) -> None:
-        """Reads what `save_native` wrote on as many ranks at the same ZeRO stage."""
-        loaded, _ = self._student.load_checkpoint(str(folder), tag=NATIVE_TAG)
-        assert loaded is not None, f"DeepSpeed found nothing in {folder}"
-
-
-def _checkpoint_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Of the weights in `dtype`, their float32 masters with two moments of Adam, and the float32 teacher."""
-    trained = sum(p.numel() for p in model.parameters())
-    averaged = sum(p.numel() for p in model.student.parameters())
-    return trained * (dtype.itemsize + 3 * 4) + averaged * 4

@@ -1,7 +1,7 @@
 """How is a pre-training run started?
 
 deepspeed pretrain/main.py --recipe m3i.demo --data NAME=DIR [NAME=DIR ...] --out DIR [--ds-config FILE]
-    [--tokenizer DIR] [--guide DIR] [--workers N] [--wandb]
+    [--tokenizer DIR] [--guide DIR] [--workers N] [--wandb] [--checkpoints DIR|URL]
     [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
 
 The same command again goes on from the last checkpoint in --out. Without a launcher it runs as one process.
@@ -27,7 +27,7 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").re
 
 from pretrain import recipes  # noqa: E402
 from pretrain.config import Run  # noqa: E402
-from pretrain.data.remote import Place  # noqa: E402
+from pretrain.data.remote import Place, place_of  # noqa: E402
 from pretrain.named_folders import named_places  # noqa: E402
 
 MISTAKE = 2  # exit code for a command line that cannot be right, as argparse has it
@@ -60,6 +60,9 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
     parser.add_argument("--tokenizer", type=Path, help="instead of that beside the captioned shards")
     parser.add_argument("--guide", type=Path, help="folder of the frozen encoder that the targets need")
     parser.add_argument("--workers", type=int, default=0, help="decoding processes for each rank")
+    parser.add_argument(
+        "--checkpoints", type=place_of, help="folder or s3://bucket/prefix; OUT/checkpoints if left out"
+    )
     parser.add_argument("--wandb", action="store_true", help="also log to wandb (WANDB_MODE=offline works)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the launcher
     parser.add_argument("--help", "-h", action="store_true", help="this, and the fields of --recipe")
@@ -187,6 +190,7 @@ def start(run: Run, paths: argparse.Namespace) -> int:
                 paths.guide,
                 paths.workers,
                 paths.wandb,
+                paths.checkpoints,
             ),
         )
     except (ValueError, OSError, FloatingPointError) as error:

@@ -21,7 +21,7 @@ from pretrain.data.loader import Loader
 from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_beside
 from pretrain.distributed import start_distributed
-from pretrain.ds_config import describe, read_ds_config, resolve_config
+from pretrain.ds_config import read_ds_config, resolve_config
 from pretrain.engine import Engine
 from pretrain.facts import DataFacts
 from pretrain.intact import write_text
@@ -43,10 +43,11 @@ class Paths:
     guide: Path | None = None  # folder of the frozen encoder that targets need
     workers: int = 0  # processes that decode for each rank; 0 = the training process itself
     wandb: bool = False
+    checkpoints: Place | None = None  # folder or URL; a folder in `out` if None
 
 
 def train(run: Run, paths: Paths) -> None:
-    """Pre-trains from the newest whole checkpoint in `paths.out`, or from the beginning; on all ranks."""
+    """Pre-trains from the newest whole checkpoint of the run, or from the beginning; on all ranks."""
     ds_config = read_ds_config(paths.ds_config)
     device = start_distributed()
     config, machine = resolve_config(ds_config, run, device)
@@ -59,7 +60,8 @@ def train(run: Run, paths: Paths) -> None:
 def _train(
     run: Run, paths: Paths, config: dict[str, Any], machine: str, device: torch.device, held: ExitStack
 ) -> None:
-    folder = from_first_rank(lambda: resume.newest_or_none(paths.out))
+    kept = checkpoint.checkpoints_of(paths.out) if paths.checkpoints is None else paths.checkpoints
+    folder = from_first_rank(lambda: resume.newest_or_none(kept))
     first_step = 0 if folder is None else checkpoint.step_of(folder)
     tokenizer = tokenizer_folder(run, paths)
     place = {"rank": rank(), "world": world_size()}
@@ -77,13 +79,14 @@ def _train(
     held.enter_context(closing(loader))
     facts = with_guide(loader.facts, guide)
     if folder is not None:  # refuses another recipe before minutes of building
-        resume.check_resumable(folder, run, facts, **describe(config))
+        resume.check_resumable(folder, run, facts)
     torch.manual_seed(run.seed)  # equal weights on all ranks
     with torch.device(device):
         model, teacher = Pretrainer(run, facts), Towers(run, facts)
     engine = Engine(model, teacher, run, config, guide)
     if folder is not None:
         checkpoint.restore(engine, folder)
+    saver = checkpoint.Saver(engine, kept, facts, tokenizer)
     if rank() == 0:
         write_text(paths.out / "recipe.json", run.to_json())
         places = {name: str(p.resolve()) if isinstance(p, Path) else p for name, p in paths.data.items()}
@@ -93,7 +96,7 @@ def _train(
         if line := left_out(run, facts):
             monitor.say(line)
         if folder is None:
-            checkpoint.save(engine, paths.out, facts, tokenizer)
+            saver.save(wait=True)  # a place that cannot be written to ends the run in its first minute
         batches = iter(loader)
         while engine.steps_done < run.steps:
             with monitor.waiting_for_data():
@@ -102,8 +105,13 @@ def _train(
             monitor.after_step(engine, losses, loader.dropped, loader.captions)
             if engine.steps_done % run.save_every == 0 or engine.steps_done == run.steps:
                 with monitor.uncounted():
-                    saved = checkpoint.save(engine, paths.out, facts, tokenizer)
-                monitor.say(f"saved {saved}")
+                    saver.save()
+            for line in saver.poll():
+                monitor.say(line)
+        with monitor.uncounted():
+            saver.finish()
+        for line in saver.poll():
+            monitor.say(line)
 
 
 def tokenizer_folder(run: Run, paths: Paths) -> Path | None:

@@ -66,6 +66,12 @@ def run_steps(engine: Engine, until: int) -> list[dict[str, float]]:
     return curve
 
 
+def save(engine: Engine, place: Path) -> Path:
+    """The checkpoint of the engine's present step, written to the end."""
+    checkpoint.Saver(engine, place, FACTS, None).save(wait=True)
+    return checkpoint.folder_in(place, engine.steps_done)
+
+
 def compare_stages(folder: Path) -> dict[str, Any]:
     """Five steps under every variant, then a checkpoint, and what the teacher answers to a probe."""
     probe = toy_batch(99, 4).views[:, 0].float() / 255
@@ -73,7 +79,7 @@ def compare_stages(folder: Path) -> dict[str, Any]:
     for variant in VARIANTS:
         engine = engine_of(variant, toy_run())
         curve = run_steps(engine, 5)
-        saved = checkpoint.save(engine, folder / variant, FACTS, None)
+        saved = save(engine, folder / variant)
         result[variant] = {
             "curve": curve,
             "checkpoint": str(saved),
@@ -115,7 +121,7 @@ def stop_and_resume(folder: Path) -> dict[str, Any]:
     for variant in ("zero1", "zero2", "zero3", "zero3_offload"):
         engine = engine_of(variant, toy_run(), drop=0.3)
         run_steps(engine, 3)
-        saved = checkpoint.save(engine, folder / variant, FACTS, None)
+        saved = save(engine, folder / variant)
         straight = run_steps(engine, 6)
         resumed = engine_of(variant, toy_run(), drop=0.3)
         checkpoint.restore(resumed, saved)
@@ -157,10 +163,11 @@ def die_while_saving(folder: Path) -> dict[str, Any]:
     """A whole checkpoint after one step, SIGKILL just before the one after two is published."""
     engine = engine_of("zero3", toy_run())
     run_steps(engine, 1)
-    checkpoint.save(engine, folder, FACTS, None)
+    saver = checkpoint.Saver(engine, folder, FACTS, None)
+    saver.save(wait=True)
     run_steps(engine, 2)
     intact.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    checkpoint.save(engine, folder, FACTS, None)
+    saver.save(wait=True)
     raise AssertionError("SIGKILL did not come")
 
 

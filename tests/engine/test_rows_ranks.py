@@ -86,11 +86,11 @@ def learn(run: Run, out: Path) -> dict[str, Any]:
     teacher = {key: value.clone() for key, value in engine.average.state().items()}
     curve = [step() for _ in range(SAVED)]
     if world_size() > 1:
-        saved = checkpoint.save(engine, out, FACTS, None)
+        checkpoint.Saver(engine, out, FACTS, None).save(wait=True)
     curve += [step() for _ in range(STEPS - SAVED)]
     resumed = curve[SAVED:]
     if world_size() > 1:
-        checkpoint.restore(engine, saved)
+        checkpoint.restore(engine, checkpoint.folder_in(out, SAVED))
         resumed = [step() for _ in range(STEPS - SAVED)]
     engine.run = replace(run, optim=replace(run.optim, lr=LOUD, final_lr=LOUD))
     loud = step()
