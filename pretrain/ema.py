@@ -17,8 +17,9 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pretrain.checkpoint.ranges import Slice
 from pretrain.collectives import world_size
-from pretrain.zero import Slice, local_master, local_slices
+from pretrain.zero import local_master, local_slices
 
 
 class TeacherAverage:

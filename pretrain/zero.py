@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,17 +10,8 @@ from deepspeed.utils import safe_get_local_fp32_param
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pretrain.checkpoint.ranges import Slice
 from pretrain.checkpoint.snapshot import MOMENTS
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Which part of a flattened parameter a rank owns."""
-
-    name: str
-    shape: tuple[int, ...]  # of the whole parameter
-    start: int  # first element owned
-    numel: int  # elements owned, without padding; may be 0
 
 
 def local_slices(module: nn.Module) -> list[Slice]:

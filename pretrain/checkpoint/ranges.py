@@ -26,6 +26,16 @@ Layout = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class Slice:
+    """Which part of a flattened parameter a rank owns."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int  # first element owned
+    numel: int  # elements owned, without padding; may be 0
+
+
+@dataclass(frozen=True)
 class Piece:
     """Float32 values that are wanted: where they lie in a file, and where they go."""
 

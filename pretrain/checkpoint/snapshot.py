@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pretrain import provenance, randomness
 from pretrain.checkpoint.image import Image
-from pretrain.checkpoint.ranges import Layout, rank_name
+from pretrain.checkpoint.ranges import Layout, Slice, rank_name
 from pretrain.checkpoint.stores import Content
 from pretrain.collectives import rank, world_size
 from pretrain.config import Run
@@ -27,7 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW; they begin the names of tensors
 class Owned(Protocol):
     """What a rank owns, as pretrain.zero.OwnedState, which is not imported: readers need no DeepSpeed."""
 
-    slices: list[Any]
+    slices: list[Slice]
     buffers: Mapping[str, Tensor]
     steps: int
 
@@ -147,9 +147,8 @@ class Snapshot:
         }
 
 
-def gathered_layout(slices: Iterable[Any]) -> Layout:
+def gathered_layout(slices: list[Slice]) -> Layout:
     """Shape and parts of every parameter, from what each rank owns of it; a collective call."""
-    slices = list(slices)
     owned: list[list[tuple[int, int]]] = [[] for _ in range(world_size())]
     dist.all_gather_object(owned, [(part.start, part.numel) for part in slices])
     layout: Layout = {}
@@ -159,7 +158,7 @@ def gathered_layout(slices: Iterable[Any]) -> Layout:
     return layout
 
 
-def _image(slices: Iterable[Any], prefixes: list[str], is_pinned: bool) -> Image:
+def _image(slices: list[Slice], prefixes: list[str], is_pinned: bool) -> Image:
     owned = {f"{prefix}{s.name}": s for prefix in prefixes for s in slices if s.numel}
     lengths, starts = ({k: getattr(s, what) for k, s in owned.items()} for what in ("numel", "start"))
     return Image(lengths, starts, is_pinned=is_pinned)

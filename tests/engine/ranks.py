@@ -40,6 +40,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> ds config, what i
     "zero3_divided": ("zero3", {"stage3_param_persistence_threshold": 0}),
     "zero3_offload": ("zero3_offload", {}),
 }
+ALONE = {  # variant of two ranks -> that with which one rank goes on
+    "zero1": "zero3",
+    "zero2": "zero1",
+    "zero3": "zero3_offload",
+    "zero3_divided": "zero2",
+    "zero3_offload": "zero3_divided",
+}
+BY_FOUR = {  # variant of one rank -> that with which four go on
+    "zero3": "zero2",
+    "zero1": "zero3_divided",
+    "zero3_offload": "zero1",
+    "zero2": "zero3_offload",
+    "zero3_divided": "zero3",
+}
 
 
 def engine_of(variant: str, run: Any, *, bfloat16: bool = False, drop: float = 0.0) -> Engine:
@@ -73,12 +87,14 @@ def save(engine: Engine, place: Path) -> Path:
 
 
 def compare_stages(folder: Path) -> dict[str, Any]:
-    """Five steps under every variant, then a checkpoint, and what the teacher answers to a probe."""
+    """Five steps under every variant, checkpoints after three and five, and what the teacher answers to a probe."""
     probe = toy_batch(99, 4).views[:, 0].float() / 255
     result = {}
     for variant in VARIANTS:
         engine = engine_of(variant, toy_run())
-        curve = run_steps(engine, 5)
+        curve = run_steps(engine, 3)
+        save(engine, folder / variant)
+        curve += run_steps(engine, 5)
         saved = save(engine, folder / variant)
         result[variant] = {
             "curve": curve,
@@ -86,6 +102,40 @@ def compare_stages(folder: Path) -> dict[str, Any]:
             "probe": engine.teacher(probe).flatten().tolist(),
         }
     return result
+
+
+def go_on(folder: Path, taken: Path, names: dict[str, str], until: int, *, bfloat16: bool = False) -> dict:
+    """From the checkpoints of another launch in `taken`, by variants of their own: what a save at once would keep,
+    and the steps to `until`, with a checkpoint after them.
+    """
+    result = {}
+    for taken_from, variant in names.items():
+        engine = engine_of(variant, toy_run(), bfloat16=bfloat16)
+        folder_before = checkpoint.folder_in(taken / taken_from, until - 1)
+        checkpoint.restore(engine, folder_before)
+        again = save(engine, folder / f"{variant}_again")
+        result[variant] = {
+            "before": str(folder_before),
+            "again": str(again),
+            "curve": run_steps(engine, until),
+        }
+        save(engine, folder / variant)
+    return result
+
+
+def go_on_alone(folder: Path) -> dict[str, Any]:
+    """Step four, on one rank and at another stage than before."""
+    return go_on(folder, folder.parent / "compare_stages", ALONE, 4)
+
+
+def go_on_in_bfloat16(folder: Path) -> dict[str, Any]:
+    """The same in the other precision."""
+    return go_on(folder, folder.parent / "compare_stages", ALONE, 4, bfloat16=True)
+
+
+def go_on_by_four(folder: Path) -> dict[str, Any]:
+    """Step five, on four ranks."""
+    return go_on(folder, folder.parent / "go_on_alone", BY_FOUR, 5)
 
 
 def average_in_bfloat16(folder: Path) -> dict[str, Any]:
@@ -172,6 +222,9 @@ def die_while_saving(folder: Path) -> dict[str, Any]:
 
 
 SCENARIOS = {
+    "go_on_alone": go_on_alone,
+    "go_on_in_bfloat16": go_on_in_bfloat16,
+    "go_on_by_four": go_on_by_four,
     "compare_stages": compare_stages,
     "average_in_bfloat16": average_in_bfloat16,
     "stop_and_resume": stop_and_resume,
@@ -183,6 +236,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     start_distributed()
     place, *names = sys.argv[1:]
-    outcome = {name: SCENARIOS[name](Path(place) / name) for name in names}
-    if rank() == 0:
-        (Path(place) / "result.json").write_text(json.dumps(outcome))
+    outcome = {}
+    for name in names:
+        outcome[name] = SCENARIOS[name](Path(place) / name)
+        if rank() == 0:
+            (Path(place) / "result.json").write_text(json.dumps(outcome))

@@ -82,8 +82,10 @@ def write_checkpoint(
     kept = towers.state_dict().keys()
     buffers = {name: b.contiguous() for name, b in towers.named_buffers() if name in kept}
     save_file(buffers, partial / "teacher" / "buffers.safetensors")
-    shapes = {name: list(p.shape) for name, p in towers.named_parameters()}
-    layout = {"world": 1, "stage": 1, "dtype": "float32", "parameters": shapes}
+    shapes = {
+        name: {"shape": list(p.shape), "parts": [[0, 0, p.numel()]]} for name, p in towers.named_parameters()
+    }
+    layout = {"world": 1, "dtype": "float32", "parameters": shapes}
     (partial / "teacher" / "layout.json").write_text(json.dumps(layout))
     (partial / "run.json").write_text(run.to_json())
     (partial / "facts.json").write_text(facts.to_json())
