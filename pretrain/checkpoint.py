@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain import intact, provenance, randomness
-from pretrain.collectives import rank, sum_over_ranks, world_size
+from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.config import Run
 from pretrain.facts import DataFacts
 from pretrain.towers import Towers
@@ -54,6 +54,7 @@ class Trainable(Protocol):
     steps_done: int
     average: Any  # ema.TeacherAverage
     balance: Any  # balance.BalanceTracker
+    guard: Any  # guard.StepGuard
     checkpoint_bytes: int  # of model, optimizer and teacher, all ranks together
 
     def save_native(self, folder: Path) -> None: ...
@@ -73,7 +74,7 @@ def save(engine: Trainable, out: Path, facts: DataFacts, tokenizer: Path | None)
     """
     folder = checkpoint_folder(out, engine.steps_done)
     partial = folder.with_name(f".tmp-{folder.name}")
-    _on_first_rank(engine, lambda: _make_room(folder, partial, engine.checkpoint_bytes))
+    from_first_rank(lambda: _make_room(folder, partial, engine.checkpoint_bytes))
     try:
         _write(engine, partial, facts, tokenizer)
         dist.barrier()
@@ -91,7 +92,7 @@ def save(engine: Trainable, out: Path, facts: DataFacts, tokenizer: Path | None)
     of_ranks: list[intact.Digests] = [{} for _ in range(world_size())]
     dist.all_gather_object(of_ranks, digests)
     together = {name: entry for of_rank in of_ranks for name, entry in of_rank.items()}
-    _on_first_rank(engine, lambda: (intact.publish(partial, folder, together), _prune(out)))
+    from_first_rank(lambda: (intact.publish(partial, folder, together), _prune(out)))
     return folder
 
 
@@ -110,8 +111,14 @@ def restore(engine: Trainable, folder: Path) -> None:
         load_file(folder / "teacher" / "buffers.safetensors"),
     )
     engine.balance.load_state_dict(state["balance"])
+    engine.guard.load_state_dict(state["guard"])
     engine.steps_done = state["step"]
     randomness.restore(json.loads((folder / "random" / f"{_rank_name()}.json").read_text()))
+
+
+def left_out(folder: Path) -> set[int]:
+    """Numbers of the batches that a run had left out of its order when it was saved."""
+    return set(json.loads((folder / "state.json").read_text())["guard"]["left_out"])
 
 
 def latest(out: Path, *, hashes: bool = False) -> Path | None:
@@ -207,8 +214,10 @@ def _write(engine: Trainable, folder: Path, facts: DataFacts, tokenizer: Path | 
     }
     state = {
         "step": engine.steps_done,
-        "position": engine.steps_done * engine.run.batch,  # images of the run's global order read so far
+        "position": engine.guard.next_batch(engine.steps_done)
+        * engine.run.batch,  # of the next image in the order
         "balance": engine.balance.state_dict(),
+        "guard": engine.guard.state_dict(),
         "world": world_size(),
         "stage": engine.stage,
         "dtype": str(engine.dtype),
@@ -259,15 +268,3 @@ def step_of(folder: Path) -> int:
 
 def _rank_name(index: int | None = None) -> str:
     return f"rank_{rank() if index is None else index:05d}"
-
-
-def _on_first_rank(engine: Trainable, work: Callable[[], Any]) -> None:
-    """Rank 0 works while the others wait; what it raises ends all of them, told once."""
-    error: OSError | None = None
-    if rank() == 0:
-        try:
-            work()
-        except OSError as caught:
-            error = caught
-    if sum_over_ranks(torch.tensor(float(error is not None), device=engine.device)):
-        raise error or SystemExit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import reprlib
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint import latest, steps_in
-from pretrain.config import Run
+from pretrain.config import Guard, Run
 from pretrain.facts import DataFacts
 
 HARMLESS = (
@@ -18,6 +19,7 @@ HARMLESS = (
     "log_every",
     "max_bad",
     "backbone.activation_checkpoint",
+    *(f"guard.{field.name}" for field in dataclasses.fields(Guard)),
 )  # fields of Run that may change at a resume
 
 
