@@ -1,10 +1,10 @@
 """What is kept of refused steps? A line each in OUT/guard.jsonl, and a bundle from which the step can be run again.
 
 OUT/replay/step_000012-batch_000013/
-    refused.json                step, batch, reasons, norm, losses; world, ds config, what was left out before
+    refused.json                step, batch, reasons, norm, losses; ranks, places, what was left out before
     recipe.json data.json       the run, and where its data lay
     rank_00000.safetensors      the rank's part of the batch, every tensor of it
-    rank_00000.json             its own losses, its host, its seed, the samples by position, source, shard and key
+    rank_00000.json             its own losses, its host, the samples by position, source, shard and key
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import json
 import shutil
 import socket
 import time
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -92,35 +92,29 @@ def bundle_of(out: Path, verdict: Verdict) -> Path:
 
 
 def write_rank(
-    bundle: Path,
-    rank: int,
-    batch: Batch,
-    samples: list[dict[str, object]],
-    losses: dict[str, float],
-    seed: int,
+    bundle: Path, rank: int, batch: Batch, samples: list[dict[str, object]], losses: dict[str, float]
 ) -> None:
     """This rank's part of a bundle; OSError where it cannot be written."""
     bundle.mkdir(parents=True, exist_ok=True)
     tensors = {field.name: getattr(batch, field.name).cpu().contiguous() for field in fields(batch)}
     save_file(tensors, bundle / f"rank_{rank:05d}.safetensors")
-    told = {"rank": rank, "host": socket.gethostname(), "seed": seed, "losses": losses, "samples": samples}
+    told = {"rank": rank, "host": socket.gethostname(), "losses": losses, "samples": samples}
     (bundle / f"rank_{rank:05d}.json").write_text(json.dumps(told, indent=1))
 
 
-def write_common(bundle: Path, verdict: Verdict, context: dict[str, Any]) -> None:
-    """What all ranks share, by the first one; the oldest bundles of the run go. OSError as `write_rank`."""
+def write_common(
+    bundle: Path, verdict: Verdict, left_out: Collection[int], world: int, places: dict[str, Path | None]
+) -> None:
+    """What all ranks share, by the first one; the oldest bundles of the run go. OSError as `write_rank`.
+
+    `left_out` before the step; `places` by option of the command line.
+    """
     bundle.mkdir(parents=True, exist_ok=True)
-    out = bundle.parent.parent
     for name in ("recipe.json", "data.json"):
-        shutil.copyfile(out / name, bundle / name)
-    told = {
-        "step": verdict.step,
-        "batch": verdict.batch,
-        "reasons": verdict.reasons,
-        "norm": verdict.norm,
-        "losses": verdict.losses,
-    }
-    (bundle / "refused.json").write_text(json.dumps(told | context, indent=1))
+        shutil.copyfile(bundle.parent.parent / name, bundle / name)
+    told = asdict(verdict) | {"left_out": sorted(left_out), "world": world}
+    told["places"] = {name: None if place is None else str(place.resolve()) for name, place in places.items()}
+    (bundle / "refused.json").write_text(json.dumps(told, indent=1))
     kept = sorted(bundle.parent.glob("step_*-batch_*"), key=lambda path: path.name.rpartition("_")[2])
     for old in kept[:-MOST_BUNDLES]:
         shutil.rmtree(old, ignore_errors=True)

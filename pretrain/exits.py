@@ -21,3 +21,6 @@ class Diverged(Exception):
 
 class RankLost(Exception):
     """A rank died or hung. Empty on the ranks that are not to tell it."""
+
+
+ENDS: dict[type[Exception], int] = {Preempted: PREEMPTED, Diverged: DIVERGED, RankLost: LOST}

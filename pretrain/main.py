@@ -1,7 +1,7 @@
 """How is a pre-training run started?
 
 deepspeed pretrain/main.py --recipe m3i.demo --data NAME=DIR [NAME=DIR ...] --out DIR [--ds-config FILE]
-    [--tokenizer DIR] [--guide DIR] [--workers N] [--wandb]
+    [--tokenizer DIR] [--guide DIR] [--workers N] [--wandb] [--timeout SECONDS]
     [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
 
 The same command again goes on from the last checkpoint in --out. Without a launcher it runs as one process.
@@ -28,11 +28,10 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").re
 from pretrain import recipes  # noqa: E402
 from pretrain.config import Run  # noqa: E402
 from pretrain.data.remote import Place  # noqa: E402
+from pretrain.exits import ENDS, FAILED, FINISHED, INTERRUPTED, LOST, MISTAKE, Preempted, RankLost  # noqa: E402
 from pretrain.named_folders import named_places  # noqa: E402
+from pretrain.watchdog import TIMEOUT  # noqa: E402
 
-MISTAKE = 2  # exit code for a command line that cannot be right, as argparse has it
-FAILED = 1
-INTERRUPTED = 130
 NUMBERS: dict[Any, tuple[type, str]] = {"int": (int, "a whole number"), "float": (float, "a number")}
 
 
@@ -61,6 +60,13 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
     parser.add_argument("--guide", type=Path, help="folder of the frozen encoder that the targets need")
     parser.add_argument("--workers", type=int, default=0, help="decoding processes for each rank")
     parser.add_argument("--wandb", action="store_true", help="also log to wandb (WANDB_MODE=offline works)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help=f"without progress, before a run ends that has lost a rank ({TIMEOUT:.0f}; thrice at first)",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the launcher
     parser.add_argument("--help", "-h", action="store_true", help="this, and the fields of --recipe")
     if {"--help", "-h"} & set(arguments):
@@ -73,6 +79,8 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
         raise FileNotFoundError(f"--ds-config {paths.ds_config} is no file; choose one of {there}")
     if paths.workers < 0:
         raise ValueError(f"--workers {paths.workers} must not be negative: 0 decodes in the training process")
+    if not paths.timeout > 0:
+        raise ValueError(f"--timeout {paths.timeout} must be positive: seconds, a few times those of a step")
     check_guide(run, paths.guide)
     if paths.out.exists() and not paths.out.is_dir():
         raise ValueError(f"--out {paths.out} is a file: name a folder, it is made if there is none")
@@ -187,13 +195,18 @@ def start(run: Run, paths: argparse.Namespace) -> int:
                 paths.guide,
                 paths.workers,
                 paths.wandb,
+                paths.timeout,
             ),
         )
+    except tuple(ENDS) as error:
+        if str(error) and (isinstance(error, RankLost) or is_told_by_this_rank(error)):
+            print(f"\n{'stopped' if isinstance(error, Preempted) else 'error'}: {error}", file=sys.stderr)
+        return ENDS[type(error)]
     except (ValueError, OSError, FloatingPointError) as error:
         if is_told_by_this_rank(error):
             print(f"\nerror: {explain(error, paths.out)}", file=sys.stderr)
         return FAILED
-    return 0
+    return FINISHED
 
 
 @contextmanager
@@ -228,4 +241,8 @@ def quieten() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == LOST:  # what waits for the lost rank would wait at the interpreter's end too
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

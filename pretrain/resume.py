@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint import latest, steps_in
+from pretrain.checkpoint import latest, left_out, steps_in
 from pretrain.config import Guard, Run
+from pretrain.evidence import Journal
 from pretrain.facts import DataFacts
 
 HARMLESS = (
@@ -32,6 +33,17 @@ def newest_or_none(out: Path) -> Path | None:
             f"{out / 'checkpoints'} to start from the beginning, or name another --out"
         )
     return folder
+
+
+def batches_left_out(folder: Path | None, journal: Journal) -> set[int]:
+    """Numbers of those that a run does without: as its checkpoint has it and as was told since.
+
+    At the beginning none: what an earlier run in the same folder told ends with its checkpoints.
+    """
+    if folder is None:
+        journal.clear()
+        return set()
+    return left_out(folder) | journal.left_out()
 
 
 def check_resumable(

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from pretrain.exits import LOST, RankLost
 
+TIMEOUT = 1800.0  # seconds, of the command line's --timeout
 FIRST = 3.0  # times the timeout that the first step may take: caches fill, kernels compile
 SIGNS = 10  # signs of life in a timeout
 MOST_SECONDS = 3.0  # between two of them
