@@ -4,7 +4,10 @@ deepspeed pretrain/main.py --recipe m3i.demo --data NAME=DIR [NAME=DIR ...] --ou
     [--tokenizer DIR] [--guide DIR] [--workers N] [--wandb] [--timeout SECONDS]
     [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
 
-The same command again goes on from the last checkpoint in --out. Without a launcher it runs as one process.
+deepspeed pretrain/main.py --replay OUT/replay/BUNDLE
+
+The same command again goes on from the last checkpoint in --out. Without a launcher it runs as one process. The
+second form runs a refused step again, on as many ranks.
 """
 
 from __future__ import annotations
@@ -163,8 +166,9 @@ def main(arguments: list[str]) -> int:
     first_rank = os.environ.get("RANK", "0") == "0"
     try:
         with nullcontext() if first_rank else silence():
-            run, paths = parse(arguments)
-        return start(run, paths)
+            is_replay = any(argument.split("=")[0] == "--replay" for argument in arguments)
+            asked = parse_replay(arguments) if is_replay else parse(arguments)
+        return start_replay(asked) if isinstance(asked, Path) else start(*asked)
     except (ValueError, OSError) as error:
         # A folder may be missing on one node alone, a mistake in the command is the same on all.
         if first_rank or (isinstance(error, OSError) and os.environ.get("LOCAL_RANK") == "0"):
@@ -207,6 +211,28 @@ def start(run: Run, paths: argparse.Namespace) -> int:
             print(f"\nerror: {explain(error, paths.out)}", file=sys.stderr)
         return FAILED
     return FINISHED
+
+
+def parse_replay(arguments: list[str]) -> Path:
+    """The bundle; SystemExit for anything besides it, since the bundle says the rest."""
+    parser = argparse.ArgumentParser(prog="pretrain/main.py", allow_abbrev=False)
+    parser.add_argument("--replay", type=Path, required=True, help="a folder below OUT/replay of a run")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments).replay
+
+
+def start_replay(bundle: Path) -> int:
+    """Runs a refused step again; FAILED also when it does not come out the same."""
+    quieten()
+    from pretrain.replay import replay
+    from pretrain.train import is_told_by_this_rank
+
+    try:
+        return FINISHED if replay(bundle) else FAILED
+    except (ValueError, OSError) as error:
+        if is_told_by_this_rank(error):
+            print(f"\nerror: {error}", file=sys.stderr)
+        return FAILED
 
 
 @contextmanager

@@ -126,18 +126,18 @@ def _train(
     skipped = from_first_rank(lambda: resume.batches_left_out(folder, journal))
     tokenizer = tokenizer_folder(run, paths)
     guide = read_guide(run, paths.guide)
+    dropped = drops.file_of(paths.out, rank(), world_size())
     with ExitStack() as held:
-        loader = held.enter_context(closing(open_loader(run, paths, tokenizer, device, folder, skipped)))
+        first_step = 0 if folder is None else step_of(folder)
+        loader = open_loader(run, paths, tokenizer, device, first_step, skipped, dropped)
+        held.enter_context(closing(loader))
         facts = with_guide(loader.facts, guide)
         if folder is not None:  # refuses another recipe before minutes of building
             resume.check_resumable(folder, run, facts, **describe(config))
-        torch.manual_seed(run.seed)  # equal weights on all ranks
-        with torch.device(device):
-            model, teacher = Pretrainer(run, facts), Towers(run, facts)
-        engine = Engine(model, teacher, run, config, guide)
+        engine = build_engine(run, facts, config, device, guide)
         engine.guard.left_out |= skipped
         if rank() == 0:
-            _write_inputs(run, paths, tokenizer)
+            _write_inputs(run, paths)
         saver = Saver(engine, paths.out, facts, tokenizer)
         job = Job(run, paths, engine, saver, journal, signals, watchdog)
         while True:
@@ -154,7 +154,8 @@ def _train(
             if folder is None:
                 return
             held.close()
-            loader = open_loader(run, paths, tokenizer, device, folder, engine.guard.left_out)
+            first_step, skipped = step_of(folder), engine.guard.left_out
+            loader = open_loader(run, paths, tokenizer, device, first_step, skipped, dropped)
             held.enter_context(closing(loader))
 
 
@@ -240,30 +241,41 @@ def is_of_another_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
 
 
+def build_engine(
+    run: Run, facts: DataFacts, config: dict[str, Any], device: torch.device, guide: Guide | None
+) -> Engine:
+    """The run before its first step, equal on all ranks."""
+    torch.manual_seed(run.seed)
+    with torch.device(device):
+        model, teacher = Pretrainer(run, facts), Towers(run, facts)
+    return Engine(model, teacher, run, config, guide)
+
+
 def open_loader(
     run: Run,
     paths: Paths,
     tokenizer: Path | None,
     device: torch.device,
-    folder: Path | None,
+    first_step: int,
     skipped: set[int],
+    dropped_to: Path | None,
 ) -> Loader:
-    """The batches after a checkpoint, or from the beginning."""
-    place = {"rank": rank(), "world": world_size()}
+    """This rank's batches after `first_step` others, without those that are left out."""
     return Loader(
         run,
         paths.data,
         tokenizer,
-        **place,
+        rank=rank(),
+        world=world_size(),
         workers=paths.workers,
-        start_step=0 if folder is None else step_of(folder),
+        start_step=first_step,
         left_out=skipped,
-        dropped_to=drops.file_of(paths.out, **place),
+        dropped_to=dropped_to,
         device=device,
     )
 
 
-def _write_inputs(run: Run, paths: Paths, tokenizer: Path | None) -> None:
+def _write_inputs(run: Run, paths: Paths) -> None:
     """What this start was given, for those who read the run's folder."""
     write_text(paths.out / "recipe.json", run.to_json())
     places = {name: str(p.resolve()) if isinstance(p, Path) else p for name, p in paths.data.items()}

@@ -13,6 +13,7 @@ from pretrain import checkpoint
 from pretrain.balance import BalanceTracker
 from pretrain.config import Run
 from pretrain.facts import DataFacts
+from pretrain.guard import StepGuard
 from pretrain.towers import Towers
 
 
@@ -47,6 +48,7 @@ class _Untrained:
     def __init__(self, run: Run, towers: Towers, step: int) -> None:
         self.run, self.steps_done = run, step
         self.balance = BalanceTracker(run.objective.gamma, run.balance.decay)
+        self.guard = StepGuard(run.guard)
         weights: Mapping[str, torch.Tensor] = {name: p.detach() for name, p in towers.named_parameters()}
         kept = towers.state_dict().keys()
         self.average = SimpleNamespace(
