@@ -1,7 +1,7 @@
 """What befalls a run of two ranks, and how does it end? `python drill.py FOLDER` leaves FOLDER/result.json.
 
-One process imports torch and DeepSpeed, and every rank of every start is a fork of it, so that a start takes two seconds
-and not ten. The run is a shrunken m3i.vit_b16 through pretrain/main.py's `start`, with files, log and exit codes.
+One process imports torch and DeepSpeed, and every rank of every start is a fork of it, so that a start takes
+seconds less. The run is a shrunken m3i.vit_b16 through pretrain/main.py's `start`, with files, log and exit codes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, TypedDict
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -47,7 +47,7 @@ LONGEST = 60.0  # seconds of a start; a start that takes longer is a failure of 
 PACKAGE = str(ROOT / "pretrain")
 
 
-class End(NamedTuple):
+class End(TypedDict):
     """How a start ended."""
 
     codes: list[int]  # by rank; minus the signal for one that was killed
@@ -94,7 +94,11 @@ class Drill:
             self._fork(name, r, port, log, (faults or {}).get(r), timeout, work) for r in range(WORLD)
         ]
         codes = _wait(processes, begun + LONGEST, grace)
-        return End(codes, log.read_text(errors="replace"), time.monotonic() - begun)
+        return {
+            "codes": codes,
+            "output": log.read_text(errors="replace"),
+            "seconds": time.monotonic() - begun,
+        }
 
     def _fork(
         self,
@@ -279,7 +283,7 @@ def killed(drill: Drill) -> dict[str, Any]:
     The same number of calls is drawn in every start, so that some fall into a save; the last starts are not killed.
     """
     num_calls = int((drill.folder / "calls").read_text())
-    random, kills, names = Random(0), 0, []
+    random, kills, during_a_save, names = Random(0), 0, 0, []
     problems = []
     while kills < KILLS:
         name = f"killed_{len(names)}"
@@ -300,12 +304,14 @@ def killed(drill: Drill) -> dict[str, Any]:
                     f"{name}: checkpoints {lost} cannot be read, {reached} is the newest after {before}"
                 )
             before = reached
-            if -signal.SIGKILL not in end.codes:
-                if end.codes != [0, 0]:
-                    problems.append(f"{name} ended with {end.codes}:\n{end.output}")
+            if -signal.SIGKILL not in end["codes"]:
+                if end["codes"] != [0, 0]:
+                    problems.append(f"{name} ended with {end['codes']}:\n{end['output']}")
                 break
             kills += 1
-    return {"kills": kills, "problems": problems, "outcomes": [drill.outcome(name) for name in names]}
+            during_a_save += bool(list((out / "checkpoints").glob(".tmp-*")))
+    outcomes = [drill.outcome(name) for name in names]
+    return {"kills": kills, "during_a_save": during_a_save, "problems": problems, "outcomes": outcomes}
 
 
 def undisturbed(drill: Drill) -> dict[str, Any]:
@@ -314,7 +320,7 @@ def undisturbed(drill: Drill) -> dict[str, Any]:
     for name, batches in {"straight": set(), "without_4": {4}, "without_345": {3, 4, 5}}.items():
         faults = {0: both(without(batches), count_calls(drill.folder / "calls")), 1: without(batches)}
         end = drill.start(name, faults)
-        assert end.codes == [main.FINISHED] * WORLD, end.output
+        assert end["codes"] == [main.FINISHED] * WORLD, end["output"]
         found[name] = drill.outcome(name)
     return found
 
@@ -357,12 +363,18 @@ def poisoned(drill: Drill) -> dict[str, Any]:
     ]
     bundles = sorted((drill.folder / "poisoned" / "replay").iterdir())
     again = drill.start("poisoned", work=lambda paths: main.start_replay(bundles[0]))
+    mended = drill.folder / "poisoned" / "replay" / "mended"
+    shutil.copytree(bundles[0], mended)
+    recorded = json.loads((mended / "refused.json").read_text())
+    (mended / "refused.json").write_text(json.dumps({**recorded, "norm": 1.0}))
+    again_mended = drill.start("poisoned", work=lambda paths: main.start_replay(mended))
     samples = json.loads((bundles[0] / "rank_00001.json").read_text())["samples"]
     return {
         "ends": ends,
         "bundles": [bundle.name for bundle in bundles],
         "samples": samples,
         "again": again,
+        "again_mended": again_mended,
         **drill.outcome("poisoned"),
     }
 
@@ -422,4 +434,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     drill = Drill(Path(sys.argv[1]))
     found = {name: SCENARIOS[name](drill) for name in sys.argv[2:] or SCENARIOS}
+    found["cpu_seconds"] = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     (drill.folder / "result.json").write_text(json.dumps(found))
