@@ -62,13 +62,17 @@ class BalanceTracker:
                 norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
                 self._squares[position] += norm * norm
 
-    def advance(self) -> None:
+    def advance(self, told: Tensor | None = None) -> Tensor:
         """Ends the step: sums over ranks, moves the averages, sets the next weight. A collective call.
+
+        `told` [n] is what the ranks have to tell each other besides; its sum comes back, from the same message.
 
         A branch whose gradient is zero or not finite leaves its average as it was: a batch without labels
         says nothing about the scale of the label losses.
         """
-        norms = sum_over_ranks(self._squares).sqrt() / world_size()  # the gradient is the mean over ranks
+        told = self._squares.new_zeros(0) if told is None else told
+        sums = sum_over_ranks(torch.cat([self._squares, told]))
+        norms = sums[:2].sqrt() / world_size()  # the gradient is the mean over ranks
         norms = torch.stack([norms[IMAGE], norms[LABEL] / self._weight])
         is_seen = torch.isfinite(norms) & (norms > 0)
         self._averages = torch.where(is_seen, self._averages.lerp(norms, 1 - self._decay), self._averages)
@@ -79,6 +83,15 @@ class BalanceTracker:
             self._weight = torch.where(torch.isfinite(weight) & (weight > 0), weight, self._weight)
         self._norms = norms
         self._squares = torch.zeros_like(self._squares)
+        return sums[2:]
+
+    def moved(self) -> tuple[Tensor, ...]:
+        """What `advance` replaces, as it is; `put_back` undoes the step. Costs nothing."""
+        return self._averages, self._counts, self._weight
+
+    def put_back(self, moved: tuple[Tensor, ...]) -> None:
+        """The averages and the weight as they were when `moved` was asked; the squares of a refused step are gone."""
+        self._averages, self._counts, self._weight = moved
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers that continue the averages exactly (float32 survives JSON); waits for the device."""

@@ -171,6 +171,33 @@ class Balance:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """When a step is refused, and what follows; a loss or gradient that is not finite always is.
+
+    A spike is a gradient norm or a target's loss far above those of the last accepted steps: by so many robust
+    deviations (1.4826 x median distance from the median; of norms, of their logarithms) and by a share of the median.
+    """
+
+    window: int = 128  # accepted steps that are the measure; nothing is a spike until there are as many
+    deviations: float = 20.0  # above the median; 0 = spikes are not looked for
+    norm_factor: float = 10.0  # a spike of the norm is also above so many medians
+    loss_rise: float = 0.5  # a spike of a loss is also above the median by so much of its size
+    skips: int = 4  # refused steps in a row before the run goes back to its last checkpoint
+    margin: int = 8  # accepted batches before them that are left out with them; twice as many each time
+    rewinds: int = 3  # times that the run goes back to the same checkpoint before it ends
+
+    def __post_init__(self) -> None:
+        positive("guard", window=self.window, skips=self.skips)
+        if self.deviations < 0 or self.norm_factor < 1 or self.loss_rise < 0:
+            raise ValueError(
+                f"guard.deviations={self.deviations} and loss_rise={self.loss_rise} must not be negative, "
+                f"norm_factor={self.norm_factor} must be at least 1"
+            )
+        if self.margin < 0 or self.rewinds < 0:
+            raise ValueError(f"guard.margin={self.margin} and rewinds={self.rewinds} must not be negative")
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything that decides the numbers of a pre-training run."""
 
@@ -192,6 +219,7 @@ class Run:
     optim: Optim = field(default_factory=Optim)
     teacher: Teacher = field(default_factory=Teacher)
     balance: Balance = field(default_factory=Balance)
+    guard: Guard = field(default_factory=Guard)
     label_smoothing: float = 0.1
     max_bad: float = 0.01  # fraction of samples that may be unreadable before the run stops
     save_every: int = 1000  # steps between checkpoints

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 
 import deepspeed
 import torch
@@ -11,10 +12,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 
-def start_distributed() -> torch.device:
+def start_distributed(timeout: float = 1800.0) -> torch.device:
     """Joins the process group that the launcher's environment describes, or makes one of this process alone.
 
-    gloo without CUDA or where DS_ACCELERATOR=cpu says so, NCCL otherwise. Returns the device of this rank.
+    A collective call that takes longer than `timeout` seconds fails. gloo without CUDA or where DS_ACCELERATOR=cpu
+    says so, NCCL otherwise. Returns the device of this rank.
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
@@ -29,7 +31,9 @@ def start_distributed() -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     try:
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout)
+        )
     except dist.DistNetworkError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConnectionError(

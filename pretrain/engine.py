@@ -12,12 +12,13 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker
-from pretrain.collectives import rank
+from pretrain.collectives import rank, world_size
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.ds_config import describe, teacher_config
 from pretrain.ema import TeacherAverage
-from pretrain.gradient_norm import look_once
+from pretrain.gradient_norm import ask_before_moving, look_once
+from pretrain.guard import StepGuard, Verdict
 from pretrain.models.backbone import GATHER_UNITS
 from pretrain.models.guides import Guide
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
@@ -66,6 +67,14 @@ class Engine:
         self._student, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=config)
         if self.stage < 3 and not self._student.optimizer.cpu_offload:
             look_once(self._student.optimizer)
+        self.guard = StepGuard(run.guard)
+        self.verdict: Verdict | None = None  # on the last step
+        self.is_asked_to_stop = False  # by any rank, as of the last step
+        self._names: list[str] = []  # of the losses in `_told`, after its `asks_to_stop`
+        self._told = torch.zeros(0)
+        ask_before_moving(self._student.optimizer, self._may_move)
+        self._buffers = list(model.buffers())
+        self._buffers_before = [buffer.clone() for buffer in self._buffers]
         if self.stage == 3:
             mark_gather_units(teacher)
             self._teacher, *_ = deepspeed.initialize(model=teacher, config=teacher_config(config))
@@ -90,20 +99,32 @@ class Engine:
         """What the teacher makes of images [n, 3, s, s], as `Towers.forward` is asked."""
         return self._teacher(images, *asked)
 
-    def step(self, batch: Batch) -> Any:
+    def step(self, batch: Batch, *, asks_to_stop: bool = False) -> Any:
         """One optimizer step and teacher update on this rank's share of the batch; gives the Losses, detached.
 
-        Neither weights nor teacher move where the gradient is not finite on any rank; all ranks agree on it.
-        Drop path and the like draw from a generator that (seed, step, rank) alone decide, so a resumed run
-        repeats them. Nothing here waits for the device except DeepSpeed's own check of the gradient.
+        Nothing moves, and `steps_done` does not count, where the guard refuses the step, on all ranks alike:
+        `verdict` says why. Drop path and the like draw from a generator that (seed, step, rank) alone decide, so a
+        resumed run repeats them. Nothing here waits for the device except DeepSpeed's own check of the gradient,
+        which reads with it what the ranks told each other: losses, and whether any `asks_to_stop`.
         """
         self._schedule()
+        balance, self.verdict = self.balance.moved(), None
+        if self._buffers:
+            torch._foreach_copy_(self._buffers_before, self._buffers)
         losses = self._differentiate(batch.to(self.device))
-        self.balance.advance()
+        asked = torch.full((1,), float(asks_to_stop), device=self.device)
+        self._names = list(losses.nats)
+        nats = [nats.detach().float().reshape(1) for nats in losses.nats.values()]
+        self._told = self.balance.advance(torch.cat([asked, *nats]))
         if self.before_move is not None:
             self.before_move()
         self._move()
-        self.steps_done += 1
+        if self.verdict.is_accepted:
+            self.steps_done += 1
+        else:
+            self.balance.put_back(balance)
+            if self._buffers:
+                torch._foreach_copy_(self._buffers, self._buffers_before)
         return losses
 
     def _schedule(self) -> None:
@@ -122,13 +143,23 @@ class Engine:
         return dataclasses.replace(losses, total=total.detach())
 
     def _move(self) -> None:
-        """Optimizer step, then the teacher's average; neither where the gradient is not finite."""
-        skipped = self.skipped_steps
+        """Optimizer step, then the teacher's average; neither where the guard refuses the step."""
         self._student.step()
         if self.stage == 3:
             self._teacher.optimizer.partition_all_parameters()
-        if self.skipped_steps == skipped:
+        if self.verdict is None:  # DeepSpeed had no need of a norm to see that the gradient is not finite
+            self._may_move(torch.full((1,), torch.inf, device=self.device))
+        if self.verdict.is_accepted:
             self.average.update(self.momentum)
+
+    def _may_move(self, norm: Tensor) -> bool:
+        """The guard's verdict on the step, given its gradient norm; the one wait for the device."""
+        numbers = torch.cat([norm.to(self.device, torch.float32).reshape(1), self._told]).tolist()
+        found, asked, *sums = numbers
+        self.is_asked_to_stop = asked > 0
+        losses = dict(zip(self._names, (total / world_size() for total in sums), strict=True))
+        self.verdict = self.guard.judge(self.steps_done, found if found >= 0 else torch.inf, losses)
+        return self.verdict.is_accepted
 
     @property
     def grad_norm(self) -> Tensor | float:
@@ -137,5 +168,5 @@ class Engine:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps since the start of this process whose gradient was not finite, so that no weight moved."""
-        return self._student.skipped_steps
+        """Steps since the start of this process that the guard refused, so that nothing moved."""
+        return self.guard.num_refused

@@ -1,10 +1,13 @@
 """How is a pre-training run started?
 
 deepspeed pretrain/main.py --recipe m3i.demo --data NAME=DIR [NAME=DIR ...] --out DIR [--ds-config FILE]
-    [--tokenizer DIR] [--guide DIR] [--workers N] [--wandb] [--checkpoints DIR|URL]
+    [--tokenizer DIR] [--guide DIR] [--workers N] [--checkpoints DIR|URL] [--wandb] [--timeout SECONDS]
     [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
 
-The same command again goes on from the last checkpoint in --out. Without a launcher it runs as one process.
+deepspeed pretrain/main.py --replay OUT/replay/BUNDLE
+
+The same command again goes on from the last checkpoint in --out. Without a launcher it runs as one process. The
+second form runs a refused step again, on as many ranks.
 """
 
 from __future__ import annotations
@@ -28,11 +31,10 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").re
 from pretrain import recipes  # noqa: E402
 from pretrain.config import Run  # noqa: E402
 from pretrain.data.remote import Place, place_of  # noqa: E402
+from pretrain.exits import ENDS, FAILED, FINISHED, INTERRUPTED, LOST, MISTAKE, Preempted, RankLost  # noqa: E402
 from pretrain.named_folders import named_places  # noqa: E402
+from pretrain.watchdog import TIMEOUT  # noqa: E402
 
-MISTAKE = 2  # exit code for a command line that cannot be right, as argparse has it
-FAILED = 1
-INTERRUPTED = 130
 NUMBERS: dict[Any, tuple[type, str]] = {"int": (int, "a whole number"), "float": (float, "a number")}
 
 
@@ -64,6 +66,13 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
         "--checkpoints", type=place_of, help="folder or s3://bucket/prefix; OUT/checkpoints if left out"
     )
     parser.add_argument("--wandb", action="store_true", help="also log to wandb (WANDB_MODE=offline works)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help=f"without progress, before a run ends that has lost a rank ({TIMEOUT:.0f}; thrice at first)",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the launcher
     parser.add_argument("--help", "-h", action="store_true", help="this, and the fields of --recipe")
     if {"--help", "-h"} & set(arguments):
@@ -76,6 +85,8 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
         raise FileNotFoundError(f"--ds-config {paths.ds_config} is no file; choose one of {there}")
     if paths.workers < 0:
         raise ValueError(f"--workers {paths.workers} must not be negative: 0 decodes in the training process")
+    if not paths.timeout > 0:
+        raise ValueError(f"--timeout {paths.timeout} must be positive: seconds, a few times those of a step")
     check_guide(run, paths.guide)
     if paths.out.exists() and not paths.out.is_dir():
         raise ValueError(f"--out {paths.out} is a file: name a folder, it is made if there is none")
@@ -158,8 +169,9 @@ def main(arguments: list[str]) -> int:
     first_rank = os.environ.get("RANK", "0") == "0"
     try:
         with nullcontext() if first_rank else silence():
-            run, paths = parse(arguments)
-        return start(run, paths)
+            is_replay = any(argument.split("=")[0] == "--replay" for argument in arguments)
+            asked = parse_replay(arguments) if is_replay else parse(arguments)
+        return start_replay(asked) if isinstance(asked, Path) else start(*asked)
     except (ValueError, OSError) as error:
         # A folder may be missing on one node alone, a mistake in the command is the same on all.
         if first_rank or (isinstance(error, OSError) and os.environ.get("LOCAL_RANK") == "0"):
@@ -191,13 +203,40 @@ def start(run: Run, paths: argparse.Namespace) -> int:
                 paths.workers,
                 paths.wandb,
                 paths.checkpoints,
+                paths.timeout,
             ),
         )
+    except tuple(ENDS) as error:
+        if str(error) and (isinstance(error, RankLost) or is_told_by_this_rank(error)):
+            print(f"\n{'stopped' if isinstance(error, Preempted) else 'error'}: {error}", file=sys.stderr)
+        return ENDS[type(error)]
     except (ValueError, OSError, FloatingPointError) as error:
         if is_told_by_this_rank(error):
             print(f"\nerror: {explain(error, paths.out)}", file=sys.stderr)
         return FAILED
-    return 0
+    return FINISHED
+
+
+def parse_replay(arguments: list[str]) -> Path:
+    """The bundle; SystemExit for anything besides it, since the bundle says the rest."""
+    parser = argparse.ArgumentParser(prog="pretrain/main.py", allow_abbrev=False)
+    parser.add_argument("--replay", type=Path, required=True, help="a folder below OUT/replay of a run")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments).replay
+
+
+def start_replay(bundle: Path) -> int:
+    """Runs a refused step again; FAILED also when it does not come out the same."""
+    quieten()
+    from pretrain.replay import replay
+    from pretrain.train import is_told_by_this_rank
+
+    try:
+        return FINISHED if replay(bundle) else FAILED
+    except (ValueError, OSError) as error:
+        if is_told_by_this_rank(error):
+            print(f"\nerror: {error}", file=sys.stderr)
+        return FAILED
 
 
 @contextmanager
@@ -232,4 +271,8 @@ def quieten() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == LOST:  # what waits for the lost rank would wait at the interpreter's end too
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import reprlib
 from typing import Any
 
-from pretrain.checkpoint import latest, read_json, steps_in
-from pretrain.config import Run
+from pretrain.checkpoint import latest, left_out, read_json, steps_in
+from pretrain.config import Guard, Run
 from pretrain.data.remote import Place, is_url
+from pretrain.evidence import Journal
 from pretrain.facts import DataFacts
 
 HARMLESS = (
@@ -18,6 +20,7 @@ HARMLESS = (
     "log_every",
     "max_bad",
     "backbone.activation_checkpoint",
+    *(f"guard.{field.name}" for field in dataclasses.fields(Guard)),
 )  # fields of Run that may change at a resume
 
 
@@ -33,6 +36,17 @@ def newest_or_none(place: Place) -> Place | None:
             "them to start from the beginning, or name another place"
         )
     return folder
+
+
+def batches_left_out(folder: Place | None, journal: Journal) -> set[int]:
+    """Numbers of those that a run does without: as its checkpoint has it and as was told since.
+
+    At the beginning none: what an earlier run in the same folder told ends with its checkpoints.
+    """
+    if folder is None:
+        journal.clear()
+        return set()
+    return left_out(folder) | journal.left_out()
 
 
 def check_resumable(folder: Place, run: Run, facts: DataFacts) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from contextlib import ExitStack, closing
+import warnings
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain import checkpoint, resume
+from pretrain import checkpoint, evidence, resume
+from pretrain.checkpoint import Saver, checkpoints_of, step_of
 from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.config import Run
 from pretrain.data import drops
+from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
 from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_beside
 from pretrain.distributed import start_distributed
 from pretrain.ds_config import read_ds_config, resolve_config
 from pretrain.engine import Engine
+from pretrain.evidence import Journal
+from pretrain.exits import Preempted, RankLost
 from pretrain.facts import DataFacts
 from pretrain.intact import write_text
 from pretrain.lock import only_writer
 from pretrain.models.guides import Guide, open_guide
 from pretrain.monitor import Monitor
+from pretrain.preemption import Signals
 from pretrain.pretrainer import Pretrainer
+from pretrain.rewind import go_back
 from pretrain.towers import Towers, targets_without_labels
+from pretrain.watchdog import FIRST, REMEDY, TIMEOUT, Watchdog
 
 
 @dataclass(frozen=True)
@@ -44,74 +52,221 @@ class Paths:
     workers: int = 0  # processes that decode for each rank; 0 = the training process itself
     wandb: bool = False
     checkpoints: Place | None = None  # folder or URL; a folder in `out` if None
+    timeout: float = TIMEOUT  # seconds without progress before a run ends that has lost a rank
+
+    @property
+    def kept(self) -> Place:
+        """Where the checkpoints lie."""
+        return checkpoints_of(self.out) if self.checkpoints is None else self.checkpoints
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop of one rank works with."""
+
+    run: Run
+    paths: Paths
+    engine: Engine
+    saver: Saver
+    journal: Journal
+    signals: Signals
+    watchdog: Watchdog
 
 
 def train(run: Run, paths: Paths) -> None:
-    """Pre-trains from the newest whole checkpoint of the run, or from the beginning; on all ranks."""
+    """Pre-trains from the newest whole checkpoint of the run, or from the beginning; on all ranks.
+
+    Preempted, Diverged and RankLost tell how else than finished or failed it ended.
+    """
     ds_config = read_ds_config(paths.ds_config)
-    device = start_distributed()
+    device = start_distributed(paths.timeout * FIRST * 2)  # the watchdog, which names the rank, comes first
     config, machine = resolve_config(ds_config, run, device)
     with ExitStack() as held:
-        from_first_rank(lambda: held.enter_context(only_writer(paths.out)))
-        _train(run, paths, config, machine, device, held)
+        from_first_rank(lambda: held.enter_context(only_writer(paths.out)) and None)
+        signals = held.enter_context(Signals())
+        watchdog = held.enter_context(Watchdog(paths.out, rank(), world_size(), paths.timeout))
+        try:
+            _train(run, paths, config, machine, device, signals, watchdog)
+        except RuntimeError as error:
+            if not is_of_another_rank(error):
+                raise
+            told, is_teller = watchdog.lost()
+            raise RankLost(f"{told}. {REMEDY}" if told and is_teller else "") from error
     dist.destroy_process_group()  # NCCL complains of what is left to the end of the process
 
 
 def _train(
-    run: Run, paths: Paths, config: dict[str, Any], machine: str, device: torch.device, held: ExitStack
+    run: Run,
+    paths: Paths,
+    config: dict[str, Any],
+    machine: str,
+    device: torch.device,
+    signals: Signals,
+    watchdog: Watchdog,
 ) -> None:
-    kept = checkpoint.checkpoints_of(paths.out) if paths.checkpoints is None else paths.checkpoints
-    folder = from_first_rank(lambda: resume.newest_or_none(kept))
-    first_step = 0 if folder is None else checkpoint.step_of(folder)
+    folder = from_first_rank(lambda: resume.newest_or_none(paths.kept))
+    journal = Journal(paths.out)
+    skipped = from_first_rank(lambda: resume.batches_left_out(folder, journal))
     tokenizer = tokenizer_folder(run, paths)
-    place = {"rank": rank(), "world": world_size()}
     guide = read_guide(run, paths.guide)
-    loader = Loader(
+    dropped = drops.file_of(paths.out, rank(), world_size())
+    with ExitStack() as held:
+        first_step = 0 if folder is None else step_of(folder)
+        loader = open_loader(run, paths, tokenizer, device, first_step, skipped, dropped)
+        held.enter_context(closing(loader))
+        facts = with_guide(loader.facts, guide)
+        if folder is not None:  # refuses another recipe before minutes of building
+            resume.check_resumable(folder, run, facts)
+        engine = build_engine(run, facts, config, device, guide)
+        engine.guard.left_out |= skipped
+        if rank() == 0:
+            _write_inputs(run, paths)
+        saver = Saver(engine, paths.kept, facts, tokenizer)
+        job = Job(run, paths, engine, saver, journal, signals, watchdog)
+        while True:
+            if folder is not None:
+                watchdog.at(step_of(folder), "reads a checkpoint", times=FIRST)
+                checkpoint.restore(engine, folder)
+            with Monitor(paths.out, run, engine.steps_done, wandb=paths.wandb) as monitor:
+                monitor.say(f"{machine}; {'from the beginning' if folder is None else f'from {folder}'}")
+                if line := left_out(run, facts):
+                    monitor.say(line)
+                if folder is None:
+                    saver.save(
+                        wait=True
+                    )  # a place that cannot be written to ends the run in its first minute
+                folder = _run_steps(job, loader, monitor)
+            if folder is None:
+                return
+            held.close()
+            first_step, skipped = step_of(folder), engine.guard.left_out
+            loader = open_loader(run, paths, tokenizer, device, first_step, skipped, dropped)
+            held.enter_context(closing(loader))
+
+
+def _run_steps(job: Job, loader: Loader, monitor: Monitor) -> Place | None:
+    """Trains until the last step, or until the guard asks for the checkpoint that is returned."""
+    run, engine, saver, watchdog = job.run, job.engine, job.saver, job.watchdog
+    batches, times = iter(loader), FIRST
+    while engine.steps_done < run.steps:
+        watchdog.at(engine.steps_done, "waits for a batch", times=times)
+        with monitor.waiting_for_data():
+            batch = next(batches)
+        watchdog.at(engine.steps_done, "computes a step", times=times)
+        losses = engine.step(batch, asks_to_stop=bool(job.signals.received))
+        times = 1.0
+        if not engine.verdict.is_accepted:
+            folder = _refused(job, loader, monitor, batch, losses)
+            if folder is not None:
+                return folder
+        else:
+            monitor.after_step(engine, losses, loader.dropped, loader.captions)
+            is_last = engine.steps_done == run.steps
+            if engine.steps_done % run.save_every == 0 or is_last:
+                watchdog.at(engine.steps_done, "saves a checkpoint")
+                with monitor.uncounted():
+                    saver.save(wait=is_last)
+        for line in saver.poll():
+            monitor.say(line)
+        if engine.is_asked_to_stop and engine.steps_done < run.steps:
+            _stop(job, monitor)
+    saver.finish()
+    for line in saver.poll():
+        monitor.say(line)
+    return None
+
+
+def _stop(job: Job, monitor: Monitor) -> None:
+    """Saves and raises Preempted; all ranks have agreed on it."""
+    step = job.engine.steps_done
+    job.watchdog.at(step, "saves a checkpoint")
+    job.saver.save(wait=True)
+    for line in job.saver.poll():
+        monitor.say(line)
+    raise Preempted(
+        f"asked to stop by a signal, after step {step} of {job.run.steps}: the same command goes on from there"
+    )
+
+
+def _refused(job: Job, loader: Loader, monitor: Monitor, batch: Batch, losses: Any) -> Place | None:
+    """Keeps the evidence of a refused step; the checkpoint to go back to after too many in a row, else None."""
+    engine, verdict = job.engine, job.engine.verdict
+    bundle = evidence.bundle_of(job.paths.out, verdict)
+    job.watchdog.at(verdict.step, "writes the evidence of a refused step")
+    monitor.say(
+        f"REFUSED batch {verdict.batch} after step {verdict.step}: {'; '.join(verdict.reasons)}. Nothing moved, its "
+        f"samples are left out; they are told in {bundle}"
+    )
+    try:
+        own = {name: float(nats) for name, nats in losses.nats.items()}
+        samples = loader.samples(batch.position.tolist())
+        evidence.write_rank(bundle, rank(), batch, samples, own)
+        if rank() == 0:
+            places = {
+                "ds_config": job.paths.ds_config,
+                "tokenizer": job.paths.tokenizer,
+                "guide": job.paths.guide,
+                "checkpoints": job.paths.kept,
+            }
+            evidence.write_common(
+                bundle, verdict, engine.guard.left_out - {verdict.batch}, world_size(), places
+            )
+            job.journal.refused(verdict, bundle)
+    except OSError as error:
+        warnings.warn(f"the evidence of a refused step could not be written: {error}", stacklevel=2)
+    if len(engine.guard.refused_in_a_row) < job.run.guard.skips:
+        return None
+    with suppress(OSError):  # of the last save, which `poll` tells: the one before it is there
+        job.saver.finish()
+    folder, line = go_back(engine.guard, job.journal, job.paths.kept, job.paths.out)
+    monitor.say(line)
+    return folder
+
+
+def is_of_another_rank(error: RuntimeError) -> bool:
+    """Did a collective call fail since a rank, or the way to it, is gone?"""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
+
+
+def build_engine(
+    run: Run, facts: DataFacts, config: dict[str, Any], device: torch.device, guide: Guide | None
+) -> Engine:
+    """The run before its first step, equal on all ranks."""
+    torch.manual_seed(run.seed)
+    with torch.device(device):
+        model, teacher = Pretrainer(run, facts), Towers(run, facts)
+    return Engine(model, teacher, run, config, guide)
+
+
+def open_loader(
+    run: Run,
+    paths: Paths,
+    tokenizer: Path | None,
+    device: torch.device,
+    first_step: int,
+    skipped: set[int],
+    dropped_to: Path | None,
+) -> Loader:
+    """This rank's batches after `first_step` others, without those that are left out."""
+    return Loader(
         run,
         paths.data,
         tokenizer,
-        **place,
+        rank=rank(),
+        world=world_size(),
         workers=paths.workers,
         start_step=first_step,
-        dropped_to=drops.file_of(paths.out, **place),
+        left_out=skipped,
+        dropped_to=dropped_to,
         device=device,
     )
-    held.enter_context(closing(loader))
-    facts = with_guide(loader.facts, guide)
-    if folder is not None:  # refuses another recipe before minutes of building
-        resume.check_resumable(folder, run, facts)
-    torch.manual_seed(run.seed)  # equal weights on all ranks
-    with torch.device(device):
-        model, teacher = Pretrainer(run, facts), Towers(run, facts)
-    engine = Engine(model, teacher, run, config, guide)
-    if folder is not None:
-        checkpoint.restore(engine, folder)
-    saver = checkpoint.Saver(engine, kept, facts, tokenizer)
-    if rank() == 0:
-        write_text(paths.out / "recipe.json", run.to_json())
-        places = {name: str(p.resolve()) if isinstance(p, Path) else p for name, p in paths.data.items()}
-        write_text(paths.out / "data.json", json.dumps(places, indent=1))
-    with Monitor(paths.out, run, first_step, wandb=paths.wandb) as monitor:
-        monitor.say(f"{machine}; {'from the beginning' if folder is None else f'from {folder}'}")
-        if line := left_out(run, facts):
-            monitor.say(line)
-        if folder is None:
-            saver.save(wait=True)  # a place that cannot be written to ends the run in its first minute
-        batches = iter(loader)
-        while engine.steps_done < run.steps:
-            with monitor.waiting_for_data():
-                batch = next(batches)
-            losses = engine.step(batch)
-            monitor.after_step(engine, losses, loader.dropped, loader.captions)
-            if engine.steps_done % run.save_every == 0 or engine.steps_done == run.steps:
-                with monitor.uncounted():
-                    saver.save()
-            for line in saver.poll():
-                monitor.say(line)
-        with monitor.uncounted():
-            saver.finish()
-        for line in saver.poll():
-            monitor.say(line)
+
+
+def _write_inputs(run: Run, paths: Paths) -> None:
+    """What this start was given, for those who read the run's folder."""
+    write_text(paths.out / "recipe.json", run.to_json())
+    places = {name: str(p.resolve()) if isinstance(p, Path) else p for name, p in paths.data.items()}
+    write_text(paths.out / "data.json", json.dumps(places, indent=1))
 
 
 def tokenizer_folder(run: Run, paths: Paths) -> Path | None:

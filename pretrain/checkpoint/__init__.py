@@ -24,7 +24,15 @@ from pretrain.checkpoint.names import (
     step_of,
     steps_in,
 )
-from pretrain.checkpoint.read import WEIGHTS, load_student, load_teacher, load_towers, read_json, restore
+from pretrain.checkpoint.read import (
+    WEIGHTS,
+    left_out,
+    load_student,
+    load_teacher,
+    load_towers,
+    read_json,
+    restore,
+)
 from pretrain.checkpoint.saver import Saver
 
 __all__ = [
@@ -34,6 +42,7 @@ __all__ = [
     "checkpoints_of",
     "folder_in",
     "latest",
+    "left_out",
     "load_student",
     "load_teacher",
     "load_towers",

@@ -28,6 +28,11 @@ def read_json(folder: Place, name: str) -> Any:
     return json.loads(store_at(folder).read(name))
 
 
+def left_out(folder: Place) -> set[int]:
+    """Numbers of the batches that a run had left out of its order when it was saved."""
+    return set(read_json(folder, "state.json")["guard"]["left_out"])
+
+
 @torch.no_grad()
 def restore(engine: Trainable, folder: Place) -> None:
     """Puts the engine into the state that was saved, on any number of ranks, at any ZeRO stage, in any precision.
@@ -53,6 +58,7 @@ def restore(engine: Trainable, folder: Place) -> None:
     files.fill("teacher", "teacher", {name: (starts[name], values) for name, values in average.items()})
     engine.average.load_state(average, load(bytes(store.read("teacher/buffers.safetensors"))))
     engine.balance.load_state_dict(state["balance"])
+    engine.guard.load_state_dict(state["guard"])
     engine.steps_done = state["step"]
     if state["world"] == world_size():  # others draw from what each step seeds
         randomness.restore(read_json(folder, f"random/{rank_name(rank())}.json"))

@@ -51,6 +51,7 @@ class Trainable(Protocol):
     owned: Owned
     average: Any  # ema.TeacherAverage
     balance: Any  # balance.BalanceTracker
+    guard: Any  # guard.StepGuard
     before_move: Any  # called before weights change, if not None
 
 
@@ -132,9 +133,10 @@ class Snapshot:
         engine = self._engine
         state = {
             "step": engine.steps_done,
-            "position": engine.steps_done * engine.run.batch,  # images of the run's global order read so far
+            "position": engine.guard.next_batch(engine.steps_done) * engine.run.batch,  # of the next image
             "optimizer_steps": steps,
             "balance": engine.balance.state_dict(),
+            "guard": engine.guard.state_dict(),
             "world": world_size(),
             "stage": engine.stage,
             "dtype": str(engine.dtype),

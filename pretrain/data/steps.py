@@ -21,7 +21,7 @@ from pretrain.data.decode import decode_image, plain_jpeg_size
 from pretrain.data.device import Unfinished
 from pretrain.data.faults import BadSample, DataError, Dropped
 from pretrain.data.mask import draw_mask
-from pretrain.data.order import Order
+from pretrain.data.order import Order, Pick
 from pretrain.data.sources import OpenSource, Sources
 from pretrain.data.text import Tokens
 from pretrain.data.views import draw_views, make_views
@@ -107,6 +107,10 @@ class Steps:
             sum(row.is_cut for row in rows),
             self._seconds,
         )
+
+    def pick(self, position: int) -> Pick:
+        """The sample that stands at a position."""
+        return self._order[position]
 
     def decoded_here(self) -> Steps:
         """The same steps, with nothing but the colours left to the device."""

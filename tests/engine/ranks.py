@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 from pretrain import checkpoint, intact  # noqa: E402
 from pretrain.collectives import mean_over_ranks, rank, world_size  # noqa: E402
-from pretrain.config import Teacher  # noqa: E402
+from pretrain.config import Guard, Teacher  # noqa: E402
 from pretrain.main import quieten  # noqa: E402
 
 quieten()
@@ -179,32 +179,50 @@ def stop_and_resume(folder: Path) -> dict[str, Any]:
     return result
 
 
-def skip_what_is_not_finite(folder: Path) -> dict[str, Any]:
-    """A step, one whose gradient is not finite on rank 1 alone, and one more: what the weights do in each."""
+def refuse_what_is_bad(folder: Path) -> dict[str, Any]:
+    """Two steps, a batch whose gradient on rank 1 alone is not finite or a spike, two more: what moves in each."""
     result = {}
-    for variant, poison in product(("zero1", "zero2", "zero3", "zero3_offload"), (math.nan, math.inf)):
-        engine = engine_of(variant, toy_run())
-        weights = dict(engine._student.module.student.named_parameters())
+    run = dataclasses.replace(toy_run(), guard=Guard(window=2, deviations=0.1))
+    for variant, poison in product(("zero1", "zero2", "zero3", "zero3_offload"), (math.nan, math.inf, 1e4)):
+        engine = engine_of(variant, run)
         owned = [part for part in engine.average.slices if part.numel]
 
-        def masters(weights: Any = weights, owned: Any = owned) -> torch.Tensor:
-            return torch.cat([local_master(weights[part.name], part.numel).clone() for part in owned])
+        def state(engine: Engine = engine, owned: Any = owned) -> list[torch.Tensor]:
+            """Masters, moments, teacher, buffers, loss balance."""
+            weights = dict(engine._student.module.student.named_parameters())
+            moments = [
+                values
+                for of_one in engine._optimizer.state.values()
+                for values in of_one.values()
+                if torch.is_tensor(values)
+            ]
+            balance = engine.balance.state_dict()
+            return [
+                torch.cat([local_master(weights[part.name], part.numel).clone() for part in owned]),
+                torch.cat([values.flatten().float() for values in moments]),
+                torch.cat([average.clone() for average in engine.average.state().values()]),
+                torch.cat([buffer.flatten().float() for buffer in engine._student.module.buffers()]),
+                torch.tensor([*balance["averages"], *balance["counts"], balance["weight"]]),
+            ]
 
-        run_steps(engine, 1)
-        before, backward = masters(), engine._student.backward
-        teacher = [average.clone() for average in engine.average.state().values()]
+        run_steps(engine, 2)
+        before, backward = state(), engine._student.backward
         if rank() == 1:
             engine._student.backward = lambda total, scale=poison, run=backward: run(total * scale)
-        run_steps(engine, 2)
-        skipped, engine._student.backward = masters(), backward
-        taught = list(engine.average.state().values())
-        is_teacher_still = all(torch.equal(a, b) for a, b in zip(teacher, taught, strict=True))
-        run_steps(engine, 3)
+        engine.step(toy_batch(2, run.batch, rank(), world_size()), asks_to_stop=rank() == 1)
+        asked, verdict, after = engine.is_asked_to_stop, engine.verdict, state()
+        engine._student.backward = backward
+        rest = run_steps(engine, 4)
+        straight = engine_of(variant, run)
+        run_steps(straight, 2)
         result[f"{variant}-{poison}"] = {
-            "is_teacher_still": is_teacher_still,
-            "moved": (skipped - before).abs().max().item(),
-            "moved_afterwards": (masters() - skipped).abs().max().item(),
+            "stands_still": [torch.equal(a, b) for a, b in zip(before, after, strict=True)],
+            "reasons": verdict.reasons,
+            "asked": [asked, engine.is_asked_to_stop],
+            "left_out": sorted(engine.guard.left_out),
             "skipped_steps": engine.skipped_steps,
+            "rest": rest,
+            "straight": run_steps(straight, 4),
         }
     return result
 
@@ -228,7 +246,7 @@ SCENARIOS = {
     "compare_stages": compare_stages,
     "average_in_bfloat16": average_in_bfloat16,
     "stop_and_resume": stop_and_resume,
-    "skip_what_is_not_finite": skip_what_is_not_finite,
+    "refuse_what_is_bad": refuse_what_is_bad,
     "die_while_saving": die_while_saving,
 }
 

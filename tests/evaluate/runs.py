@@ -16,6 +16,7 @@ from pretrain.checkpoint.ranges import Slice
 from pretrain.checkpoint.read import STUDENT_PREFIX
 from pretrain.config import Run
 from pretrain.facts import DataFacts
+from pretrain.guard import StepGuard
 from pretrain.towers import Towers
 
 
@@ -51,6 +52,7 @@ class _Untrained:
     def __init__(self, run: Run, towers: Towers, step: int) -> None:
         self.run, self.steps_done = run, step
         self.balance = BalanceTracker(run.objective.gamma, run.balance.decay)
+        self.guard = StepGuard(run.guard)
         weights: Mapping[str, torch.Tensor] = {name: p.detach() for name, p in towers.named_parameters()}
         kept = towers.state_dict().keys()
         buffers = {name: buffer for name, buffer in towers.named_buffers() if name in kept}
