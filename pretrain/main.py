@@ -1,7 +1,7 @@
 """How is a pre-training run started?
 
 deepspeed pretrain/main.py --recipe m3i.demo --data NAME=DIR [NAME=DIR ...] --out DIR [--ds-config FILE]
-    [--tokenizer DIR] [--guide DIR] [--workers N] [--wandb]
+    [--tokenizer DIR] [--guide DIR] [--workers N] [--micro-batches N] [--wandb]
     [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
 
 The same command again goes on from the last checkpoint in --out. Without a launcher it runs as one process.
@@ -60,6 +60,12 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
     parser.add_argument("--tokenizer", type=Path, help="instead of that beside the captioned shards")
     parser.add_argument("--guide", type=Path, help="folder of the frozen encoder that the targets need")
     parser.add_argument("--workers", type=int, default=0, help="decoding processes for each rank")
+    parser.add_argument(
+        "--micro-batches",
+        type=int,
+        default=1,
+        help="a rank's share of the batch passes through the model in N parts: less memory, a forward pass more",
+    )
     parser.add_argument("--wandb", action="store_true", help="also log to wandb (WANDB_MODE=offline works)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the launcher
     parser.add_argument("--help", "-h", action="store_true", help="this, and the fields of --recipe")
@@ -73,6 +79,8 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
         raise FileNotFoundError(f"--ds-config {paths.ds_config} is no file; choose one of {there}")
     if paths.workers < 0:
         raise ValueError(f"--workers {paths.workers} must not be negative: 0 decodes in the training process")
+    if paths.micro_batches < 1:
+        raise ValueError(f"--micro-batches {paths.micro_batches} must be positive: 1 takes the batch at once")
     check_guide(run, paths.guide)
     if paths.out.exists() and not paths.out.is_dir():
         raise ValueError(f"--out {paths.out} is a file: name a folder, it is made if there is none")
@@ -187,6 +195,7 @@ def start(run: Run, paths: argparse.Namespace) -> int:
                 paths.guide,
                 paths.workers,
                 paths.wandb,
+                paths.micro_batches,
             ),
         )
     except (ValueError, OSError, FloatingPointError) as error:

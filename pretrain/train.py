@@ -43,6 +43,7 @@ class Paths:
     guide: Path | None = None  # folder of the frozen encoder that targets need
     workers: int = 0  # processes that decode for each rank; 0 = the training process itself
     wandb: bool = False
+    micro_batches: int = 1  # parts of a rank's share that pass through the model one after another
 
 
 def train(run: Run, paths: Paths) -> None:
@@ -50,6 +51,7 @@ def train(run: Run, paths: Paths) -> None:
     ds_config = read_ds_config(paths.ds_config)
     device = start_distributed()
     config, machine = resolve_config(ds_config, run, device)
+    run.images_per_rank(world_size(), paths.micro_batches)  # refuses what does not divide
     with ExitStack() as held:
         from_first_rank(lambda: held.enter_context(only_writer(paths.out)))
         _train(run, paths, config, machine, device, held)
@@ -80,7 +82,7 @@ def _train(
         resume.check_resumable(folder, run, facts, **describe(config))
     torch.manual_seed(run.seed)  # equal weights on all ranks
     with torch.device(device):
-        model, teacher = Pretrainer(run, facts), Towers(run, facts)
+        model, teacher = Pretrainer(run, facts, paths.micro_batches), Towers(run, facts)
     engine = Engine(model, teacher, run, config, guide)
     if folder is not None:
         checkpoint.restore(engine, folder)
