@@ -13,7 +13,6 @@ from pretrain.inputs import input_keys
 from pretrain.kernels.splitmix import splitmix64
 from pretrain.models.backbone import build_encoder
 from pretrain.models.drop_path import DropPath, DropPaths
-from pretrain.objective import Input
 from pretrain.recipes import load
 from tests.fakes import random_batch, shrink
 
@@ -54,14 +53,6 @@ def test_any_division_of_a_batch_drops_the_same_branches(recipe):
     for parts in (2, 4):
         rows = [drawn(part, 0.3, 0.5) for part in keys.chunk(parts)]
         assert torch.equal(torch.cat(rows, dim=1), whole)
-
-
-def test_both_views_of_an_image_drop_branches_of_their_own():
-    run = shrink(load("rows.classification"))
-    batch = random_batch(run, 8)
-    twice = replace(batch, position=batch.position.repeat_interleave(2))
-    keys = input_keys(Input(views=2), twice, seed=0)
-    assert len(keys.unique()) == 16
 
 
 @pytest.mark.parametrize("family", FAMILIES)
