@@ -293,13 +293,24 @@ class Run:
                     "set mask.ratio=0.5, or a target each for image 0 and 1"
                 )
 
-    def images_per_rank(self, world: int) -> int:
-        """Images of the batch that each of `world` ranks takes; ValueError when they do not divide evenly."""
-        unit = world * self.objective.input.mixed
+    def images_per_rank(self, world: int, micro_batches: int = 1) -> int:
+        """Images of the batch that each of `world` ranks takes; ValueError when they do not divide evenly, or not
+        into `micro_batches` equal parts.
+        """
+        mixed = self.objective.input.mixed
+        unit = world * mixed
         if self.batch % unit:
             raise ValueError(
-                f"batch={self.batch} must be a multiple of {unit} ({world} ranks x {self.objective.input.mixed} "
+                f"batch={self.batch} must be a multiple of {unit} ({world} ranks x {mixed} "
                 f"images an input): start another number of ranks or set --batch {-(-self.batch // unit) * unit}"
+            )
+        inputs = self.batch // unit
+        if micro_batches < 1 or inputs % micro_batches:
+            fitting = [number for number in range(1, inputs + 1) if inputs % number == 0]
+            nearest = min(fitting, key=lambda number: abs(number - micro_batches))
+            raise ValueError(
+                f"--micro-batches {micro_batches} must divide the {inputs} inputs of a rank (batch={self.batch}, "
+                f"{world} ranks, {mixed} images an input): set {nearest}"
             )
         return self.batch // world
 

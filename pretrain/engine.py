@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -39,10 +40,10 @@ def mark_gather_units(module: nn.Module) -> None:
 class Engine:
     """Student, teacher, optimizer and loss balance of a run, one `step` at a time.
 
-    `model` is a Pretrainer with attribute `student`, `teacher` a second module built like `model.student`,
-    whose weights are overwritten with the student's; both lie on the device of `start_distributed`, equal
-    on all ranks. `config` comes from `resolve_config`; `guide` is the frozen encoder, where targets need one: every
-    rank holds it whole, in the model's precision.
+    `model` is a Pretrainer with attributes `student` and `micro_batches`, `teacher` a second module built like
+    `model.student`, whose weights are overwritten with the student's; both lie on the device of
+    `start_distributed`, equal on all ranks. `config` comes from `resolve_config`; `guide` is the frozen encoder,
+    where targets need one: every rank holds it whole, in the model's precision.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Engine:
         guide: Guide | None = None,
     ) -> None:
         self.run, self.steps_done = run, 0
+        self._micro_batches = model.micro_batches
         self.stage, self.dtype = describe(config)["stage"], describe(config)["dtype"]
         self.device = next(model.parameters()).device
         self.before_move: Callable[[], None] | None = None  # waits for who still reads what the step changes
@@ -103,9 +105,10 @@ class Engine:
         """One optimizer step and teacher update on this rank's share of the batch; gives the Losses, detached.
 
         Nothing moves, and `steps_done` does not count, where the guard refuses the step, on all ranks alike:
-        `verdict` says why. Drop path and the like draw from a generator that (seed, step, rank) alone decide, so a
-        resumed run repeats them. Nothing here waits for the device except DeepSpeed's own check of the gradient,
-        which reads with it what the ranks told each other: losses, and whether any `asks_to_stop`.
+        `verdict` says why. Which branches an image drops is decided by the run's seed and the image's place in its
+        order, whatever the ranks and micro-batches; modules that draw otherwise do so from a generator that (seed,
+        step, rank) decide. Nothing here waits for the device except DeepSpeed's own check of the gradient, which
+        reads with it what the ranks told each other: losses, and whether any `asks_to_stop`.
         """
         self._schedule()
         balance, self.verdict = self.balance.moved(), None
@@ -137,9 +140,12 @@ class Engine:
 
     def _differentiate(self, batch: Batch) -> Any:
         """Leaves the gradient of the batch's losses with DeepSpeed; gives the Losses, detached."""
-        total = self._student(batch=batch, encoders=self._encoders, tracker=self.balance)
-        losses, self._losses = self._losses, None
-        self._student.backward(total)
+        # Parts hand their gradients on one after another: ranks tell each other the sum alone.
+        once = self._student.coalesce_grad_reduction() if self._micro_batches > 1 else nullcontext()
+        with once:
+            total = self._student(batch=batch, encoders=self._encoders, tracker=self.balance)
+            losses, self._losses = self._losses, None
+            self._student.backward(total)
         return dataclasses.replace(losses, total=total.detach())
 
     def _move(self) -> None:

@@ -1,7 +1,8 @@
 """How is a pre-training run started?
 
 deepspeed pretrain/main.py --recipe m3i.demo --data NAME=DIR [NAME=DIR ...] --out DIR [--ds-config FILE]
-    [--tokenizer DIR] [--guide DIR] [--workers N] [--checkpoints DIR|URL] [--wandb] [--timeout SECONDS]
+    [--tokenizer DIR] [--guide DIR] [--workers N] [--micro-batches N] [--checkpoints DIR|URL] [--wandb]
+    [--timeout SECONDS]
     [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
 
 deepspeed pretrain/main.py --replay OUT/replay/BUNDLE
@@ -63,6 +64,12 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
     parser.add_argument("--guide", type=Path, help="folder of the frozen encoder that the targets need")
     parser.add_argument("--workers", type=int, default=0, help="decoding processes for each rank")
     parser.add_argument(
+        "--micro-batches",
+        type=int,
+        default=1,
+        help="a rank's share of the batch passes through the model in N parts: less memory, a forward pass more",
+    )
+    parser.add_argument(
         "--checkpoints", type=place_of, help="folder or s3://bucket/prefix; OUT/checkpoints if left out"
     )
     parser.add_argument("--wandb", action="store_true", help="also log to wandb (WANDB_MODE=offline works)")
@@ -87,6 +94,8 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
         raise ValueError(f"--workers {paths.workers} must not be negative: 0 decodes in the training process")
     if not paths.timeout > 0:
         raise ValueError(f"--timeout {paths.timeout} must be positive: seconds, a few times those of a step")
+    if paths.micro_batches < 1:
+        raise ValueError(f"--micro-batches {paths.micro_batches} must be positive: 1 takes the batch at once")
     check_guide(run, paths.guide)
     if paths.out.exists() and not paths.out.is_dir():
         raise ValueError(f"--out {paths.out} is a file: name a folder, it is made if there is none")
@@ -204,6 +213,7 @@ def start(run: Run, paths: argparse.Namespace) -> int:
                 paths.wandb,
                 paths.checkpoints,
                 paths.timeout,
+                paths.micro_batches,
             ),
         )
     except tuple(ENDS) as error:

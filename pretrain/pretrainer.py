@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker, fork
@@ -13,7 +14,8 @@ from pretrain.collapse import Seen
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.facts import DataFacts
-from pretrain.inputs import Encoded, MaskPatch, enlarge, owned_tokens
+from pretrain.inputs import Encoded, MaskPatch, enlarge, input_keys, owned_tokens
+from pretrain.micro_batches import in_parts
 from pretrain.models.decoder import DenseDecoder
 from pretrain.models.pixels import normalise
 from pretrain.models.temperature import Temperature
@@ -34,9 +36,10 @@ class Losses:
 class Pretrainer(nn.Module):
     """The student with its decoders: predicts every target of the objective from one encoded input."""
 
-    def __init__(self, run: Run, facts: DataFacts) -> None:
+    def __init__(self, run: Run, facts: DataFacts, micro_batches: int = 1) -> None:
+        """`micro_batches`: parts of a rank's share that pass through encoders and decoders one after another."""
         super().__init__()
-        self.run = run
+        self.run, self.micro_batches = run, micro_batches
         self.targets = active_targets(run, facts)
         self.student = Towers(run, facts)
         encoder, kinds = self.student.encoder, {target.kind for target in self.targets.values()}
@@ -72,7 +75,8 @@ class Pretrainer(nn.Module):
         if self.run.objective.input.views == 2:
             batch = batch.both_ways()
         dtype = next(self.parameters()).dtype
-        z_y = encode(self.run, self.targets, batch, encoders, dtype=dtype, grid=self.grid)
+        how = {"dtype": dtype, "grid": self.grid, "micro_batches": self.micro_batches}
+        z_y = encode(self.run, self.targets, batch, encoders, **how)
         step = Step(self, self._encode(batch, tracker, dtype), z_y)
         scored = {name: SCORES[target.kind](step, name, target) for name, target in self.targets.items()}
         nats = {name: value for name, (value, _) in scored.items()}
@@ -88,16 +92,11 @@ class Pretrainer(nn.Module):
 
     def _encode(self, batch: Batch, tracker: BalanceTracker, dtype: torch.dtype) -> Encoded:
         objective, patch = self.run.objective.input, self.run.mask.patch
-        images = normalise(batch.views[:, 0], self.run.views.mean, self.run.views.std, dtype)
-        if objective.hides:
-            hidden = enlarge(batch.mask, patch)[:, None]
-            is_masked = objective.is_masked
-            images = (
-                self.mask_patch(images, hidden)
-                if is_masked
-                else torch.where(hidden, images[1::2], images[0::2])
-            )
-        tokens = self.student.encoder(images, self.has_summary)
+        views = batch.views[:, 0].unflatten(0, (-1, objective.mixed))
+        keys = input_keys(objective, batch, self.run.seed)
+        mask = (batch.mask,) if objective.hides else ()
+        features = in_parts(self.micro_batches, partial(self._features, dtype), views, keys, *mask)
+        tokens = self.student.encoder.finish(features, self.has_summary)
         per_image = {
             group: branch.repeat_interleave(objective.mixed, dim=0)
             for group, branch in zip(("image", "label"), fork(tokens, tracker), strict=True)
@@ -108,3 +107,22 @@ class Pretrainer(nn.Module):
             {group: branch[:, 0] for group, branch in per_image.items()} if self.has_summary else {},
             owned_tokens(objective, batch.mask, patch // self.student.encoder.stride),
         )
+
+    def _features(
+        self,
+        dtype: torch.dtype,
+        views: UInt8[Tensor, "i mixed 3 s s"],
+        keys: Int[Tensor, " i"],
+        mask: Bool[Tensor, "i g g"] | None = None,
+    ) -> Float[Tensor, "i m d"]:
+        """What the encoder makes of inputs of `mixed` views each, before any of them meets another."""
+        images = normalise(views.flatten(0, 1), self.run.views.mean, self.run.views.std, dtype)
+        if mask is not None:
+            hidden = enlarge(mask, self.run.mask.patch)[:, None]
+            is_masked = self.run.objective.input.is_masked
+            images = (
+                self.mask_patch(images, hidden)
+                if is_masked
+                else torch.where(hidden, images[1::2], images[0::2])
+            )
+        return self.student.encoder.features(images, keys)

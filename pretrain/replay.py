@@ -46,7 +46,9 @@ def replay(bundle: Path) -> bool:
     with closing(
         open_loader(run, paths, tokenizer, device, checkpoint.step_of(folder), left_out, None)
     ) as loader:
-        engine = build_engine(run, with_guide(loader.facts, guide), config, device, guide)
+        engine = build_engine(
+            run, with_guide(loader.facts, guide), config, device, guide, paths.micro_batches
+        )
         checkpoint.restore(engine, folder)
         engine.guard.left_out = left_out
         for batch in loader:
@@ -88,7 +90,8 @@ def read(bundle: Path) -> tuple[dict[str, Any], Run, Paths]:
         name: None if place is None else Path(place) for name, place in recorded["places"].items()
     }
     places["checkpoints"] = place_of(recorded["places"]["checkpoints"])
-    return recorded, run, Paths(data=data, out=bundle.resolve().parent.parent, **places)
+    out, parts = bundle.resolve().parent.parent, recorded["micro_batches"]
+    return recorded, run, Paths(data=data, out=out, micro_batches=parts, **places)
 
 
 def checkpoint_before(place: Place, step: int) -> Place:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +28,7 @@ from pretrain.likelihoods import (
     decorrelation_nats,
     uniform_part,
 )
+from pretrain.micro_batches import in_parts
 from pretrain.objective import Group, Target
 from pretrain.targets import positives
 
@@ -47,13 +48,15 @@ class Step:
     def __init__(self, model: Pretrainer, encoded: Encoded, z_y: dict[str, Tensor]) -> None:
         self.model, self.run, self.encoded, self.z_y = model, model.run, encoded, z_y
         self.batch = encoded.batch
+        self.in_parts = partial(in_parts, model.micro_batches)
         self._embeddings: dict[Group, Tensor] = {}  # no functools.cache: one of a method keeps the step alive
 
     def embedding(self, group: Group) -> Float[Tensor, "b e"]:
         """Of every image, from the branch of the encoder's output whose gradients count as the group's."""
         if group not in self._embeddings:
-            embed = self.model.student.embed_tokens
-            self._embeddings[group] = embed(self.encoded.tokens[group], self.encoded.owned)
+            student, encoded = self.model.student, self.encoded
+            pooled = self.in_parts(student.pool, encoded.tokens[group], encoded.owned)
+            self._embeddings[group] = student.finish_embedding(pooled)
         return self._embeddings[group]
 
     @cached_property
@@ -64,8 +67,8 @@ class Step:
     @cached_property
     def tags(self) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"]]:
         """Logits of the tags, and similarities of the image to their embeddings."""
-        encoded = self.encoded
-        return self.model.student.tags(encoded.tokens["label"], encoded.owned, self.model.grid)
+        decode = partial(self.model.student.tags, grid=self.model.grid)
+        return self.in_parts(decode, self.encoded.tokens["label"], self.encoded.owned)
 
     def rows(self, target: Target) -> Int[Tensor, " n"]:
         """Indices in the batch of the images that a target is about."""
@@ -101,7 +104,8 @@ def _by_transformer(step: Step, target: Target, rows: Tensor) -> Float[Tensor, "
     relative = relative_positions(
         boxes[:, 0], boxes[:, int(target.view == "other")], batch.sizes[rows, 1], model.grid
     )
-    return model.decoder(own, places, relative, model.grid, target.output)
+    decode = partial(model.decoder, grid=model.grid, output=target.output)
+    return step.in_parts(decode, own, places, relative)
 
 
 def _by_linear(step: Step, target: Target, rows: Tensor) -> Float[Tensor, "n l out"]:
@@ -184,7 +188,7 @@ def text_nats(step: Step, name: str, target: Target) -> Scored:
     """Images against the texts of the global batch and back; equal texts are no negatives."""
     rows, batch, student = step.rows(target), step.batch, step.model.student
     tokens = batch.tokens[rows]
-    texts = student.embed_texts(tokens, batch.token_mask[rows])
+    texts = step.in_parts(student.embed_texts, tokens, batch.token_mask[rows])
     images = student.project_images(step.embedding("label")[rows])
     scale = step.model.temperature()
     return contrastive_nats(images, texts, batch.has_text[rows], scale, text_ids(tokens)), None

@@ -53,6 +53,7 @@ class Paths:
     wandb: bool = False
     checkpoints: Place | None = None  # folder or URL; a folder in `out` if None
     timeout: float = TIMEOUT  # seconds without progress before a run ends that has lost a rank
+    micro_batches: int = 1  # parts of a rank's share that pass through the model one after another
 
     @property
     def kept(self) -> Place:
@@ -81,6 +82,7 @@ def train(run: Run, paths: Paths) -> None:
     ds_config = read_ds_config(paths.ds_config)
     device = start_distributed(paths.timeout * FIRST * 2)  # the watchdog, which names the rank, comes first
     config, machine = resolve_config(ds_config, run, device)
+    run.images_per_rank(world_size(), paths.micro_batches)  # refuses what does not divide
     with ExitStack() as held:
         from_first_rank(lambda: held.enter_context(only_writer(paths.out)) and None)
         signals = held.enter_context(Signals())
@@ -117,7 +119,7 @@ def _train(
         facts = with_guide(loader.facts, guide)
         if folder is not None:  # refuses another recipe before minutes of building
             resume.check_resumable(folder, run, facts)
-        engine = build_engine(run, facts, config, device, guide)
+        engine = build_engine(run, facts, config, device, guide, paths.micro_batches)
         engine.guard.left_out |= skipped
         if rank() == 0:
             _write_inputs(run, paths)
@@ -208,9 +210,8 @@ def _refused(job: Job, loader: Loader, monitor: Monitor, batch: Batch, losses: A
                 "guide": job.paths.guide,
                 "checkpoints": job.paths.kept,
             }
-            evidence.write_common(
-                bundle, verdict, engine.guard.left_out - {verdict.batch}, world_size(), places
-            )
+            shares = {"world": world_size(), "micro_batches": job.paths.micro_batches}
+            evidence.write_common(bundle, verdict, engine.guard.left_out - {verdict.batch}, shares, places)
             job.journal.refused(verdict, bundle)
     except OSError as error:
         warnings.warn(f"the evidence of a refused step could not be written: {error}", stacklevel=2)
@@ -229,12 +230,17 @@ def is_of_another_rank(error: RuntimeError) -> bool:
 
 
 def build_engine(
-    run: Run, facts: DataFacts, config: dict[str, Any], device: torch.device, guide: Guide | None
+    run: Run,
+    facts: DataFacts,
+    config: dict[str, Any],
+    device: torch.device,
+    guide: Guide | None,
+    micro_batches: int,
 ) -> Engine:
     """The run before its first step, equal on all ranks."""
     torch.manual_seed(run.seed)
     with torch.device(device):
-        model, teacher = Pretrainer(run, facts), Towers(run, facts)
+        model, teacher = Pretrainer(run, facts, micro_batches), Towers(run, facts)
     return Engine(model, teacher, run, config, guide)
 
 

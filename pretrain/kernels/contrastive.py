@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pretrain.collectives import gather_rows, rank, world_size
+from pretrain.kernels.splitmix import splitmix64
 
 LOGITS = 2**24  # that live at once, in whole rows: 64 MB in float32, of which a step holds three
 
@@ -41,25 +42,7 @@ def text_ids(tokens: Int[Tensor, "n length"]) -> Int[Tensor, " n"]:
     where the tokens lie.
     """
     places = torch.arange(tokens.shape[1], device=tokens.device) << 32  # more than there are tokens
-    return _mixed(tokens.long() + places).sum(dim=1)
-
-
-def _mixed(numbers: Int[Tensor, "*b"]) -> Int[Tensor, "*b"]:
-    """Output number n + 1 of SplitMix64 with seed 0, for every n; a permutation of all of int64, which wraps.
-
-    Source: Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators (OOPSLA 2014), variant 13 of
-    Stafford's.
-    """
-    mixed = (numbers + 1) * _signed(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        upper = (mixed >> shift) & (2 ** (64 - shift) - 1)  # int64 shifts copies of the sign in
-        mixed = (mixed ^ upper) * _signed(factor)
-    return mixed
-
-
-def _signed(word: int) -> int:
-    """The int64 with the bits of a 64-bit word."""
-    return word - (word >> 63 << 64)
+    return splitmix64(tokens.long() + places).sum(dim=1)
 
 
 def matching_nats(

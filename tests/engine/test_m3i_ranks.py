@@ -47,7 +47,7 @@ REFERENCE = "zero1"  # alone, a rank partitions nothing
 def m3i_run() -> Run:
     """The demo at the sizes of a test, with its batch norm over all ranks and both kinds of labels."""
     run = shrink(load("m3i.demo"))
-    backbone = replace(run.backbone, drop_path=0.0, token_norm="batch")
+    backbone = replace(run.backbone, drop_path=0.3, token_norm="batch")
     # Without warm-up Adam turns the rounding of gradients that are near 0 into whole steps at the full rate.
     optim = replace(run.optim, warmup=2 * STEPS)
     data = {name: replace(source, weight=1.0) for name, source in run.data.items()}

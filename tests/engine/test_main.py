@@ -57,6 +57,7 @@ def test_overrides_are_typed_and_nested() -> None:
         (["--data", "labelled=tests"], "recipe m3i.demo has the sources ['captioned', 'labelled']: give"),
         (["--ds-config", "no.json"], "--ds-config no.json is no file; choose one of"),
         (["--workers", "-1"], "--workers -1 must not be negative"),
+        (["--micro-batches", "0"], "--micro-batches 0 must be positive"),
         (["--guide", "clip"], "--guide clip would be ignored, no target of recipe 'm3i.demo' asks for it"),
         (
             ["--recipe", "mvp.vit_b16", "--data", "imagenet1k=tests"],

@@ -75,7 +75,7 @@ class ToyTowers(nn.Module):
 class ToyPretrainer(nn.Module):
     def __init__(self, drop: float = 0.0) -> None:
         super().__init__()
-        self.student = ToyTowers(drop)
+        self.student, self.micro_batches = ToyTowers(drop), 1
         self.decoder = nn.Linear(WIDTH, WIDTH)
 
     def losses(self, batch: Batch, teacher: Callable, split: Callable) -> tuple[Tensor, Tensor, Tensor]:
