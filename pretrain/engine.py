@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker
 from pretrain.checkpoint import NATIVE_TAG
+from pretrain.choices import chosen
+from pretrain.clock import Clock
 from pretrain.collectives import rank
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.ds_config import describe, teacher_config
 from pretrain.ema import TeacherAverage
 from pretrain.gradient_norm import look_once
+from pretrain.gradient_parts import norms_by_part
 from pretrain.models.backbone import GATHER_UNITS
 from pretrain.models.guides import Guide
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
@@ -55,6 +59,8 @@ class Engine:
         self.run, self.steps_done = run, 0
         self.stage, self.dtype = describe(config)["stage"], describe(config)["dtype"]
         self.device = next(model.parameters()).device
+        self.clock = Clock(self.device)
+        self.part_norms: dict[str, Tensor] = {}  # of the last logged step, by part of the model
         self.checkpoint_bytes = _checkpoint_bytes(model, self.dtype)
         teacher.load_state_dict(model.student.state_dict())
         teacher.requires_grad_(False).eval()
@@ -77,7 +83,7 @@ class Engine:
         self.average = TeacherAverage(model.student, teacher)
         if guide is not None:
             guide = guide.to(self.device, self.dtype)
-        self._encoders = TargetEncoders(self.teacher, guide)
+        self._encoders = TargetEncoders(self.teacher, guide, partial(self.clock.during, "teacher"))
         self.balance = BalanceTracker(run.objective.gamma, run.balance.decay, self.device)
 
     def _keep_losses(self, module: nn.Module, inputs: Any, losses: Any) -> Tensor:
@@ -97,8 +103,13 @@ class Engine:
         repeats them. Nothing here waits for the device except DeepSpeed's own check of the gradient.
         """
         self._schedule()
-        losses = self._differentiate(batch.to(self.device))
+        self.balance.is_told = self.run.is_logged(self.steps_done + 1)
+        with self.clock.during("forward"):
+            losses = self._differentiate(batch.to(self.device))
         self.balance.advance()
+        if self.balance.is_told:
+            with self.clock.during("log"):
+                self.part_norms = norms_by_part(self._student.module, self.device)
         self._move()
         self.steps_done += 1
         return losses
@@ -115,17 +126,25 @@ class Engine:
         """Leaves the gradient of the batch's losses with DeepSpeed; gives the Losses, detached."""
         total = self._student(batch=batch, encoders=self._encoders, tracker=self.balance)
         losses, self._losses = self._losses, None
-        self._student.backward(total)
+        with self.clock.during("backward"):
+            self._student.backward(total)
         return dataclasses.replace(losses, total=total.detach())
 
     def _move(self) -> None:
         """Optimizer step, then the teacher's average; neither where the gradient is not finite."""
         skipped = self.skipped_steps
-        self._student.step()
+        with self.clock.during("optimizer"):
+            self._student.step()
         if self.stage == 3:
             self._teacher.optimizer.partition_all_parameters()
         if self.skipped_steps == skipped:
-            self.average.update(self.momentum)
+            with self.clock.during("teacher"):
+                self.average.update(self.momentum)
+
+    @property
+    def chosen(self) -> str:
+        """What availability chose for this run, in words."""
+        return chosen(self.run, self.dtype, self.device, self._optimizer)
 
     @property
     def grad_norm(self) -> Tensor | float:

@@ -1,7 +1,8 @@
 """How is a pre-training run started?
 
 deepspeed pretrain/main.py --recipe m3i.demo --data NAME=DIR [NAME=DIR ...] --out DIR [--ds-config FILE]
-    [--tokenizer DIR] [--guide DIR] [--workers N] [--wandb]
+    [--tokenizer DIR] [--guide DIR] [--workers N] [--wandb] [--tensorboard] [--price P] [--profile FIRST:LAST]
+    [--compile]
     [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
 
 The same command again goes on from the last checkpoint in --out. Without a launcher it runs as one process.
@@ -61,6 +62,12 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
     parser.add_argument("--guide", type=Path, help="folder of the frozen encoder that the targets need")
     parser.add_argument("--workers", type=int, default=0, help="decoding processes for each rank")
     parser.add_argument("--wandb", action="store_true", help="also log to wandb (WANDB_MODE=offline works)")
+    parser.add_argument("--tensorboard", action="store_true", help="also write OUT/tensorboard")
+    parser.add_argument("--price", type=float, help="of an hour of one GPU: the log tells the run's cost")
+    parser.add_argument("--profile", metavar="FIRST:LAST", help="steps whose operators OUT/trace shows")
+    parser.add_argument(
+        "--compile", action="store_true", help="transformer blocks by torch.compile, not ZeRO-3"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the launcher
     parser.add_argument("--help", "-h", action="store_true", help="this, and the fields of --recipe")
     if {"--help", "-h"} & set(arguments):
@@ -73,10 +80,23 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
         raise FileNotFoundError(f"--ds-config {paths.ds_config} is no file; choose one of {there}")
     if paths.workers < 0:
         raise ValueError(f"--workers {paths.workers} must not be negative: 0 decodes in the training process")
+    if paths.price is not None and not 0 <= paths.price < float("inf"):
+        raise ValueError(f"--price {paths.price} must not be negative: what an hour of one GPU costs")
+    paths.profile = steps_of(paths.profile)
     check_guide(run, paths.guide)
     if paths.out.exists() and not paths.out.is_dir():
         raise ValueError(f"--out {paths.out} is a file: name a folder, it is made if there is none")
     return run, paths
+
+
+def steps_of(text: str | None) -> tuple[int, int] | None:
+    """The first and last step of FIRST:LAST; None without; ValueError when it is not two rising whole numbers."""
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"--profile {text!r} must be FIRST:LAST, steps counted from 1, such as 10:12")
+    return int(first), int(last)
 
 
 def check_guide(run: Run, folder: Path | None) -> None:
@@ -186,7 +206,10 @@ def start(run: Run, paths: argparse.Namespace) -> int:
                 paths.tokenizer,
                 paths.guide,
                 paths.workers,
-                paths.wandb,
+                tuple(name for name in ("wandb", "tensorboard") if getattr(paths, name)),
+                paths.price,
+                paths.profile,
+                paths.compile,
             ),
         )
     except (ValueError, OSError, FloatingPointError) as error:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from pretrain import checkpoint, resume
 from pretrain.collectives import from_first_rank, rank, world_size
+from pretrain.compiled import compile_blocks
 from pretrain.config import Run
 from pretrain.data import drops
 from pretrain.data.loader import Loader
@@ -28,7 +29,13 @@ from pretrain.intact import write_text
 from pretrain.lock import only_writer
 from pretrain.models.guides import Guide, open_guide
 from pretrain.monitor import Monitor
+from pretrain.monitor.ranks import Sources
+from pretrain.monitor.speed import Speed, measured_peak, peak_of
+from pretrain.monitor.trackers import TRACKERS
+from pretrain.monitor.window import Window
+from pretrain.plan.flops import step_flops
 from pretrain.pretrainer import Pretrainer
+from pretrain.provenance import hardware
 from pretrain.towers import Towers, targets_without_labels
 
 
@@ -42,7 +49,10 @@ class Paths:
     tokenizer: Path | None = None  # folder; that of the first captioned data set if None
     guide: Path | None = None  # folder of the frozen encoder that targets need
     workers: int = 0  # processes that decode for each rank; 0 = the training process itself
-    wandb: bool = False
+    trackers: tuple[str, ...] = ()  # of pretrain.monitor.trackers, beside the log
+    price: float | None = None  # of an hour of one GPU
+    profile: tuple[int, int] | None = None  # first and last step that a profiler follows
+    compile: bool = False  # transformer blocks by torch.compile
 
 
 def train(run: Run, paths: Paths) -> None:
@@ -81,6 +91,9 @@ def _train(
     torch.manual_seed(run.seed)  # equal weights on all ranks
     with torch.device(device):
         model, teacher = Pretrainer(run, facts), Towers(run, facts)
+    compiled = 0
+    if paths.compile:
+        compiled = sum(compile_blocks(module, describe(config)["stage"]) for module in (model, teacher))
     engine = Engine(model, teacher, run, config, guide)
     if folder is not None:
         checkpoint.restore(engine, folder)
@@ -88,22 +101,49 @@ def _train(
         write_text(paths.out / "recipe.json", run.to_json())
         places = {name: str(p.resolve()) if isinstance(p, Path) else p for name, p in paths.data.items()}
         write_text(paths.out / "data.json", json.dumps(places, indent=1))
-    with Monitor(paths.out, run, first_step, wandb=paths.wandb) as monitor:
-        monitor.say(f"{machine}; {'from the beginning' if folder is None else f'from {folder}'}")
+    window = Window(paths.profile, paths.out, first_step, run.steps)
+    held.callback(window.close)
+    speed = speed_of(run, facts, engine, paths.price)
+    with Monitor(
+        paths.out,
+        run,
+        first_step,
+        engine.clock,
+        sources=Sources(tuple(run.data), loader.cycle.to(device)),
+        speed=speed,
+        trackers=[TRACKERS[name](paths.out, run, first_step) for name in paths.trackers if rank() == 0],
+    ) as monitor:
+        used = ", ".join([machine, engine.chosen, *([f"{compiled} compiled blocks"] if compiled else [])])
+        monitor.say(f"{used}; {'from the beginning' if folder is None else f'from {folder}'}")
+        monitor.say(speed.told(hardware(device)))
         if line := left_out(run, facts):
             monitor.say(line)
         if folder is None:
             checkpoint.save(engine, paths.out, facts, tokenizer)
         batches = iter(loader)
         while engine.steps_done < run.steps:
+            window.before(engine.steps_done + 1)
             with monitor.waiting_for_data():
                 batch = next(batches)
             losses = engine.step(batch)
+            with engine.clock.during("log"):
+                trace = window.after(engine.steps_done)
+            if trace is not None:
+                monitor.say(f"traced {trace}")
             monitor.after_step(engine, losses, loader.dropped, loader.captions)
             if engine.steps_done % run.save_every == 0 or engine.steps_done == run.steps:
-                with monitor.uncounted():
+                with monitor.saving():
                     saved = checkpoint.save(engine, paths.out, facts, tokenizer)
                 monitor.say(f"saved {saved}")
+
+
+def speed_of(run: Run, facts: DataFacts, engine: Engine, price: float | None) -> Speed:
+    """What the run's figures are measured against, on all ranks at once: on a CPU they share its cores."""
+    if engine.device.type == "cpu":
+        peak = measured_peak(engine.dtype)
+    else:
+        peak = peak_of(hardware(engine.device), engine.dtype)
+    return Speed(step_flops(run, facts), world_size(), peak, price)
 
 
 def tokenizer_folder(run: Run, paths: Paths) -> Path | None:
