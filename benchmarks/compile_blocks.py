@@ -51,7 +51,7 @@ def main() -> None:
         family = "vit" if arguments.size.startswith("vit") else "swin"
         encoder = build_encoder(Backbone(family=family, size=arguments.size, drop_path=0.0), PIXELS)
         models[form] = encoder.to(device, dtype)
-    compile_blocks(models["compiled"], stage=2)
+    compile_blocks(models["compiled"])
     images = torch.randn(arguments.images, 3, PIXELS, PIXELS, device=device, dtype=dtype)
     first = {form: seconds(model, images) for form, model in models.items()}
     times: dict[str, list[float]] = {form: [] for form in models}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.profiler import record_function
@@ -19,13 +20,16 @@ from torch.profiler import record_function
 PARTS = ("data_wait", "forward", "teacher", "backward", "optimizer", "save", "log", "other")
 
 
+Mark = Any  # seconds of the system's clock, or an event in the device's queue
+
+
 class Clock:
     """Divides the time since the last `look` among PARTS; an inner part's time is not its outer part's."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_gpu = device.type == "cuda"
         self._open = ["other"]
-        self._laps: list[tuple[str, float | torch.cuda.Event]] = []  # part, and the mark where it ends
+        self._laps: list[tuple[str, Mark]] = []  # part, and the mark where it ends
         self._begin = self._mark()
 
     @contextmanager
@@ -57,7 +61,7 @@ class Clock:
     def _lap(self) -> None:
         self._laps.append((self._open[-1], self._mark()))
 
-    def _mark(self) -> float | torch.cuda.Event:
+    def _mark(self) -> Mark:
         if not self._is_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -65,7 +69,7 @@ class Clock:
         return event
 
 
-def _between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+def _between(begin: Mark, end: Mark) -> float:
     if isinstance(begin, float):
         return end - begin
     end.synchronize()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from pretrain import checkpoint, resume
 from pretrain.collectives import from_first_rank, rank, world_size
-from pretrain.compiled import compile_blocks
+from pretrain.compiled import check_compile, compile_blocks
 from pretrain.config import Run
 from pretrain.data import drops
 from pretrain.data.loader import Loader
@@ -71,6 +71,10 @@ def _train(
 ) -> None:
     folder = from_first_rank(lambda: resume.newest_or_none(paths.out))
     first_step = 0 if folder is None else checkpoint.step_of(folder)
+    window = Window(paths.profile, paths.out, first_step, run.steps)
+    held.callback(window.close)
+    if paths.compile:
+        check_compile(run.backbone.family, describe(config)["stage"])
     tokenizer = tokenizer_folder(run, paths)
     place = {"rank": rank(), "world": world_size()}
     guide = read_guide(run, paths.guide)
@@ -91,9 +95,7 @@ def _train(
     torch.manual_seed(run.seed)  # equal weights on all ranks
     with torch.device(device):
         model, teacher = Pretrainer(run, facts), Towers(run, facts)
-    compiled = 0
-    if paths.compile:
-        compiled = sum(compile_blocks(module, describe(config)["stage"]) for module in (model, teacher))
+    compiled = compile_blocks(model) + compile_blocks(teacher) if paths.compile else 0
     engine = Engine(model, teacher, run, config, guide)
     if folder is not None:
         checkpoint.restore(engine, folder)
@@ -101,8 +103,6 @@ def _train(
         write_text(paths.out / "recipe.json", run.to_json())
         places = {name: str(p.resolve()) if isinstance(p, Path) else p for name, p in paths.data.items()}
         write_text(paths.out / "data.json", json.dumps(places, indent=1))
-    window = Window(paths.profile, paths.out, first_step, run.steps)
-    held.callback(window.close)
     speed = speed_of(run, facts, engine, paths.price)
     with Monitor(
         paths.out,

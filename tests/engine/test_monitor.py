@@ -173,6 +173,35 @@ def test_inner_parts_are_not_counted_in_outer_ones(monkeypatch: pytest.MonkeyPat
     assert sum(clock.look().values()) == 1.0
 
 
+def test_on_a_gpu_marks_are_compared_only_when_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, waited = [0.0], []
+
+    class Event:
+        """A mark in the queue of a device that does everything 7 ms after it was asked to."""
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.milliseconds = queue[0] + 7.0
+
+        def synchronize(self) -> None:
+            waited.append(self)
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.milliseconds - self.milliseconds
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    clock = Clock(torch.device("cuda"))
+    with clock.during("data_wait"):
+        queue[0] = 20.0
+    with clock.during("backward"):
+        queue[0] = 50.0
+    assert not waited
+    found = clock.look()
+    assert waited and found["data_wait"] == pytest.approx(0.02) and found["backward"] == pytest.approx(0.03)
+
+
 def test_figures_of_speed_are_those_of_the_formula() -> None:
     figures = Speed(flops=8e12, world=4, peak=1e12).figures(seconds=5.0)
     assert figures == {"teraflops_per_gpu": 0.4, "mfu": 0.4}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.compiled import compile_blocks
+from pretrain.compiled import check_compile, compile_blocks
 from pretrain.config import Backbone
 from pretrain.models.backbone import build_encoder
 
@@ -13,7 +13,7 @@ from pretrain.models.backbone import build_encoder
 def test_every_transformer_block_is_compiled_and_keeps_its_names(family: str, count: int) -> None:
     encoder = build_encoder(Backbone(family=family, size=f"{family}_tiny", drop_path_schedule="linear"), 64)
     names = list(encoder.state_dict())
-    assert compile_blocks(encoder, stage=2) == count
+    assert compile_blocks(encoder) == count
     compiled = [module for module in encoder.modules() if module._compiled_call_impl is not None]
     assert len(compiled) == count
     assert list(encoder.state_dict()) == names
@@ -21,6 +21,6 @@ def test_every_transformer_block_is_compiled_and_keeps_its_names(family: str, co
 
 def test_what_a_compiler_cannot_serve_is_refused() -> None:
     with pytest.raises(ValueError, match="under ZeRO-3, which gathers weights in hooks: take ZeRO-2"):
-        compile_blocks(build_encoder(Backbone(family="vit", size="vit_tiny", drop_path=0.0), 64), stage=3)
+        check_compile("vit", stage=3)
     with pytest.raises(ValueError, match="no transformer blocks: leave it out"):
-        compile_blocks(build_encoder(Backbone(size="internimage_tiny"), 64), stage=2)
+        check_compile("internimage", stage=2)
