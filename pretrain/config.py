@@ -314,6 +314,10 @@ class Run:
             )
         return self.batch // world
 
+    def is_logged(self, step: int) -> bool:
+        """Does step `step`, counted from 1, leave a line in the log? The first and the last always do."""
+        return step % self.log_every == 0 or step in (1, self.steps)
+
     @property
     def grid(self) -> int:
         """Squares of the mask along one side of a view."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -13,12 +14,15 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker
+from pretrain.choices import chosen
+from pretrain.clock import Clock
 from pretrain.collectives import rank, world_size
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.ds_config import describe, teacher_config
 from pretrain.ema import TeacherAverage
 from pretrain.gradient_norm import ask_before_moving, look_once
+from pretrain.gradient_parts import norms_by_part
 from pretrain.guard import StepGuard, Verdict
 from pretrain.models.backbone import GATHER_UNITS
 from pretrain.models.guides import Guide
@@ -59,6 +63,8 @@ class Engine:
         self.stage, self.dtype = describe(config)["stage"], describe(config)["dtype"]
         self.device = next(model.parameters()).device
         self.before_move: Callable[[], None] | None = None  # waits for who still reads what the step changes
+        self.clock = Clock(self.device)
+        self.part_norms: dict[str, Tensor] = {}  # of the last logged step, by part of the model
         teacher.load_state_dict(model.student.state_dict())
         teacher.requires_grad_(False).eval()
         # DeepSpeed looks for tensors in tuples and dicts but not in a dataclass: it gets the total alone.
@@ -89,7 +95,7 @@ class Engine:
         self.average = TeacherAverage(model.student, teacher)
         if guide is not None:
             guide = guide.to(self.device, self.dtype)
-        self._encoders = TargetEncoders(self.teacher, guide)
+        self._encoders = TargetEncoders(self.teacher, guide, partial(self.clock.during, "teacher"))
         self.balance = BalanceTracker(run.objective.gamma, run.balance.decay, self.device)
 
     def _keep_losses(self, module: nn.Module, inputs: Any, losses: Any) -> Tensor:
@@ -114,11 +120,16 @@ class Engine:
         balance, self.verdict = self.balance.moved(), None
         if self._buffers:
             torch._foreach_copy_(self._buffers_before, self._buffers)
-        losses = self._differentiate(batch.to(self.device))
+        self.balance.is_told = self.run.is_logged(self.steps_done + 1)
+        with self.clock.during("forward"):
+            losses = self._differentiate(batch.to(self.device))
         asked = torch.full((1,), float(asks_to_stop), device=self.device)
         self._names = list(losses.nats)
         nats = [nats.detach().float().reshape(1) for nats in losses.nats.values()]
         self._told = self.balance.advance(torch.cat([asked, *nats]))
+        if self.balance.is_told:
+            with self.clock.during("log"):
+                self.part_norms = norms_by_part(self._student.module, self.device)
         if self.before_move is not None:
             self.before_move()
         self._move()
@@ -145,18 +156,26 @@ class Engine:
         with once:
             total = self._student(batch=batch, encoders=self._encoders, tracker=self.balance)
             losses, self._losses = self._losses, None
-            self._student.backward(total)
+            with self.clock.during("backward"):
+                self._student.backward(total)
         return dataclasses.replace(losses, total=total.detach())
 
     def _move(self) -> None:
         """Optimizer step, then the teacher's average; neither where the guard refuses the step."""
-        self._student.step()
+        with self.clock.during("optimizer"):
+            self._student.step()
         if self.stage == 3:
             self._teacher.optimizer.partition_all_parameters()
         if self.verdict is None:  # DeepSpeed had no need of a norm to see that the gradient is not finite
             self._may_move(torch.full((1,), torch.inf, device=self.device))
         if self.verdict.is_accepted:
-            self.average.update(self.momentum)
+            with self.clock.during("teacher"):
+                self.average.update(self.momentum)
+
+    @property
+    def chosen(self) -> str:
+        """What availability chose for this run, in words."""
+        return chosen(self.run, self.dtype, self.device, self._optimizer)
 
     def _may_move(self, norm: Tensor) -> bool:
         """The guard's verdict on the step, given its gradient norm; the one wait for the device."""

@@ -107,18 +107,18 @@ def write_common(
     bundle: Path,
     verdict: Verdict,
     left_out: Collection[int],
-    shares: Mapping[str, int],
+    how: Mapping[str, int],
     places: Mapping[str, Place | None],
 ) -> None:
     """What all ranks share, by the first one; the oldest bundles of the run go. OSError as `write_rank`.
 
-    `left_out` before the step; `shares`: "world" and "micro_batches", which divide the batch; `places` by option
-    of the command line.
+    `left_out` before the step; `how` it was computed: "world", "micro_batches", "compile"; `places` by
+    option of the command line.
     """
     bundle.mkdir(parents=True, exist_ok=True)
     for name in ("recipe.json", "data.json"):
         shutil.copyfile(bundle.parent.parent / name, bundle / name)
-    told = asdict(verdict) | {"left_out": sorted(left_out)} | shares
+    told = asdict(verdict) | {"left_out": sorted(left_out)} | how
     told["places"] = {
         name: str(place.resolve()) if isinstance(place, Path) else place for name, place in places.items()
     }

@@ -1,8 +1,8 @@
 """How is a pre-training run started?
 
 deepspeed pretrain/main.py --recipe m3i.demo --data NAME=DIR [NAME=DIR ...] --out DIR [--ds-config FILE]
-    [--tokenizer DIR] [--guide DIR] [--workers N] [--micro-batches N] [--checkpoints DIR|URL] [--wandb]
-    [--timeout SECONDS]
+    [--tokenizer DIR] [--guide DIR] [--workers N] [--micro-batches N] [--checkpoints DIR|URL] [--timeout SECONDS]
+    [--wandb] [--tensorboard] [--price P] [--profile FIRST:LAST] [--compile]
     [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
 
 deepspeed pretrain/main.py --replay OUT/replay/BUNDLE
@@ -80,6 +80,12 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
         metavar="SECONDS",
         help=f"without progress, before a run ends that has lost a rank ({TIMEOUT:.0f}; thrice at first)",
     )
+    parser.add_argument("--tensorboard", action="store_true", help="also write OUT/tensorboard")
+    parser.add_argument("--price", type=float, help="of an hour of one GPU: the log tells the run's cost")
+    parser.add_argument("--profile", metavar="FIRST:LAST", help="steps whose operators OUT/trace shows")
+    parser.add_argument(
+        "--compile", action="store_true", help="transformer blocks by torch.compile, not ZeRO-3"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the launcher
     parser.add_argument("--help", "-h", action="store_true", help="this, and the fields of --recipe")
     if {"--help", "-h"} & set(arguments):
@@ -96,10 +102,23 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
         raise ValueError(f"--timeout {paths.timeout} must be positive: seconds, a few times those of a step")
     if paths.micro_batches < 1:
         raise ValueError(f"--micro-batches {paths.micro_batches} must be positive: 1 takes the batch at once")
+    if paths.price is not None and not 0 <= paths.price < float("inf"):
+        raise ValueError(f"--price {paths.price} must not be negative: what an hour of one GPU costs")
+    paths.profile = steps_of(paths.profile)
     check_guide(run, paths.guide)
     if paths.out.exists() and not paths.out.is_dir():
         raise ValueError(f"--out {paths.out} is a file: name a folder, it is made if there is none")
     return run, paths
+
+
+def steps_of(text: str | None) -> tuple[int, int] | None:
+    """The first and last step of FIRST:LAST; None without; ValueError when it is not two rising whole numbers."""
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"--profile {text!r} must be FIRST:LAST, steps counted from 1, such as 10:12")
+    return int(first), int(last)
 
 
 def check_guide(run: Run, folder: Path | None) -> None:
@@ -198,7 +217,8 @@ def main(arguments: list[str]) -> int:
 def start(run: Run, paths: argparse.Namespace) -> int:
     """Trains; exit code as of `main`. Imports torch and DeepSpeed, which takes seconds."""
     quieten()
-    from pretrain.train import Paths, is_told_by_this_rank, train
+    from pretrain.paths import Paths
+    from pretrain.train import is_told_by_this_rank, train
 
     try:
         train(
@@ -210,10 +230,13 @@ def start(run: Run, paths: argparse.Namespace) -> int:
                 paths.tokenizer,
                 paths.guide,
                 paths.workers,
-                paths.wandb,
-                paths.checkpoints,
-                paths.timeout,
-                paths.micro_batches,
+                checkpoints=paths.checkpoints,
+                timeout=paths.timeout,
+                micro_batches=paths.micro_batches,
+                trackers=tuple(name for name in ("wandb", "tensorboard") if getattr(paths, name)),
+                price=paths.price,
+                profile=paths.profile,
+                compile=paths.compile,
             ),
         )
     except tuple(ENDS) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ from pretrain.micro_batches import in_parts
 from pretrain.models.decoder import DenseDecoder
 from pretrain.models.pixels import normalise
 from pretrain.models.temperature import Temperature
-from pretrain.scoring import SCORES, Step
+from pretrain.scoring import SCORES, Each, Step
 from pretrain.targets import TargetEncoders, encode
 from pretrain.towers import Towers, active_targets, projector
 
@@ -31,6 +31,9 @@ class Losses:
     total: Float[Tensor, ""]  # to back-propagate; label losses already carry the balance weight
     nats: dict[str, Float[Tensor, ""]]  # by target, detached, float32, unweighted
     seen: dict[str, Seen]  # by target whose z_y could collapse, and `embedding`; detached
+    each: dict[str, Each] = field(
+        default_factory=dict
+    )  # by target whose loss is a mean over images; detached
 
 
 class Pretrainer(nn.Module):
@@ -77,10 +80,11 @@ class Pretrainer(nn.Module):
         dtype = next(self.parameters()).dtype
         how = {"dtype": dtype, "grid": self.grid, "micro_batches": self.micro_batches}
         z_y = encode(self.run, self.targets, batch, encoders, **how)
-        step = Step(self, self._encode(batch, tracker, dtype), z_y)
+        step = Step(self, self._encode(batch, tracker, dtype), z_y, tracker)
         scored = {name: SCORES[target.kind](step, name, target) for name, target in self.targets.items()}
-        nats = {name: value for name, (value, _) in scored.items()}
-        seen = {name: one for name, (_, one) in scored.items() if one is not None}
+        nats = {name: one.nats for name, one in scored.items()}
+        seen = {name: one.seen for name, one in scored.items() if one.seen is not None}
+        each = {name: one.each for name, one in scored.items() if one.each is not None}
         if {target.kind for target in self.targets.values()} & {"category", "text"}:
             seen["embedding"] = Seen(step.embedding("label").detach().float(), None)
         weight = tracker.weight
@@ -88,7 +92,7 @@ class Pretrainer(nn.Module):
             self.targets[name].weight * (weight * value if self.targets[name].group == "label" else value)
             for name, value in nats.items()
         )
-        return Losses(total, {name: value.detach() for name, value in nats.items()}, seen)
+        return Losses(total, {name: value.detach() for name, value in nats.items()}, seen, each)
 
     def _encode(self, batch: Batch, tracker: BalanceTracker, dtype: torch.dtype) -> Encoded:
         objective, patch = self.run.objective.input, self.run.mask.patch

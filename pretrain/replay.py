@@ -23,7 +23,8 @@ from pretrain.data.remote import Place, place_of
 from pretrain.distributed import start_distributed
 from pretrain.ds_config import read_ds_config, resolve_config
 from pretrain.guard import NORM
-from pretrain.train import Paths, build_engine, open_loader, read_guide, tokenizer_folder, with_guide
+from pretrain.paths import Paths
+from pretrain.train import build_engine, open_loader, read_guide, tokenizer_folder, with_guide
 
 Numbers = dict[str, float]  # by what they are: a target's nats, or the norm
 
@@ -46,9 +47,7 @@ def replay(bundle: Path) -> bool:
     with closing(
         open_loader(run, paths, tokenizer, device, checkpoint.step_of(folder), left_out, None)
     ) as loader:
-        engine = build_engine(
-            run, with_guide(loader.facts, guide), config, device, guide, paths.micro_batches
-        )
+        engine = build_engine(run, with_guide(loader.facts, guide), config, device, guide, paths)
         checkpoint.restore(engine, folder)
         engine.guard.left_out = left_out
         for batch in loader:
@@ -90,8 +89,8 @@ def read(bundle: Path) -> tuple[dict[str, Any], Run, Paths]:
         name: None if place is None else Path(place) for name, place in recorded["places"].items()
     }
     places["checkpoints"] = place_of(recorded["places"]["checkpoints"])
-    out, parts = bundle.resolve().parent.parent, recorded["micro_batches"]
-    return recorded, run, Paths(data=data, out=out, micro_batches=parts, **places)
+    how = {name: recorded[name] for name in ("micro_batches", "compile")}
+    return recorded, run, Paths(data=data, out=bundle.resolve().parent.parent, **how, **places)
 
 
 def checkpoint_before(place: Place, step: int) -> Place:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ class TargetEncoders:
 
     ema: TeacherCall
     guide: Guide | None = None  # frozen; None where no target needs it
+    timed: Callable[[], AbstractContextManager] = nullcontext  # around all that they compute
 
 
 @torch.no_grad()
@@ -46,6 +48,19 @@ def encode(
     a cosine, with the summary as one more token in front where the target asks; global [n, p]; tags [n, k]; of a
     tokenizer codes [n, l], int. Teacher and guide see the views in `micro_batches` parts.
     """
+    with encoders.timed():
+        return _encode(run, targets, batch, encoders, dtype, grid, micro_batches)
+
+
+def _encode(
+    run: Run,
+    targets: Mapping[str, Target],
+    batch: Batch,
+    encoders: TargetEncoders,
+    dtype: torch.dtype,
+    grid: int,
+    micro_batches: int,
+) -> dict[str, Tensor]:
     taught = {name: target for name, target in targets.items() if target.encoder == "ema"}
     found = _from_teacher(run, taught, batch, encoders.ema, dtype, micro_batches)
     for name, target in targets.items():

@@ -1,77 +1,47 @@
-"""What happens between the first batch and the last checkpoint? THE loop."""
+"""How is a run built, from its recipe and from what it left behind when it ended last?"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import warnings
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pretrain import checkpoint, evidence, resume
-from pretrain.checkpoint import Saver, checkpoints_of, step_of
+from pretrain import checkpoint, resume
+from pretrain.checkpoint import Saver, step_of
 from pretrain.collectives import from_first_rank, rank, world_size
+from pretrain.compiled import check_compile, compile_blocks
 from pretrain.config import Run
 from pretrain.data import drops
-from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
-from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_beside
 from pretrain.distributed import start_distributed
-from pretrain.ds_config import read_ds_config, resolve_config
+from pretrain.ds_config import describe, read_ds_config, resolve_config
 from pretrain.engine import Engine
 from pretrain.evidence import Journal
-from pretrain.exits import Preempted, RankLost
+from pretrain.exits import RankLost
 from pretrain.facts import DataFacts
 from pretrain.intact import write_text
 from pretrain.lock import only_writer
+from pretrain.loop import Job, run_steps
 from pretrain.models.guides import Guide, open_guide
 from pretrain.monitor import Monitor
+from pretrain.monitor.ranks import Sources
+from pretrain.monitor.speed import Speed, measured_peak, peak_of
+from pretrain.monitor.trackers import TRACKERS
+from pretrain.monitor.window import Window
+from pretrain.paths import Paths
+from pretrain.plan.flops import step_flops
 from pretrain.preemption import Signals
 from pretrain.pretrainer import Pretrainer
-from pretrain.rewind import go_back
+from pretrain.provenance import hardware
 from pretrain.towers import Towers, targets_without_labels
-from pretrain.watchdog import FIRST, REMEDY, TIMEOUT, Watchdog
-
-
-@dataclass(frozen=True)
-class Paths:
-    """What of a start belongs to the machine and not to the recipe."""
-
-    data: dict[str, Place]  # name of a source in the recipe -> its data set
-    out: Path
-    ds_config: Path
-    tokenizer: Path | None = None  # folder; that of the first captioned data set if None
-    guide: Path | None = None  # folder of the frozen encoder that targets need
-    workers: int = 0  # processes that decode for each rank; 0 = the training process itself
-    wandb: bool = False
-    checkpoints: Place | None = None  # folder or URL; a folder in `out` if None
-    timeout: float = TIMEOUT  # seconds without progress before a run ends that has lost a rank
-    micro_batches: int = 1  # parts of a rank's share that pass through the model one after another
-
-    @property
-    def kept(self) -> Place:
-        """Where the checkpoints lie."""
-        return checkpoints_of(self.out) if self.checkpoints is None else self.checkpoints
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the loop of one rank works with."""
-
-    run: Run
-    paths: Paths
-    engine: Engine
-    saver: Saver
-    journal: Journal
-    signals: Signals
-    watchdog: Watchdog
+from pretrain.watchdog import FIRST, REMEDY, Watchdog
 
 
 def train(run: Run, paths: Paths) -> None:
@@ -107,126 +77,54 @@ def _train(
     watchdog: Watchdog,
 ) -> None:
     folder = from_first_rank(lambda: resume.newest_or_none(paths.kept))
+    first_step = 0 if folder is None else step_of(folder)
+    window = Window(paths.profile, paths.out, first_step, run.steps)
+    if paths.compile:
+        check_compile(run.backbone.family, describe(config)["stage"])
     journal = Journal(paths.out)
     skipped = from_first_rank(lambda: resume.batches_left_out(folder, journal))
     tokenizer = tokenizer_folder(run, paths)
     guide = read_guide(run, paths.guide)
     dropped = drops.file_of(paths.out, rank(), world_size())
     with ExitStack() as held:
-        first_step = 0 if folder is None else step_of(folder)
+        held.callback(window.close)
         loader = open_loader(run, paths, tokenizer, device, first_step, skipped, dropped)
         held.enter_context(closing(loader))
         facts = with_guide(loader.facts, guide)
         if folder is not None:  # refuses another recipe before minutes of building
             resume.check_resumable(folder, run, facts)
-        engine = build_engine(run, facts, config, device, guide, paths.micro_batches)
+        engine = build_engine(run, facts, config, device, guide, paths)
         engine.guard.left_out |= skipped
         if rank() == 0:
             _write_inputs(run, paths)
         saver = Saver(engine, paths.kept, facts, tokenizer)
-        job = Job(run, paths, engine, saver, journal, signals, watchdog)
+        job = Job(run, paths, engine, saver, journal, signals, watchdog, window)
+        speed = speed_of(run, facts, engine, paths.price)
         while True:
             if folder is not None:
                 watchdog.at(step_of(folder), "reads a checkpoint", times=FIRST)
                 checkpoint.restore(engine, folder)
-            with Monitor(paths.out, run, engine.steps_done, wandb=paths.wandb) as monitor:
-                monitor.say(f"{machine}; {'from the beginning' if folder is None else f'from {folder}'}")
+            first_step = engine.steps_done
+            trackers = [TRACKERS[name](paths.out, run, first_step) for name in paths.trackers if rank() == 0]
+            sources = Sources(tuple(run.data), loader.cycle.to(device))
+            with Monitor(
+                paths.out, run, first_step, engine.clock, sources=sources, speed=speed, trackers=trackers
+            ) as monitor:
+                started = "from the beginning" if folder is None else f"from {folder}"
+                compiled = ", compiled blocks" if paths.compile else ""
+                monitor.say(f"{machine}, {engine.chosen}{compiled}; {started}")
+                monitor.say(speed.told(hardware(device)))
                 if line := left_out(run, facts):
                     monitor.say(line)
-                if folder is None:
-                    saver.save(
-                        wait=True
-                    )  # a place that cannot be written to ends the run in its first minute
-                folder = _run_steps(job, loader, monitor)
+                if folder is None:  # a place that cannot be written to ends the run in its first minute
+                    saver.save(wait=True)
+                folder = run_steps(job, loader, monitor)
             if folder is None:
                 return
-            held.close()
-            first_step, skipped = step_of(folder), engine.guard.left_out
-            loader = open_loader(run, paths, tokenizer, device, first_step, skipped, dropped)
+            loader.close()
+            skipped = engine.guard.left_out
+            loader = open_loader(run, paths, tokenizer, device, step_of(folder), skipped, dropped)
             held.enter_context(closing(loader))
-
-
-def _run_steps(job: Job, loader: Loader, monitor: Monitor) -> Place | None:
-    """Trains until the last step, or until the guard asks for the checkpoint that is returned."""
-    run, engine, saver, watchdog = job.run, job.engine, job.saver, job.watchdog
-    batches, times = iter(loader), FIRST
-    while engine.steps_done < run.steps:
-        watchdog.at(engine.steps_done, "waits for a batch", times=times)
-        with monitor.waiting_for_data():
-            batch = next(batches)
-        watchdog.at(engine.steps_done, "computes a step", times=times)
-        losses = engine.step(batch, asks_to_stop=bool(job.signals.received))
-        times = 1.0
-        if not engine.verdict.is_accepted:
-            folder = _refused(job, loader, monitor, batch, losses)
-            if folder is not None:
-                return folder
-        else:
-            monitor.after_step(engine, losses, loader.dropped, loader.captions)
-            is_last = engine.steps_done == run.steps
-            if engine.steps_done % run.save_every == 0 or is_last:
-                watchdog.at(engine.steps_done, "saves a checkpoint")
-                with monitor.uncounted():
-                    saver.save(wait=is_last)
-        for line in saver.poll():
-            monitor.say(line)
-        if engine.is_asked_to_stop and engine.steps_done < run.steps:
-            _stop(job, monitor)
-    saver.finish()
-    for line in saver.poll():
-        monitor.say(line)
-    return None
-
-
-def _stop(job: Job, monitor: Monitor) -> None:
-    """Saves and raises Preempted; all ranks have agreed on it."""
-    step = job.engine.steps_done
-    job.watchdog.at(step, "saves a checkpoint")
-    job.saver.save(wait=True)
-    for line in job.saver.poll():
-        monitor.say(line)
-    raise Preempted(
-        f"asked to stop by a signal, after step {step} of {job.run.steps}: the same command goes on from there"
-    )
-
-
-def _refused(job: Job, loader: Loader, monitor: Monitor, batch: Batch, losses: Any) -> Place | None:
-    """Keeps the evidence of a refused step; the checkpoint to go back to after too many in a row, else None."""
-    engine, verdict = job.engine, job.engine.verdict
-    bundle = evidence.bundle_of(job.paths.out, verdict)
-    job.watchdog.at(verdict.step, "writes the evidence of a refused step")
-    monitor.say(
-        f"REFUSED batch {verdict.batch} after step {verdict.step}: {'; '.join(verdict.reasons)}. Nothing moved, its "
-        f"samples are left out; they are told in {bundle}"
-    )
-    try:
-        own = {name: float(nats) for name, nats in losses.nats.items()}
-        samples = loader.samples(batch.position.tolist())
-        evidence.write_rank(bundle, rank(), batch, samples, own)
-        if rank() == 0:
-            places = {
-                "ds_config": job.paths.ds_config,
-                "tokenizer": job.paths.tokenizer,
-                "guide": job.paths.guide,
-                "checkpoints": job.paths.kept,
-            }
-            shares = {"world": world_size(), "micro_batches": job.paths.micro_batches}
-            evidence.write_common(bundle, verdict, engine.guard.left_out - {verdict.batch}, shares, places)
-            job.journal.refused(verdict, bundle)
-    except OSError as error:
-        warnings.warn(f"the evidence of a refused step could not be written: {error}", stacklevel=2)
-    if len(engine.guard.refused_in_a_row) < job.run.guard.skips:
-        return None
-    with suppress(OSError):  # of the last save, which `poll` tells: the one before it is there
-        job.saver.finish()
-    folder, line = go_back(engine.guard, job.journal, job.paths.kept, job.paths.out)
-    monitor.say(line)
-    return folder
-
-
-def is_of_another_rank(error: RuntimeError) -> bool:
-    """Did a collective call fail since a rank, or the way to it, is gone?"""
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
 
 
 def build_engine(
@@ -235,12 +133,15 @@ def build_engine(
     config: dict[str, Any],
     device: torch.device,
     guide: Guide | None,
-    micro_batches: int,
+    paths: Paths,
 ) -> Engine:
     """The run before its first step, equal on all ranks."""
     torch.manual_seed(run.seed)
     with torch.device(device):
-        model, teacher = Pretrainer(run, facts, micro_batches), Towers(run, facts)
+        model, teacher = Pretrainer(run, facts, paths.micro_batches), Towers(run, facts)
+    if paths.compile:
+        compile_blocks(model)
+        compile_blocks(teacher)
     return Engine(model, teacher, run, config, guide)
 
 
@@ -273,6 +174,15 @@ def _write_inputs(run: Run, paths: Paths) -> None:
     write_text(paths.out / "recipe.json", run.to_json())
     places = {name: str(p.resolve()) if isinstance(p, Path) else p for name, p in paths.data.items()}
     write_text(paths.out / "data.json", json.dumps(places, indent=1))
+
+
+def speed_of(run: Run, facts: DataFacts, engine: Engine, price: float | None) -> Speed:
+    """What the run's figures are measured against, on all ranks at once: on a CPU they share its cores."""
+    if engine.device.type == "cpu":
+        peak = measured_peak(engine.dtype)
+    else:
+        peak = peak_of(hardware(engine.device), engine.dtype)
+    return Speed(step_flops(run, facts), world_size(), peak, price)
 
 
 def tokenizer_folder(run: Run, paths: Paths) -> Path | None:
@@ -330,3 +240,8 @@ def is_told_by_this_rank(error: Exception) -> bool:
 def rank_of_launcher() -> int:
     """This process's rank as the launcher says it, also before the process group exists."""
     return int(os.environ.get("RANK", "0"))
+
+
+def is_of_another_rank(error: RuntimeError) -> bool:
+    """Did a collective call fail since a rank, or the way to it, is gone?"""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))

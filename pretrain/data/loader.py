@@ -165,6 +165,11 @@ class Loader:
             self._untagged = None
 
     @property
+    def cycle(self) -> torch.Tensor:
+        """Number of the source, as in the recipe, at every position of the run's order, repeated for ever; [c]."""
+        return torch.from_numpy(self._steps.order.slots)
+
+    @property
     def dropped(self) -> dict[str, int]:
         """ "source: reason" -> samples replaced so far on this rank, also before a resume."""
         return self._drops.counts

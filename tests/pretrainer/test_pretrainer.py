@@ -131,7 +131,7 @@ def drawn_places(monkeypatch, grid, num, position):
     seen = []
     monkeypatch.setattr(
         "pretrain.scoring.matching_nats",
-        lambda *pair_and_scale: seen.extend(pair_and_scale) or torch.tensor(0.0),
+        lambda *pair_and_scale: seen.extend(pair_and_scale) or torch.zeros(len(position) * num),
     )
     dense_matching(projection, z, -z, position)
     assert torch.equal(seen[0], -seen[1]) and seen[0].shape == (len(position) * num, 8)

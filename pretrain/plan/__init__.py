@@ -1,0 +1,1 @@
+"""What will a run need of a cluster, and which setting is the fastest that fits?"""
