@@ -1,10 +1,10 @@
 """How many bytes does a rank need, and for what?
 
 Weights, gradients and optimizer as DeepSpeed 0.19 lays them out: ZeRO-1 keeps whole gradients until the step,
-ZeRO-2 and 3 this rank's share, ZeRO-3 shares of the weights too. hpZ keeps a second copy of the weights, divided
+ZeRO-2 and 3 this rank's share, ZeRO-3 shares of the weights too; hpZ keeps a second copy of the weights, divided
 over a node. The teacher is whole in the model's precision under ZeRO-1 and 2, beside the buffer that exchanges it,
-and divided under ZeRO-3; its average is float32 shares everywhere. Two moments compete for the peak: the backward pass
-with all that waits for it, and the optimizer's step with its gradients in float32.
+and divided under ZeRO-3; its average is float32 shares everywhere. Two moments compete for the peak: the backward
+pass with all that waits for it, and the optimizer's step with its gradients in float32.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def memory(
         "host": optimizer + MASTER * trained / ranks if setting.is_offloaded else 0.0,
     }
     if setting.stage < 3:
-        exchanged = averaged * wide if ranks > 1 else 0
+        exchanged = sizes.longest_share(ranks) * ranks * wide if ranks > 1 else 0
         return Memory(
             weights=trained * wide,
             gradients=trained * wide / (ranks if setting.stage == 2 else 1),

@@ -11,6 +11,14 @@ from pretrain.facts import DataFacts
 from pretrain.models.backbone import GATHER_UNITS
 from pretrain.pretrainer import Pretrainer
 
+READ: dict[
+    str, set[str]
+] = {  # attributes of Towers that a teacher's target needs beside the encoder, by kind
+    "dense": set(),
+    "global": {"pool", "pool_norm", "norm", "projector"},
+    "tags": {"tags"},
+}
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -19,6 +27,7 @@ class Sizes:
     towers: tuple[int, ...]  # what the teacher averages as well
     decoder: tuple[int, ...]  # of patches, by the transformer, which every decoded target calls
     rest: tuple[int, ...]  # linear decoders, predictor, temperature, mask
+    taught: tuple[int, ...]  # of the towers, what a teacher's forward pass reads
     largest_unit: int  # elements that ZeRO-3 gathers at once: a block, or the largest parameter
 
     @property
@@ -29,6 +38,10 @@ class Sizes:
     def num_trained(self) -> int:
         return sum(self.trained)
 
+    def longest_share(self, ranks: int) -> int:
+        """Elements of the towers, the first of all, that the first rank has in its share under ZeRO-1 and 2."""
+        return min(-(-self.num_trained // ranks), self.num_averaged)
+
     @property
     def num_averaged(self) -> int:
         return sum(self.towers)
@@ -38,10 +51,14 @@ def sizes_of(run: Run, facts: DataFacts) -> Sizes:
     """Of the model that `pretrain.train` builds; ValueError as it raises for a run that fits nothing."""
     with torch.device("meta"):
         model = Pretrainer(run, facts)
-    parts: dict[str, list[int]] = {"student": [], "decoder": [], "rest": []}
+    kinds = {target.kind for target in model.targets.values() if target.encoder == "ema"}
+    read = {"encoder"}.union(*(READ[kind] for kind in kinds)) if kinds else set()
+    parts: dict[str, list[int]] = {"student": [], "decoder": [], "rest": [], "taught": []}
     for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
-        parts[part if part in parts else "rest"].append(parameter.numel())
+        part, inside, *_ = *name.split("."), ""
+        parts[part if part in ("student", "decoder") else "rest"].append(parameter.numel())
+        if part == "student" and inside in read:
+            parts["taught"].append(parameter.numel())
     units = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, GATHER_UNITS)]
     largest = max(units + [p.numel() for p in model.parameters()])
     return Sizes(*(tuple(part) for part in parts.values()), largest)
