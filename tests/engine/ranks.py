@@ -38,6 +38,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> ds config, what i
     "zero2": ("zero2", {}),
     "zero3": ("zero3", {}),  # all toy weights are below its persistence threshold
     "zero3_divided": ("zero3", {"stage3_param_persistence_threshold": 0}),
+    "zero3_hpz": ("zero3_hpz", {"stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": 2}),
     "zero3_offload": ("zero3_offload", {}),
 }
 ALONE = {  # variant of two ranks -> that with which one rank goes on
