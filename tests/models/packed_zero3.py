@@ -56,7 +56,6 @@ def main(has_scale: bool) -> dict[str, object]:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     plain = Loss(copy.deepcopy(model))
-    start_distributed()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     mark_gather_units(model)
     engine, *_ = deepspeed.initialize(model=Loss(model), optimizer=optimizer, config=ZERO3)
@@ -89,4 +88,5 @@ def main(has_scale: bool) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1] == "scale")))
+    start_distributed()
+    print(json.dumps({name: main(has_scale=name == "scale") for name in ("scale", "no_scale")}))

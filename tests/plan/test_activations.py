@@ -10,7 +10,6 @@ import torch
 
 from pretrain.balance import BalanceTracker
 from pretrain.config import Backbone, Decoder, Run
-from pretrain.facts import DataFacts
 from pretrain.plan.activations import kept
 from pretrain.plan.machines import GIB
 from pretrain.plan.memory import memory

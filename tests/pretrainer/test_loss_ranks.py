@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pretrain.config import Projection
 from pretrain.kernels import contrastive
@@ -17,6 +16,7 @@ from pretrain.likelihoods import (
     uniform_part,
 )
 from pretrain.scoring import dense_matching
+from tests.engine.launch import together
 from tests.pretrainer.test_contrastive import (
     inputs,
     loss_and_gradients,
@@ -112,7 +112,7 @@ def _rank_gradients(rank: int, world: int, folder: str) -> None:
 def parts(request, tmp_path_factory):
     """What 2 and 4 ranks found, each on its share of the same rows."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank_gradients, (world, str(folder)), nprocs=world)
+    together(_rank_gradients, world, str(folder), world=world)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
