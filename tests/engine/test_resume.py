@@ -41,7 +41,7 @@ def values_of(folder: str) -> dict[str, torch.Tensor]:
         for path in (Path(folder) / kind).glob("rank_*.safetensors"):
             with safe_open(path, framework="pt") as file:
                 starts = json.loads(file.metadata()["starts"])
-                for name in file.keys():  # noqa: SIM118: the file is no dict
+                for name in file.keys():  # noqa: SIM118 (the file is no dict)
                     parameter = name.split("/")[-1]
                     numel = torch.Size(shapes[parameter]["shape"]).numel()
                     values = whole.setdefault(f"{kind}/{name}", torch.full((numel,), torch.nan))
