@@ -27,6 +27,11 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def is_step(place: Place) -> bool:
+    """Whether a place is one checkpoint, by its name."""
+    return _STEP_NAME.fullmatch(str(place).rpartition("/")[2]) is not None
+
+
 def step_of(folder: Place) -> int:
     """Optimizer steps before a checkpoint was written, by its name."""
     match = _STEP_NAME.fullmatch(str(folder).rpartition("/")[2])

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from pretrain.facts import DataFacts
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW; they begin the names of tensors in optimizer/
 
 
+@runtime_checkable
 class Owned(Protocol):
     """What a rank owns, as pretrain.zero.OwnedState, which is not imported: readers need no DeepSpeed."""
 
@@ -40,6 +41,7 @@ class Owned(Protocol):
     def publish(self) -> None: ...
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """What a checkpoint needs of pretrain.engine.Engine."""
 

@@ -15,8 +15,9 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import fsspec
 
@@ -33,6 +34,7 @@ T = TypeVar("T")
 Content = bytes | bytearray
 
 
+@runtime_checkable
 class Store(Protocol):
     """A folder of checkpoints, or that of one; names are relative, with forward slashes."""
 
@@ -178,7 +180,7 @@ class Remote:
 
     def sizes(self) -> dict[str, int]:
         def ask(fs: Any, path: str) -> dict[str, int]:
-            inside = len(fs._strip_protocol(path).rstrip("/")) + 1
+            inside = len(path) + 1
             return {name[inside:]: one["size"] for name, one in fs.find(path, detail=True).items()}
 
         with contextlib.suppress(FileNotFoundError):
@@ -216,8 +218,7 @@ class Remote:
             self._patiently(name, lambda fs, path: fs.rm(path, recursive=True))
 
     def give_up(self, name: str, attempt: str) -> None:
-        with contextlib.suppress(OSError):  # what is left has no COMPLETE
-            self.remove(name)
+        pass  # it has no COMPLETE and `tidy` removes it: a store that fails is not asked again for that
 
     def tidy(self) -> None:
         for name in self.folders():
@@ -234,12 +235,8 @@ class Remote:
     def _patiently(self, name: str, work: Callable[[Any, str], T]) -> T:
         """What `work` gives for the file system and the path of a file, repeated while the store fails."""
         url = f"{self.url}/{name}".rstrip("/")
-        try:
-            fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
-        except (ValueError, ImportError) as error:
-            raise ValueError(
-                f"{url} cannot be opened: {error}; name a folder, or s3://bucket/prefix"
-            ) from error
+        fs = _connected(self.url)
+        path = fs._strip_protocol(url)
         begun, pause = time.monotonic(), FIRST_PAUSE
         while True:
             try:
@@ -257,6 +254,22 @@ class Remote:
                     ) from error
             time.sleep(random.uniform(pause / 2, pause))  # of many ranks not all at once
             pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _connected(url: str) -> Any:
+    """The file system of a URL; ValueError when no package knows such a one."""
+    scheme, _, rest = url.partition("://")
+    keys = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    try:
+        return _file_system(f"{scheme}://{rest.partition('/')[0]}", keys)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"{url} cannot be opened: {error}; name a folder, or s3://bucket/prefix") from error
+
+
+@lru_cache(maxsize=4)
+def _file_system(store: str, keys: tuple[tuple[str, str], ...]) -> Any:
+    """One for a store and the environment that says who asks it."""
+    return fsspec.url_to_fs(store, use_listings_cache=False, skip_instance_cache=True)[0]
 
 
 def _problem(store: Store, hashes: bool, of: str) -> str | None:

@@ -49,6 +49,8 @@ VARIANTS = {  # name -> ds config, what is changed in its ZeRO section, backbone
     "zero3_divided_selective": ("zero3", DIVIDED, "selective"),
     "zero3_divided_full": ("zero3", DIVIDED, "full"),
 }
+SAVED = 2  # steps before the checkpoint
+SAVING = "zero3_divided"  # the variant of two ranks with which one rank goes on
 REFERENCE = "zero1"  # alone, a rank partitions nothing
 
 
@@ -63,16 +65,27 @@ def m3i_run() -> Run:
 
 
 def run_variant(
-    variant: str, run: Run, facts: Any, batches: list[Batch], sources: Sources
+    variant: str,
+    run: Run,
+    facts: Any,
+    batches: list[Batch],
+    sources: Sources,
+    saved_to: Path | None = None,
+    resumed_from: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """What the log says of every step, from equal weights."""
+    """What the log says of every step, from equal weights or a checkpoint; saves one after SAVED steps."""
+    from pretrain import checkpoint
     from tests.engine.whole_engine import float32_engine  # here: only ranks need DeepSpeed
 
     name, changes, choice = VARIANTS[variant]
     run = replace(run, backbone=replace(run.backbone, activation_checkpoint=choice))
     engine = float32_engine(run, facts, name, changes)
+    if resumed_from is not None:
+        checkpoint.restore(engine, resumed_from)
     curve = []
     for batch in batches:
+        if saved_to is not None and engine.steps_done == SAVED:
+            checkpoint.Saver(engine, saved_to, facts, None).save(wait=True)
         losses = engine.step(batch)
         curve.append({name: mean_over_ranks(value).item() for name, value in losses.nats.items()})
         curve[-1] |= {
@@ -158,7 +171,18 @@ def run_rank(folder: Path) -> None:
         batches = [next(loader) for _ in range(STEPS)]
         sources = Sources(tuple(run.data), loader.cycle)
     variants = VARIANTS if world_size() > 1 else (REFERENCE,)
-    curves = {variant: run_variant(variant, run, loader.facts, batches, sources) for variant in variants}
+    places = {SAVING: folder / "checkpoints"} if world_size() > 1 else {}
+    curves = {
+        variant: run_variant(variant, run, loader.facts, batches, sources, places.get(variant))
+        for variant in variants
+    }
+    if world_size() == 1:  # goes on from what two ranks saved, with a loader that begins there
+        with closing(Loader(run, folders, folder / "tokenizer", **place, start_step=SAVED)) as loader:
+            rest = [next(loader) for _ in range(STEPS - SAVED)]
+        resumed_from = folder / "checkpoints" / f"step_{SAVED:06d}"
+        curves["resumed"] = run_variant(
+            REFERENCE, run, loader.facts, rest, sources, resumed_from=resumed_from
+        )
     logs = folder / f"log_{world_size()}"
     logs.mkdir(exist_ok=True)
     waiting = variants if world_size() == 1 else ("zero2", "zero3_divided")
@@ -183,7 +207,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]
     good_set(folder / "labelled", has_text=False)
     good_set(folder / "captioned", sizes=(6, 9), has_category=False)
     write_tokenizer(folder / "tokenizer")
-    return {world: launch(folder, world) for world in (1, 2)}
+    return {world: launch(folder, world) for world in (2, 1)}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -231,6 +255,12 @@ def test_between_logged_steps_the_host_never_waits_for_the_device(
     worlds: dict[int, dict[str, Any]], world: int
 ) -> None:
     assert set(map(tuple, worlds[world]["waits"].values())) == {()}, worlds[world]["waits"]
+
+
+def test_one_rank_goes_on_from_two_as_if_there_had_been_no_stop(worlds: dict[int, dict[str, Any]]) -> None:
+    resumed, straight = worlds[1]["curves"]["resumed"], worlds[2]["curves"][SAVING][SAVED:]
+    for step, (computed, expected) in enumerate(zip(resumed, straight, strict=True)):
+        assert flat(computed) == pytest.approx(flat(expected), rel=TOLERANCE), f"step {SAVED + step}"
 
 
 def test_all_targets_are_learned_from_shares_with_unequal_labels(worlds: dict[int, dict[str, Any]]) -> None:

@@ -30,7 +30,7 @@ def write_run(
             torch.manual_seed(step)
             towers = randomised(Towers(run, facts))
             place = checkpoint.checkpoints_of(out)
-            checkpoint.Saver(_Untrained(run, towers, step), place, facts, tokenizer).save(wait=True)
+            checkpoint.Saver(Untrained(run, towers, step), place, facts, tokenizer).save(wait=True)
     finally:
         dist.destroy_process_group()
     return out
@@ -44,7 +44,7 @@ def randomised(towers: Towers) -> Towers:
     return towers
 
 
-class _Untrained:
+class Untrained:
     """What a Saver asks of an engine, without one."""
 
     stage, dtype, device, before_move = 3, torch.float32, torch.device("cpu"), None
