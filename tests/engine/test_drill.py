@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,7 +70,7 @@ def test_a_rank_that_dies_is_named_with_its_last_step(drill: dict[str, Any]) -> 
 
 def test_a_rank_that_hangs_is_named_and_stacks_are_kept(drill: dict[str, Any]) -> None:
     found = drill["one_hung"]
-    stopped, asleep, again = found["ends"]
+    stopped, asleep, _ = found["ends"]
     assert _codes(found) == [[LOST, KILLED], [LOST, LOST], [FINISHED] * 2]
     assert "rank 1 (host " in stopped["output"] and "gone without a word or stopped" in stopped["output"]
     assert "waits for a batch: the others wait for it" in asleep["output"]
