@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import warnings
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,12 @@ class Saver:
         self._lines: list[str] = []
 
     def save(self, *, wait: bool = False) -> None:
-        """Writes the present state; on all ranks."""
+        """Writes the present state, on all ranks; OSError when it cannot and must, by `wait`."""
         try:
             self._lines.append(f"saved {checkpoint.save(*self._arguments)}")
         except OSError as error:
+            if wait:
+                raise
             self._lines.append(f"NOT SAVED, the run goes on: {error}")
 
     def poll(self) -> list[str]:
@@ -195,11 +197,15 @@ def _stop(job: Job, monitor: Monitor) -> None:
     """Saves and raises Preempted; all ranks have agreed on it."""
     step = job.engine.steps_done
     job.watchdog.at(step, "saves a checkpoint")
-    job.saver.save(wait=True)
+    where = "from there"
+    try:
+        job.saver.save(wait=True)
+    except OSError as error:  # the checkpoint before will do, and the machine is wanted
+        where = f"from the last checkpoint, since this step could not be saved: {error}"
     for line in job.saver.poll():
         monitor.say(line)
     raise Preempted(
-        f"asked to stop by a signal, after step {step} of {job.run.steps}: the same command goes on from there"
+        f"asked to stop by a signal, after step {step} of {job.run.steps}: the same command goes on {where}"
     )
 
 
@@ -230,7 +236,8 @@ def _refused(job: Job, loader: Loader, monitor: Monitor, batch: Batch, losses: A
         warnings.warn(f"the evidence of a refused step could not be written: {error}", stacklevel=2)
     if len(engine.guard.refused_in_a_row) < job.run.guard.skips:
         return None
-    job.saver.finish()
+    with suppress(OSError):  # it has been told, and the checkpoint before is there
+        job.saver.finish()
     folder, line = go_back(engine.guard, job.journal, job.paths.out)
     monitor.say(line)
     return folder
