@@ -75,25 +75,38 @@ def save(engine: Trainable, out: Path, facts: DataFacts, tokenizer: Path | None)
     folder = checkpoint_folder(out, engine.steps_done)
     partial = folder.with_name(f".tmp-{folder.name}")
     from_first_rank(lambda: _make_room(folder, partial, engine.checkpoint_bytes))
-    try:
-        _write(engine, partial, facts, tokenizer)
-        dist.barrier()
-        names = intact.files_in(partial)
-        digests = intact.digest(partial, names[rank() :: world_size()])
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not _is_of_the_disk(error):
-            raise
-        free = shutil.disk_usage(folder.parent).free
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(
-            f"checkpoint {folder} could not be written with {free / 2**20:.0f} MiB free; earlier ones are untouched: "
-            f"free space on that disk or name another --out ({error})"
-        ) from error
+    digests: intact.Digests = {}
+
+    def digest() -> None:
+        digests.update(intact.digest(partial, intact.files_in(partial)[rank() :: world_size()]))
+
+    for work in (lambda: _write(engine, partial, facts, tokenizer), digest):
+        problem = _problem(work)
+        problems: list[str] = [problem] * world_size()
+        dist.all_gather_object(problems, problem)
+        if any(problems):
+            free = shutil.disk_usage(folder.parent).free
+            from_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True))
+            raise OSError(
+                f"checkpoint {folder} could not be written with {free / 2**20:.0f} MiB free; earlier ones are "
+                f"untouched: free space on that disk or name another --out ({next(filter(None, problems))})"
+            )
     of_ranks: list[intact.Digests] = [{} for _ in range(world_size())]
     dist.all_gather_object(of_ranks, digests)
     together = {name: entry for of_rank in of_ranks for name, entry in of_rank.items()}
     from_first_rank(lambda: (intact.publish(partial, folder, together), _prune(out)))
     return folder
+
+
+def _problem(work: Callable[[], None]) -> str:
+    """What the disk has against it; empty when it is done."""
+    try:
+        work()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_of_the_disk(error):
+            raise
+        return str(error).splitlines()[0]
+    return ""
 
 
 def _is_of_the_disk(error: Exception) -> bool:
