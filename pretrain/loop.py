@@ -92,10 +92,14 @@ def _stop(job: Job, monitor: Monitor) -> None:
     """Saves and raises Preempted; all ranks have agreed on it."""
     step = job.engine.steps_done
     job.watchdog.at(step, "saves a checkpoint")
-    job.saver.save(wait=True)
+    where = "from there"
+    try:
+        job.saver.save(wait=True)
+    except OSError as error:  # the checkpoint before will do, and the machine is wanted
+        where = f"from the last checkpoint, since this step could not be saved: {error}"
     _say_saved(job, monitor)
     raise Preempted(
-        f"asked to stop by a signal, after step {step} of {job.run.steps}: the same command goes on from there"
+        f"asked to stop by a signal, after step {step} of {job.run.steps}: the same command goes on {where}"
     )
 
 

@@ -27,6 +27,7 @@ FIRST = 3.0  # times the timeout that the first step may take: caches fill, kern
 SIGNS = 10  # signs of life in a timeout
 MOST_SECONDS = 3.0  # between two of them
 SILENT = 4  # signs missed by a rank that is gone
+SIGN_BYTES = 512  # of which no more than a few hundred are used: it is overwritten in place
 STACKS = "stacks"
 REMEDY = "The same command goes on from the last checkpoint"
 
@@ -59,6 +60,7 @@ class Watchdog:
         self._number = self._entered = self._step = 0
         self._doing, self._limit = "starts", FIRST * timeout
         self._since = time.monotonic()
+        self._lock = threading.Lock()
         self._is_over = threading.Event()
         self._ended = False
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -88,6 +90,7 @@ class Watchdog:
         self._step, self._doing = step, doing
         self._entered += 1
         self._since = time.monotonic()
+        self._say()
 
     def lost(self) -> tuple[str, bool]:
         """Who is gone or behind, and is this the rank to tell it; "" when all are there. Waits for some signs."""
@@ -125,14 +128,24 @@ class Watchdog:
         return self._folder / f"rank_{number:05d}.json"
 
     def _say(self) -> None:
-        self._number += 1
-        host, step, doing = socket.gethostname(), self._step, self._doing
-        sign = Sign(self._rank, host, os.getpid(), self._number, self._entered, step, doing, self._ended)
-        path = self._path(self._rank)
-        partial = path.with_suffix(".tmp")
-        with suppress(OSError):  # of a full disk the save tells; the run goes on without signs
-            partial.write_text(json.dumps(sign._asdict()))
-            os.replace(partial, path)
+        """Overwrites this rank's sign; what was written outlives the process, also by SIGKILL."""
+        with self._lock, suppress(OSError):  # of a full disk the save tells; the run goes on without signs
+            self._number += 1
+            sign = Sign(
+                self._rank,
+                socket.gethostname(),
+                os.getpid(),
+                self._number,
+                self._entered,
+                self._step,
+                self._doing,
+                self._ended,
+            )
+            file = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT)
+            try:  # closed each time, since that is when a network file system shows it to others
+                os.pwrite(file, json.dumps(sign._asdict()).ljust(SIGN_BYTES).encode(), 0)
+            finally:
+                os.close(file)
 
     def _watch(self) -> None:
         while not self._is_over.wait(self.interval):

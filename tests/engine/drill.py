@@ -438,8 +438,18 @@ SCENARIOS: dict[str, Callable[[Drill], dict[str, Any]]] = {
     "truncated": truncated,
 }
 
+
+def import_the_rest() -> None:
+    """What DeepSpeed and torch import when an engine is built, most of a start: once, before the forks."""
+    import deepspeed.runtime.zero.muon.muon_optimizer  # torch's compiler with it
+
+    assert deepspeed.ops.__compatible_ops__  # probes for compilers
+    assert threading.active_count() == 1, "a fork would lose the other threads"
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    import_the_rest()
     drill = Drill(Path(sys.argv[1]))
     found = {name: SCENARIOS[name](drill) for name in sys.argv[2:] or SCENARIOS}
     found["cpu_seconds"] = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
