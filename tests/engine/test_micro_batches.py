@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from pretrain.collectives import mean_over_ranks, rank
 from pretrain.config import Run
@@ -30,7 +29,7 @@ from tests.engine.launch import start
 from tests.engine.test_rows_ranks import share
 from tests.fakes import FACTS, random_batch, shrink
 
-STEPS, IMAGES, PARTS = 3, 16, 4
+STEPS, IMAGES = 2, 16
 TOLERANCE = 1e-4  # float32 sums in another order
 DIVIDED = {"stage3_param_persistence_threshold": 0}  # all weights of these models are below that of zero3
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,10 +42,10 @@ MORE = {
     "global": Target("global", "boltzmann", "other", "ema", "negatives"),
     "tags": Target("tags", "bernoulli", "same", "raw", "none"),
 }
-METHODS = ("m3i", "clip")
-CASES = [(method, stage) for method in METHODS for stage in STAGES]
-REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_to_all_single")
-LARGE = 5000  # numbers: reductions of more are of gradients, of fewer of statistics and norms
+PARTS = {"m3i": 2, "clip": 4}  # of a rank's four pairs, of its eight images
+CASES = [(method, stage) for method in PARTS for stage in STAGES]
+REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter_tensor")  # of DeepSpeed's backend; ours go past it
+LARGE = 100  # numbers: reductions of more are of gradients, of fewer of norms
 
 
 def run_of(method: str) -> Run:
@@ -65,13 +64,15 @@ def run_of(method: str) -> Run:
 
 @contextmanager
 def counted(counts: Counter[str]) -> Iterator[None]:
-    """Adds the calls that reduce LARGE tensors, and the numbers in them, to `counts`."""
-    found = {name: getattr(dist, name) for name in REDUCTIONS}
+    """Adds DeepSpeed's calls that reduce LARGE tensors, and the numbers in them, to `counts`."""
+    from deepspeed.comm import comm
+
+    found = {name: getattr(comm.cdb, name) for name in REDUCTIONS}
 
     def counting(name: str) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
             tensors = [one for one in (*arguments, *options.values()) if isinstance(one, torch.Tensor)]
-            size = max((one.numel() for one in tensors), default=0)
+            size = max(one.numel() for one in tensors)
             if size > LARGE:
                 counts["calls"] += 1
                 counts["numbers"] += size
@@ -80,12 +81,12 @@ def counted(counts: Counter[str]) -> Iterator[None]:
         return call
 
     for name in REDUCTIONS:
-        setattr(dist, name, counting(name))
+        setattr(comm.cdb, name, counting(name))
     try:
         yield
     finally:
-        for name, function in found.items():
-            setattr(dist, name, function)
+        for name in REDUCTIONS:
+            delattr(comm.cdb, name)
 
 
 def learn(method: str, stage: str, micro_batches: int) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def run_rank(folder: Path) -> None:
     found = {
         f"{method}-{stage}-{parts}": learn(method, stage, parts)
         for method, stage in CASES
-        for parts in (1, PARTS)
+        for parts in (1, PARTS[method])
     }
     if rank() == 0:
         (folder / "result.json").write_text(json.dumps(found))
@@ -138,7 +139,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("method", "stage"), CASES)
 def test_micro_batches_equal_one_batch(found: dict[str, Any], method: str, stage: str) -> None:
-    parts, whole = (found[f"{method}-{stage}-{number}"]["curve"] for number in (PARTS, 1))
+    parts, whole = (found[f"{method}-{stage}-{number}"]["curve"] for number in (PARTS[method], 1))
     assert len(parts) == STEPS
     for step, (computed, expected) in enumerate(zip(parts, whole, strict=True)):
         assert computed == pytest.approx(expected, rel=TOLERANCE), f"step {step}"
@@ -146,8 +147,9 @@ def test_micro_batches_equal_one_batch(found: dict[str, Any], method: str, stage
 
 @pytest.mark.parametrize(("method", "stage"), CASES)
 def test_gradients_are_reduced_once_a_step(found: dict[str, Any], method: str, stage: str) -> None:
-    parts, whole = (found[f"{method}-{stage}-{number}"]["reduced"] for number in (PARTS, 1))
-    assert parts == whole and whole["calls"] > 0
+    parts, whole = (found[f"{method}-{stage}-{number}"]["reduced"] for number in (PARTS[method], 1))
+    assert parts["numbers"] == whole["numbers"] > 0
+    assert parts["calls"] <= whole["calls"]
 
 
 if __name__ == "__main__":

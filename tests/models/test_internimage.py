@@ -217,7 +217,7 @@ def test_drop_path_schedules():
     uniform = replace(TINY, drop_path_rate=0.2, drop_path_type="uniform")
     assert uniform.drop_paths == (0.2,) * 4
     blocks = [block for level in InternImage(uniform).levels for block in level.blocks]
-    assert [block.drop_path for block in blocks] == [0.2] * 4
+    assert [block.drop_path2.probability for block in blocks] == [0.2] * 4
 
 
 def test_bfloat16_model_stays_close_to_float32():

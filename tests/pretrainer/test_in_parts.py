@@ -18,6 +18,8 @@ from tests.fakes import FACTS, random_batch, shrink
 from tests.stand_ins import encoders
 
 IMAGES = 8
+# Of rows that differ in the balance alone, one.
+ROWS = list({repr((o.input, o.targets)): row for row, o in OBJECTIVES.items()}.values())
 
 
 def gradients(row, micro_batches):
@@ -40,7 +42,7 @@ def gradients(row, micro_batches):
     }
 
 
-@pytest.mark.parametrize("row", OBJECTIVES)
+@pytest.mark.parametrize("row", ROWS)
 def test_a_row_in_parts_has_the_gradient_of_the_batch_at_once(row):
     parts, whole = gradients(row, 4), gradients(row, 1)
     assert parts["gradients"].keys() == whole["gradients"].keys()
