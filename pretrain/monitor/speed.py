@@ -1,10 +1,10 @@
 """How fast is a run for what the hardware could do, how long will it take, and what does it cost?
 
 Model FLOP/s are the operations that the mathematics of a step needs, a multiply-add counting as two, divided by the
-time of a step: student forward once and backward twice, teacher and guide forward once. What activation checkpointing
-or accumulation computes again is not counted (pretrain/plan/flops.py has the formula). MFU, model FLOP/s utilisation
-(arXiv 2204.02311, appendix B), is their share of the peak of dense products that the maker states for the device in
-the precision of the run; on a CPU, of the fastest square product that was measured at the start.
+time of a step: student forward once and backward twice, teacher forward once. What activation checkpointing or
+accumulation computes again is not counted, nor a frozen guide (pretrain/plan/flops.py has the formula). MFU, model
+FLOP/s utilisation (arXiv 2204.02311, appendix B), is their share of the peak that the maker states for the device, of
+dense products in bfloat16; on a CPU, of the fastest square product that was measured at the start.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 
 import torch
+
+from pretrain.plan.machines import MACHINES
 
 MEASURED_SECONDS = 0.2  # how long products are timed on a CPU
 SIDE = 1024  # of their matrices
@@ -65,20 +67,11 @@ class Spent:
         return {"eta_seconds": remaining * self.pace, **hours}
 
 
-# Part of a device's name -> dense products a second in bfloat16 and in float32 without rounding, as makers state.
-PEAKS: dict[str, tuple[float, float]] = {
-    "B200": (2250e12, 75e12),
-    "H200": (989e12, 67e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-}
-
-
 def peak_of(name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s of a device of this name in a precision; None of one that is not known."""
-    known = next((peaks for part, peaks in PEAKS.items() if part in name), None)
-    return None if known is None else known[dtype == torch.float32]
+    """FLOP/s in bfloat16 of a device by the name that its driver gives; None of one that is not known, in float32."""
+    spoken = name.lower().replace(" ", "")  # NVIDIA GeForce RTX 4090
+    known = (machine.peak for key, machine in MACHINES.items() if key in spoken)
+    return next(known, None) if dtype == torch.bfloat16 else None
 
 
 def measured_peak(dtype: torch.dtype) -> float:

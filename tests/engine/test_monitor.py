@@ -15,7 +15,7 @@ from pretrain.clock import PARTS, Clock
 from pretrain.collapse import Seen
 from pretrain.monitor import LOG, Monitor
 from pretrain.monitor.ranks import Sources, nats_by_source, slowest
-from pretrain.monitor.speed import Speed, Spent, measured_peak
+from pretrain.monitor.speed import Speed, Spent, measured_peak, peak_of
 from pretrain.monitor.trackers import TensorBoard, scalars, wandb_id
 from pretrain.monitor.window import Window
 from pretrain.scoring import Each
@@ -207,6 +207,10 @@ def test_figures_of_speed_are_those_of_the_formula() -> None:
     assert figures == {"teraflops_per_gpu": 0.4, "mfu": 0.4}
     assert "mfu" not in Speed(flops=8e12, world=4).figures(seconds=5.0)
     assert 1e8 < measured_peak(torch.float32) < 1e13
+    assert peak_of("NVIDIA H200", torch.bfloat16) == 989e12
+    assert peak_of("NVIDIA A100-SXM4-40GB", torch.bfloat16) == 312e12
+    assert peak_of("NVIDIA GeForce RTX 4090", torch.bfloat16) == 165e12
+    assert peak_of("NVIDIA H200", torch.float32) is None and peak_of("Unheard Of", torch.bfloat16) is None
 
 
 def test_time_and_money_add_up_over_a_resume() -> None:

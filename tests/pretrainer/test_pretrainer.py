@@ -45,10 +45,21 @@ def build(run, seed: int = 0, facts: DataFacts = FACTS):
 def test_every_recipe_shrunken_reaches_every_parameter(recipe):
     run = tiny_run(recipe)
     model, teacher = build(run)
-    losses = model(random_batch(run, 8), encoders(teacher), BalanceTracker())
+    tracker = BalanceTracker()
+    tracker.is_told = True
+    losses = model(random_batch(run, 8), encoders(teacher), tracker)
     losses.total.backward()
     assert set(losses.nats) == set(run.objective.targets)
     assert all(torch.isfinite(value) for value in losses.nats.values())
+    for name, each in losses.each.items():  # what is told of images has the loss as its mean
+        torch.testing.assert_close(each.nats[each.counts].mean(), losses.nats[name])
+        assert len(each.nats) == len(each.position)
+    assert all(
+        run.objective.targets[name].keep == "decorrelation" for name in losses.nats.keys() - losses.each
+    )
+    tracker.advance()
+    assert set("+".join(tracker.reader_norms).split("+")) == set(losses.nats)
+    assert all(norm > 0 for norm in tracker.reader_norms.values())
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
     assert all(p.grad is None for p in teacher.parameters())
