@@ -56,9 +56,8 @@ def test_a_mistake_is_told_before_torch_is_needed(
 def test_the_printed_command_starts_the_planned_run(tmp_path: Path):
     plan = plan_of("m3i.vit_b16", 8)
     told = tell(plan, ["--batch", "4096"], price=2.0)
-    printed = shlex.split(
-        told.split("Command:\n")[1].replace("=DIR", f"={tmp_path}").replace("DIR", str(tmp_path))
-    )
+    text = told.split("Command:\n")[1].replace("\\\n", " ")
+    printed = shlex.split(text.replace("DIR", str(tmp_path)))
     run, paths = entry.parse(printed[printed.index("pretrain/main.py") + 1 :])
     best = plan.best().setting
     assert (run.batch, run.backbone.activation_checkpoint) == (4096, best.checkpoint)
