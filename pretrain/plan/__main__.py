@@ -3,8 +3,9 @@
 python -m pretrain.plan --recipe m3i.internimage_h --gpus 64 --gpu h200 --network 50 [--gpus-per-node 8] [--price 3]
     [--micro-batches 1 2 4] [--categories N] [--vocab N] [--tags N] [overrides of the recipe: --batch 20000]
 
-Needs neither GPU nor data. Names the fastest setting that fits, of every file in ds_configs/ with every choice of
-activation checkpointing, and prints its command. Memory and traffic are checked against real steps, time is simulated.
+Needs neither GPU nor data. Names the fastest setting that fits, of every file in ds_configs/ with every choice
+of activation checkpointing, and prints its command. Memory and traffic are checked against real steps, time is
+simulated.
 """
 
 from __future__ import annotations

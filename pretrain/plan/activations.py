@@ -31,8 +31,6 @@ from pretrain.plan.flops import (
 from pretrain.plan.settings import Keeps
 from pretrain.towers import active_targets
 
-FLOAT32 = 2  # numbers in bfloat16 that one in float32 takes
-
 
 @dataclass(frozen=True)
 class Kept:
@@ -69,8 +67,11 @@ def transformer_keeps(width: int, ffn: int, keeps: Keeps = "none") -> float:
     return {"none": 8 * width + 2 * ffn, "selective": 6 * width + ffn, "full": width}[keeps]
 
 
-def kept(run: Run, facts: DataFacts, keeps: Keeps, *, is_fused: bool = True) -> Kept:
-    """Of one image of the batch; `is_fused`: by the GPU's kernels."""
+def kept(run: Run, facts: DataFacts, keeps: Keeps, *, is_fused: bool = True, bytes_a_number: int = 2) -> Kept:
+    """Of one image of the batch; `is_fused`: by the GPU's kernels. What is float32 whatever the model's precision
+    counts as several numbers.
+    """
+    wide = 4 / bytes_a_number
     targets, views = active_targets(run, facts), run.objective.input.views
     encoder, working, block = ENCODERS[run.backbone.family](
         size_of(run.backbone), run.backbone, run.views.size, keeps, is_fused
@@ -80,8 +81,8 @@ def kept(run: Run, facts: DataFacts, keeps: Keeps, *, is_fused: bool = True) -> 
     captions = text.length * (text.layers * transformer_keeps(text.width, text.ffn) + text.width)
     return Kept(
         share * encoder,
-        views * sum(_decoder(run, facts, target) for target in targets.values()),
-        views * _heads(run, facts, targets),
+        views * sum(_decoder(run, facts, target, wide) for target in targets.values()),
+        views * _heads(run, facts, targets, wide),
         views * captions if "text" in kinds else 0.0,
         share * working,
         share * block,
@@ -101,14 +102,23 @@ def _vit(
 def _swin(
     size: SwinSize, backbone: Backbone, pixels: int, keeps: Keeps, is_fused: bool
 ) -> tuple[float, float, float]:
+    """Attention sees windows, which cover more than the grid where it is no multiple; every second block shifts
+    them, and keeps its biases and masks of all windows.
+    """
     grid, total, whole = pixels // size.patch, 3.0 * pixels**2, 0.0
-    for stage, depth in enumerate(size.depths):
+    for stage, (depth, heads) in enumerate(zip(size.depths, size.heads, strict=True)):
         width = size.embed * 2**stage
         if stage:
             grid //= 2
             total += 2 * grid**2 * 2 * width  # four tokens as one, before and after their norm
-        total += depth * grid**2 * transformer_keeps(width, 4 * width, keeps)
-        whole = max(whole, grid**2 * transformer_keeps(width, 4 * width))
+        window = min(size.window, grid)
+        padded = (-(-grid // window) * window) ** 2
+        # qkv and what they are made of and give, on windows
+        outside = transformer_keeps(width, 4 * width, keeps) - (0 if keeps == "full" else 5 * width)
+        block = grid**2 * outside + padded * (0 if keeps == "full" else 5 * width)
+        masks = padded * window**2 * heads if window < grid and keeps != "full" else 0
+        total += depth * block + depth // 2 * masks
+        whole = max(whole, grid**2 * transformer_keeps(width, 4 * width) + masks)
     last = 2 * grid**2 * size.width
     return total + last, (pixels // size.patch) ** 2 * 8 * size.embed, whole
 
@@ -139,13 +149,13 @@ ENCODERS: dict[str, Callable[[Any, Backbone, int, Keeps, bool], tuple[float, flo
 }
 
 
-def _decoder(run: Run, facts: DataFacts, target: Target) -> float:
+def _decoder(run: Run, facts: DataFacts, target: Target, wide: float) -> float:
     """Of the decoder, its prediction and the target in float32."""
     if target.kind not in ("pixels", "dense"):
         return 0.0
     width, tokens = width_of(run.backbone), grid_of(run) ** 2
     out = output_width(run, facts, target)
-    scored = tokens * out * 2 * FLOAT32  # the target, and the difference or softmax
+    scored = tokens * out * 2 * wide  # the target, and the difference or softmax
     if not target.is_decoded:
         return share_of(run, target) * (tokens * width + scored)
     decoder, owned = run.decoder, num_owned(run, target)
@@ -154,7 +164,7 @@ def _decoder(run: Run, facts: DataFacts, target: Target) -> float:
     return share_of(run, target) * (blocks + ends + scored)
 
 
-def _heads(run: Run, facts: DataFacts, targets: dict[str, Target]) -> float:
+def _heads(run: Run, facts: DataFacts, targets: dict[str, Target], wide: float) -> float:
     kinds, width, tokens = kinds_of(targets), width_of(run.backbone), grid_of(run) ** 2
     embeddings = bool(kinds & set(LABEL_EMBEDDED)) + bool(kinds & set(IMAGE_EMBEDDED))
     pooled = 5 * tokens * width if run.pool.kind == "attention" else tokens * width
@@ -164,7 +174,7 @@ def _heads(run: Run, facts: DataFacts, targets: dict[str, Target]) -> float:
     if "global" in kinds:
         total += 2 * (4 * projection.hidden + 4 * projection.width)
     if "clusters" in kinds:
-        total += 4 * clusters.hidden + FLOAT32 * 3 * clusters.prototypes
+        total += 4 * clusters.hidden + wide * 3 * clusters.prototypes
     if "tags" in kinds:
-        total += tokens * (width + tags.width * (1 + 3 * tags.layers)) + 6 * FLOAT32 * len(facts.tags)
-    return total + FLOAT32 * 3 * len(facts.categories) * ("category" in kinds)
+        total += tokens * (width + tags.width * (1 + 3 * tags.layers)) + 6 * wide * len(facts.tags)
+    return total + wide * 3 * len(facts.categories) * ("category" in kinds)

@@ -56,7 +56,7 @@ def memory(
 ) -> Memory:
     """Of one of `ranks`; `is_fused`: by the kernels of a GPU."""
     wide, images = setting.bytes_a_weight, run.images_per_rank(ranks)
-    of_image = kept(run, facts, setting.checkpoint, is_fused=is_fused)
+    of_image = kept(run, facts, setting.checkpoint, is_fused=is_fused, bytes_a_number=wide)
     trained, averaged = sizes.num_trained, sizes.num_averaged
     shares = sum(-(-n // ranks) for n in sizes.trained)
     bucket = min(setting["reduce_bucket_size"], trained) * wide

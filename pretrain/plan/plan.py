@@ -15,6 +15,7 @@ from pretrain.plan.sizes import Sizes, sizes_of
 from pretrain.plan.step_time import StepTime, step_time
 from pretrain.plan.traffic import Message, traffic
 
+TELLS_APART = 0.03  # of a step's time
 SECONDS_A_DAY, SECONDS_AN_HOUR = 86_400, 3_600
 
 
@@ -104,9 +105,26 @@ def make_plan(
         for setting in settings(cluster.gpus_a_node, cluster.gpus, micro_batches)
         if checkpoints is None or setting.checkpoint in checkpoints
     ]
-    # Equal times differ in memory: the roomier first.
-    planned.sort(key=lambda one: (not one.fits, round(one.time.total, 4), -one.room))
-    return Plan(run, facts, cluster, sizes, operations, planned)
+    return Plan(run, facts, cluster, sizes, operations, ranked(planned))
+
+
+def ranked(planned: list[Planned]) -> list[Planned]:
+    """Those that fit by time, then the others by what they lack. Of times that differ by less than a simulation can
+    tell, that of the simplest setting comes first: lower ZeRO stages run no hooks around modules.
+    """
+    found = []
+    fitting = sorted((one for one in planned if one.fits), key=lambda one: one.time.total)
+    while fitting:
+        alike = [one for one in fitting if one.time.total <= fitting[0].time.total * (1 + TELLS_APART)]
+        found.append(min(alike, key=lambda one: _complexity(one.setting)))
+        fitting.remove(found[-1])
+    return found + sorted((one for one in planned if not one.fits), key=lambda one: -one.room)
+
+
+def _complexity(setting: Setting) -> tuple[int, bool, int, bool]:
+    """Smaller is simpler; ZeRO-2, whose gradients travel during the backward pass, before ZeRO-1."""
+    order = {2: 0, 1: 1, 3: 2}
+    return setting.micro_batches, setting.is_offloaded, order[setting.stage], setting.hpz > 1
 
 
 def plan_one(

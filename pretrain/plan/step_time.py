@@ -1,7 +1,7 @@
 """How long will a step take? A simulation: arithmetic at a measured share of the peak, messages by alpha and beta.
 
-Measured: EFFICIENCY, on an H200 by benchmarks/m3i_step_gpu.py, for InternImage-H and ViT-B alike. Assumed, and told by
-`ASSUMPTIONS`: everything else. Nothing here was measured on more than one GPU.
+Measured: EFFICIENCY, on an H200 by benchmarks/m3i_step_gpu.py, for InternImage-H and ViT-B alike. Assumed, and told
+by `ASSUMPTIONS`: everything else. Nothing here was measured on more than one GPU.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ AVERAGE_BYTES = 3 * 4 + 2  # a parameter: master, average in and out, the teache
 ASSUMPTIONS = (
     f"arithmetic reaches {EFFICIENCY} of the GPU's bfloat16 peak, as measured on one H200 (InternImage-H and ViT-B); "
     "other GPUs, backbones and fewer images a GPU are assumed to reach as much",
-    f"computed again: {AGAIN['selective']} of the encoder's forward pass with selective, all of it with full "
-    "checkpointing; micro-batches encode images and texts once more",
-    f"ring collectives at {ATTAINED_LINK} of the link's and {ATTAINED_NETWORK} of the network's bandwidth, whose GPUs "
-    f"all send at once; {LATENCY * 1e6:g} us a call and {HOP * 1e6:g} us for each doubling of the nodes",
-    f"what overlaps hides behind {OVERLAP} of the arithmetic that runs beside it: gradients behind the backward pass "
-    "where overlap_comm is on, ZeRO-3's weights behind the pass that needs them; the rest waits",
-    f"optimizer and average stream {OPTIMIZER_BYTES} and {AVERAGE_BYTES} bytes a parameter at {ATTAINED_MEMORY} of the "
-    f"memory's bandwidth; offloaded, the host updates {HOST_ADAM:g} parameters a second a rank",
+    f"computed again: {AGAIN['selective']} of the encoder's forward pass with selective checkpointing, all of it "
+    "with full; micro-batches encode images and texts once more",
+    f"ring collectives at {ATTAINED_LINK} of the link's and {ATTAINED_NETWORK} of the network's bandwidth, whose "
+    f"GPUs all send at once; {LATENCY * 1e6:g} us a call and {HOP * 1e6:g} us for each doubling of the nodes",
+    f"what overlaps hides behind {OVERLAP} of the arithmetic that runs beside it: gradients behind the backward "
+    "pass where overlap_comm is on, ZeRO-3's weights behind the pass that needs them; the rest waits",
+    f"optimizer and average stream {OPTIMIZER_BYTES} and {AVERAGE_BYTES} bytes a parameter at {ATTAINED_MEMORY} of "
+    f"the memory's bandwidth; offloaded, the host updates {HOST_ADAM:g} parameters a second a rank",
     "data is always ready, and no rank is slower than another",
 )
 

@@ -99,7 +99,8 @@ def _budget(plan: Plan, best: Planned, price: float | None) -> str:
     core = IMAGES_A_CORE[plan.run.views.on_device]
     lines = [
         f"Step: {time.total:.3f} s = forward {time.forward:.3f}, backward {time.backward:.3f}, "
-        f"waiting for ranks {time.exposed:.3f}, optimizer {time.optimizer:.3f}; messages of {time.hidden:.3f} s hide behind it",
+        f"waiting for ranks {time.exposed:.3f}, optimizer {time.optimizer:.3f}; {time.hidden:.3f} s of messages "
+        "hide behind arithmetic",
         f"MFU: {100 * plan.mfu(best):.1f} %; {rate * plan.cluster.gpus:,.0f} images/s, {rate:,.0f} a GPU",
         f"Run: {plan.days(best):,.2f} days, {plan.gpu_hours(best):,.0f} GPU-hours"
         + ("" if price is None else f", {plan.gpu_hours(best) * price:,.0f} at {price:g} a GPU-hour"),

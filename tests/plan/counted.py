@@ -41,6 +41,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> ds config, change
     "zero3_released": ("zero3", DEEP | AGAIN | {PERSISTENT: 0}),
     "zero3_hpz": ("zero3", DEEP | AGAIN | {PERSISTENT: 0, "zero_hpz_partition_size": 2}),
 }
+OPERATIONS = {  # what c10d calls a collective -> what the plan calls it
+    "allreduce_": "all_reduce",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+}
 # An image side has its norms over the batch, a label side texts: all collectives that M3I has.
 WIDE: dict[str, Any] = {"width": 192, "ffn": 768, "heads": 4}
 

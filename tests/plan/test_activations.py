@@ -58,8 +58,8 @@ def saved_bytes(run: Run) -> int:
 )
 def test_kept_numbers_of_a_step(recipe: str, family: str):
     run = wide(recipe, family, "none")
-    told = run.batch * kept(run, FACTS, "none", is_fused=False).total * 4
-    print(recipe, family, saved_bytes(run) / told, kept(run, FACTS, "none", is_fused=False))
+    told = run.batch * kept(run, FACTS, "none", is_fused=False, bytes_a_number=4).total * 4
+    print(recipe, family, saved_bytes(run) / told, kept(run, FACTS, "none", is_fused=False, bytes_a_number=4))
     assert saved_bytes(run) == pytest.approx(told, rel=TOLERANCE)
 
 

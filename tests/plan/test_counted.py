@@ -15,15 +15,9 @@ from pretrain.plan.traffic import traffic
 from tests.engine.launch import start
 from tests.fakes import FACTS
 from tests.paths import ROOT
-from tests.plan.counted import VARIANTS, counted_run
+from tests.plan.counted import OPERATIONS, VARIANTS, counted_run
 
 WORLD = 2
-OPERATIONS = {  # what c10d calls a collective -> what the plan calls it
-    "allreduce_": "all_reduce",
-    "allgather_": "all_gather",
-    "_allgather_base_": "all_gather",
-    "_reduce_scatter_base_": "reduce_scatter",
-}
 
 
 @pytest.fixture(scope="module")

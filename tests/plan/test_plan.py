@@ -1,0 +1,113 @@
+"""Does the plan answer, and does it refuse in the first second what it cannot answer?"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from pretrain import main as entry
+from pretrain.plan import __main__ as command
+from pretrain.plan.machines import Cluster
+from pretrain.plan.plan import Plan, make_plan
+from pretrain.plan.scaling import weak_scaling
+from pretrain.plan.sizes import assumed_facts
+from pretrain.plan.step_time import EFFICIENCY
+from pretrain.plan.tell import IMAGES_A_CORE, tell
+from pretrain.recipes import load
+from tests.paths import ROOT
+
+GB = 1e9
+SHORT = ["--recipe", "m3i.vit_b16", "--gpus", "8", "--gpu", "h200", "--network", "50"]
+
+
+@cache
+def plan_of(recipe: str, gpus: int, gpu: str = "h200", network: float = 50, batch: int = 4096) -> Plan:
+    run = replace(load(recipe), batch=batch)
+    return make_plan(run, assumed_facts(run), Cluster(gpu, gpus, network * GB))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--gpu", "h300"], r"--gpu h300 is unknown; choose from .*h200"),
+        (["--gpus", "12"], r"--gpus 12 .* multiple of --gpus-per-node 8: set 16"),
+        (["--network", "0"], r"--network 0 must be positive"),
+        (["--price", "-1"], r"--price -1.0 must be positive"),
+        (["--recipe", "m3i.vit"], r"recipe='m3i.vit' is unknown"),
+        (["--gpus", "3", "--gpus-per-node", "3"], r"batch=4096 must be a multiple of 6"),
+    ],
+)
+def test_a_mistake_is_told_before_torch_is_needed(
+    changes: list[str], message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "pretrain.plan.plan", None)  # its import would fail
+    assert command.main([*SHORT, *changes]) == entry.MISTAKE
+    told = capsys.readouterr().err
+    assert re.search(message, told), told
+
+
+def test_the_printed_command_starts_the_planned_run(tmp_path: Path):
+    plan = plan_of("m3i.vit_b16", 8)
+    told = tell(plan, ["--batch", "4096"], price=2.0)
+    text = told.split("Command:\n")[1].replace("\\\n", " ")
+    printed = shlex.split(text.replace("DIR", str(tmp_path)))
+    run, paths = entry.parse(printed[printed.index("pretrain/main.py") + 1 :])
+    best = plan.best().setting
+    assert (run.batch, run.backbone.activation_checkpoint) == (4096, best.checkpoint)
+    assert paths.ds_config.stem == best.file
+
+
+def test_the_simplest_of_the_fastest_that_fit_is_named():
+    best = plan_of("m3i.vit_b16", 8).best()
+    assert (best.setting.file, best.setting.checkpoint) == ("zero2", "none")
+
+
+def test_what_does_not_fit_is_told_with_what_it_lacks():
+    plan = plan_of("m3i.internimage_h", 1, "rtx4090", batch=1024)
+    with pytest.raises(
+        ValueError, match=r"fits on 1 rtx4090 in no setting: .* lacks [0-9.]+ GiB a GPU: .*GPUs"
+    ):
+        plan.best()
+
+
+def test_a_slow_network_prefers_what_sends_less_across_nodes():
+    def waits(file: str) -> float:
+        plan = plan_of("m3i.internimage_h", 16, network=1)
+        return next(one for one in plan.planned if one.setting.file == file).time.exposed
+
+    assert waits("zero3") < waits("zero2")
+
+
+def test_hpz_gathers_within_the_node_what_the_backward_pass_reads():
+    plan = plan_of("m3i.internimage_h", 16)
+    hpz = next(one for one in plan.planned if one.setting.file == "zero3_hpz")
+    assert [m.within for m in hpz.messages if m.what == "weights before backward"] == [8]
+
+
+def test_twice_the_gpus_halve_the_days_where_nothing_waits():
+    few, many = plan_of("m3i.internimage_h", 8), plan_of("m3i.internimage_h", 16)
+    assert many.days(many.best()) == pytest.approx(few.days(few.best()) / 2, rel=0.05)
+
+
+def test_time_rises_with_nodes_at_equal_images():
+    plan = plan_of("m3i.internimage_h", 16)
+    grown = weak_scaling(plan, plan.best().setting)
+    assert [one.gpus for one in grown] == [8, 64, 256, 1024]
+    assert grown[0].efficiency == 1 > grown[1].efficiency >= grown[3].efficiency > 0.5
+
+
+def test_constants_are_those_that_were_measured():
+    rates = json.loads((ROOT / "benchmarks/results/loader.json").read_text())["samples_a_second"]["340 x 256"]
+    keys = {"none": "views", "colours": "views, colours on the device", "all": "views, all on the device"}
+    assert pytest.approx({name: rates[key] for name, key in keys.items()}, rel=0.05) == IMAGES_A_CORE
+    recipes = json.loads((ROOT / "benchmarks/results/m3i_step_gpu.json").read_text())["recipes"]
+    for measured in (recipes[name]["zero2"] for name in ("internimage_h", "vit_b16")):
+        beside = sum(measured["shares_of_step"][part] for part in ("optimizer", "teacher, average"))
+        assert measured["share_of_peak"] / (1 - beside) == pytest.approx(EFFICIENCY, rel=0.05)
