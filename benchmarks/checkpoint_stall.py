@@ -1,13 +1,14 @@
 """How long does training stand still for a checkpoint, and how long does a start with another ZeRO stage take?
 
-    OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python benchmarks/checkpoint_stall.py [--width 1280] [--rounds 5] [--note TEXT]
+    OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python benchmarks/checkpoint_stall.py [--width W] [--rounds N] [--note TEXT]
 
 One process trains linear layers with ZeRO-1 in float32; the state is 16 bytes a weight: master, two moments, teacher.
-In turn, a few times: what `Saver.save` keeps the loop waiting, the same save waited for (written, flushed, read
-again, hashed twice), torch.save of the same tensors with a flush, and DeepSpeed's save_checkpoint. Then our own
-checkpoint is restored by a ZeRO-3 engine, and DeepSpeed's is converted by its ds_to_universal, which it needs before
-it can be loaded by another number of ranks. On a CPU the copy is made by the processor that trains; a GPU copies
-beside the step. Writes benchmarks/results/checkpoint_stall.json.
+In turn, a few times: what a save keeps the loop waiting (`Saver.save`, and before the next step moves the weights),
+the same save waited for (written, flushed, read again, hashed twice), torch.save of the same tensors with a flush,
+and DeepSpeed's save_checkpoint; also a step without a save and the one beside it, which shares the processors with it
+here, and the copy by itself, which the next forward and backward pass hide. Then our checkpoint is restored by a
+ZeRO-3 engine, and DeepSpeed's is converted by its ds_to_universal, which it needs before another number of ranks can
+load it. Writes benchmarks/results/checkpoint_stall.json.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from pretrain.facts import DataFacts  # noqa: E402
 from pretrain.intact import flush  # noqa: E402
 from pretrain.recipes import load  # noqa: E402
 
-LAYERS = 4
+LAYERS, ROWS = 4, 256
 BYTES = 16  # of the state, a weight
 
 
@@ -57,7 +58,7 @@ class Layers(nn.Module):
         self.width = width
 
     def forward(self, batch: Any, encoders: Any, tracker: Any) -> Any:
-        return SimpleNamespace(total=self.student(torch.ones(1, self.width)).square().mean())
+        return SimpleNamespace(total=self.student(torch.ones(ROWS, self.width)).square().mean())
 
 
 def engine_of(width: int, stage: int) -> Engine:
@@ -74,13 +75,21 @@ def engine_of(width: int, stage: int) -> Engine:
     return engine
 
 
-def step(engine: Engine) -> None:
-    """One step of the optimizer and the teacher, so that there are moments."""
+def step(engine: Engine) -> float:
+    """One step of the optimizer and the teacher; seconds that it waited for a save."""
     loss = engine._student(batch=None, encoders=None, tracker=None)
     engine._student.backward(loss)
+    waited = 0.0 if engine.before_move is None else seconds(engine.before_move)
     engine._student.step()
     engine.average.update(0.99)
     engine.steps_done += 1
+    return waited
+
+
+def copied(saver: checkpoint.Saver) -> float:
+    """Seconds of the copy alone."""
+    saver._snapshot.take()
+    return seconds(saver._snapshot.copy)
 
 
 def tensors_of(engine: Engine) -> dict[str, dict[str, Tensor]]:
@@ -124,7 +133,8 @@ def main() -> None:
     options.add_argument("--note", default="", help="what else was running, kept in the record")
     chosen = options.parse_args()
     device = start_distributed()
-    found: dict[str, list[float]] = {name: [] for name in ("stall", "ours", "torch_save", "deepspeed")}
+    names = ("stall", "ours", "torch_save", "deepspeed", "copy", "step_alone", "step_beside")
+    found: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         engine = engine_of(chosen.width, 1)
@@ -133,15 +143,19 @@ def main() -> None:
         saver = checkpoint.Saver(engine, place / "ours", DataFacts((), 0), None)
         saver.save(wait=True)  # takes the memory, once a run
         for _ in range(chosen.rounds):
-            step(engine)
-            found["stall"].append(seconds(saver.save))
+            found["step_alone"].append(seconds(lambda: step(engine)))
+            called = seconds(saver.save)
+            begun = time.perf_counter()
+            found["stall"].append(called + step(engine))
+            found["step_beside"].append(time.perf_counter() - begun)
             saver.finish()
-            step(engine)
+            found["copy"].append(copied(saver))
             found["ours"].append(seconds(lambda: saver.save(wait=True)))
             found["torch_save"].append(seconds(lambda: torch_save(engine, place / "torch.pt")))
             shutil.rmtree(place / "deepspeed", ignore_errors=True)
-            native = str(place / "deepspeed")
-            found["deepspeed"].append(seconds(lambda: engine._student.save_checkpoint(native, tag="native")))
+            found["deepspeed"].append(
+                seconds(lambda: engine._student.save_checkpoint(str(place / "deepspeed"), tag="native"))
+            )
         newest = checkpoint.latest(place / "ours")
         other = engine_of(chosen.width, 3)
         restored = [seconds(lambda: checkpoint.restore(other, newest)) for _ in range(chosen.rounds)]

@@ -39,6 +39,8 @@ def restore(engine: Trainable, folder: Place) -> None:
 
     All ranks call it; each reads only what it owns. The engine was built for the same run.
     """
+    if engine.before_move is not None:
+        engine.before_move()  # a save may still be reading
     store, state = store_at(folder), read_json(folder, "state.json")
     files, owned = Files(store), engine.owned
     starts = {part.name: part.start for part in owned.slices}

@@ -1,8 +1,8 @@
 """How is a checkpoint written while training goes on?
 
-Every rank copies what it owns and returns to training; a thread of its own then writes the copy, reads it again and
-tells the first rank's thread what it wrote, which publishes the checkpoint when all have told. They talk through the
-key-value store of the process group, never by collective calls, which are the training's.
+A thread of every rank copies what the rank owns while the next step makes its gradient, then writes the copy, reads
+it again and tells the first rank's thread what it wrote, which publishes the checkpoint when all have told. They talk
+through the key-value store of the process group, never by collective calls, which are the training's.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Saver:
 
     def _attempt(self, name: str, attempt: str, files: dict[str, Content]) -> None:
         """OSError on all ranks when any of them fails."""
-        self._snapshot.wait()
+        self._snapshot.copy()
         self._agreed(f"{attempt}/begun", lambda: self._make_room(name, attempt))
         self._tell(f"{attempt}/rank_{rank()}", _tried(lambda: self._put_all(name, attempt, files)))
         self._agreed(f"{attempt}/ended", lambda: self._publish(name, attempt))

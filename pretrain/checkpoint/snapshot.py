@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,17 +59,20 @@ class Trainable(Protocol):
 
 
 class Snapshot:
-    """Memory of this process that holds what its rank writes, taken once; collective calls but for `take`."""
+    """Memory of this process that holds what its rank writes, taken once by a collective call."""
 
     def __init__(self, engine: Trainable, facts: DataFacts, tokenizer: Path | None) -> None:
         self._engine, self._facts = engine, facts
-        self._on_gpu = engine.device.type == "cuda"
-        self._stream = torch.cuda.Stream(engine.device) if self._on_gpu else None
+        is_pinned = engine.device.type == "cuda"
+        self._stream = torch.cuda.Stream(engine.device) if is_pinned else None
+        self._ready: Any = None  # when the device has made what is to be copied
+        self._sources: dict[str, Mapping[str, Tensor]] = {}
+        self._copied = threading.Event()
         student, teacher = engine.owned.slices, engine.average.slices
         self._images = {
-            "student": _image(student, [""], self._on_gpu),
-            "optimizer": _image(student, [f"{moment}/" for moment in MOMENTS], self._on_gpu),
-            "teacher": _image(teacher, [""], self._on_gpu),
+            "student": _image(student, [""], is_pinned),
+            "optimizer": _image(student, [f"{moment}/" for moment in MOMENTS], is_pinned),
+            "teacher": _image(teacher, [""], is_pinned),
         }
         layouts = {"student": gathered_layout(student), "teacher": gathered_layout(teacher)}
         own = sum(len(image.content) for image in self._images.values())
@@ -93,10 +97,9 @@ class Snapshot:
             }
 
     def take(self) -> dict[str, Content]:
-        """The files of this rank as they are now; the large ones stay until the next `take`, small ones for good.
+        """The files of this rank; what the large ones hold comes by `copy`, small ones are as they are now.
 
-        On a GPU copies may still be under way when it returns: `wait` before they are read. The engine waits for them
-        before it moves what they read.
+        Until it is copied nothing may change the weights: the engine calls `before_move`, which waits for that.
         """
         engine = self._engine
         steps = engine.owned.steps
@@ -104,14 +107,10 @@ class Snapshot:
         if steps:
             moments = engine.owned.moments()
             sources["optimizer"] = {f"{m}/{name}": v for m in MOMENTS for name, v in moments[m].items()}
-        if self._stream is None:
-            self._copy(sources)
-        else:
-            self._stream.wait_stream(torch.cuda.current_stream(engine.device))
-            with torch.cuda.stream(self._stream):
-                self._copy(sources)
-            copied = self._stream.record_event()
-            engine.before_move = lambda: torch.cuda.current_stream(engine.device).wait_event(copied)
+        self._sources = sources
+        self._ready = torch.cuda.current_stream(engine.device).record_event() if self._stream else None
+        self._copied.clear()
+        engine.before_move = self._let_move
         name = rank_name(rank())
         files: dict[str, Content] = {
             f"{kind}/{name}.safetensors": self._images[kind].content for kind in sources
@@ -119,17 +118,26 @@ class Snapshot:
         files[f"random/{name}.json"] = json.dumps(randomness.states()).encode()
         return files | (self._of_first_rank(steps) if rank() == 0 else {})
 
-    def wait(self) -> None:
-        """Returns when the copies are finished."""
-        if self._stream is not None:
-            self._stream.synchronize()
-
     @torch.no_grad()
-    def _copy(self, sources: Mapping[str, Mapping[str, Tensor]]) -> None:
-        for kind, tensors in sources.items():
-            views = self._images[kind].views
-            for name, tensor in tensors.items():
-                views[name].copy_(tensor, non_blocking=True)
+    def copy(self) -> None:
+        """Copies the state as it was at `take` into the files; in a thread, beside forward and backward pass."""
+        try:
+            with torch.cuda.stream(self._stream):  # does nothing without one
+                if self._stream is not None:
+                    self._stream.wait_event(self._ready)
+                for kind, tensors in self._sources.items():
+                    views = self._images[kind].views
+                    for name, tensor in tensors.items():
+                        views[name].copy_(tensor, non_blocking=True)
+                if self._stream is not None:
+                    self._stream.synchronize()
+        finally:
+            self._sources = {}
+            self._copied.set()
+
+    def _let_move(self) -> None:
+        """Returns when nothing reads the weights any more."""
+        self._copied.wait()
 
     def _of_first_rank(self, steps: int) -> dict[str, Content]:
         engine = self._engine

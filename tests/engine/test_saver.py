@@ -16,6 +16,7 @@ from pretrain import checkpoint, intact
 from pretrain.checkpoint import stores
 from pretrain.checkpoint.__main__ import main
 from pretrain.checkpoint.ranges import Files
+from pretrain.checkpoint.snapshot import Snapshot
 from pretrain.checkpoint.stores import Disk, Remote, store_at
 from tests.data.s3 import Store, s3_store
 from tests.engine.toy import FACTS, ToyTowers, toy_run
@@ -79,6 +80,7 @@ def test_what_is_written_is_what_was_there_when_the_save_began(
     saver = saver_of(engine, tmp_path)
     saver.save()
     assert checkpoint.latest(tmp_path) is None and saver.poll() == []
+    engine.before_move()  # as the engine does before it moves the weights
     for values in engine.average.state().values():
         values.zero_()
     begun.set()
@@ -86,6 +88,23 @@ def test_what_is_written_is_what_was_there_when_the_save_began(
     assert [line[:5] for line in saver.poll()] == ["saved"]
     found = checkpoint.load_teacher(checkpoint.latest(tmp_path))
     assert all(torch.equal(found[name].flatten(), values) for name, values in expected.items())
+
+
+def test_weights_do_not_move_before_they_are_copied(
+    engine: Untrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_copy, copy = threading.Event(), Snapshot.copy
+    monkeypatch.setattr(Snapshot, "copy", lambda snapshot: may_copy.wait(60) and copy(snapshot))
+    saver = saver_of(engine, tmp_path)
+    saver.save()
+    mover = threading.Thread(target=engine.before_move)
+    mover.start()
+    mover.join(0.1)
+    assert mover.is_alive()
+    may_copy.set()
+    mover.join(60)
+    assert not mover.is_alive()
+    saver.finish()
 
 
 def test_a_second_save_waits_for_the_first_and_says_so(
