@@ -240,10 +240,10 @@ def test_an_interrupted_list_continues_with_the_next_input(tmp_path, monkeypatch
     with pytest.raises(FileNotFoundError, match="written last"):
         read_rows(tmp_path / "rows")
     rows = _made(tmp_path / "rows", inputs)
-    assert judged == [0, 1, 2, 2] and rows.num_rows == 150
+    assert sorted(judged[:3]) == [0, 1, 2] and judged[3:] == [2] and rows.num_rows == 150
     assert _rows(rows) == _rows(_made(tmp_path / "straight", inputs))
     assert _made(tmp_path / "rows", inputs) == rows == read_rows(tmp_path / "rows")
-    assert judged[4:] == [0, 1, 2]  # of `straight` alone
+    assert sorted(judged[4:]) == [0, 1, 2]  # of `straight` alone
 
 
 def test_other_settings_another_input_and_changed_parts_are_refused(tmp_path):
