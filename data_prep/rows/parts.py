@@ -113,7 +113,7 @@ def _write_repeated(connection: duckdb.DuckDBPyConnection, judged: str, twice: P
             digests = np.stack([batch["mix"].to_numpy(), batch["more"].to_numpy()], axis=1)
             before = np.concatenate([digests[:1] + 1 if last is None else last, digests[:-1]])
             is_repeated = (digests == before).all(axis=1)
-            last = digests[-1:]
+            last = digests[-1:] if len(digests) else last
             writer.write_batch(batch.select(["place"]).filter(pa.array(is_repeated)))
 
 
