@@ -1,4 +1,4 @@
-"""How do files of addresses become one shuffled list without duplicates? Judge each, sort once, write the parts.
+"""How do files of addresses become one shuffled list without duplicates? Judge each, sort, write the parts.
 
 The order is by a hash of seed and address, so it depends on neither the order nor the number of the input files, nor
 on threads. Of rows with one address the one of the highest similarity stays, then the first. Work that is finished is
@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -33,6 +34,7 @@ from data_prep.schema import write_atomic
 VERSION = 1  # raise it when the same input gives other rows
 WORK_FOLDER = ".work"  # inside the folder of a list while it is being made
 UNITS = {"MiB": 2**20, "GiB": 2**30}
+AT_ONCE = 2  # inputs that are judged: while Python looks at a row of one, SQL goes on with the other
 FOR_SQL = 0.6  # of the memory; the rest is for rows on their way in and out
 Query = Callable[[tuple[str, ...]], str]  # names of an input's columns -> SQL over {input}, see `judge`
 
@@ -141,10 +143,14 @@ def normalised(
             add_blocks(connection, *([paths[name] for name in several] for several in options.blocks))
             tables = {name: _staged(several, paths, work, f"side-{name}") for name, several in sides.items()}
             lists = _staged(inputs, paths, work, "input")
-            judged = [
-                _judged(connection, number, one, query, tables, work, rules)
-                for number, one in enumerate(lists)
-            ]
+            with ThreadPoolExecutor(
+                min(AT_ONCE, options.metadata_threads)
+            ) as pool:  # for their Python; SQL has its own
+                judged = list(
+                    pool.map(
+                        lambda pair: _judged(connection, *pair, query, tables, work, rules), enumerate(lists)
+                    )
+                )
             refused = {one.name: one.num_rejects() for one in chain(*tables.values())}
             side_rejects = {name: count for name, count in refused.items() if count}
             try:
@@ -211,7 +217,8 @@ def _judged(
         for name, several in tables.items():
             union = " UNION ALL ".join(f"SELECT * FROM {one.sql}" for one in several)
             statement = statement.replace("{" + name + "}", f"({union})")
-        judge(connection, statement, number, target, rules)
+        with connection.cursor() as own:  # whose temporary tables no other input sees
+            judge(own, statement, number, target, rules)
     return target
 
 

@@ -123,7 +123,7 @@ class _Listing:
 def _list_split(root: Path) -> _Listing:
     files = files_of(root)
     tables = sorted(
-        (name for name in files if PurePosixPath(name).name == CAPTIONS_NAME), key=lambda n: n.count("/")
+        (name for name in files if name.rpartition("/")[2] == CAPTIONS_NAME), key=lambda n: n.count("/")
     )
     if tables:
         images = [(None, name, ref) for name, ref in files.items() if is_image_name(name)]
@@ -147,8 +147,7 @@ def _list_split(root: Path) -> _Listing:
 
 
 def _class_of(name: str) -> str | None:
-    parent = PurePosixPath(name).parent
-    return parent.name or None
+    return name.rpartition("/")[0].rpartition("/")[2] or None
 
 
 def _categories(classes: set[str], roots: Sequence[Path]) -> tuple[str, ...]:

@@ -79,10 +79,17 @@ def files_of(path: Path) -> dict[str, FileRef]:
 def _files_of_folder(folder: Path) -> Iterator[tuple[str, FileRef]]:
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = Path(where).relative_to(folder).as_posix()
+        start = "" if inside == "." else f"{inside}/"
         for name in names:
-            path = Path(where) / name
-            if not name.startswith(".") and path.is_file():
-                yield path.relative_to(folder).as_posix(), FileRef(str(path), 0, WHOLE_FILE)
+            path = os.path.join(where, name)
+            if not name.startswith(".") and _is_file(path):
+                yield start + name, FileRef(path, 0, WHOLE_FILE)
+
+
+def _is_file(path: str) -> bool:
+    """As Path.is_file, which raises where looking is forbidden; asked only where the fast way says no."""
+    return os.path.isfile(path) or Path(path).is_file()
 
 
 def _files_of_tar(path: Path) -> Iterator[tuple[str, FileRef]]:

@@ -189,17 +189,17 @@ def _interrupt(
 ) -> None:
     """Build until `after` samples were written, then raise inside the shard."""
     count = 0
-    append = shard_module._append
+    blocks = shard_module._blocks
 
     def failing(*arguments):
         nonlocal count
         count += 1
         if count > after:
             raise error or KeyboardInterrupt
-        return append(*arguments)
+        return blocks(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_module, "_append", failing)
+        patch.setattr(shard_module, "_blocks", failing)
         with pytest.raises(type(error) if error else KeyboardInterrupt):
             build(_collection(), folder, OPTIONS)
 
