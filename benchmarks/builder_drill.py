@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/builder_drill.py [--kills 20] [--seed 0] [--seconds 180]
 
 A builder of 200 scenes in 20 shards gets SIGKILL again and again, a moment after a shard (both drawn from a seed),
-and is started again, until it was killed so many times or the seconds of that store are over; a start that gets to its
-end, and every fourth kill, ends a round, and the next begins anew. On disk it has two workers; on S3 one, and 25 % of
-all requests of any kind are refused with 503, of the builder's and of this script's. After every kill whatever has a final name must be whole, and no manifest may be there while a shard
-is missing; after every round all bytes must be those of an undisturbed build. Writes
-benchmarks/results/builder_drill.json.
+and is started again, until it was killed so many times or the seconds of that store are over; a start that gets to
+its end, and every fourth kill, ends a round, and the next begins anew. On disk it has two workers; on S3 one, and
+25 % of all requests of any kind, of the builder and of this script, are refused with 503. After every kill whatever
+has a final name must be whole, and no manifest may be there while a shard is missing; after every round all bytes
+must be those of an undisturbed build. Writes benchmarks/results/builder_drill.json.
 """
 
 from __future__ import annotations
