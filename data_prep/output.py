@@ -15,6 +15,7 @@ from data_prep.claim import WORK_FOLDER
 from data_prep.places import TEMPORARY, Place
 from data_prep.samples import Collection, json_bytes
 from data_prep.schema import MANIFEST_NAME, Manifest, manifest_from_record
+from data_prep.settings import difference
 
 SETTINGS_NAME = f"{WORK_FOLDER}/settings.json"
 
@@ -134,13 +135,8 @@ def explained(place: Place, folder: Path | Place) -> Iterator[None]:
 
 
 def _require_same(place: Place, wanted: Mapping[str, Any], there: Mapping[str, Any]) -> None:
-    wanted = json.loads(json_bytes(wanted))
-    differing = sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
-    if differing:
-        pairs = ", ".join(
-            f"{name}: {there.get(name)!r} there, {wanted.get(name)!r} asked" for name in differing
-        )
+    if differing := difference(there, wanted):
         raise ValueError(
-            f"{place} was begun with other settings or another input ({pairs}); a folder holds one data set:"
+            f"{place} was begun with other settings or another input ({differing}); a folder holds one data set:"
             " choose another --out, or remove that folder"
         )

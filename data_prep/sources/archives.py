@@ -1,7 +1,7 @@
 """Where does every image of ImageNet-22k lie? An index pass over tars of synset tars, in parallel, kept as parquet.
 
 Three layouts: one whole tar whose members are `nXXXXXXXX.tar` (fall11_whole.tar), a folder of such tars, or a folder
-of both (winter21, unpacked once with gunzip). Only headers are read; an interrupted pass continues after its last
+of both (winter21, unpacked once). Only headers are read; an interrupted pass continues after its last
 finished chunk of tars.
 """
 
@@ -144,7 +144,7 @@ def _inside(path: str, file: io.BufferedIOBase, damaged: list[str]) -> Iterator[
                     yield SynsetTar(name.removesuffix(TAR), path, member.offset, member.num_bytes)
         except BadTar as error:
             if not is_tar:
-                raise ValueError(f"{path}: {error}; copy it again, or unpack it with gunzip") from error
+                raise ValueError(f"{path}: {error}; pass a plain tar, or copy a broken one again") from error
             damaged.append(f"{path}: {error}")
 
 
