@@ -43,9 +43,9 @@ class Normalise:
     """How a list of addresses is made, whatever its source."""
 
     seed: int = 0  # of the order
-    rows_per_part: int = 1_000_000
+    rows_per_part: int = 1_000_000  # of a parquet file of the finished list
     metadata_memory: str = "4GiB"  # at most, for the whole step
-    metadata_threads: int = 2
+    metadata_threads: int = 2  # of the database that judges and sorts the list
     keep_empty: bool = False  # rows without a caption stay
     block_urls: tuple[str, ...] = ()  # files of addresses never to download, one a line
     block_hashes: tuple[str, ...] = ()  # files of sha256 or md5 of images never to keep, one a line

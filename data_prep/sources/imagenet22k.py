@@ -46,18 +46,16 @@ class ImageNet22k:
     source: Annotated[tuple[str, ...], tyro.conf.arg(name="from")]  # whole tars, or folders of synset tars
     scratch: Scratch
     classes: str = SWIN  # table that numbers the classes; images of other synsets are left out, and counted
-    maps: tuple[
-        str, ...
-    ] = ()  # ILSVRC2011fall_whole_map_train.txt [and _val.txt] instead: numbers and splits
+    # ILSVRC2011fall_whole_map_train.txt [and _val.txt], which give numbers and splits instead
+    maps: tuple[str, ...] = ()
     allow_missing: bool = False  # synsets of the classes, or of the maps, may have no image in the archives
     min_images: int = 0  # classes with fewer images have no samples (21k-P: 501)
     val_per_class: int = 0  # images of a class that go to val
     prompts: tuple[str, ...] = ()  # captions of a class: {} becomes "a paper plane" for paper_plane
     seed: int = 0  # of the order, and of the choice for val
-    index_processes: int = 2
-    max_damaged: int = (
-        0  # archives that may be cut off or damaged; the images that they have lost are left out
-    )
+    index_processes: int = 2  # that list the archives
+    # archives that may be cut off or damaged; the images that they have lost are left out
+    max_damaged: int = 0
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

@@ -56,15 +56,14 @@ class Laion:
 
     source: Annotated[tuple[str, ...], tyro.conf.arg(name="from")]  # parquet files, folders of them, patterns
     scratch: Scratch
-    name: str = "laion400m"
+    name: str = "laion400m"  # of the data set, such as laion2b for another list
     min_similarity: float = 0.0  # of image and text, in [-1, 1]; 0 = all
-    refuse_nsfw: tuple[str, ...] = (
-        "NSFW",
-    )  # values of that column that are left out, UNTAGGED may be among them
+    # values of the column nsfw that are left out: UNLIKELY, UNSURE, NSFW, or UNTAGGED for none of them
+    refuse_nsfw: tuple[str, ...] = ("NSFW",)
     max_punsafe: float = 1.0  # probability of being unsafe; 1 = all
     max_pwatermark: float = 1.0  # probability of a watermark; 1 = all
     min_width: int = 0  # pixels, as the list says
-    min_height: int = 0
+    min_height: int = 0  # pixels, as the list says
     rows: Normalise = field(default_factory=Normalise)
     download: Download = field(default_factory=Download)
 

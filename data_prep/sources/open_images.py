@@ -53,9 +53,9 @@ class OpenImages:
     labels: tuple[str, ...]  # CSVs of image-level labels, human or machine
     names: str  # class-descriptions.csv
     scratch: Scratch
-    images: Literal["bucket", "original"] = "bucket"
-    bucket: str = BUCKET
-    split: str = "train"
+    images: Literal["bucket", "original"] = "bucket"  # from the bucket, or from Flickr with the published MD5
+    bucket: str = BUCKET  # where <subset>/<id>.jpg lies
+    split: str = "train"  # name of the split in the manifest; the images of all subsets in the list are taken
     rows: Normalise = field(default_factory=Normalise)
     download: Download = field(default_factory=Download)
 

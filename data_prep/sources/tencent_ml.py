@@ -56,10 +56,9 @@ class TencentMl:
     urls: tuple[str, ...] = ()  # train_urls_from_openimages.txt [and val_...]
     image_ids: tuple[str, ...] = ()  # train_image_id_from_imagenet.txt [and val_...]
     archives: tuple[str, ...] = ()  # of ImageNet-22k: whole tars, or folders of synset tars
-    index_processes: int = 2
-    max_damaged: int = (
-        0  # archives that may be cut off or damaged; the images that they have lost are left out
-    )
+    index_processes: int = 2  # that list the archives
+    # archives that may be cut off or damaged; the images that they have lost are left out
+    max_damaged: int = 0
     rows: Normalise = field(default_factory=Normalise)
     download: Download = field(default_factory=Download)
 

@@ -71,6 +71,7 @@ class Yfcc15m:
     source: Annotated[str, tyro.conf.arg(name="from")]  # yfcc100m_subset_data.tsv.bz2
     texts: tuple[str, ...]  # yfcc100m_dataset.sql, or the files of the TSV
     scratch: Scratch
+    # which text is the caption: joined is "Title. Description", separate both as two captions
     captions: Literal["joined", "title", "description", "separate"] = "joined"
     images: str = BUCKET  # where data/images/abc/def/abcdef.jpg lies
     rows: Normalise = field(default_factory=Normalise)

@@ -293,7 +293,7 @@ def test_inputs_behind_urls_are_copied_and_named_by_pattern(tmp_path):
     (tmp_path / "lists" / "en").mkdir(parents=True)
     (tmp_path / "x.parquet").rename(tmp_path / "lists" / "en" / "x.parquet")
     assert expanded([str(tmp_path / "lists")], "parts") == (str(tmp_path / "lists" / "en" / "x.parquet"),)
-    with pytest.raises(FileNotFoundError, match="names no file"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist, or matches no file"):
         expanded([str(tmp_path / "nowhere")], "parts")
 
 
