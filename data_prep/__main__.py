@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Union
 
@@ -29,7 +29,7 @@ from data_prep.sources.imagenet22k import ImageNet22k
 from data_prep.sources.laion400m import Laion
 from data_prep.sources.open_images import OpenImages
 from data_prep.sources.scenes import Scenes
-from data_prep.sources.scratch import require_on_disk
+from data_prep.sources.scratch import on_disk
 from data_prep.sources.tencent_ml import TencentMl
 from data_prep.sources.yfcc15m import Yfcc15m
 
@@ -106,9 +106,9 @@ class Build:
 
 
 def _collections(source: Source) -> list[Collection]:
-    if (scratch := getattr(source, "scratch", None)) is not None:
-        require_on_disk(scratch)
-    return source.collections()
+    scratch = getattr(source, "scratch", None)
+    with on_disk(scratch) if scratch is not None else nullcontext():
+        return source.collections()
 
 
 REPAIRERS = {"mirror": Mirror, **SOURCES}  # where good shards come from

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from data_prep.output import FULL, NO_SPACE
 
 Scratch = Annotated[
     Path,
@@ -18,10 +22,24 @@ Scratch = Annotated[
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # as pathlib spells it, with one slash
 
 
-def require_on_disk(scratch: Path) -> None:
-    """ValueError for a URL: databases and downloads need files that can be locked and read anywhere."""
+@contextmanager
+def on_disk(scratch: Path) -> Iterator[None]:
+    """What is written in the block fits on the disk of `scratch`, or OSError says that this one is full.
+
+    Raises ValueError for a URL: databases and downloads need files that can be locked and read anywhere.
+    """
     if _URL.match(str(scratch)):
         raise ValueError(
             f"scratch={str(scratch)!r} is a URL, databases and downloads need a folder on disk: pass --scratch"
             " scratch/NAME; --out and the inputs may be URLs"
         )
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL or str(error.strerror).startswith(NO_SPACE):
+            raise
+        raise OSError(
+            error.errno,
+            f"{NO_SPACE} {scratch}, where lists and indices are kept: free some space, or move that folder to a"
+            " larger disk, and run the same command again",
+        ) from error
