@@ -55,7 +55,7 @@ class Build:
     source: Source
     out: str  # folder or URL (s3://bucket/folder) of the data set, or of one data set a split
     options: Options
-    # say how many shards, bytes and hours it takes; nothing is written but what a source keeps in its --scratch
+    # say how many shards, bytes and hours it takes; nothing is written but what a source keeps in its scratch folder
     dry_run: bool = False
 
     def run(self) -> None:

@@ -16,8 +16,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.__main__ import SOURCES
 from data_prep.sources.yfcc15m import FIELDS, TABLE, photo_hash
 from tests.data_prep.sources.archive import tar_of
+from tests.data_prep.sources.built import LOOPBACK, run
 from tests.data_prep.sources.conftest import Server, picture
 
 HERE = "{in}"  # in an argument: the folder or URL of the miniature
@@ -173,3 +175,26 @@ MINIATURES: dict[str, Callable[[Path, Server], Miniature]] = {
     "tencent_ml": tencent_ml,
     "open_images": open_images,
 }
+
+
+def built_all(above: Path, server: Server) -> dict[str, Miniature]:
+    """Every miniature, written into above / "in" / its name and built into above / "disk" / its name."""
+    made = {}
+    for name, write in MINIATURES.items():
+        folder = above / "in" / name
+        folder.mkdir(parents=True)
+        made[name] = write(folder, server)
+        built_from(name, made[name], str(folder), above / "scratch" / name, str(above / "disk" / name))
+    return made
+
+
+def built_from(name: str, miniature: Miniature, place: str, scratch: Path, out: str) -> None:
+    """By the command that a user types, in shards of three; inputs lie at `place`."""
+    command = [*miniature.arguments(place), "--out", out, "--vocab-size", "64"]
+    if miniature.is_downloaded:
+        command += [*LOOPBACK, "--raw-shard-size", "3"]
+    else:
+        command += ["--shard-size", "3"]
+    if "scratch" in SOURCES[name].__dataclass_fields__:
+        command += ["--scratch", str(scratch)]
+    assert run(*command) == 0

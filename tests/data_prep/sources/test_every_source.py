@@ -25,9 +25,8 @@ from pretrain.objectives import OBJECTIVES
 from tests.data.delivered import batches
 from tests.data.sets import small_run
 from tests.data_prep.rclone import BUCKET, rclone_server
-from tests.data_prep.sources.built import LOOPBACK, run
 from tests.data_prep.sources.conftest import Server
-from tests.data_prep.sources.published import MINIATURES, Miniature
+from tests.data_prep.sources.published import MINIATURES, Miniature, built_all, built_from
 
 SUPERVISION = {  # what the loader is asked to take from a source, and from which of its splits
     "scenes": ("category", "train"),
@@ -39,18 +38,6 @@ SUPERVISION = {  # what the loader is asked to take from a source, and from whic
     "tencent_ml": ("tags", "train-openimages"),
     "open_images": ("tags", "."),
 }
-
-
-def _build(name: str, miniature: Miniature, place: str, scratch: Path, out: str) -> None:
-    """By the command that a user types, in shards of three; inputs lie at `place`."""
-    command = [*miniature.arguments(place), "--out", out, "--vocab-size", "64"]
-    if miniature.is_downloaded:
-        command += [*LOOPBACK, "--raw-shard-size", "3"]
-    else:
-        command += ["--shard-size", "3"]
-    if "scratch" in SOURCES[name].__dataclass_fields__:
-        command += ["--scratch", str(scratch)]
-    assert run(*command) == 0
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -65,13 +52,7 @@ def above(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def on_disk(above: Path, server: Server) -> dict[str, Miniature]:
     """Every source, built into above / "disk" / its name."""
-    made = {}
-    for name, write in MINIATURES.items():
-        folder = above / "in" / name
-        folder.mkdir(parents=True)
-        made[name] = write(folder, server)
-        _build(name, made[name], str(folder), above / "scratch" / name, str(above / "disk" / name))
-    return made
+    return built_all(above, server)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +87,7 @@ def test_inputs_and_output_on_s3_give_the_bytes_of_a_build_on_disk(on_disk, abov
     place = place_of(f"s3://{BUCKET}/in/{name}")
     for path in (path for path in (above / "in" / name).rglob("*") if path.is_file()):
         place.put(str(path.relative_to(above / "in" / name)), path)
-    _build(name, on_disk[name], str(place), above / "scratch-s3" / name, f"s3://{BUCKET}/out/{name}")
+    built_from(name, on_disk[name], str(place), above / "scratch-s3" / name, f"s3://{BUCKET}/out/{name}")
     there = _files(bucket / "out" / name)
     assert there == _files(above / "disk" / name)
     assert len([file for file in there if file.endswith("manifest.json")]) == len(on_disk[name].splits)
