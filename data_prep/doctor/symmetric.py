@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 
 from data_prep.doctor.members import read_sample
 from data_prep.doctor.near import Index, index_of, look_up
-from data_prep.doctor.perceptual import grey_of, hash_of, is_textured, whole_cuts
+from data_prep.doctor.perceptual import TEXTURED, grey_of, hash_of, whole_cuts
 from data_prep.pixels import HASH_SIDE
 from data_prep.places import Place
 
@@ -71,7 +71,8 @@ def find_symmetric(
     """
     if not known.views:
         return {}
-    even, textured = hashes & EVEN, np.flatnonzero(is_textured(hashes))
+    even = hashes & EVEN
+    textured = np.flatnonzero(np.bitwise_count(even) >= TEXTURED // 2)
     samples, values = look_up(known.index, even[textured])
     found: dict[int, tuple[int, int]] = {}
     for sample, value in zip(textured[samples].tolist(), values.tolist(), strict=True):
