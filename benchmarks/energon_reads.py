@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.loader_peers import environment, prepare_for_energon  # noqa: E402
 from benchmarks.record import keep  # noqa: E402
-from data_prep.schema import Manifest, index_path  # noqa: E402
+from data_prep.index import index_path  # noqa: E402
+from data_prep.schema import Manifest  # noqa: E402
 from tests.data_prep.sources.conftest import served  # noqa: E402
 from tests.data_prep.sources.published import built_all  # noqa: E402
 
