@@ -18,7 +18,7 @@ from pathlib import Path
 from data_prep.claim import WORK_FOLDER, Require, agree, claimed
 from data_prep.engines import ENGINES
 from data_prep.output import begin, clean, explained, is_complete, remove_work, require_space
-from data_prep.places import Place, place_of
+from data_prep.places import Place, is_url, place_of
 from data_prep.plan import WHOLE, Part, part_of, settings_of, shard_ranges
 from data_prep.progress import shard_progress
 from data_prep.samples import Collection, release
@@ -60,6 +60,8 @@ class Options:
             raise ValueError(f"engine={self.engine!r} is unknown; choose from {sorted(ENGINES)}")
         if self.limit < 0:
             raise ValueError(f"limit={self.limit} must not be negative: pass --limit 1000, or 0 for all")
+        if is_url(self.work):
+            raise ValueError(f"work={self.work!r} is a URL, shards are made on a disk: pass --work FOLDER")
         if self.part:
             part_of(self.part)
 

@@ -65,10 +65,11 @@ def is_complete(place: Place, settings: Mapping[str, Any]) -> bool:
 def begin(place: Place, settings: Mapping[str, Any]) -> None:
     """Make the place ours by writing the settings down, or say why it cannot be."""
     if not place.exists(SETTINGS_NAME):
-        if place.local is not None and place.local.exists() and not place.local.is_dir():
-            raise NotADirectoryError(
-                f"{place} is a file, a build needs an empty folder: choose another --out"
-            )
+        for above in (place.local, *place.local.parents) if place.local is not None else ():
+            if above.is_file():
+                raise NotADirectoryError(
+                    f"{above} is a file, a build needs an empty folder: choose another --out"
+                )
         foreign = sorted({*place.names(), *place.folders()} - {WORK_FOLDER})
         if foreign:
             raise FileExistsError(

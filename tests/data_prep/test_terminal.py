@@ -128,6 +128,7 @@ def test_every_option_says_what_it_is_for(command, capsys):
     ("words", "message"),
     [
         (["scenes", "--count", "0"], "count=0 must be at least 1 scene"),
+        (["scenes", "--work", "s3://bucket/w"], "work='s3://bucket/w' is a URL, shards are made on a disk"),
         (["scenes", "--shard-size", "9999999"], "shard_size=9999999 must lie in [1, 100000]"),
         (
             ["cc12m", "--from", "x", "--scratch", "y", "--metadata-memory", "3"],
@@ -151,6 +152,7 @@ def test_a_bad_value_is_told_without_names_of_our_own(words, message, tmp_path, 
             ["cc12m", "--from", "x.parquet"],
             "x.parquet is a parquet file, a text with the columns ['url', 'caption']",
         ),
+        (["scenes", "--count", "8", "--out", "x.tsv"], "x.tsv is a file, a build needs an empty folder"),
         (["laion400m", "--from", "here"], "here is a folder without .parquet files: pass the parquet parts"),
         (
             ["laion400m", "--from", "x.tsv"],
@@ -171,8 +173,9 @@ def test_a_wrong_input_is_told_as_what_it_is(words, message, tmp_path, capsys, m
     (tmp_path / "x.parquet").write_bytes(b"PAR1" + bytes(200))
     (tmp_path / "x.tsv").write_text("http://example.com/\tcaption\n")
     (tmp_path / "x.tar.bz2").write_bytes(bz2.compress(bytes(1024)))
-    scratch = [] if "--scratch" in words or words[0] == "folder" else ["--scratch", "s"]
-    assert main(["build", *words, *scratch, "--out", "out"]) == 1
+    scratch = [] if "--scratch" in words or words[0] in ("folder", "scenes") else ["--scratch", "s"]
+    out = [] if "--out" in words else ["--out", "out"]
+    assert main(["build", *words, *scratch, *out]) == 1
     assert message in capsys.readouterr().err
 
 
