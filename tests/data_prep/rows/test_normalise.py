@@ -250,7 +250,7 @@ def test_other_settings_another_input_and_changed_parts_are_refused(tmp_path):
     rows = [(f"http://a.example.com/{n}", "c", None) for n in range(50)]
     inputs = [_scored(tmp_path / "list.parquet", rows)]
     made = _made(tmp_path / "rows", inputs)
-    with pytest.raises(ValueError, match="other settings or inputs \\(seed\\)"):
+    with pytest.raises(ValueError, match="other settings or inputs \\(seed: 0 there, 5 asked\\)"):
         _made(tmp_path / "rows", inputs, Normalise(seed=5))
     _scored(tmp_path / "list.parquet", rows[1:])
     with pytest.raises(ValueError, match="\\(inputs\\)"):
@@ -310,7 +310,7 @@ def test_a_finished_list_copies_and_hashes_an_input_only_when_its_size_or_time_d
         "data_prep.rows.normalise.fetched", lambda path, work: read.append(path) or fetched(path, work)
     )
     assert _made(tmp_path / "rows", inputs) == rows and not read
-    with pytest.raises(ValueError, match="\\(seed\\)"):
+    with pytest.raises(ValueError, match="\\(seed: 0 there, 5 asked\\)"):
         _made(tmp_path / "rows", inputs, Normalise(seed=5))
     assert not read
     os.utime(tmp_path / "x.parquet", ns=(1, 1))  # the same content
