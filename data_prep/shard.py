@@ -18,15 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.claim import WORK_FOLDER, Require, unclaimed
+from data_prep.index import index_bytes
 from data_prep.places import TEMPORARY, Entry, Place, place_of
 from data_prep.samples import Dropped, Made, Sample, members, release
-from data_prep.schema import (
-    IMAGE_EXTENSIONS,
-    KEY_PATTERN,
-    TAR_BLOCK,
-    Shard,
-    index_bytes,
-)
+from data_prep.schema import IMAGE_EXTENSIONS, KEY_PATTERN, TAR_BLOCK, Shard
 from data_prep.tar_header import tar_header
 
 MARKERS_AT_ONCE = 16  # requests that a store answers meanwhile

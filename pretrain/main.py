@@ -134,14 +134,14 @@ def check_guide(run: Run, folder: Path | None) -> None:
         raise FileNotFoundError(f"--guide {folder} is no folder: name that of a frozen encoder")
 
 
-def override(run: Run, arguments: list[str]) -> Run:
+def override(run: Run, arguments: list[str], program: str = "pretrain/main.py") -> Run:
     """`run` with the fields that the command line names; ValueError, or SystemExit after tyro has told it."""
     import tyro
 
     check_numbers(run, arguments)
     return tyro.cli(
         Run,
-        prog="pretrain/main.py ...",
+        prog=f"{program} ...",
         description="Fields of the recipe that the command line may override.",
         default=run,
         args=arguments,
@@ -179,14 +179,14 @@ def show_help(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     override(run, ["--help"])
 
 
-def match_sources(run: Run, pairs: list[str]) -> dict[str, Place]:
+def match_sources(run: Run, pairs: list[str], option: str = "--data") -> dict[str, Place]:
     """NAME=DIR or NAME=URL of the command line by name; ValueError unless the names are those of the recipe's
     sources, and as `named_places`.
     """
-    folders = named_places("--data", pairs)
+    folders = named_places(option, pairs)
     if folders.keys() != run.data.keys():
         raise ValueError(
-            f"--data names {sorted(folders)}, but recipe {run.name} has the sources {sorted(run.data)}: "
+            f"{option} names {sorted(folders)}, but recipe {run.name} has the sources {sorted(run.data)}: "
             "give NAME=DIR once for each of them"
         )
     return folders

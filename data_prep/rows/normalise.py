@@ -30,6 +30,7 @@ from data_prep.rows.inputs import Input, Staged, fetched, identity, staged, stam
 from data_prep.rows.judge import Rules, add_functions, judge, session
 from data_prep.rows.parts import write_rows
 from data_prep.schema import write_atomic
+from data_prep.settings import difference
 
 VERSION = 1  # raise it when the same input gives other rows
 WORK_FOLDER = ".work"  # inside the folder of a list while it is being made
@@ -44,9 +45,9 @@ class Normalise:
     """How a list of addresses is made, whatever its source."""
 
     seed: int = 0  # of the order
-    rows_per_part: int = 1_000_000
+    rows_per_part: int = 1_000_000  # of a parquet file of the finished list
     metadata_memory: str = "4GiB"  # at most, for the whole step
-    metadata_threads: int = 2
+    metadata_threads: int = 2  # of the database that judges and sorts the list
     keep_empty: bool = False  # rows without a caption stay
     block_urls: tuple[str, ...] = ()  # files of addresses never to download, one a line
     block_hashes: tuple[str, ...] = ()  # files of sha256 or md5 of images never to keep, one a line
@@ -239,10 +240,9 @@ def _files(inputs: Sequence[Input], sides: Mapping[str, Sequence[Input]], option
 
 
 def _require_same(folder: Path, wanted: Mapping[str, Any], there: Mapping[str, Any]) -> None:
-    differing = sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
-    if differing:
+    if differing := difference(there, wanted):
         raise ValueError(
-            f"{folder} was begun with other settings or inputs ({', '.join(differing)}); a folder holds one list:"
+            f"{folder} was begun with other settings or inputs ({differing}); a folder holds one list:"
             " choose another --scratch, or remove that folder"
         )
 

@@ -251,14 +251,17 @@ def test_rows_of_one_address_in_different_batches_are_duplicates(tmp_path, monke
     scored = [(f"http://a.example.com/{n % 2}", f"caption {n}", n / 5000) for n in range(5000)]
     rows = _made(tmp_path / "rows", [_scored(tmp_path / "x.parquet", scored)])
     assert rows.num_rows == 2 and rows.rejects == {"duplicate_url": 4998}
-    assert {row["caption"] for row in _rows(rows)} == {"caption 4998", "caption 4999"}  # the most similar ones
+    assert {row["caption"] for row in _rows(rows)} == {
+        "caption 4998",
+        "caption 4999",
+    }  # the most similar ones
 
 
 def test_other_settings_another_input_and_changed_parts_are_refused(tmp_path):
     rows = [(f"http://a.example.com/{n}", "c", None) for n in range(50)]
     inputs = [_scored(tmp_path / "list.parquet", rows)]
     made = _made(tmp_path / "rows", inputs)
-    with pytest.raises(ValueError, match="other settings or inputs \\(seed\\)"):
+    with pytest.raises(ValueError, match="other settings or inputs \\(seed: 0 there, 5 asked\\)"):
         _made(tmp_path / "rows", inputs, Normalise(seed=5))
     _scored(tmp_path / "list.parquet", rows[1:])
     with pytest.raises(ValueError, match="\\(inputs\\)"):
@@ -301,7 +304,7 @@ def test_inputs_behind_urls_are_copied_and_named_by_pattern(tmp_path):
     (tmp_path / "lists" / "en").mkdir(parents=True)
     (tmp_path / "x.parquet").rename(tmp_path / "lists" / "en" / "x.parquet")
     assert expanded([str(tmp_path / "lists")], "parts") == (str(tmp_path / "lists" / "en" / "x.parquet"),)
-    with pytest.raises(FileNotFoundError, match="names no file"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist, or matches no file"):
         expanded([str(tmp_path / "nowhere")], "parts")
 
 
@@ -318,7 +321,7 @@ def test_a_finished_list_copies_and_hashes_an_input_only_when_its_size_or_time_d
         "data_prep.rows.normalise.fetched", lambda path, work: read.append(path) or fetched(path, work)
     )
     assert _made(tmp_path / "rows", inputs) == rows and not read
-    with pytest.raises(ValueError, match="\\(seed\\)"):
+    with pytest.raises(ValueError, match="\\(seed: 0 there, 5 asked\\)"):
         _made(tmp_path / "rows", inputs, Normalise(seed=5))
     assert not read
     os.utime(tmp_path / "x.parquet", ns=(1, 1))  # the same content
