@@ -251,10 +251,7 @@ def test_rows_of_one_address_in_different_batches_are_duplicates(tmp_path, monke
     scored = [(f"http://a.example.com/{n % 2}", f"caption {n}", n / 5000) for n in range(5000)]
     rows = _made(tmp_path / "rows", [_scored(tmp_path / "x.parquet", scored)])
     assert rows.num_rows == 2 and rows.rejects == {"duplicate_url": 4998}
-    assert {row["caption"] for row in _rows(rows)} == {
-        "caption 4998",
-        "caption 4999",
-    }  # the most similar ones
+    assert {row["caption"] for row in _rows(rows)} == {"caption 4998", "caption 4999"}  # the most similar
 
 
 def test_other_settings_another_input_and_changed_parts_are_refused(tmp_path):
