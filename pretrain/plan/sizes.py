@@ -26,6 +26,7 @@ class Sizes:
 
     towers: tuple[int, ...]  # what the teacher averages as well
     decoder: tuple[int, ...]  # of patches, by the transformer, which every decoded target calls
+    geometry: tuple[int, ...]  # those of the decoder whose input has no gradient
     rest: tuple[int, ...]  # linear decoders, predictor, temperature, mask
     taught: tuple[int, ...]  # of the towers, what a teacher's forward pass reads
     largest_unit: int  # elements that ZeRO-3 gathers at once: a block, or the largest parameter
@@ -53,12 +54,14 @@ def sizes_of(run: Run, facts: DataFacts) -> Sizes:
         model = Pretrainer(run, facts)
     kinds = {target.kind for target in model.targets.values() if target.encoder == "ema"}
     read = {"encoder"}.union(*(READ[kind] for kind in kinds)) if kinds else set()
-    parts: dict[str, list[int]] = {"student": [], "decoder": [], "rest": [], "taught": []}
+    parts: dict[str, list[int]] = {"student": [], "decoder": [], "geometry": [], "rest": [], "taught": []}
     for name, parameter in model.named_parameters():
         part, inside, *_ = *name.split("."), ""
         parts[part if part in ("student", "decoder") else "rest"].append(parameter.numel())
         if part == "student" and inside in read:
             parts["taught"].append(parameter.numel())
+        if part == "decoder" and inside == "relative":
+            parts["geometry"].append(parameter.numel())
     units = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, GATHER_UNITS)]
     largest = max(units + [p.numel() for p in model.parameters()])
     return Sizes(*(tuple(part) for part in parts.values()), largest)

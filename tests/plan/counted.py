@@ -111,15 +111,20 @@ def largest(arguments: Any) -> int:
     return max((sum(t.numel() * t.element_size() for t in side) for side in sides), default=0)
 
 
-def at_rest() -> int:
-    """Bytes of all storages that Python knows tensors of."""
+def existing() -> dict[int, Tensor]:
+    """A tensor of every storage that Python knows tensors of."""
     gc.collect()
-    found: dict[int, int] = {}
+    found: dict[int, Tensor] = {}
     for thing in gc.get_objects():
         with suppress(Exception):
             if isinstance(thing, Tensor):
-                found[thing.untyped_storage()._cdata] = thing.untyped_storage().nbytes()
-    return sum(found.values())
+                found[thing.untyped_storage()._cdata] = thing
+    return found
+
+
+def at_rest() -> int:
+    """Bytes of all these storages."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in existing().values())
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -144,7 +149,10 @@ def main(folder: Path, names: list[str]) -> None:
         for _ in range(2):  # ZeRO-3 learns the order of modules
             engine.step(batch)
         rest = at_rest() - before
-        with Counter() as counter:
+        counter = Counter()
+        for tensor in existing().values():
+            counter.know(tensor, counts=False)
+        with counter:
             engine.step(batch)
         results[name] = {
             "at_rest": rest,
