@@ -45,6 +45,7 @@ STEPS, SAVE_EVERY = 9, 3
 KILLS = 20
 LONGEST = 60.0  # seconds of a start; a start that takes longer is a failure of the drill
 PACKAGE = str(ROOT / "pretrain")
+SAVING = str(ROOT / "pretrain" / "checkpoint")  # of it
 
 
 class End(TypedDict):
@@ -176,15 +177,15 @@ def _wait(processes: list[int], deadline: float, grace: float) -> list[int]:
     return [codes[process] for process in processes]
 
 
-def kill_at_call(number: int) -> Fault:
-    """SIGKILL at the so-manieth call of a function of ours after the first batch, in whatever thread."""
+def kill_at_call(number: int, where: str) -> Fault:
+    """SIGKILL at the so-manieth call of a function in files that begin so, after the first batch, in any thread."""
 
     def install() -> None:
         count = 0
 
         def profile(frame: FrameType, event: str, argument: object) -> None:
             nonlocal count
-            if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            if event == "call" and frame.f_code.co_filename.startswith(where):
                 count += 1
                 if count == number:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -195,15 +196,14 @@ def kill_at_call(number: int) -> Fault:
 
 
 def count_calls(path: Path) -> Fault:
-    """Leaves the number of calls that `kill_at_call` may choose from in a file, when the run has ended."""
+    """Leaves the numbers of calls that `kill_at_call` may choose from in a file, when the run has ended."""
 
     def install() -> None:
-        count = 0
+        counts = dict.fromkeys((PACKAGE, SAVING), 0)
 
         def profile(frame: FrameType, event: str, argument: object) -> None:
-            nonlocal count
-            if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-                count += 1
+            for where in counts if event == "call" else ():
+                counts[where] += frame.f_code.co_filename.startswith(where)
 
         after_first_batch(lambda: sys.setprofile(profile))
         train = pretrain.train.train
@@ -211,7 +211,7 @@ def count_calls(path: Path) -> Fault:
         def counted(*arguments: Any) -> None:
             train(*arguments)
             sys.setprofile(None)
-            path.write_text(str(count))
+            path.write_text(json.dumps(counts))
 
         pretrain.train.train = counted
 
@@ -278,11 +278,11 @@ def signalled(number: int) -> Callable[[Batch], Batch]:
 
 
 def killed(drill: Drill) -> dict[str, Any]:
-    """SIGKILL of both ranks at random calls of ours, start after start, until a run ends; KILLS times in all.
+    """SIGKILL of both ranks at random calls of ours, every second time at one of a save; KILLS times in all.
 
-    The same number of calls is drawn in every start, so that some fall into a save; the last starts are not killed.
+    A run is started again until it ends, then another one begins; the last start of the last one is not killed.
     """
-    num_calls = int((drill.folder / "calls").read_text())
+    num_calls = json.loads((drill.folder / "calls").read_text())
     random, kills, during_a_save, names = Random(0), 0, 0, []
     problems = []
     while kills < KILLS:
@@ -290,8 +290,9 @@ def killed(drill: Drill) -> dict[str, Any]:
         names.append(name)
         before = -1
         while True:
-            number = random.randrange(1, num_calls // 2) if kills < KILLS else 0
-            fault = {0: kill_at_call(number)} if number else {}
+            where = SAVING if kills % 2 else PACKAGE
+            number = random.randrange(1, num_calls[where] // 2)
+            fault = {0: kill_at_call(number, where)} if kills < KILLS else {}
             end = drill.start(name, fault, grace=0)
             out = drill.folder / name
             folder = resume.newest_or_none(out) if steps_in(out) else None
