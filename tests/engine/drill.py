@@ -20,7 +20,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from types import FrameType
 from typing import Any, TypedDict
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -33,19 +32,27 @@ from pretrain.checkpoint import checkpoint_folder, checkpoints_of, load_teacher,
 from pretrain.checkpoint.stores import store_at  # noqa: E402
 from pretrain.config import Guard, Run  # noqa: E402
 from pretrain.data.batch import Batch  # noqa: E402
-from pretrain.data.loader import Loader  # noqa: E402
+from tests.engine.drill_faults import (  # noqa: E402
+    PACKAGE,
+    SAVING,
+    Fault,
+    both,
+    count_calls,
+    in_batch,
+    kill_at_call,
+    poison,
+    signalled,
+    without,
+)
 from tests.fakes import shrink  # noqa: E402
 
 main.quieten()
 
-import pretrain.replay  # noqa: E402
-import pretrain.train  # noqa: E402
 
 WORLD = 2
 STEPS, SAVE_EVERY = 9, 3
 KILLS = 20
 LONGEST = 60.0  # seconds of a start; a start that takes longer is a failure of the drill
-PACKAGE = str(ROOT / "pretrain")
 
 
 class End(TypedDict):
@@ -54,9 +61,6 @@ class End(TypedDict):
     codes: list[int]  # by rank; minus the signal for one that was killed
     output: str
     seconds: float
-
-
-Fault = Callable[[], None]  # installed in a rank before it trains
 
 
 def drill_run() -> Run:
@@ -177,113 +181,12 @@ def _wait(processes: list[int], deadline: float, grace: float) -> list[int]:
     return [codes[process] for process in processes]
 
 
-def kill_at_call(number: int) -> Fault:
-    """SIGKILL at the so-manieth call of a function of ours after the first batch, in whatever thread."""
-
-    def install() -> None:
-        count = 0
-
-        def profile(frame: FrameType, event: str, argument: object) -> None:
-            nonlocal count
-            if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-                count += 1
-                if count == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        after_first_batch(lambda: (threading.setprofile(profile), sys.setprofile(profile)))
-
-    return install
-
-
-def count_calls(path: Path) -> Fault:
-    """Leaves the number of calls that `kill_at_call` may choose from in a file, when the run has ended."""
-
-    def install() -> None:
-        count = 0
-
-        def profile(frame: FrameType, event: str, argument: object) -> None:
-            nonlocal count
-            if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-                count += 1
-
-        after_first_batch(lambda: sys.setprofile(profile))
-        train = pretrain.train.train
-
-        def counted(*arguments: Any) -> None:
-            train(*arguments)
-            sys.setprofile(None)
-            path.write_text(str(count))
-
-        pretrain.train.train = counted
-
-    return install
-
-
-def after_first_batch(work: Callable[[], object]) -> None:
-    """`work` is done when the rank gets its first batch."""
-    own, is_first = Loader.__next__, True
-
-    def following(loader: Loader) -> Batch:
-        nonlocal is_first
-        batch = own(loader)
-        if is_first:
-            is_first = False
-            work()
-        return batch
-
-    Loader.__next__ = following
-
-
-def in_batch(number: int, work: Callable[[Batch], Batch]) -> Fault:
-    """`work` is done to the batch of this number in the run's order, whenever the rank gets it."""
-
-    def install() -> None:
-        own = Loader.__next__
-
-        def changed(loader: Loader) -> Batch:
-            batch = own(loader)
-            return work(batch) if int(batch.position[0]) // loader._steps.run.batch == number else batch
-
-        Loader.__next__ = changed
-
-    return install
-
-
-def without(batches: set[int]) -> Fault:
-    """The run does without these batches from the beginning."""
-
-    def install() -> None:
-        own = resume.batches_left_out
-        resume.batches_left_out = lambda *arguments: own(*arguments) | batches
-
-    return install
-
-
-def both(*faults: Fault) -> Fault:
-    return lambda: [fault() for fault in faults] and None
-
-
-def poison(batch: Batch) -> Batch:
-    """A NaN where the decoder reads where the views lie."""
-    return dataclasses.replace(batch, boxes=torch.full_like(batch.boxes, torch.nan))
-
-
-def signalled(number: int) -> Callable[[Batch], Batch]:
-    """The rank sends itself a signal when it gets the batch."""
-
-    def send(batch: Batch) -> Batch:
-        os.kill(os.getpid(), number)
-        return batch
-
-    return send
-
-
 def killed(drill: Drill) -> dict[str, Any]:
-    """SIGKILL of both ranks at random calls of ours, start after start, until a run ends; KILLS times in all.
+    """SIGKILL of both ranks at random calls of ours, every second time at one of a save; KILLS times in all.
 
-    The same number of calls is drawn in every start, so that some fall into a save; the last starts are not killed.
+    A run is started again until it ends, then another one begins; the last start of the last one is not killed.
     """
-    num_calls = int((drill.folder / "calls").read_text())
+    num_calls = json.loads((drill.folder / "calls").read_text())
     random, kills, during_a_save, names = Random(0), 0, 0, []
     problems = []
     while kills < KILLS:
@@ -291,8 +194,9 @@ def killed(drill: Drill) -> dict[str, Any]:
         names.append(name)
         before = -1
         while True:
-            number = random.randrange(1, num_calls // 2) if kills < KILLS else 0
-            fault = {0: kill_at_call(number)} if number else {}
+            where = SAVING if kills % 2 else PACKAGE
+            number = random.randrange(1, num_calls[where] // 2)
+            fault = {0: kill_at_call(number, where)} if kills < KILLS else {}
             end = drill.start(name, fault, grace=0)
             out = drill.folder / name
             place = checkpoints_of(out)
