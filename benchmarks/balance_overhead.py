@@ -7,8 +7,8 @@ of the student without DeepSpeed, targets computed once. In turns: without any b
 encoder's output sees both gradients in one backward pass; and with image and label losses that go backward through
 the whole model one after the other, so that each side's gradient stands by itself. Medians of the rounds, of the
 slower rank. Two such medians cannot tell 0.5 % apart, so that the balance's own calls are timed inside the step too,
-with what ranks wait for one another in its all-reduce: their share is the claim. All three leave the same gradient.
-Writes benchmarks/results/balance_overhead.json.
+its all-reduce included, after the ranks have met, as they do where the gradient is reduced: their share is the claim.
+All three leave the same gradient. Writes benchmarks/results/balance_overhead.json.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class Student:
         sums = self.forward(self.timed(fork))
         times.append(time.perf_counter())
         (sums["image"] + sums["label"]).backward()
+        dist.barrier()  # where the gradient's own reduction would make the ranks wait for one another
         self.timed(self.tracker.advance)()
         times.append(time.perf_counter())
         self.tracker.observe = observe
