@@ -37,18 +37,19 @@ class Memory:
     activations: float
     working: float  # of the largest layer's backward pass, recomputed block, contrastive logits
     step: float  # of the optimizer's step alone: gradients in float32
+    resident: float = 0.0  # of gradients and buffers, what stays between steps
     host: float = 0.0  # of the rank's host, where the optimizer is offloaded
 
     @property
     def at_rest(self) -> float:
         """Between two steps."""
-        return self.weights + self.optimizer + self.teacher + self.average
+        return self.weights + self.optimizer + self.teacher + self.average + self.resident
 
     @property
     def peak(self) -> float:
         """The most on the device."""
-        backward = self.buffers + self.activations + self.working
-        return self.at_rest + self.gradients + max(backward, self.step)
+        backward = self.gradients + self.buffers + self.activations + self.working - self.resident
+        return self.at_rest + max(backward, self.step)
 
 
 def memory(
@@ -61,11 +62,13 @@ def memory(
     shares = sum(-(-n // ranks) for n in sizes.trained)
     bucket = min(setting["reduce_bucket_size"], trained) * wide
     optimizer = (MASTER + MOMENTS) * trained / ranks
+    averages = averaged / ranks if setting.stage == 3 else sizes.longest_share(ranks)
+    temporary = 0 if is_fused else MOMENTS  # of AdamW in single operations, as on the CPU
     common = {
-        "average": MASTER * averaged / ranks,
+        "average": MASTER * averages,
         "activations": activations(run, of_image, images, setting),
         "working": working(run, facts, of_image, images, setting, ranks),
-        "step": (MASTER + wide) * trained / ranks,
+        "step": (MASTER + wide + temporary) * trained / ranks,
         "optimizer": 0.0 if setting.is_offloaded else optimizer,
         "host": optimizer + MASTER * trained / ranks if setting.is_offloaded else 0.0,
     }
@@ -79,10 +82,12 @@ def memory(
             **common,
         )
     resident = sum(n for n in sizes.trained if n <= setting["stage3_param_persistence_threshold"])
+    gradients = 0.0 if setting.is_offloaded else shares * wide
     secondary = trained / setting.hpz if setting.hpz > 1 else 0
     return Memory(
         weights=(shares + resident + secondary) * wide,
-        gradients=0.0 if setting.is_offloaded else shares * wide,
+        gradients=gradients,
+        resident=gradients + bucket,
         teacher=sum(-(-n // ranks) for n in sizes.towers) * wide,
         buffers=bucket * (setting.num_buckets + 1) + live(sizes, setting, ranks) * wide,
         **common,

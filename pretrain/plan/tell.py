@@ -75,7 +75,11 @@ def shortest(planned: list[Planned]) -> list[Planned]:
 
 
 def _memory(best: Planned) -> str:
-    parts = [(f.name, getattr(best.memory, f.name)) for f in dataclasses.fields(best.memory)]
+    parts = [
+        (f.name, getattr(best.memory, f.name))
+        for f in dataclasses.fields(best.memory)
+        if f.name != "resident"
+    ]
     lines = [f"  {name:<12} {value / GIB:8.2f} GiB" for name, value in parts if value]
     lines.append(f"  {'peak':<12} {best.memory.peak / GIB:8.2f} GiB, room for {best.room / GIB:.2f} more")
     return "Memory of a GPU (host: of its rank; step: competes with activations, buffers and working):\n" + (

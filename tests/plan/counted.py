@@ -74,6 +74,9 @@ class Counter(TorchDispatchMode):
         self._known: set[int] = set()
 
     def know(self, tensor: Tensor, counts: bool = True) -> None:
+        """Follows a tensor's storage; `counts`: its bytes are new."""
+        if tensor.is_meta:
+            return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
@@ -117,7 +120,7 @@ def existing() -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     for thing in gc.get_objects():
         with suppress(Exception):
-            if isinstance(thing, Tensor):
+            if isinstance(thing, Tensor) and not thing.is_meta:
                 found[thing.untyped_storage()._cdata] = thing
     return found
 
