@@ -82,8 +82,14 @@ class Files:
             if found != target.numel():
                 raise ValueError(f"{self.store} holds {found} of {target.numel()} values of {name}")
         requests = [(file, group) for file, pieces in by_file.items() for group in _grouped(pieces)]
+        mode = torch.is_inference_mode_enabled()  # of this thread: tensors made in it may change in it alone
+
+        def read(request: tuple[str, list[Piece]]) -> None:
+            with torch.inference_mode(mode), torch.no_grad():
+                self._read(*request)
+
         with ThreadPoolExecutor(READERS) as readers:
-            list(readers.map(lambda request: self._read(*request), requests))
+            list(readers.map(read, requests))
 
     def _offset(self, file: str, name: str) -> int:
         if file not in self._offsets:
@@ -93,7 +99,6 @@ class Files:
             self._offsets[file] = {key: 8 + length + one["data_offsets"][0] for key, one in header.items()}
         return self._offsets[file][name]
 
-    @torch.no_grad()
     def _read(self, file: str, pieces: list[Piece]) -> None:
         begin = pieces[0].first
         content = self.store.read(file, begin, max(piece.end for piece in pieces))

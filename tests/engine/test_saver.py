@@ -270,3 +270,10 @@ def test_the_command_lists_verifies_and_makes_one_file(
     assert main(["verify", str(tmp_path)]) == 1
     assert "student/rank_00000.safetensors has changed since it was written" in capsys.readouterr().err
     assert main(["ls", str(tmp_path / "nowhere")]) == 1
+
+
+def test_weights_are_read_in_inference_mode_too(engine: Untrained, tmp_path: Path) -> None:
+    save_at(saver_of(engine, tmp_path), engine, 1)
+    with torch.inference_mode():
+        weights = checkpoint.load_teacher(tmp_path / "step_000001")
+    assert torch.equal(weights["out.weight"].flatten(), engine.average.state()["out.weight"])
