@@ -147,8 +147,14 @@ class Drill:
             tokenizer=None,
             guide=None,
             workers=0,
-            wandb=False,
+            checkpoints=None,
             timeout=timeout,
+            micro_batches=1,
+            wandb=False,
+            tensorboard=False,
+            price=None,
+            profile=None,
+            compile=False,
         )
 
     def curve(self, name: str) -> list[dict[str, Any]]:
