@@ -27,7 +27,7 @@ from pretrain.data.batch import Batch
 from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.export.formats import export
 from pretrain.export.trained import read_trained
-from pretrain.objectives import HVP, M3I, OBJECTIVES
+from pretrain.objectives import HVP, OBJECTIVES
 from pretrain.recipes import load
 from tests.engine.launch import start
 from tests.fakes import FACTS, random_batch, shrink
@@ -40,11 +40,11 @@ TOLERANCE = 2e-4  # float32 sums in another order
 # rate has to move every weight.
 QUIET, LOUD = 1e-6, 1e-3
 UNSEEN = ("key.bias", "k_bias")  # a softmax does not see what all keys share: no gradient but rounding
-# An ablation of M3I changes the other view or a number, which is the same code on every backbone.
-ABLATIONS = M3I.keys() - {"m3i", "m3i_without_mixing"}
-FAMILIES = {row: ("vit",) if row in ABLATIONS else ("vit", "internimage") for row in OBJECTIVES} | {
-    row: ("vit", "internimage", "swin") for row in HVP
-}
+# Ranks and ZeRO-3 meet a row's heads and losses, and a family's blocks: every row once, the methods on all families
+# (test_in_parts.py has every row on every family, in one process).
+ALTERNATING = {row: (("vit", "internimage")[index % 2],) for index, row in enumerate(OBJECTIVES)}
+FAMILIES = ALTERNATING | {row: ("vit", "internimage") for row in ("m3i", "mvp")}
+FAMILIES |= {row: (*ALTERNATING[row], "swin") for row in HVP} | {"hvp_mtl": ("vit", "internimage", "swin")}
 CASES = [(row, family) for row, families in FAMILIES.items() for family in families]
 FORMATS = {"vit": "timm", "internimage": "internimage", "swin": "timm"}
 
