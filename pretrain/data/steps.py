@@ -110,7 +110,7 @@ class Steps:
 
     def pick(self, position: int) -> Pick:
         """The sample that stands at a position."""
-        return self._order[position]
+        return self.order[position]
 
     def decoded_here(self) -> Steps:
         """The same steps, with nothing but the colours left to the device."""
