@@ -101,7 +101,9 @@ class TeacherAverage:
         for name, target in self._teacher_buffers.items():
             target.copy_(self.buffers.get(name, self._student_buffers[name]))
         if self._is_partitioned:
-            for parameter in self._teacher.values():  # of hpZ, whose groups DeepSpeed gives every module: an old copy
+            for (
+                parameter
+            ) in self._teacher.values():  # of hpZ, whose groups DeepSpeed gives every module: an old copy
                 parameter.ds_secondary_tensor = None
         copies = self._copies
         if copies.mine:

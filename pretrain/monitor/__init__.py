@@ -27,6 +27,6 @@ since the line before, the rest is of the step; a field that a run has nothing f
 """
 
 from pretrain.monitor.log import LOG
-from pretrain.monitor.monitor import Monitor, check_finite
+from pretrain.monitor.monitor import Monitor
 
-__all__ = ["LOG", "Monitor", "check_finite"]
+__all__ = ["LOG", "Monitor"]

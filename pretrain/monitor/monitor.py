@@ -7,7 +7,6 @@ ranks and the features of all targets measured, a collapse is told loudly, and a
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -110,7 +109,6 @@ class Monitor:
             self._steps = 0
             if self._first_rank:
                 self._write(record)
-            check_finite(record["nats"], engine.steps_done)
 
     def say(self, line: str) -> None:
         """One line on the console of rank 0, above the progress bar."""
@@ -178,16 +176,6 @@ class Monitor:
         self.say(alarm(collapses))
         for tracker in self._trackers:
             tracker.alert("Features collapsed", alarm(collapses))
-
-
-def check_finite(nats: dict[str, float], step: int) -> None:
-    """FloatingPointError that names the losses that are not finite."""
-    broken = {name: value for name, value in nats.items() if not math.isfinite(value)}
-    if broken:
-        raise FloatingPointError(
-            f"loss {broken} after step {step} must be finite; start again from the last checkpoint with a lower "
-            "optim.lr, with optim.clip, or with another --out from the beginning"
-        )
 
 
 def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:
