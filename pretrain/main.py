@@ -243,7 +243,7 @@ def start(run: Run, paths: argparse.Namespace) -> int:
         if str(error) and (isinstance(error, RankLost) or is_told_by_this_rank(error)):
             print(f"\n{'stopped' if isinstance(error, Preempted) else 'error'}: {error}", file=sys.stderr)
         return ENDS[type(error)]
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError) as error:
         if is_told_by_this_rank(error):
             print(f"\nerror: {explain(error, paths.out)}", file=sys.stderr)
         return FAILED

@@ -1,7 +1,7 @@
 """What is measured of every step, and told of some?
 
 Between two logged steps nothing is read from the device; at a logged step the losses are averaged over the
-ranks and the features of all targets measured, a collapse is told loudly, and a loss that is not finite ends the run.
+ranks and the features of all targets measured, and a collapse is told loudly.
 """
 
 from __future__ import annotations
@@ -93,10 +93,7 @@ class Monitor:
     def after_step(
         self, engine: Any, losses: Any, dropped: Mapping[str, int], captions: Mapping[str, int]
     ) -> None:
-        """Call after each `Engine.step` on all ranks with what it returned and the loader's counts so far.
-
-        FloatingPointError on all ranks when a loss is not finite at a logged step.
-        """
+        """Call after each accepted `Engine.step` on all ranks with what it gave and the loader's counts so far."""
         self._steps += 1
         if self._first_rank:
             self._bar.update()
