@@ -84,6 +84,7 @@ class Saver:
         """Returns when no save is under way; OSError on all ranks when the last one failed."""
         if self._thread is not None:
             self._thread.join()
+        dist.barrier()  # with the first rank goes the store through which the threads of the others still hear
         if self._problem is not None:
             raise OSError(self._problem)
 
