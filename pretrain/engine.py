@@ -10,7 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker
@@ -73,6 +73,9 @@ class Engine:
         self._optimizer = make_optimizer(model, run.optim)
         mark_gather_units(model)
         self._student, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=config)
+        # DeepSpeed remembers hpZ's group for the process: the teacher, too, would get second copies of its weights,
+        # which no update of the average reaches, and its forward pass would read those.
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         if self.stage < 3 and not self._student.optimizer.cpu_offload:
             look_once(self._student.optimizer)
         self.guard = StepGuard(run.guard)

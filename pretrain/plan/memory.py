@@ -2,9 +2,10 @@
 
 Weights, gradients and optimizer as DeepSpeed 0.19 lays them out: ZeRO-1 keeps whole gradients until the step,
 ZeRO-2 and 3 this rank's share, ZeRO-3 shares of the weights too; hpZ keeps a second copy of the weights, divided
-over a node. The teacher is whole in the model's precision under ZeRO-1 and 2, beside the buffer that exchanges it,
-and divided under ZeRO-3; its average is float32 shares everywhere. Two moments compete for the peak: the backward
-pass with all that waits for it, and the optimizer's step with its gradients in float32.
+over a node, from a step's forward pass to its end. The teacher is whole in the model's precision under ZeRO-1 and 2,
+beside the buffer that exchanges it, and divided under ZeRO-3; its average is float32 shares everywhere. Two moments
+compete for the peak: the backward pass with all that waits for it, and the optimizer's step with its gradients in
+float32.
 """
 
 from __future__ import annotations
@@ -85,11 +86,11 @@ def memory(
     gradients = 0.0 if setting.is_offloaded else shares * wide
     secondary = trained / setting.hpz if setting.hpz > 1 else 0
     return Memory(
-        weights=(shares + resident + secondary) * wide,
+        weights=(shares + resident) * wide,
         gradients=gradients,
         resident=gradients + bucket,
         teacher=sum(-(-n // ranks) for n in sizes.towers) * wide,
-        buffers=bucket * (setting.num_buckets + 1) + live(sizes, setting, ranks) * wide,
+        buffers=bucket * (setting.num_buckets + 1) + (live(sizes, setting, ranks) + secondary) * wide,
         **common,
     )
 
