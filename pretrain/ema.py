@@ -48,8 +48,8 @@ class TeacherAverage:
         self._owned = [s for s in self.slices if s.numel]
         self._stable_masters: list[Tensor] | None = None
         self._average = [master.clone() for master in self._masters()]
-        self._is_partitioned = hasattr(next(iter(self._teacher.values())), "ds_id")
-        self._copies = self._plan_partitioned() if self._is_partitioned else self._plan_whole()
+        is_partitioned = hasattr(next(iter(self._teacher.values())), "ds_id")
+        self._copies = self._plan_partitioned() if is_partitioned else self._plan_whole()
         self._publish()
 
     def _masters(self) -> list[Tensor]:
@@ -100,11 +100,6 @@ class TeacherAverage:
     def _publish(self) -> None:
         for name, target in self._teacher_buffers.items():
             target.copy_(self.buffers.get(name, self._student_buffers[name]))
-        if self._is_partitioned:
-            for (
-                parameter
-            ) in self._teacher.values():  # of hpZ, whose groups DeepSpeed gives every module: an old copy
-                parameter.ds_secondary_tensor = None
         copies = self._copies
         if copies.mine:
             torch._foreach_copy_(copies.mine, self._average)

@@ -50,12 +50,12 @@ def publish(partial: Path, folder: Path, digests: Digests) -> None:
     mark(partial, digests)
     for inner in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         flush(inner)
+    replaced = folder.with_name(f"{partial.name}.replaced")
     if folder.exists():
-        replaced = folder.with_name(f"{partial.name}.replaced")
         os.rename(folder, replaced)
-        shutil.rmtree(replaced)
     os.rename(partial, folder)
     flush(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def verify(folder: Path, *, hashes: bool) -> str | None:

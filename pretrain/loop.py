@@ -93,8 +93,11 @@ def _stop(job: Job, monitor: Monitor) -> None:
     step = job.engine.steps_done
     job.watchdog.at(step, "saves a checkpoint")
     where = "from there"
+    with suppress(OSError):  # of the save before, which `poll` tells
+        job.saver.finish()
     try:
-        job.saver.save(wait=True)
+        if job.saver.saved_step != step:
+            job.saver.save(wait=True)
     except OSError as error:  # the checkpoint before will do, and the machine is wanted
         where = f"from the last checkpoint, since this step could not be saved: {error}"
     _say_saved(job, monitor)
@@ -134,6 +137,7 @@ def _refused(job: Job, loader: Loader, monitor: Monitor, batch: Batch, losses: A
         warnings.warn(f"the evidence of a refused step could not be written: {error}", stacklevel=2)
     if len(engine.guard.refused_in_a_row) < job.run.guard.skips:
         return None
+    job.watchdog.at(verdict.step, "goes back to a checkpoint", times=FIRST)
     with suppress(OSError):  # of the last save, which `poll` tells: the one before it is there
         job.saver.finish()
     folder, line = go_back(engine.guard, job.journal, job.paths.kept, job.paths.out)

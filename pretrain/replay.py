@@ -41,7 +41,8 @@ def replay(bundle: Path) -> bool:
             f"{bundle} was written by {recorded['world']} ranks and these are {world_size()}: start as many"
         )
     config, _ = resolve_config(read_ds_config(paths.ds_config), run, device)
-    folder, left_out = checkpoint_before(paths.kept, recorded["step"]), set(recorded["left_out"])
+    left_out = set(recorded["left_out"])
+    folder = checkpoint_before(paths.kept, recorded["step"], left_out)
     guide = read_guide(run, paths.guide)
     tokenizer = tokenizer_folder(run, paths)
     with closing(
@@ -93,11 +94,13 @@ def read(bundle: Path) -> tuple[dict[str, Any], Run, Paths]:
     return recorded, run, Paths(data=data, out=bundle.resolve().parent.parent, **how, **places)
 
 
-def checkpoint_before(place: Place, step: int) -> Place:
-    """The newest whole checkpoint of a run that is not after `step`; ValueError without one."""
+def checkpoint_before(place: Place, step: int, left_out: set[int]) -> Place:
+    """The newest whole checkpoint of a run that is not after `step`, and left out no other batches; ValueError
+    without one.
+    """
     for earlier in sorted((one for one in steps_in(place) if one <= step), reverse=True):
         folder = folder_in(place, earlier)
-        if store_at(folder).problem(hashes=True) is None:
+        if store_at(folder).problem(hashes=True) is None and checkpoint.left_out(folder) <= left_out:
             return folder
     raise ValueError(
         f"no whole checkpoint of step {step} or before lies in {place}: the step cannot be run again"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 
-from pretrain.checkpoint.stores import store_at
+from pretrain.checkpoint.stores import STEP_NAME, store_at
 from pretrain.data.remote import Place
-
-_STEP_NAME = re.compile(r"step_(\d{6,})")
 
 
 def checkpoints_of(out: Path) -> Path:
@@ -29,19 +26,19 @@ def step_name(step: int) -> str:
 
 def is_step(place: Place) -> bool:
     """Whether a place is one checkpoint, by its name."""
-    return _STEP_NAME.fullmatch(str(place).rpartition("/")[2]) is not None
+    return STEP_NAME.fullmatch(str(place).rpartition("/")[2]) is not None
 
 
 def step_of(folder: Place) -> int:
     """Optimizer steps before a checkpoint was written, by its name."""
-    match = _STEP_NAME.fullmatch(str(folder).rpartition("/")[2])
+    match = STEP_NAME.fullmatch(str(folder).rpartition("/")[2])
     assert match, f"{folder} is no checkpoint"
     return int(match[1])
 
 
 def steps_in(place: Place) -> set[int]:
     """Steps of which a checkpoint lies in a place, whole or not."""
-    return {int(match[1]) for name in store_at(place).folders() if (match := _STEP_NAME.fullmatch(name))}
+    return {int(match[1]) for name in store_at(place).folders() if (match := STEP_NAME.fullmatch(name))}
 
 
 def folder_in(place: Place, step: int) -> Place:

@@ -30,7 +30,7 @@ def read_json(folder: Place, name: str) -> Any:
 
 def left_out(folder: Place) -> set[int]:
     """Numbers of the batches that a run had left out of its order when it was saved."""
-    return set(read_json(folder, "state.json")["guard"]["left_out"])
+    return set(read_json(folder, "state.json").get("guard", {}).get("left_out", ()))
 
 
 @torch.no_grad()

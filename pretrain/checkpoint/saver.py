@@ -50,6 +50,7 @@ class Saver:
         self._attempts = 0
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # of the last save that ended
+        self.saved_step: int | None = None  # of the newest checkpoint that this process wrote
         self._news: list[str] = []
 
     def save(self, wait: bool = False) -> None:
@@ -102,6 +103,7 @@ class Saver:
                 _tried(lambda: self._store.give_up(step_name(step), attempt))
             return
         self._news.append(f"saved {folder} in {time.monotonic() - begun:.1f} s beside training")
+        self.saved_step = step
         if rank() == 0 and (left := _tried(lambda: self._prune(step))["error"]):
             self._news.append(f"NOT DELETED: old checkpoints in {self.place}: {left}")
 

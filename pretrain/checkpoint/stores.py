@@ -12,6 +12,7 @@ import errno
 import hashlib
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ PART = 50 * 2**20  # bytes, of one part of an upload
 PATIENCE = 300.0  # seconds that a store may fail before a save, or the start of a run, is given up
 FIRST_PAUSE = 0.2  # seconds before an attempt is repeated; doubled each time
 LONGEST_PAUSE = 20.0  # seconds
+STEP_NAME = re.compile(r"step_(\d{6,})")  # of the folder of a checkpoint
 HIDDEN = ".tmp-"  # begins the names of folders that are not finished
 T = TypeVar("T")
 Content = bytes | bytearray
@@ -147,6 +149,12 @@ class Disk:
         shutil.rmtree(self._hidden(name, attempt), ignore_errors=True)
 
     def tidy(self) -> None:
+        for replaced in self.folder.glob(
+            f"{HIDDEN}*.replaced"
+        ):  # by a process that ended before it put the new one
+            name = STEP_NAME.search(replaced.name)
+            if name and not (self.folder / name[0]).exists():
+                os.rename(replaced, self.folder / name[0])
         for left_over in self.folder.glob(f"{HIDDEN}*"):
             shutil.rmtree(left_over, ignore_errors=True)
 
@@ -222,8 +230,8 @@ class Remote:
 
     def tidy(self) -> None:
         for name in self.folders():
-            if intact.COMPLETE not in self.child(name).sizes():
-                self.remove(name)
+            if STEP_NAME.fullmatch(name) and intact.COMPLETE not in self.child(name).sizes():
+                self.remove(name)  # other folders of a bucket are not ours
 
     def problem(self, *, hashes: bool, of: str = "") -> str | None:
         return _problem(self, hashes, of)

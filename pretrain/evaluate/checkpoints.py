@@ -20,7 +20,8 @@ def find_checkpoint(run_folder: Path, name: str) -> Path:
         if folder is None:
             raise FileNotFoundError(
                 f"{run_folder} holds no whole checkpoint: name the --out folder of `deepspeed pretrain/main.py`, "
-                "after its first checkpoint was written"
+                f"after its first checkpoint was written; those that --checkpoints put elsewhere are copied to "
+                f"{checkpoints_of(run_folder)} first"
             )
         return folder
     if name != "first" and not name.isdecimal():

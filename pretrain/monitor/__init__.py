@@ -23,7 +23,7 @@ since the line before, the rest is of the step; a field that a run has nothing f
     gpu_hours, gpu_hours_left     ranks x hours of the steps in the log; those that remain at that pace
     cost, cost_left               the same times --price
     dropped, captions             counts of the loader, over all ranks
-    skipped_steps                 whose gradient was not finite
+    skipped_steps                 that the guard refused
 """
 
 from pretrain.monitor.log import LOG

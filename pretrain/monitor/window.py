@@ -19,17 +19,19 @@ class Window:
     chrome://tracing, and OUT/trace/steps_F-L.txt, the operators by the time that they took themselves.
 
     The parts of a step (pretrain/clock.py) are ranges of the trace. Without `steps` it does nothing. ValueError when
-    not all of them are left in the run.
+    not all of them are steps of the run; where a run goes on behind their first it does nothing.
     """
 
     def __init__(self, steps: tuple[int, int] | None, out: Path, first_step: int, run_steps: int) -> None:
         self._steps, self._folder = steps, out / TRACE
         self._profile: profile | None = None
-        if steps is not None and not first_step < steps[0] <= steps[1] <= run_steps:
+        if steps is not None and not 0 < steps[0] <= steps[1] <= run_steps:
             raise ValueError(
-                f"--profile {steps[0]}:{steps[1]} must lie within the steps that are left, {first_step + 1} to "
-                f"{run_steps}: name others, or leave it out"
+                f"--profile {steps[0]}:{steps[1]} must lie within steps 1 to {run_steps} of the run: name others, or "
+                "leave it out"
             )
+        if steps is not None and first_step >= steps[0]:  # the same command goes on after them
+            self._steps = None
 
     def before(self, step: int) -> None:
         """Opens the window where it begins with step `step`, counted from 1, of which a refused one is made again."""

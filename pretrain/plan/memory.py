@@ -77,13 +77,15 @@ def memory(
         exchanged = sizes.longest_share(ranks) * ranks * wide if ranks > 1 else 0
         return Memory(
             weights=trained * wide,
-            gradients=trained * wide / (ranks if setting.stage == 2 else 1),
+            gradients=trained * wide / (ranks if setting.stage == 2 and setting.micro_batches == 1 else 1),
             teacher=averaged * wide + exchanged,
             buffers=bucket * (setting.num_buckets + (ranks > 1)),
             **common,
         )
     resident = sum(n for n in sizes.trained if n <= setting["stage3_param_persistence_threshold"])
     gradients = 0.0 if setting.is_offloaded else shares * wide
+    if setting.micro_batches > 1:  # ranks reduce the sum over all parts, which each holds whole until then
+        gradients = trained * wide
     secondary = trained / setting.hpz if setting.hpz > 1 else 0
     return Memory(
         weights=(shares + resident) * wide,

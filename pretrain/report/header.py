@@ -201,9 +201,7 @@ def _complete(record: Record) -> list[Verdict]:
     if step < record.run.steps:
         found.append(Verdict(None, "Not finished", f"{step:,} of {record.run.steps:,} steps are logged"))
     if last.get("skipped_steps"):
-        found.append(
-            Verdict(False, "Steps were skipped", f"{last['skipped_steps']} whose gradient was not finite")
-        )
+        found.append(Verdict(False, "Steps were skipped", f"{last['skipped_steps']} that the guard refused"))
     return found
 
 

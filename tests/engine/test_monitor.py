@@ -248,9 +248,15 @@ def test_tensorboard_holds_every_number_of_the_log(tmp_path: Path) -> None:
     assert "grad_norm" not in found
 
 
-def test_a_profile_of_steps_that_are_not_left_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--profile 3:5 must lie within the steps that are left, 5 to 9"):
-        Window((3, 5), tmp_path, first_step=4, run_steps=9)
+def test_a_profile_of_steps_that_the_run_has_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--profile 8:10 must lie within steps 1 to 9 of the run"):
+        Window((8, 10), tmp_path, first_step=4, run_steps=9)
+
+
+def test_a_run_that_goes_on_behind_its_profile_makes_none(tmp_path: Path) -> None:
+    window = Window((3, 5), tmp_path, first_step=4, run_steps=9)
+    window.before(5)
+    assert window.after(5) is None and not list(tmp_path.iterdir())
 
 
 def test_numbers_of_a_record_have_paths() -> None:
