@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.record import keep
-from data_prep.doctor.perceptual import is_textured, stored_image, views_of
+from data_prep.doctor.perceptual import grey_of, is_textured, stored_image, views_of
 
 DISTANCES = (0, 2, 4, 6, 8, 10, 12)
 MOST = 1500  # photographs of a tar
@@ -86,7 +86,7 @@ def _strangers(photographs: list[bytes], kinds: list[int]) -> dict[str, object]:
     Of different kinds when there are several, else all pairs.
     """
     own = np.array([_own(content) for content in photographs], np.uint64)
-    views = np.array([views_of(content) for content in photographs], np.uint64)
+    views = np.array([views_of(grey_of(content)) for content in photographs], np.uint64)
     nearest = np.full((len(own), len(own)), 64, np.uint8)
     for view in range(views.shape[1]):
         nearest = np.minimum(nearest, np.bitwise_count(own[:, None] ^ views[None, :, view]))
@@ -111,7 +111,7 @@ def main(paths: list[Path]) -> None:
     """Alter, look up, count, and keep what came out."""
     tars = {path.stem: _photographs(path) for path in paths}
     originals = next(iter(tars.values()))
-    views = np.array([views_of(content) for content in originals], np.uint64)
+    views = np.array([views_of(grey_of(content)) for content in originals], np.uint64)
     found = {}
     for name, alter in ALTERATIONS.items():
         copies = np.array(

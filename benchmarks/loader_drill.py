@@ -192,7 +192,7 @@ def timed(
     begun = time.perf_counter()
     found = drill()
     found.setdefault("is_equal", losses(out) == calm)
-    waited = sum(line["data_wait_seconds"] for line in log(out)) / sum(
+    waited = sum(line["seconds"]["data_wait"] for line in log(out)) / sum(
         line["step_seconds"] for line in log(out)
     )
     print(f"{out.name}: {found}", flush=True)

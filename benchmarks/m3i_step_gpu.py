@@ -34,11 +34,12 @@ from benchmarks.record import gpu, keep
 from pretrain import provenance
 from pretrain.data.loader import Loader
 from pretrain.data.sources import tokenizer_beside
-from pretrain.engine import Engine, resolve_config, start_distributed
+from pretrain.distributed import start_distributed
+from pretrain.ds_config import read_ds_config, resolve_config
+from pretrain.engine import Engine
 from pretrain.pretrainer import Pretrainer
 from pretrain.recipes.m3i import RECIPES
 from pretrain.towers import Towers
-from pretrain.train import read_ds_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAK = 989e12  # operations a second

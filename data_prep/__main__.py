@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Union
 
@@ -25,9 +29,11 @@ from data_prep.sources.imagenet22k import ImageNet22k
 from data_prep.sources.laion400m import Laion
 from data_prep.sources.open_images import OpenImages
 from data_prep.sources.scenes import Scenes
+from data_prep.sources.scratch import on_disk
 from data_prep.sources.tencent_ml import TencentMl
 from data_prep.sources.yfcc15m import Yfcc15m
 
+GOES_ON = "run the same command again, a build goes on after its last finished shard"
 SOURCES = {  # name -> settings that know their collections()
     "scenes": Scenes,
     "folder": Folder,
@@ -49,13 +55,13 @@ class Build:
     source: Source
     out: str  # folder or URL (s3://bucket/folder) of the data set, or of one data set a split
     options: Options
-    # say how many shards, bytes and hours it takes; nothing is written but what a source keeps in its --scratch
+    # say how many shards, bytes and hours it takes; nothing is written but what a source keeps in its scratch folder
     dry_run: bool = False
 
     def run(self) -> None:
         """Build every split; the tokenizer of the first one with captions serves the others."""
         out = reached(self.out)  # before hours of listing and downloading
-        collections = self.source.collections()
+        collections = _collections(self.source)
         is_single = len(collections) == 1 and not collections[0].has_split_folder
         places = [out if is_single else out.child(collection.split) for collection in collections]
         if self.dry_run:
@@ -99,6 +105,12 @@ class Build:
         return is_all
 
 
+def _collections(source: Source) -> list[Collection]:
+    scratch = getattr(source, "scratch", None)
+    with on_disk(scratch) if scratch is not None else nullcontext():
+        return source.collections()
+
+
 REPAIRERS = {"mirror": Mirror, **SOURCES}  # where good shards come from
 
 Repairer = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in REPAIRERS.items())]  # noqa: UP007
@@ -117,7 +129,7 @@ class Repair:
         place = reached(self.folder)
         if isinstance(self.repairer, Mirror):
             return repair_all(jobs_from_mirror(place, reached(self.repairer.place)), self.workers)
-        return repair_all(jobs_from_source(place, self.repairer.collections()), self.workers)
+        return repair_all(jobs_from_source(place, _collections(self.repairer)), self.workers)
 
 
 COMMANDS = {"build": Build, **DOCTOR, "repair": Repair}  # name -> settings that know how to run()
@@ -125,14 +137,44 @@ COMMANDS = {"build": Build, **DOCTOR, "repair": Repair}  # name -> settings that
 Command = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())]  # noqa: UP007
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """The command line; errors call its parts by the names of these fields."""
+
+    command: Command
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """SIGTERM, as of Slurm or `kill`, is told at once and ends the block like Ctrl-C; on the main thread only."""
+
+    def end(number: int, frame: object) -> None:
+        print(
+            f"SIGTERM: ends when the shards in the making are finished; {GOES_ON}",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 = done, 1 = the data are at fault, 2 = the arguments (by tyro), 130 = interrupted."""
+    """Run one command; 0 = done, 1 = the data are at fault, 2 = the arguments (by tyro), 130 or 143 = interrupted."""
     flat = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     try:
-        command = tyro.cli(
-            Command, args=arguments, prog="python -m data_prep", description=__doc__, config=flat
+        parsed = tyro.cli(
+            Arguments, args=arguments, prog="python -m data_prep", description=__doc__, config=flat
         )
-        return command.run() or 0
+        with _told_to_end():
+            return parsed.command.run() or 0
     except (BadDataSet, ValueError, OSError, ImportError) as error:
         text = (
             error.strerror
@@ -148,12 +190,9 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    except KeyboardInterrupt:
-        print(
-            "interrupted: run the same command again, it goes on after the last finished shard",
-            file=sys.stderr,
-        )
-        return 130
+    except KeyboardInterrupt as stopped:
+        print(f"interrupted: {GOES_ON}", file=sys.stderr)
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from data_prep.claim import WORK_FOLDER, Require, agree, claimed
 from data_prep.engines import ENGINES
 from data_prep.output import begin, clean, explained, is_complete, remove_work, require_space
-from data_prep.places import Place, place_of
+from data_prep.places import Place, is_url, place_of
 from data_prep.plan import WHOLE, Part, part_of, settings_of, shard_ranges
 from data_prep.progress import shard_progress
 from data_prep.samples import Collection, release
@@ -27,6 +27,7 @@ from data_prep.shard import Finished, Work, changed_shards, dropped_name, finish
 from data_prep.tokenizer import copy_tokenizer, train_tokenizer
 
 DROPPED_NAME = "dropped.jsonl"
+MOST_ITEMS = 100_000  # of a shard: one worker makes it, and a death loses it
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,16 @@ class Options:
     vocab_size: int = 8192  # at most so many words in the tokenizer
     engine: str = "local"  # who builds: local, ray or spark
     part: str = ""  # I/N: make the I-th of N shares of the shards; slurm: that of this task of an array
-    work: str = (
-        ""  # folder of this machine where shards are made; beside a local output, else a temporary one
-    )
+    # folder on a disk of this machine where shards are made; if empty in a local output, else in a temporary folder
+    work: str = ""
     limit: int = 0  # items of each split, to try; 0 is all
 
     def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise ValueError(f"shard_size={self.shard_size} must be at least 1: pass --shard-size 500")
+        if not 1 <= self.shard_size <= MOST_ITEMS:
+            raise ValueError(
+                f"shard_size={self.shard_size} must lie in [1, {MOST_ITEMS}], and a shard be some 100 MB: pass"
+                " --shard-size 500"
+            )
         if self.workers < 1:
             raise ValueError(f"workers={self.workers} must be at least 1: pass --workers 2")
         if not 0 <= self.max_bad <= 1:
@@ -57,6 +60,8 @@ class Options:
             raise ValueError(f"engine={self.engine!r} is unknown; choose from {sorted(ENGINES)}")
         if self.limit < 0:
             raise ValueError(f"limit={self.limit} must not be negative: pass --limit 1000, or 0 for all")
+        if is_url(self.work):
+            raise ValueError(f"work={self.work!r} is a URL, shards are made on a disk: pass --work FOLDER")
         if self.part:
             part_of(self.part)
 
@@ -276,13 +281,14 @@ def _require_good(
         name = f"{WORK_FOLDER}/*.{DROPPED_NAME}"  # other parts may write theirs
     else:
         _write_dropped(place, finished)
-    if is_bad:
+    if is_bad and any(done.shard for done in finished.values()):
         raise ValueError(
             f"{num_bad} of {total} inputs of {collection.name}/{collection.split} are bad so far ({counts}), more"
             f" than the fraction max_bad={options.max_bad} allows: see {place}/{name}, mend the"
             " input and build into an empty folder, or run the same command with a higher --max-bad"
         )
     raise ValueError(
-        f"{collection.name}/{collection.split}: none of {total} inputs is good ({counts}): see"
-        f" {place}/{name}, mend the input and build into an empty folder"
+        f"{collection.name}/{collection.split}: none of {sum(done.num_items for done in finished.values())} inputs"
+        f" is good ({counts}){f' so far, of {total}' if is_bad else ''}: see {place}/{name}, mend the input and"
+        " build into an empty folder"
     )

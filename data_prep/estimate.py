@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.build import Options, work_folder
+from data_prep.output import free_bytes
 from data_prep.places import Place
 from data_prep.plan import shard_ranges
 from data_prep.samples import Collection, members
@@ -85,8 +85,7 @@ def _disks(place: Place, options: Options, measured: float, total: int) -> list[
 
 
 def _free(folder: Path) -> str:
-    there = next(above for above in (folder, *folder.absolute().parents) if above.is_dir())
-    return f"{_bytes(shutil.disk_usage(there).free)} are free in {folder}"
+    return f"{_bytes(free_bytes(folder))} are free in {folder}"
 
 
 def _bytes(number: float) -> str:

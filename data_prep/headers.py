@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 ARITHMETIC = (0xC9, 0xCA, 0xCB)  # frames of a JPEG: sequential, progressive, lossless
+SEQUENTIAL = (0xC0, 0xC1)  # frames of a JPEG in Huffman codes
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 ALONE = (0x01, 0xD8, *range(0xD0, 0xD8))  # markers of a JPEG that no segment follows
 FRAMES = tuple(code for code in range(0xC0, 0xD0) if code not in (0xC4, 0xC8, 0xCC))
@@ -18,9 +20,29 @@ _WHOLE_NUMBERS = {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 13: 4, 16: 8, 17: 8, 18: 8
 _MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
 
 
-def jpeg_frame(content: bytes) -> int | None:
-    """How the first frame of a JPEG is coded: the last byte of its marker SOF, 0xC0 to 0xCF; None without one."""
-    return next((code for code in _jpeg_markers(content) if code in FRAMES), None)
+@dataclass(frozen=True)
+class JpegHead:
+    """What stands before the first scan of a JPEG."""
+
+    num_bytes: int  # up to that scan, or to the end where there is none
+    frame: (
+        int | None
+    )  # how it is coded: the last byte of its first marker SOF, 0xC0 to 0xCF; None without one
+    is_one_pass: (
+        bool  # sequential, all colours in the first scan: libjpeg decodes that one and refuses a second
+    )
+
+
+def jpeg_head(content: bytes) -> JpegHead:
+    """The head of a JPEG, found by its markers."""
+    frame, num_components = None, None
+    for code, position in _jpeg_markers(content):
+        if code in FRAMES and frame is None:
+            frame, num_components = code, content[position + 7 : position + 8]
+        if code == START_OF_SCAN:
+            is_one_pass = frame in SEQUENTIAL and content[position + 2 : position + 3] == num_components
+            return JpegHead(position, frame, is_one_pass)
+    return JpegHead(len(content), frame, False)
 
 
 def num_scans(content: bytes, enough: int) -> int:
@@ -29,19 +51,19 @@ def num_scans(content: bytes, enough: int) -> int:
     if (most := content.count(scan)) <= enough:  # also in thumbnails, and what follows the picture
         return most
     found = 0
-    for code in _jpeg_markers(content):
+    for code, _ in _jpeg_markers(content):
         found += code == START_OF_SCAN
         if found > enough:
             break
     return found
 
 
-def _jpeg_markers(content: bytes) -> Iterator[int]:
-    """The markers of a JPEG up to its end, found as libjpeg does: what stands before one is passed over."""
+def _jpeg_markers(content: bytes) -> Iterator[tuple[int, int]]:
+    """The markers of a JPEG up to its end, and where each ends; found as libjpeg does, which passes over the rest."""
     position = 2
     while (match := _MARKER.search(content, position)) is not None:
         code, position = match[1][0], match.end()
-        yield code
+        yield code, position
         if code == END_OF_IMAGE:
             return
         if code not in ALONE:

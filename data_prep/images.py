@@ -16,7 +16,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from data_prep.headers import ARITHMETIC, jpeg_frame, num_scans, tiff_tile, webp_size
+from data_prep.headers import ARITHMETIC, JpegHead, jpeg_head, num_scans, tiff_tile, webp_size
 from data_prep.pixels import (
     HASH_SIDE,
     Pixels,
@@ -125,13 +125,14 @@ def _judged(content: bytes, limits: Limits) -> Checked:
         warnings.simplefilter("ignore")  # Pillow warns of what is checked here
         if (size := webp_size(content)) is not None:  # Pillow's reader takes memory for it when it opens
             _require_size(*size, limits)
-        if (jpeg := _plain_jpeg(content)) is not None:
+        head = jpeg_head(content) if content[:2] == b"\xff\xd8" else None
+        if head is not None and (jpeg := _plain_jpeg(content, head)) is not None:
             _require_size(*jpeg.size, limits)
-            return _jpeg(content, jpeg, limits)
+            return _jpeg(content, head, jpeg, limits)
         image = _opened(content)
         _require_size(*image.size, limits)
         if image.format in ("JPEG", "MPO"):
-            return _jpeg(content, _jpeg_of(image), limits)
+            return _jpeg(content, jpeg_head(content), _jpeg_of(image), limits)
         if image.format == "TIFF":
             _require_tile(*tiff_tile(content), image.size, limits)
         return _other(content, image, limits)
@@ -177,12 +178,13 @@ class _Jpeg:
     orientation: int  # by EXIF, 1 to 8
 
 
-def _plain_jpeg(content: bytes) -> _Jpeg | None:
+def _plain_jpeg(content: bytes, head: JpegHead) -> _Jpeg | None:
     """The header of a JPEG with no metadata that could turn it; None for all else, which is left to Pillow.
 
     Pillow takes a tenth of the time that a photograph needs in all.
     """
-    if content[:2] != b"\xff\xd8" or b"Exif\0\0" in content or b"ns.adobe.com/xap" in content:
+    told = content[: head.num_bytes]
+    if b"Exif\0\0" in told or b"ns.adobe.com/xap" in told:
         return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(content)
@@ -197,12 +199,12 @@ def _jpeg_of(image: Image.Image) -> _Jpeg:
     return _Jpeg(image.size, image.mode, _orientation(image))
 
 
-def _jpeg(content: bytes, header: _Jpeg, limits: Limits) -> Checked:
+def _jpeg(content: bytes, head: JpegHead, header: _Jpeg, limits: Limits) -> Checked:
     """A JPEG, decoded once; only its luma, and at reduced size, where the bytes stay as they are."""
-    if jpeg_frame(content) in ARITHMETIC:
+    if head.frame in ARITHMETIC:
         raise BadImage("unsupported_coding", "arithmetic codes, which browsers and most programs cannot read")
-    if num_scans(content, MAX_SCANS) > MAX_SCANS:
-        raise BadImage("too_many_scans", f"more than {MAX_SCANS} scans")
+    if not head.is_one_pass:
+        _require_few_scans(content)
     needed = [f"mode_{header.mode}"] if header.mode not in ("L", "RGB") else []
     changes = _changes(header.size, header.orientation, limits, needed)
     try:
@@ -215,8 +217,14 @@ def _jpeg(content: bytes, header: _Jpeg, limits: Limits) -> Checked:
             return Checked(content, "jpg", header.size, "", _jpeg_hash(content))
         pixels = _jpeg_pixels(content, header, limits)
     except DAMAGED as error:
+        _require_few_scans(content)  # counting them takes longer than all else here, and these cost nothing
         raise _damaged(error) from error
     return _encoded(pixels, "jpg", limits, changes, "420" if subsampling == "420" else "444")
+
+
+def _require_few_scans(content: bytes) -> None:
+    if num_scans(content, MAX_SCANS) > MAX_SCANS:
+        raise BadImage("too_many_scans", f"more than {MAX_SCANS} scans")
 
 
 def _jpeg_pixels(content: bytes, header: _Jpeg, limits: Limits) -> Pixels:

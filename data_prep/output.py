@@ -15,7 +15,10 @@ from data_prep.claim import WORK_FOLDER
 from data_prep.places import TEMPORARY, Place
 from data_prep.samples import Collection, json_bytes
 from data_prep.schema import MANIFEST_NAME, Manifest, manifest_from_record
+from data_prep.settings import difference
 
+NO_SPACE = "no space left in"  # begins what is told of a full disk
+FULL = (errno.ENOSPC, errno.EDQUOT)
 SETTINGS_NAME = f"{WORK_FOLDER}/settings.json"
 
 
@@ -62,10 +65,11 @@ def is_complete(place: Place, settings: Mapping[str, Any]) -> bool:
 def begin(place: Place, settings: Mapping[str, Any]) -> None:
     """Make the place ours by writing the settings down, or say why it cannot be."""
     if not place.exists(SETTINGS_NAME):
-        if place.local is not None and place.local.exists() and not place.local.is_dir():
-            raise NotADirectoryError(
-                f"{place} is a file, a build needs an empty folder: choose another --out"
-            )
+        for above in (place.local, *place.local.parents) if place.local is not None else ():
+            if above.is_file():
+                raise NotADirectoryError(
+                    f"{above} is a file, a build needs an empty folder: choose another --out"
+                )
         foreign = sorted({*place.names(), *place.folders()} - {WORK_FOLDER})
         if foreign:
             raise FileExistsError(
@@ -108,7 +112,7 @@ def require_space(
 
 
 def _require_free(folder: Path, needed: int, told: str) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if needed > free:
         raise OSError(
             errno.ENOSPC,
@@ -119,28 +123,31 @@ def _require_free(folder: Path, needed: int, told: str) -> None:
 
 @contextmanager
 def explained(place: Place, folder: Path | Place) -> Iterator[None]:
-    """Turn a full disk into a sentence; finished shards stay and are used by the next run."""
+    """Turn a full disk into a sentence that names it; finished shards stay and are used by the next run."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL or str(error.strerror).startswith(NO_SPACE):  # whoever knows has told it
             raise
-        where = str(place) if place.local is not None else f"{folder}, where shards for {place} are made"
+        where = str(place)
+        if place.local is None or free_bytes(Path(str(folder))) < free_bytes(place.local):
+            where = f"{folder}, where shards for {place} are made"
         raise OSError(
             error.errno,
-            f"no space left in {where}: free some space and run the same command again, it goes on after the last"
+            f"{NO_SPACE} {where}: free some space and run the same command again, it goes on after the last"
             " finished shard",
         ) from error
 
 
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk of a folder, or of the one that it will be made in."""
+    there = next(above for above in (folder, *folder.absolute().parents) if above.is_dir())
+    return shutil.disk_usage(there).free
+
+
 def _require_same(place: Place, wanted: Mapping[str, Any], there: Mapping[str, Any]) -> None:
-    wanted = json.loads(json_bytes(wanted))
-    differing = sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
-    if differing:
-        pairs = ", ".join(
-            f"{name}: {there.get(name)!r} there, {wanted.get(name)!r} asked" for name in differing
-        )
+    if differing := difference(there, wanted):
         raise ValueError(
-            f"{place} was begun with other settings or another input ({pairs}); a folder holds one data set:"
+            f"{place} was begun with other settings or another input ({differing}); a folder holds one data set:"
             " choose another --out, or remove that folder"
         )

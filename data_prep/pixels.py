@@ -102,28 +102,29 @@ def perceptual_hash(pixels: UInt8[np.ndarray, "h w"]) -> str:
 
     The pHash of Zauner 2010 ("Implementation and Benchmarking of Perceptual Image Hash Functions"), as the package
     imagehash has it: which of the 8 x 8 lowest frequencies of a 32 x 32 picture exceed their median. Whole numbers
-    from the cosines on, so that every machine says the same.
+    from the cosines on, so that every machine says the same; float64 holds them exactly (all are below 2**43), and
+    its products are fast.
     """
     factor = min(pixels.shape) // (2 * HASH_SIDE)
     if factor > 1:  # first by whole factors, which is fast
         height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
         whole = pixels[: height * factor, : width * factor]
         pixels = cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA)
-    small = cv2.resize(pixels, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.int64)
+    small = cv2.resize(pixels, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.float64)
     low = _COSINES @ small @ _COSINES.T
     bits = np.packbits((2 * low > _twice_median(low)).ravel())
     return bits.tobytes().hex()
 
 
-def _twice_median(values: np.ndarray) -> int:
+def _twice_median(values: np.ndarray) -> float:
     ordered = np.sort(values, axis=None)
-    return int(ordered[ordered.size // 2 - 1] + ordered[ordered.size // 2])
+    return ordered[ordered.size // 2 - 1] + ordered[ordered.size // 2]
 
 
 def _cosines() -> np.ndarray:
     """The lowest rows of the cosine transform (DCT-II), in 1/4096."""
     frequency, place = np.arange(HASH_BITS)[:, None], np.arange(HASH_SIDE)[None]
-    return np.rint(4096 * np.cos(np.pi * frequency * (2 * place + 1) / (2 * HASH_SIDE))).astype(np.int64)
+    return np.rint(4096 * np.cos(np.pi * frequency * (2 * place + 1) / (2 * HASH_SIDE)))
 
 
 _COSINES = _cosines()

@@ -38,7 +38,7 @@ def place_of(text: str | Path | Place) -> Place:
     text = str(text)
     if text.startswith("file://"):
         text = text.removeprefix("file://") or "/"
-    if not _URL.match(text):
+    if not is_url(text):
         if _NEARLY_URL.match(text) and not Path(text).exists():
             kind, _, path = text.partition(":")
             raise ValueError(
@@ -51,6 +51,11 @@ def place_of(text: str | Path | Place) -> Place:
     place = Place(text.rstrip("/"))
     connected(place.url)  # a kind of URL that no package knows is refused now
     return place
+
+
+def is_url(text: str) -> bool:
+    """Whether a text names something behind a URL, and not on disk."""
+    return _URL.match(text) is not None
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Place:
     @property
     def local(self) -> Path | None:
         """The folder on disk; None behind a URL."""
-        return None if _URL.match(self.url) else Path(self.url)
+        return None if is_url(self.url) else Path(self.url)
 
     @property
     def name(self) -> str:

@@ -103,4 +103,7 @@ def members(sample: Sample) -> list[tuple[str, bytes]]:
 
 def json_bytes(record: Mapping[str, Any]) -> bytes:
     """The one spelling of a record: sorted keys, no spaces, UTF-8."""
-    return json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return _JSON.encode(record).encode("utf-8")
+
+
+_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))

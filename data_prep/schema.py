@@ -4,8 +4,8 @@ A data set is a folder: `manifest.json`, shards `000000.tar`, `000001.tar`, ... 
 `000000.tar.idx`, and `tokenizer/` when its samples have captions. A sample is a run of adjacent tar members
 that share a key, image first: `<key>.{jpg,png,webp}` [+ `.txt` caption, UTF-8] [+ `.cls` category number, ASCII]
 [+ `.mask.png` instance numbers, 0 = background] + `.json`, whose `tags` are [[name, confidence in [0, 1]], ...]
-with names of the manifest's `tags`. Standard library only: training imports this file and nothing else of
-`data_prep`.
+with names of the manifest's `tags`. Standard library only: training imports this file and `index.py`, by which an
+index is read, and nothing else of `data_prep`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ import hashlib
 import json
 import os
 import re
-import sys
-from array import array
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -273,46 +270,6 @@ def fsync_folder(folder: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def index_path(tar: str | os.PathLike[str]) -> Path:
-    """Where the index of shard `tar` lies: `000000.tar` -> `000000.tar.idx`."""
-    tar = Path(tar)
-    return tar.with_name(tar.name + ".idx")
-
-
-def read_index(tar: str | os.PathLike[str]) -> array:
-    """The n + 1 byte offsets of shard `tar`: sample i lies in [offsets[i], offsets[i + 1]).
-
-    Raises FileNotFoundError without an index and ValueError when the offsets do not rise in tar blocks.
-    """
-    path = index_path(tar)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: copy it again from where the shard came from, or build again"
-        )
-    content = path.read_bytes()
-    if len(content) % 8 or len(content) < 16:
-        raise ValueError(
-            f"{path} holds {len(content)} bytes, it must be 8 per sample and 8 more: copy or build it again"
-        )
-    offsets = array("Q", content)
-    if sys.byteorder == "big":
-        offsets.byteswap()
-    rising = all(before < after for before, after in pairwise(offsets))
-    if offsets[0] != 0 or not rising or any(offset % TAR_BLOCK for offset in offsets):
-        raise ValueError(
-            f"{path}: offsets must start at 0 and rise in multiples of {TAR_BLOCK}: copy or build it again"
-        )
-    return offsets
-
-
-def index_bytes(offsets: list[int]) -> bytes:
-    """The content of an index file: little-endian uint64."""
-    values = array("Q", offsets)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tobytes()
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

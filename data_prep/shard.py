@@ -13,21 +13,16 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from data_prep.claim import WORK_FOLDER, Require, unclaimed
+from data_prep.index import index_bytes
 from data_prep.places import TEMPORARY, Entry, Place, place_of
 from data_prep.samples import Dropped, Made, Sample, members, release
-from data_prep.schema import (
-    IMAGE_EXTENSIONS,
-    KEY_PATTERN,
-    TAR_BLOCK,
-    Shard,
-    index_bytes,
-    sha256_file,
-)
+from data_prep.schema import IMAGE_EXTENSIONS, KEY_PATTERN, TAR_BLOCK, Shard
+from data_prep.tar_header import tar_header
 
 MARKERS_AT_ONCE = 16  # requests that a store answers meanwhile
 
@@ -78,7 +73,7 @@ def build_shard(work: Work, tick: Callable[[], None]) -> Finished:
         reasons = dict(sorted(Counter(drop.reason for drop in made.dropped).items()))
         shard, state, index_sha256 = None, "", ""
         if len(made.offsets) > 1:
-            size, digest = temporary.stat().st_size, sha256_file(temporary)
+            size, digest = temporary.stat().st_size, made.digest.hexdigest()
             shard = Shard(name, len(made.offsets) - 1, size, digest, made.num_items, reasons)
             index = index_bytes(made.offsets)
             index_sha256 = hashlib.sha256(index).hexdigest()
@@ -102,6 +97,7 @@ class _Tally:
 
     offsets: list[int]  # bytes, of every sample and of the end
     dropped: list[Dropped]
+    digest: Any = field(default_factory=hashlib.sha256)  # of its bytes
     num_items: int = 0
     num_text: int = 0
     num_category: int = 0
@@ -118,14 +114,19 @@ def _write_tar(path: Path, work: Work, tick: Callable[[], None]) -> _Tally:
             tally.dropped += made.dropped
             tally.num_bad += bool(made.dropped)
             if made.sample is not None:
-                tally.offsets.append(tally.offsets[-1] + _append(file, made.sample, keys))
+                blocks = _blocks(made.sample, keys)
+                file.write(blocks)
+                tally.digest.update(blocks)
+                tally.offsets.append(tally.offsets[-1] + len(blocks))
                 tally.num_text += bool(made.sample.captions)
                 tally.num_category += made.sample.category is not None
             tick()
         end = (
             tally.offsets[-1] + 2 * TAR_BLOCK
         )  # two empty blocks, and whole records as tar programs write them
-        file.write(bytes(2 * TAR_BLOCK + -end % tarfile.RECORDSIZE))
+        blocks = bytes(2 * TAR_BLOCK + -end % tarfile.RECORDSIZE)
+        file.write(blocks)
+        tally.digest.update(blocks)
         file.flush()
         os.fsync(file.fileno())
     return tally
@@ -193,8 +194,8 @@ def _lines(dropped: Sequence[Dropped]) -> bytes:
     )
 
 
-def _append(file: BinaryIO, sample: Sample, keys: set[str]) -> int:
-    """Write the members of a sample, each a header and its content in whole blocks; gives the number of bytes."""
+def _blocks(sample: Sample, keys: set[str]) -> bytes:
+    """The members of a sample as they stand in a tar, each a header and its content in whole blocks."""
     if not KEY_PATTERN.fullmatch(sample.key):
         raise ValueError(f"key {sample.key!r} must match {KEY_PATTERN.pattern}: mend the source")
     if sample.key in keys:
@@ -202,12 +203,13 @@ def _append(file: BinaryIO, sample: Sample, keys: set[str]) -> int:
     if sample.extension not in IMAGE_EXTENSIONS:
         raise ValueError(f"{sample.key}: extension {sample.extension!r} must be one of {IMAGE_EXTENSIONS}")
     keys.add(sample.key)
-    num_bytes = 0
+    pieces: list[bytes] = []
     for extension, content in members(sample):
-        header = tarfile.TarInfo(f"{sample.key}.{extension}")  # mtime, uid and gid are 0
-        header.size = len(content)
-        padded = header.tobuf(tarfile.USTAR_FORMAT), content, bytes(-len(content) % TAR_BLOCK)
-        file.write(b"".join(padded))
-        num_bytes += sum(map(len, padded))
-    assert num_bytes % TAR_BLOCK == 0
-    return num_bytes
+        pieces += (
+            tar_header(f"{sample.key}.{extension}", len(content)),
+            content,
+            bytes(-len(content) % TAR_BLOCK),
+        )
+    blocks = b"".join(pieces)
+    assert len(blocks) % TAR_BLOCK == 0
+    return blocks

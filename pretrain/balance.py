@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pretrain.collectives import sum_over_ranks, world_size
@@ -25,7 +25,7 @@ class BalanceTracker:
     A plain object: buffers of a module would be cast to bfloat16. All state lives on `device` and is read
     by nothing during a step, so the device never waits. One step is: `weight` in the forward pass,
     `observe` once a fork and backward pass (squares add up over micro-batches), then `advance` once, on all
-    ranks.
+    ranks. In a step for which `is_told` is set, `watch` measures every reader of the features by itself too.
     """
 
     def __init__(
@@ -38,6 +38,13 @@ class BalanceTracker:
         self._counts = torch.zeros(2, device=device)  # steps that went into each average
         self._norms = torch.zeros(2, device=device)  # of the last step
         self._weight = torch.ones((), device=device)
+        self.is_told = False  # is this step one whose readers are measured?
+        self.reader_norms: dict[
+            str, Tensor
+        ] = {}  # of the last step that was told, as `image_norm`, by reader
+        self._readers: dict[
+            str, tuple[int, Tensor]
+        ] = {}  # of this step: position, sum of squares on this rank
 
     @property
     def weight(self) -> Float[Tensor, ""]:
@@ -62,14 +69,39 @@ class BalanceTracker:
                 norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
                 self._squares[position] += norm * norm
 
-    def advance(self) -> None:
+    def watch(
+        self, reader: str, position: int, read: Tensor, rows: Int[Tensor, " n"], mixed: int, num_inputs: int
+    ) -> None:
+        """Measures in the backward pass what reaches the encoder's output through `read` [n, l, d]: the features of
+        the inputs `rows` // `mixed` of `num_inputs`, which images that share an input both read.
+        """
+        if not self.is_told or not read.requires_grad:
+            return
+        squares = torch.zeros((), device=read.device)
+        self._readers[reader] = (position, squares)
+
+        def measure(gradient: Tensor) -> None:
+            if mixed > 1:
+                summed = gradient.new_zeros(num_inputs, *gradient.shape[1:])
+                gradient = summed.index_add_(0, rows // mixed, gradient)
+            norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+            squares.add_(norm * norm)
+
+        read.register_hook(measure)
+
+    def advance(self, told: Tensor | None = None) -> Tensor:
         """Ends the step: sums over ranks, moves the averages, sets the next weight. A collective call.
+
+        `told` [n] is what the ranks have to tell each other besides; its sum comes back, from the same message.
 
         A branch whose gradient is zero or not finite leaves its average as it was: a batch without labels
         says nothing about the scale of the label losses.
         """
-        norms = sum_over_ranks(self._squares).sqrt() / world_size()  # the gradient is the mean over ranks
+        told = self._squares.new_zeros(0) if told is None else told
+        sums = sum_over_ranks(torch.cat([self._squares, told]))
+        norms = sums[:2].sqrt() / world_size()  # the gradient is the mean over ranks
         norms = torch.stack([norms[IMAGE], norms[LABEL] / self._weight])
+        self._tell_readers()
         is_seen = torch.isfinite(norms) & (norms > 0)
         self._averages = torch.where(is_seen, self._averages.lerp(norms, 1 - self._decay), self._averages)
         self._counts = self._counts + is_seen
@@ -79,6 +111,24 @@ class BalanceTracker:
             self._weight = torch.where(torch.isfinite(weight) & (weight > 0), weight, self._weight)
         self._norms = norms
         self._squares = torch.zeros_like(self._squares)
+        return sums[2:]
+
+    def moved(self) -> tuple[Tensor, ...]:
+        """What `advance` replaces, as it is; `put_back` undoes the step. Costs nothing."""
+        return self._averages, self._counts, self._weight
+
+    def put_back(self, moved: tuple[Tensor, ...]) -> None:
+        """The averages and the weight as they were when `moved` was asked; the squares of a refused step are gone."""
+        self._averages, self._counts, self._weight = moved
+
+    def _tell_readers(self) -> None:
+        if not self._readers:
+            return
+        positions, squares = zip(*self._readers.values(), strict=True)
+        norms = sum_over_ranks(torch.stack(squares)).sqrt() / world_size()
+        each = zip(self._readers, positions, norms.unbind(), strict=True)
+        self.reader_norms = {name: n / self._weight if at == LABEL else n for name, at, n in each}
+        self._readers = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers that continue the averages exactly (float32 survives JSON); waits for the device."""

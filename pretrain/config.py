@@ -171,6 +171,33 @@ class Balance:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """When a step is refused, and what follows; a loss or gradient that is not finite always is.
+
+    A spike is a gradient norm or a target's loss far above those of the last accepted steps: by so many robust
+    deviations (1.4826 x median distance from the median; of norms, of their logarithms) and by a share of the median.
+    """
+
+    window: int = 128  # accepted steps that are the measure; nothing is a spike until there are as many
+    deviations: float = 20.0  # above the median; 0 = spikes are not looked for
+    norm_factor: float = 10.0  # a spike of the norm is also above so many medians
+    loss_rise: float = 0.5  # a spike of a loss is also above the median by so much of its size
+    skips: int = 4  # refused steps in a row before the run goes back to its last checkpoint
+    margin: int = 8  # accepted batches before them that are left out with them; twice as many each time
+    rewinds: int = 3  # times that the run goes back to the same checkpoint before it ends
+
+    def __post_init__(self) -> None:
+        positive("guard", window=self.window, skips=self.skips)
+        if self.deviations < 0 or self.norm_factor < 1 or self.loss_rise < 0:
+            raise ValueError(
+                f"guard.deviations={self.deviations} and loss_rise={self.loss_rise} must not be negative, "
+                f"norm_factor={self.norm_factor} must be at least 1"
+            )
+        if self.margin < 0 or self.rewinds < 0:
+            raise ValueError(f"guard.margin={self.margin} and rewinds={self.rewinds} must not be negative")
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything that decides the numbers of a pre-training run."""
 
@@ -192,16 +219,29 @@ class Run:
     optim: Optim = field(default_factory=Optim)
     teacher: Teacher = field(default_factory=Teacher)
     balance: Balance = field(default_factory=Balance)
+    guard: Guard = field(default_factory=Guard)
     label_smoothing: float = 0.1
     max_bad: float = 0.01  # fraction of samples that may be unreadable before the run stops
     save_every: int = 1000  # steps between checkpoints
+    keep_last: int = 2  # newest checkpoints that are kept, besides that of step 0
+    keep_every: int = 0  # steps: multiples of it are kept for good; 0 = none
     log_every: int = 10  # steps between log lines
     seed: int = 0
 
     def __post_init__(self) -> None:
         positive(
-            "run", batch=self.batch, steps=self.steps, save_every=self.save_every, log_every=self.log_every
+            "run",
+            batch=self.batch,
+            steps=self.steps,
+            save_every=self.save_every,
+            keep_last=self.keep_last,
+            log_every=self.log_every,
         )
+        if self.keep_every < 0 or self.keep_every % self.save_every:
+            raise ValueError(
+                f"keep_every={self.keep_every} must be a multiple of save_every={self.save_every}, or 0 to keep none "
+                f"for good: set {-(-abs(self.keep_every) // self.save_every) * self.save_every}"
+            )
         fraction("run", label_smoothing=self.label_smoothing, max_bad=self.max_bad)
         if not self.data:
             raise ValueError("run.data is empty; name at least one source")
@@ -253,15 +293,30 @@ class Run:
                     "set mask.ratio=0.5, or a target each for image 0 and 1"
                 )
 
-    def images_per_rank(self, world: int) -> int:
-        """Images of the batch that each of `world` ranks takes; ValueError when they do not divide evenly."""
-        unit = world * self.objective.input.mixed
+    def images_per_rank(self, world: int, micro_batches: int = 1) -> int:
+        """Images of the batch that each of `world` ranks takes; ValueError when they do not divide evenly, or not
+        into `micro_batches` equal parts.
+        """
+        mixed = self.objective.input.mixed
+        unit = world * mixed
         if self.batch % unit:
             raise ValueError(
-                f"batch={self.batch} must be a multiple of {unit} ({world} ranks x {self.objective.input.mixed} "
+                f"batch={self.batch} must be a multiple of {unit} ({world} ranks x {mixed} "
                 f"images an input): start another number of ranks or set --batch {-(-self.batch // unit) * unit}"
             )
+        inputs = self.batch // unit
+        if micro_batches < 1 or inputs % micro_batches:
+            fitting = [number for number in range(1, inputs + 1) if inputs % number == 0]
+            nearest = min(fitting, key=lambda number: abs(number - micro_batches))
+            raise ValueError(
+                f"--micro-batches {micro_batches} must divide the {inputs} inputs of a rank (batch={self.batch}, "
+                f"{world} ranks, {mixed} images an input): set {nearest}"
+            )
         return self.batch // world
+
+    def is_logged(self, step: int) -> bool:
+        """Does step `step`, counted from 1, leave a line in the log? The first and the last always do."""
+        return step % self.log_every == 0 or step in (1, self.steps)
 
     @property
     def grid(self) -> int:

@@ -14,44 +14,12 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_local_fp32_param
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pretrain.checkpoint.ranges import Slice
 from pretrain.collectives import world_size
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Which part of a flattened parameter a rank owns."""
-
-    name: str
-    shape: tuple[int, ...]  # of the whole parameter
-    start: int  # first element owned
-    numel: int  # elements owned, without padding; may be 0
-
-
-def local_slices(student: nn.Module) -> list[Slice]:
-    """What this rank owns of every parameter of a module that deepspeed.initialize has partitioned."""
-    slices = []
-    for name, parameter in student.named_parameters():
-        if hasattr(parameter, "ds_id"):  # ZeRO-3: an equal share each, the last ones padded
-            shape, share = tuple(parameter.ds_shape), parameter.ds_tensor.ds_numel
-            start = min(share * dist.get_rank(), parameter.ds_numel)
-            numel = min(share, parameter.ds_numel - start)
-        else:  # ZeRO-1, 2: whatever falls into this rank's share of all parameters laid end to end
-            shape, mapping = tuple(parameter.shape), parameter._hp_mapping
-            address = None if mapping is None else mapping.lp_fragment_address
-            start, numel = (0, 0) if address is None else (address.start, address.numel)
-        slices.append(Slice(name, shape, start, numel))
-    return slices
-
-
-def local_master(parameter: nn.Parameter, numel: int) -> Float[Tensor, " numel"]:
-    """This rank's slice of the float32 master weight: the optimizer's own memory, a copy if that is offloaded."""
-    if hasattr(parameter, "ds_id"):
-        return safe_get_local_fp32_param(parameter).view(-1)[:numel]
-    return parameter._hp_mapping.get_hp_fragment().view(-1)[:numel]
+from pretrain.zero import local_master, local_slices
 
 
 class TeacherAverage:
@@ -80,8 +48,8 @@ class TeacherAverage:
         self._owned = [s for s in self.slices if s.numel]
         self._stable_masters: list[Tensor] | None = None
         self._average = [master.clone() for master in self._masters()]
-        is_partitioned = hasattr(next(iter(self._teacher.values())), "ds_id")
-        self._copies = self._plan_partitioned() if is_partitioned else self._plan_whole()
+        self._is_partitioned = hasattr(next(iter(self._teacher.values())), "ds_id")
+        self._copies = self._plan_partitioned() if self._is_partitioned else self._plan_whole()
         self._publish()
 
     def _masters(self) -> list[Tensor]:
@@ -132,6 +100,11 @@ class TeacherAverage:
     def _publish(self) -> None:
         for name, target in self._teacher_buffers.items():
             target.copy_(self.buffers.get(name, self._student_buffers[name]))
+        if self._is_partitioned:
+            for (
+                parameter
+            ) in self._teacher.values():  # of hpZ, whose groups DeepSpeed gives every module: an old copy
+                parameter.ds_secondary_tensor = None
         copies = self._copies
         if copies.mine:
             torch._foreach_copy_(copies.mine, self._average)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pretrain.data.batch import Batch
+from pretrain.kernels.splitmix import splitmix64
 from pretrain.objective import Input, Objective, Target
 
 
@@ -49,6 +50,15 @@ def owned_tokens(input: Input, mask: Bool[Tensor, "i g g"], tokens_a_side: int) 
     """For each image, the tokens of its input that show it; a square of the mask has `tokens_a_side` squared."""
     hidden = enlarge(mask, tokens_a_side).flatten(1)
     return ~hidden if input.mixed == 1 else torch.stack([~hidden, hidden], dim=1).flatten(0, 1)
+
+
+def input_keys(input: Input, batch: Batch, seed: int) -> Int[Tensor, " i"]:
+    """A pseudo-random number an input, int64: of the run's seed, its first image's place in the run's order and its
+    view, so that ranks and micro-batches may divide a batch as they like.
+    """
+    position = batch.position[:: input.mixed]
+    view = torch.arange(len(position), device=position.device) % input.views
+    return splitmix64(splitmix64(position * input.views + view) + seed)
 
 
 def owned_places(owned: Bool[Tensor, "n l"], num_owned: int) -> Int[Tensor, "n k"]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 COMPLETE = "COMPLETE"
@@ -33,14 +34,26 @@ def digest(folder: Path, names: Iterable[str]) -> Digests:
 
 def mark(folder: Path, digests: Digests) -> None:
     """Writes the COMPLETE file by which `verify` knows a folder."""
-    write_text(folder / COMPLETE, json.dumps({"files": digests}, indent=1))
+    write_text(folder / COMPLETE, mark_text(digests))
+
+
+def mark_text(digests: Digests) -> str:
+    """The content of a COMPLETE file."""
+    return json.dumps({"files": digests}, indent=1)
 
 
 def publish(partial: Path, folder: Path, digests: Digests) -> None:
-    """Marks `partial` as complete and gives it its name in one step that survives a power cut."""
+    """Marks `partial` as complete and gives it its name in one step that survives a power cut.
+
+    What had that name is gone.
+    """
     mark(partial, digests)
     for inner in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         flush(inner)
+    if folder.exists():
+        replaced = folder.with_name(f"{partial.name}.replaced")
+        os.rename(folder, replaced)
+        shutil.rmtree(replaced)
     os.rename(partial, folder)
     flush(folder.parent)
 
@@ -48,18 +61,33 @@ def publish(partial: Path, folder: Path, digests: Digests) -> None:
 def verify(folder: Path, *, hashes: bool) -> str | None:
     """What is wrong with a folder, None when it is whole; with `hashes` every byte is read, else only sizes."""
     try:
-        files = json.loads((folder / COMPLETE).read_text())["files"]
+        content = (folder / COMPLETE).read_bytes()
     except FileNotFoundError:
+        content = None
+    sizes = {name: (folder / name).stat().st_size for name in files_in(folder)}
+    return compare(content, sizes, (lambda name: sha256(folder / name)) if hashes else None)
+
+
+def compare(
+    mark: bytes | None, sizes: Mapping[str, int], sha256: Callable[[str], str] | None, of: str = ""
+) -> str | None:
+    """The first way in which the files that are there differ from the content of their COMPLETE; None where none.
+
+    Of files whose names begin with `of`; `sha256` computes that of a file, None compares only sizes.
+    """
+    if mark is None:
         return f"{COMPLETE} is missing"
+    try:
+        files = json.loads(mark)["files"]
     except (ValueError, KeyError):
         return f"{COMPLETE} is damaged"
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
+    for name in (name for name in files if name.startswith(of)):
+        expected = files[name]
+        if name not in sizes:
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if hashes and sha256(path) != expected["sha256"]:
+        if sizes[name] != expected["bytes"]:
+            return f"{name} has {sizes[name]} bytes instead of {expected['bytes']}"
+        if sha256 is not None and sha256(name) != expected["sha256"]:
             return f"{name} has changed since it was written"
     return None
 

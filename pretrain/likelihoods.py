@@ -1,4 +1,4 @@
-"""How likely is the target given its prediction? Each entry returns nats in float32."""
+"""How likely is the target given its prediction? Nats in float32, an image; decorrelation alone is the batch's."""
 
 from __future__ import annotations
 
@@ -19,40 +19,39 @@ LOG_FLOOR = math.log(1e-8)  # of a posterior in the Bernoulli loss, as in the pu
 
 def gaussian_nats(
     prediction: Float[Tensor, "n l d"], target: Float[Tensor, "n l d"], scored: Bool[Tensor, "n l"]
-) -> Float[Tensor, ""]:
-    """-log N(target; prediction, 1) per dimension, mean over the scored positions, without ln(2 pi) / 2.
+) -> Float[Tensor, " n"]:
+    """-log N(target; prediction, 1) per dimension, mean over an image's scored positions, without ln(2 pi) / 2.
 
-    Every image must have the same number of scored positions, so that the mean over ranks is the global mean.
     At a prediction of 0 and targets of unit variance it is 0.5. Source: M3I, equation 8, sigma = 1.
     """
     squared = (prediction.float() - target.float()).square().mean(dim=-1)
-    return 0.5 * (squared * scored).sum() / scored.sum()
+    return 0.5 * (squared * scored).sum(1) / scored.sum(1)
 
 
 def laplace_nats(
     prediction: Float[Tensor, "n l d"], target: Float[Tensor, "n l d"], scored: Bool[Tensor, "n l"]
-) -> Float[Tensor, ""]:
-    """-log Laplace(target; prediction, 1) per dimension, mean over the scored positions, without ln 2.
+) -> Float[Tensor, " n"]:
+    """-log Laplace(target; prediction, 1) per dimension, mean over an image's scored positions, without ln 2.
 
     As `gaussian_nats` otherwise. At a prediction of 0 and targets uniform in [-1, 1] it is 0.5.
     """
     distance = (prediction.float() - target.float()).abs().mean(dim=-1)
-    return (distance * scored).sum() / scored.sum()
+    return (distance * scored).sum(1) / scored.sum(1)
 
 
 def cosine_nats(
     prediction: Float[Tensor, "n l d"], target: Float[Tensor, "n l d"], scored: Bool[Tensor, "n l"]
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, " n"]:
     """1 - cosine: -log of a von Mises-Fisher density of concentration 1 around the prediction's direction,
-    mean over the scored positions, without its constant and with 1 added, so that agreement is 0.
+    mean over an image's scored positions, without its constant and with 1 added, so that agreement is 0.
 
     As `gaussian_nats` otherwise. At directions that have nothing to do with each other it is 1.
     """
     away = 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1)
-    return (away * scored).sum() / scored.sum()
+    return (away * scored).sum(1) / scored.sum(1)
 
 
-# score -> (prediction [n, l, d], target [n, l, d], scored [n, l]) -> nats of one position's features
+# score -> (prediction [n, l, d], target [n, l, d], scored [n, l]) -> nats [n] of one position's features
 POSITIONAL: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "gaussian": gaussian_nats,
     "laplace": laplace_nats,
@@ -62,17 +61,17 @@ POSITIONAL: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 def code_nats(
     logits: Float[Tensor, "n l k"], codes: Int[Tensor, "n l"], scored: Bool[Tensor, "n l"]
-) -> Float[Tensor, ""]:
-    """Cross-entropy over the k codes of a codebook, mean over the scored positions. Chance is ln k.
+) -> Float[Tensor, " n"]:
+    """Cross-entropy over the k codes of a codebook, mean over an image's scored positions. Chance is ln k.
 
     As `gaussian_nats` otherwise. Source: BEiT (arXiv 2106.08254).
     """
     losses = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten().long(), reduction="none")
-    return (losses.view_as(scored) * scored).sum() / scored.sum()
+    return (losses.view_as(scored) * scored).sum(1) / scored.sum(1)
 
 
-def uniform_part(prediction: Float[Tensor, "n l d"], target: Float[Tensor, "n l d"]) -> Float[Tensor, ""]:
-    """What predictions share with all targets: p^T C p / d, mean over positions; C [d, d] is the mean of
+def uniform_part(prediction: Float[Tensor, "n l d"], target: Float[Tensor, "n l d"]) -> Float[Tensor, " n"]:
+    """What predictions share with all targets: p^T C p / d, mean over an image's positions; C [d, d] is the mean of
     t t^T over the positions of all ranks, in float32, without gradient.
 
     At predictions and targets of unit variance that have nothing to do with each other it is 1, at a
@@ -80,9 +79,9 @@ def uniform_part(prediction: Float[Tensor, "n l d"], target: Float[Tensor, "n l 
     error it keeps the targets spread. Source: SiameseIM (arXiv 2206.01204); UniGrad (arXiv
     2112.05141).
     """
-    p, t = prediction.float().flatten(0, 1), target.detach().float().flatten(0, 1)
+    p, t = prediction.float(), target.detach().float().flatten(0, 1)
     second_moment = mean_over_ranks(t.T @ t / len(t))
-    return ((p @ second_moment) * p).sum(-1).mean() / p.shape[-1]
+    return ((p @ second_moment) * p).sum(-1).mean(1) / p.shape[-1]
 
 
 def decorrelation_nats(prediction: Float[Tensor, "n d"], target: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
@@ -122,38 +121,32 @@ class _GlobalMean(torch.autograd.Function):
         return mean_over_ranks(grad)
 
 
-def category_nats(
-    logits: Float[Tensor, "n classes"],
-    category: Int[Tensor, " n"],
-    has_category: Bool[Tensor, " n"],
-    smoothing: float,
-) -> Float[Tensor, ""]:
-    """Cross-entropy with label smoothing, mean over the labelled samples of the global batch.
+def mean_over_labelled(nats: Float[Tensor, " n"], is_labelled: Bool[Tensor, " n"]) -> Float[Tensor, ""]:
+    """Mean over the labelled images of the global batch: the mean of the result over ranks, 0 if none is."""
+    count = sum_over_ranks(is_labelled.sum()).clamp(min=1)
+    return (nats * is_labelled).sum() * world_size() / count
 
-    The mean of the result over ranks is the loss, and 0 if no rank has a label. Chance is ln(classes).
-    """
-    losses = F.cross_entropy(
-        logits.float(), category.clamp(min=0), label_smoothing=smoothing, reduction="none"
-    )
-    count = sum_over_ranks(has_category.sum()).clamp(min=1)
-    return (losses * has_category).sum() * world_size() / count
+
+def category_nats(
+    logits: Float[Tensor, "n classes"], category: Int[Tensor, " n"], smoothing: float
+) -> Float[Tensor, " n"]:
+    """Cross-entropy with label smoothing; where `category` is negative, of no meaning. Chance is ln(classes)."""
+    return F.cross_entropy(logits.float(), category.clamp(min=0), label_smoothing=smoothing, reduction="none")
 
 
 def bernoulli_nats(
     logits: Float[Tensor, "n k"],
     is_positive: Bool[Tensor, "n k"],
-    has_tags: Bool[Tensor, " n"],
     positive_weight: float,
     positive_focus: float,
     negative_focus: float,
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, " n"]:
     """-weight (1 - p)^positive_focus ln p of tags that an image has, -p^negative_focus ln(1 - p) of the others,
-    p = sigmoid(logit); SUM over the tags, mean over the samples of the global batch that have tags.
+    p = sigmoid(logit); SUM over the tags.
 
-    As `category_nats`, the mean of the result over ranks is the loss, and 0 if no rank has tags. With a weight
-    of 1 and foci of 0 it is the Bernoulli negative log-likelihood in nats, k ln 2 at chance (p = 1/2); in
-    general a positive is ln 2 weight / 2^positive_focus there, a negative ln 2 / 2^negative_focus. Logarithms
-    are exact down to a floor of ln 1e-8: no tag is more than 18.4 nats (times weight), and one that is as
+    With a weight of 1 and foci of 0 it is the Bernoulli negative log-likelihood in nats, k ln 2 at chance
+    (p = 1/2); in general a positive is ln 2 weight / 2^positive_focus there, a negative ln 2 / 2^negative_focus.
+    Logarithms are exact down to a floor of ln 1e-8: no tag is more than 18.4 nats (times weight), and one that is as
     wrong as that counts as an outlier, almost without gradient. Source: HVP-MTL (arXiv 2310.07510), section
     3.1, which leaves the minus signs out; asymmetric loss (arXiv 2009.14119).
     """
@@ -161,19 +154,16 @@ def bernoulli_nats(
     # Powers as exponentials of logarithms: their gradients are finite at any p, also where a focus is below 1.
     positive = positive_weight * (positive_focus * log_not_p).exp() * log_p.clamp(min=LOG_FLOOR)
     negative = (negative_focus * log_p).exp() * log_not_p.clamp(min=LOG_FLOOR)
-    losses = -torch.where(is_positive, positive, negative).sum(1)
-    count = sum_over_ranks(has_tags.sum()).clamp(min=1)
-    return (losses * has_tags).sum() * world_size() / count
+    return -torch.where(is_positive, positive, negative).sum(1)
 
 
-def agreement_nats(student: Float[Tensor, "n k"], teacher: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
-    """(KL(S || S') + KL(S' || S)) / 2 of the softmaxes S, S' of both sides' similarities, mean over images; no
-    gradient reaches the teacher.
+def agreement_nats(student: Float[Tensor, "n k"], teacher: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
+    """(KL(S || S') + KL(S' || S)) / 2 of the softmaxes S, S' of both sides' similarities; no gradient reaches
+    the teacher.
 
-    0 at equality, and never below. Every rank has the same number of images, so the mean over ranks is the
-    global mean. Source: HVP-MTL (arXiv 2310.07510), momentum distillation.
+    0 at equality, and never below. Source: HVP-MTL (arXiv 2310.07510), momentum distillation.
     """
     log_s = student.float().log_softmax(dim=1)
     log_t = teacher.detach().float().log_softmax(dim=1)
     # Both divergences in one sum, whose every term is positive or 0.
-    return 0.5 * ((log_s.exp() - log_t.exp()) * (log_s - log_t)).sum(dim=1).mean()
+    return 0.5 * ((log_s.exp() - log_t.exp()) * (log_s - log_t)).sum(dim=1)

@@ -1,10 +1,14 @@
 """How is a pre-training run started?
 
 deepspeed pretrain/main.py --recipe m3i.demo --data NAME=DIR [NAME=DIR ...] --out DIR [--ds-config FILE]
-    [--tokenizer DIR] [--guide DIR] [--workers N] [--wandb]
+    [--tokenizer DIR] [--guide DIR] [--workers N] [--micro-batches N] [--checkpoints DIR|URL] [--timeout SECONDS]
+    [--wandb] [--tensorboard] [--price P] [--profile FIRST:LAST] [--compile]
     [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
 
-The same command again goes on from the last checkpoint in --out. Without a launcher it runs as one process.
+deepspeed pretrain/main.py --replay OUT/replay/BUNDLE
+
+The same command again goes on from the last checkpoint in --out. Without a launcher it runs as one process. The
+second form runs a refused step again, on as many ranks.
 """
 
 from __future__ import annotations
@@ -27,12 +31,11 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").re
 
 from pretrain import recipes  # noqa: E402
 from pretrain.config import Run  # noqa: E402
-from pretrain.data.remote import Place  # noqa: E402
+from pretrain.data.remote import Place, place_of  # noqa: E402
+from pretrain.exits import ENDS, FAILED, FINISHED, INTERRUPTED, LOST, MISTAKE, Preempted, RankLost  # noqa: E402
 from pretrain.named_folders import named_places  # noqa: E402
+from pretrain.watchdog import TIMEOUT  # noqa: E402
 
-MISTAKE = 2  # exit code for a command line that cannot be right, as argparse has it
-FAILED = 1
-INTERRUPTED = 130
 NUMBERS: dict[Any, tuple[type, str]] = {"int": (int, "a whole number"), "float": (float, "a number")}
 
 
@@ -60,7 +63,29 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
     parser.add_argument("--tokenizer", type=Path, help="instead of that beside the captioned shards")
     parser.add_argument("--guide", type=Path, help="folder of the frozen encoder that the targets need")
     parser.add_argument("--workers", type=int, default=0, help="decoding processes for each rank")
+    parser.add_argument(
+        "--micro-batches",
+        type=int,
+        default=1,
+        help="a rank's share of the batch passes through the model in N parts: less memory, a forward pass more",
+    )
+    parser.add_argument(
+        "--checkpoints", type=place_of, help="folder or s3://bucket/prefix; OUT/checkpoints if left out"
+    )
     parser.add_argument("--wandb", action="store_true", help="also log to wandb (WANDB_MODE=offline works)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help=f"without progress, before a run ends that has lost a rank ({TIMEOUT:.0f}; thrice at first)",
+    )
+    parser.add_argument("--tensorboard", action="store_true", help="also write OUT/tensorboard")
+    parser.add_argument("--price", type=float, help="of an hour of one GPU: the log tells the run's cost")
+    parser.add_argument("--profile", metavar="FIRST:LAST", help="steps whose operators OUT/trace shows")
+    parser.add_argument(
+        "--compile", action="store_true", help="transformer blocks by torch.compile, not ZeRO-3"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the launcher
     parser.add_argument("--help", "-h", action="store_true", help="this, and the fields of --recipe")
     if {"--help", "-h"} & set(arguments):
@@ -73,10 +98,27 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
         raise FileNotFoundError(f"--ds-config {paths.ds_config} is no file; choose one of {there}")
     if paths.workers < 0:
         raise ValueError(f"--workers {paths.workers} must not be negative: 0 decodes in the training process")
+    if not paths.timeout > 0:
+        raise ValueError(f"--timeout {paths.timeout} must be positive: seconds, a few times those of a step")
+    if paths.micro_batches < 1:
+        raise ValueError(f"--micro-batches {paths.micro_batches} must be positive: 1 takes the batch at once")
+    if paths.price is not None and not 0 <= paths.price < float("inf"):
+        raise ValueError(f"--price {paths.price} must not be negative: what an hour of one GPU costs")
+    paths.profile = steps_of(paths.profile)
     check_guide(run, paths.guide)
     if paths.out.exists() and not paths.out.is_dir():
         raise ValueError(f"--out {paths.out} is a file: name a folder, it is made if there is none")
     return run, paths
+
+
+def steps_of(text: str | None) -> tuple[int, int] | None:
+    """The first and last step of FIRST:LAST; None without; ValueError when it is not two rising whole numbers."""
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"--profile {text!r} must be FIRST:LAST, steps counted from 1, such as 10:12")
+    return int(first), int(last)
 
 
 def check_guide(run: Run, folder: Path | None) -> None:
@@ -92,14 +134,14 @@ def check_guide(run: Run, folder: Path | None) -> None:
         raise FileNotFoundError(f"--guide {folder} is no folder: name that of a frozen encoder")
 
 
-def override(run: Run, arguments: list[str]) -> Run:
+def override(run: Run, arguments: list[str], program: str = "pretrain/main.py") -> Run:
     """`run` with the fields that the command line names; ValueError, or SystemExit after tyro has told it."""
     import tyro
 
     check_numbers(run, arguments)
     return tyro.cli(
         Run,
-        prog="pretrain/main.py ...",
+        prog=f"{program} ...",
         description="Fields of the recipe that the command line may override.",
         default=run,
         args=arguments,
@@ -137,14 +179,14 @@ def show_help(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     override(run, ["--help"])
 
 
-def match_sources(run: Run, pairs: list[str]) -> dict[str, Place]:
+def match_sources(run: Run, pairs: list[str], option: str = "--data") -> dict[str, Place]:
     """NAME=DIR or NAME=URL of the command line by name; ValueError unless the names are those of the recipe's
     sources, and as `named_places`.
     """
-    folders = named_places("--data", pairs)
+    folders = named_places(option, pairs)
     if folders.keys() != run.data.keys():
         raise ValueError(
-            f"--data names {sorted(folders)}, but recipe {run.name} has the sources {sorted(run.data)}: "
+            f"{option} names {sorted(folders)}, but recipe {run.name} has the sources {sorted(run.data)}: "
             "give NAME=DIR once for each of them"
         )
     return folders
@@ -155,8 +197,9 @@ def main(arguments: list[str]) -> int:
     first_rank = os.environ.get("RANK", "0") == "0"
     try:
         with nullcontext() if first_rank else silence():
-            run, paths = parse(arguments)
-        return start(run, paths)
+            is_replay = any(argument.split("=")[0] == "--replay" for argument in arguments)
+            asked = parse_replay(arguments) if is_replay else parse(arguments)
+        return start_replay(asked) if isinstance(asked, Path) else start(*asked)
     except (ValueError, OSError) as error:
         # A folder may be missing on one node alone, a mistake in the command is the same on all.
         if first_rank or (isinstance(error, OSError) and os.environ.get("LOCAL_RANK") == "0"):
@@ -174,7 +217,8 @@ def main(arguments: list[str]) -> int:
 def start(run: Run, paths: argparse.Namespace) -> int:
     """Trains; exit code as of `main`. Imports torch and DeepSpeed, which takes seconds."""
     quieten()
-    from pretrain.train import Paths, is_told_by_this_rank, train
+    from pretrain.paths import Paths
+    from pretrain.train import is_told_by_this_rank, train
 
     try:
         train(
@@ -186,14 +230,46 @@ def start(run: Run, paths: argparse.Namespace) -> int:
                 paths.tokenizer,
                 paths.guide,
                 paths.workers,
-                paths.wandb,
+                checkpoints=paths.checkpoints,
+                timeout=paths.timeout,
+                micro_batches=paths.micro_batches,
+                trackers=tuple(name for name in ("wandb", "tensorboard") if getattr(paths, name)),
+                price=paths.price,
+                profile=paths.profile,
+                compile=paths.compile,
             ),
         )
-    except (ValueError, OSError, FloatingPointError) as error:
+    except tuple(ENDS) as error:
+        if str(error) and (isinstance(error, RankLost) or is_told_by_this_rank(error)):
+            print(f"\n{'stopped' if isinstance(error, Preempted) else 'error'}: {error}", file=sys.stderr)
+        return ENDS[type(error)]
+    except (ValueError, OSError) as error:
         if is_told_by_this_rank(error):
             print(f"\nerror: {explain(error, paths.out)}", file=sys.stderr)
         return FAILED
-    return 0
+    return FINISHED
+
+
+def parse_replay(arguments: list[str]) -> Path:
+    """The bundle; SystemExit for anything besides it, since the bundle says the rest."""
+    parser = argparse.ArgumentParser(prog="pretrain/main.py", allow_abbrev=False)
+    parser.add_argument("--replay", type=Path, required=True, help="a folder below OUT/replay of a run")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments).replay
+
+
+def start_replay(bundle: Path) -> int:
+    """Runs a refused step again; FAILED also when it does not come out the same."""
+    quieten()
+    from pretrain.replay import replay
+    from pretrain.train import is_told_by_this_rank
+
+    try:
+        return FINISHED if replay(bundle) else FAILED
+    except (ValueError, OSError) as error:
+        if is_told_by_this_rank(error):
+            print(f"\nerror: {error}", file=sys.stderr)
+        return FAILED
 
 
 @contextmanager
@@ -228,4 +304,8 @@ def quieten() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == LOST:  # what waits for the lost rank would wait at the interpreter's end too
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

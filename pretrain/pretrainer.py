@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from pretrain.balance import BalanceTracker, fork
@@ -13,11 +14,12 @@ from pretrain.collapse import Seen
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.facts import DataFacts
-from pretrain.inputs import Encoded, MaskPatch, enlarge, owned_tokens
+from pretrain.inputs import Encoded, MaskPatch, enlarge, input_keys, owned_tokens
+from pretrain.micro_batches import in_parts
 from pretrain.models.decoder import DenseDecoder
 from pretrain.models.pixels import normalise
 from pretrain.models.temperature import Temperature
-from pretrain.scoring import SCORES, Step
+from pretrain.scoring import SCORES, Each, Step
 from pretrain.targets import TargetEncoders, encode
 from pretrain.towers import Towers, active_targets, projector
 
@@ -29,14 +31,18 @@ class Losses:
     total: Float[Tensor, ""]  # to back-propagate; label losses already carry the balance weight
     nats: dict[str, Float[Tensor, ""]]  # by target, detached, float32, unweighted
     seen: dict[str, Seen]  # by target whose z_y could collapse, and `embedding`; detached
+    each: dict[str, Each] = field(
+        default_factory=dict
+    )  # by target whose loss is a mean over images; detached
 
 
 class Pretrainer(nn.Module):
     """The student with its decoders: predicts every target of the objective from one encoded input."""
 
-    def __init__(self, run: Run, facts: DataFacts) -> None:
+    def __init__(self, run: Run, facts: DataFacts, micro_batches: int = 1) -> None:
+        """`micro_batches`: parts of a rank's share that pass through encoders and decoders one after another."""
         super().__init__()
-        self.run = run
+        self.run, self.micro_batches = run, micro_batches
         self.targets = active_targets(run, facts)
         self.student = Towers(run, facts)
         encoder, kinds = self.student.encoder, {target.kind for target in self.targets.values()}
@@ -72,11 +78,13 @@ class Pretrainer(nn.Module):
         if self.run.objective.input.views == 2:
             batch = batch.both_ways()
         dtype = next(self.parameters()).dtype
-        z_y = encode(self.run, self.targets, batch, encoders, dtype=dtype, grid=self.grid)
-        step = Step(self, self._encode(batch, tracker, dtype), z_y)
+        how = {"dtype": dtype, "grid": self.grid, "micro_batches": self.micro_batches}
+        z_y = encode(self.run, self.targets, batch, encoders, **how)
+        step = Step(self, self._encode(batch, tracker, dtype), z_y, tracker)
         scored = {name: SCORES[target.kind](step, name, target) for name, target in self.targets.items()}
-        nats = {name: value for name, (value, _) in scored.items()}
-        seen = {name: one for name, (_, one) in scored.items() if one is not None}
+        nats = {name: one.nats for name, one in scored.items()}
+        seen = {name: one.seen for name, one in scored.items() if one.seen is not None}
+        each = {name: one.each for name, one in scored.items() if one.each is not None}
         if {target.kind for target in self.targets.values()} & {"category", "text"}:
             seen["embedding"] = Seen(step.embedding("label").detach().float(), None)
         weight = tracker.weight
@@ -84,20 +92,15 @@ class Pretrainer(nn.Module):
             self.targets[name].weight * (weight * value if self.targets[name].group == "label" else value)
             for name, value in nats.items()
         )
-        return Losses(total, {name: value.detach() for name, value in nats.items()}, seen)
+        return Losses(total, {name: value.detach() for name, value in nats.items()}, seen, each)
 
     def _encode(self, batch: Batch, tracker: BalanceTracker, dtype: torch.dtype) -> Encoded:
         objective, patch = self.run.objective.input, self.run.mask.patch
-        images = normalise(batch.views[:, 0], self.run.views.mean, self.run.views.std, dtype)
-        if objective.hides:
-            hidden = enlarge(batch.mask, patch)[:, None]
-            is_masked = objective.is_masked
-            images = (
-                self.mask_patch(images, hidden)
-                if is_masked
-                else torch.where(hidden, images[1::2], images[0::2])
-            )
-        tokens = self.student.encoder(images, self.has_summary)
+        views = batch.views[:, 0].unflatten(0, (-1, objective.mixed))
+        keys = input_keys(objective, batch, self.run.seed)
+        mask = (batch.mask,) if objective.hides else ()
+        features = in_parts(self.micro_batches, partial(self._features, dtype), views, keys, *mask)
+        tokens = self.student.encoder.finish(features, self.has_summary)
         per_image = {
             group: branch.repeat_interleave(objective.mixed, dim=0)
             for group, branch in zip(("image", "label"), fork(tokens, tracker), strict=True)
@@ -108,3 +111,22 @@ class Pretrainer(nn.Module):
             {group: branch[:, 0] for group, branch in per_image.items()} if self.has_summary else {},
             owned_tokens(objective, batch.mask, patch // self.student.encoder.stride),
         )
+
+    def _features(
+        self,
+        dtype: torch.dtype,
+        views: UInt8[Tensor, "i mixed 3 s s"],
+        keys: Int[Tensor, " i"],
+        mask: Bool[Tensor, "i g g"] | None = None,
+    ) -> Float[Tensor, "i m d"]:
+        """What the encoder makes of inputs of `mixed` views each, before any of them meets another."""
+        images = normalise(views.flatten(0, 1), self.run.views.mean, self.run.views.std, dtype)
+        if mask is not None:
+            hidden = enlarge(mask, self.run.mask.patch)[:, None]
+            is_masked = self.run.objective.input.is_masked
+            images = (
+                self.mask_patch(images, hidden)
+                if is_masked
+                else torch.where(hidden, images[1::2], images[0::2])
+            )
+        return self.student.encoder.features(images, keys)

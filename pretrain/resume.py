@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import reprlib
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from pretrain.checkpoint import latest, steps_in
-from pretrain.config import Run
+from pretrain.checkpoint import latest, left_out, read_json, steps_in
+from pretrain.config import Guard, Run
+from pretrain.data.remote import Place, is_url
+from pretrain.evidence import Journal
 from pretrain.facts import DataFacts
 
 HARMLESS = (
     "save_every",
+    "keep_last",
+    "keep_every",
     "log_every",
     "max_bad",
     "backbone.activation_checkpoint",
+    *(f"guard.{field.name}" for field in dataclasses.fields(Guard)),
 )  # fields of Run that may change at a resume
 
 
-def newest_or_none(out: Path) -> Path | None:
-    """The newest whole checkpoint, every byte read; None when there never was one, ValueError when all are broken."""
-    folder = latest(out, hashes=True)
-    if folder is None and (steps := steps_in(out)):
+def newest_or_none(place: Place) -> Place | None:
+    """The newest whole checkpoint; None when there never was one, ValueError when all are broken.
+
+    On disk every byte is read; behind a URL sizes are compared, since a rank reads only what it needs.
+    """
+    folder = latest(place, hashes=not is_url(place))
+    if folder is None and (steps := steps_in(place)):
         raise ValueError(
-            f"none of the checkpoints of steps {sorted(steps)} in {out} is whole: copy them again, or delete "
-            f"{out / 'checkpoints'} to start from the beginning, or name another --out"
+            f"none of the checkpoints of steps {sorted(steps)} in {place} is whole: copy them again, or delete "
+            "them to start from the beginning, or name another place"
         )
     return folder
 
 
-def check_resumable(
-    folder: Path, run: Run, facts: DataFacts, *, world: int, stage: int, dtype: torch.dtype
-) -> None:
-    """ValueError that names every difference between the saved run and this one that forbids going on."""
+def batches_left_out(folder: Place | None, journal: Journal) -> set[int]:
+    """Numbers of those that a run does without: as its checkpoint has it and as was told since.
+
+    At the beginning none: what an earlier run in the same folder told ends with its checkpoints.
+    """
+    if folder is None:
+        journal.clear()
+        return set()
+    return left_out(folder) | journal.left_out()
+
+
+def check_resumable(folder: Place, run: Run, facts: DataFacts) -> None:
+    """ValueError that names every difference between the saved run and this one that forbids going on.
+
+    Another number of ranks, ZeRO stage or precision does not.
+    """
     # Read and written again, so that a field that is younger than the run has the value that it had without a name.
     kinds: dict[str, type[Run] | type[DataFacts]] = {"run": Run, "facts": DataFacts}
     saved = {
-        name: json.loads(kind.from_json((folder / f"{name}.json").read_text()).to_json())
+        name: json.loads(kind.from_json(json.dumps(read_json(folder, f"{name}.json"))).to_json())
         for name, kind in kinds.items()
     }
     present = {"run": json.loads(run.to_json()), "facts": json.loads(facts.to_json())}
@@ -54,13 +72,11 @@ def check_resumable(
             f"{folder} was made with another recipe or other data: {'; '.join(differing)}. Go on with the same, "
             "or start anew with another --out"
         )
-    state = json.loads((folder / "state.json").read_text())
-    for key, value in {"world": world, "stage": stage, "dtype": str(dtype)}.items():
-        if state[key] != value:
-            raise ValueError(
-                f"{folder} was written with {key}={state[key]} and this start has {key}={value}; DeepSpeed's files "
-                "fit only the same: use as many ranks and the same --ds-config, or another --out"
-            )
+    if "optimizer_steps" not in read_json(folder, "state.json"):
+        raise ValueError(
+            f"{folder} holds DeepSpeed's own files, as an older version wrote them: go on with that "
+            "version, or start anew with another --out"
+        )
 
 
 def _told_difference(name: str, old: Any, new: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ class TargetEncoders:
 
     ema: TeacherCall
     guide: Guide | None = None  # frozen; None where no target needs it
+    timed: Callable[[], AbstractContextManager] = nullcontext  # around all that they compute
 
 
 @torch.no_grad()
@@ -38,43 +40,65 @@ def encode(
     *,
     dtype: torch.dtype,
     grid: int,
+    micro_batches: int = 1,
 ) -> dict[str, Tensor]:
     """z_y by name of target, for those that are pixels or made by teacher or guide; float32.
 
     pixels [n, l, 3 p p] of `grid` x `grid` patches; dense [n, l, d], normalised without affine unless the score is
     a cosine, with the summary as one more token in front where the target asks; global [n, p]; tags [n, k]; of a
-    tokenizer codes [n, l], int.
+    tokenizer codes [n, l], int. Teacher and guide see the views in `micro_batches` parts.
     """
+    with encoders.timed():
+        return _encode(run, targets, batch, encoders, dtype, grid, micro_batches)
+
+
+def _encode(
+    run: Run,
+    targets: Mapping[str, Target],
+    batch: Batch,
+    encoders: TargetEncoders,
+    dtype: torch.dtype,
+    grid: int,
+    micro_batches: int,
+) -> dict[str, Tensor]:
     taught = {name: target for name, target in targets.items() if target.encoder == "ema"}
-    found = _from_teacher(run, taught, batch, encoders.ema, dtype)
+    found = _from_teacher(run, taught, batch, encoders.ema, dtype, micro_batches)
     for name, target in targets.items():
         view = view_of(run.objective, target, batch)
         if target.encoder == "frozen":
-            features = encoders.guide(view, grid)
+            features = torch.cat([encoders.guide(part, grid) for part in view.chunk(micro_batches)])
             found[name] = _features(target, features if target.summary else features[:, 1:])
         elif target.encoder == "tokenizer":
-            found[name] = encoders.guide.codes(view, grid)
+            found[name] = torch.cat([encoders.guide.codes(part, grid) for part in view.chunk(micro_batches)])
         elif target.kind == "pixels":
             found[name] = _pixels(run, target, view, grid)
     return found
 
 
 def _from_teacher(
-    run: Run, targets: Mapping[str, Target], batch: Batch, teacher: TeacherCall, dtype: torch.dtype
+    run: Run,
+    targets: Mapping[str, Target],
+    batch: Batch,
+    teacher: TeacherCall,
+    dtype: torch.dtype,
+    micro_batches: int,
 ) -> dict[str, Tensor]:
-    """One call, in which every view that several targets share is encoded once."""
+    """One call a part, in which every view that several targets share is encoded once."""
     if not targets:
         return {}
     kinds = tuple(dict.fromkeys(target.kind for target in targets.values()))
     has_summary = any(target.summary for target in targets.values())
     views = {_place(run, target): view_of(run.objective, target, batch) for target in targets.values()}
-    images = normalise(torch.cat(list(views.values())), run.views.mean, run.views.std, dtype)
-    said = teacher(images, kinds, has_summary)
+    parts = [
+        teacher(normalise(part, run.views.mean, run.views.std, dtype), kinds, has_summary)
+        for part in torch.cat(list(views.values())).chunk(micro_batches)
+    ]
+    said = {kind: torch.cat([part[kind] for part in parts]) for kind in kinds}
     sizes = [len(view) for view in views.values()]
-    parts = {
+    by_view = {
         kind: dict(zip(views, features.float().split(sizes), strict=True)) for kind, features in said.items()
     }
-    found = {name: parts[target.kind][_place(run, target)] for name, target in targets.items()}
+    found = {name: by_view[target.kind][_place(run, target)] for name, target in targets.items()}
     for name, target in targets.items():
         if target.kind == "dense":
             without = int(has_summary and not target.summary)

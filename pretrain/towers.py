@@ -88,7 +88,11 @@ class Towers(nn.Module):
         self, tokens: Float[Tensor, "n l d"], owned: Bool[Tensor, "n l"] | None = None
     ) -> Float[Tensor, "n e"]:
         """Global embedding of images from the tokens that each owns; category and text share it."""
-        return self.norm(self.pool_norm(self.pool(tokens, owned)))
+        return self.finish_embedding(self.pool(tokens, owned))
+
+    def finish_embedding(self, pooled: Float[Tensor, "n e"]) -> Float[Tensor, "n e"]:
+        """What follows the pooling, over all images of all ranks."""
+        return self.norm(self.pool_norm(pooled))
 
     def embed_texts(
         self, tokens: Int[Tensor, "n length"], token_mask: Bool[Tensor, "n length"]

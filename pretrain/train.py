@@ -1,4 +1,4 @@
-"""What happens between the first batch and the last checkpoint? THE loop."""
+"""How is a run built, from its recipe and from what it left behind when it ended last?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,109 +13,176 @@ import torch
 import torch.distributed as dist
 
 from pretrain import checkpoint, resume
+from pretrain.checkpoint import Saver, step_of
 from pretrain.collectives import from_first_rank, rank, world_size
+from pretrain.compiled import check_compile, compile_blocks
 from pretrain.config import Run
 from pretrain.data import drops
 from pretrain.data.loader import Loader
-from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_beside
-from pretrain.engine import Engine, describe, resolve_config, start_distributed
+from pretrain.distributed import start_distributed
+from pretrain.ds_config import describe, read_ds_config, resolve_config
+from pretrain.engine import Engine
+from pretrain.evidence import Journal
+from pretrain.exits import RankLost
 from pretrain.facts import DataFacts
 from pretrain.intact import write_text
 from pretrain.lock import only_writer
+from pretrain.loop import Job, run_steps
 from pretrain.models.guides import Guide, open_guide
 from pretrain.monitor import Monitor
+from pretrain.monitor.ranks import Sources
+from pretrain.monitor.speed import Speed, measured_peak, peak_of
+from pretrain.monitor.trackers import TRACKERS
+from pretrain.monitor.window import Window
+from pretrain.paths import Paths
+from pretrain.plan.flops import step_flops
+from pretrain.preemption import Signals
 from pretrain.pretrainer import Pretrainer
+from pretrain.provenance import hardware
 from pretrain.towers import Towers, targets_without_labels
-
-
-@dataclass(frozen=True)
-class Paths:
-    """What of a start belongs to the machine and not to the recipe."""
-
-    data: dict[str, Place]  # name of a source in the recipe -> its data set
-    out: Path
-    ds_config: Path
-    tokenizer: Path | None = None  # folder; that of the first captioned data set if None
-    guide: Path | None = None  # folder of the frozen encoder that targets need
-    workers: int = 0  # processes that decode for each rank; 0 = the training process itself
-    wandb: bool = False
+from pretrain.watchdog import FIRST, REMEDY, Watchdog
 
 
 def train(run: Run, paths: Paths) -> None:
-    """Pre-trains from the newest whole checkpoint in `paths.out`, or from the beginning; on all ranks."""
+    """Pre-trains from the newest whole checkpoint of the run, or from the beginning; on all ranks.
+
+    Preempted, Diverged and RankLost tell how else than finished or failed it ended.
+    """
     ds_config = read_ds_config(paths.ds_config)
-    device = start_distributed()
+    device = start_distributed(paths.timeout * FIRST * 2)  # the watchdog, which names the rank, comes first
     config, machine = resolve_config(ds_config, run, device)
+    run.images_per_rank(world_size(), paths.micro_batches)  # refuses what does not divide
     with ExitStack() as held:
-        from_first_rank(lambda: held.enter_context(only_writer(paths.out)))
-        _train(run, paths, config, machine, device, held)
+        from_first_rank(lambda: held.enter_context(only_writer(paths.out)) and None)
+        signals = held.enter_context(Signals())
+        watchdog = held.enter_context(Watchdog(paths.out, rank(), world_size(), paths.timeout))
+        try:
+            _train(run, paths, config, machine, device, signals, watchdog)
+        except RuntimeError as error:
+            if not is_of_another_rank(error):
+                raise
+            told, is_teller = watchdog.lost()
+            raise RankLost(f"{told}. {REMEDY}" if told and is_teller else "") from error
     dist.destroy_process_group()  # NCCL complains of what is left to the end of the process
 
 
 def _train(
-    run: Run, paths: Paths, config: dict[str, Any], machine: str, device: torch.device, held: ExitStack
+    run: Run,
+    paths: Paths,
+    config: dict[str, Any],
+    machine: str,
+    device: torch.device,
+    signals: Signals,
+    watchdog: Watchdog,
 ) -> None:
-    folder = from_first_rank(lambda: resume.newest_or_none(paths.out))
-    first_step = 0 if folder is None else checkpoint.step_of(folder)
+    folder = from_first_rank(lambda: resume.newest_or_none(paths.kept))
+    first_step = 0 if folder is None else step_of(folder)
+    window = Window(paths.profile, paths.out, first_step, run.steps)
+    if paths.compile:
+        check_compile(run.backbone.family, describe(config)["stage"])
+    journal = Journal(paths.out)
+    skipped = from_first_rank(lambda: resume.batches_left_out(folder, journal))
     tokenizer = tokenizer_folder(run, paths)
-    place = {"rank": rank(), "world": world_size()}
     guide = read_guide(run, paths.guide)
-    loader = Loader(
+    dropped = drops.file_of(paths.out, rank(), world_size())
+    with ExitStack() as held:
+        held.callback(window.close)
+        loader = open_loader(run, paths, tokenizer, device, first_step, skipped, dropped)
+        held.enter_context(closing(loader))
+        facts = with_guide(loader.facts, guide)
+        if folder is not None:  # refuses another recipe before minutes of building
+            resume.check_resumable(folder, run, facts)
+        engine = build_engine(run, facts, config, device, guide, paths)
+        engine.guard.left_out |= skipped
+        if rank() == 0:
+            _write_inputs(run, paths)
+        saver = Saver(engine, paths.kept, facts, tokenizer)
+        job = Job(run, paths, engine, saver, journal, signals, watchdog, window)
+        speed = speed_of(run, facts, engine, paths.price)
+        while True:
+            if folder is not None:
+                watchdog.at(step_of(folder), "reads a checkpoint", times=FIRST)
+                checkpoint.restore(engine, folder)
+            first_step = engine.steps_done
+            trackers = [TRACKERS[name](paths.out, run, first_step) for name in paths.trackers if rank() == 0]
+            sources = Sources(tuple(run.data), loader.cycle.to(device))
+            with Monitor(
+                paths.out, run, first_step, engine.clock, sources=sources, speed=speed, trackers=trackers
+            ) as monitor:
+                started = "from the beginning" if folder is None else f"from {folder}"
+                compiled = ", compiled blocks" if paths.compile else ""
+                monitor.say(f"{machine}, {engine.chosen}{compiled}; {started}")
+                monitor.say(speed.told(hardware(device)))
+                if line := left_out(run, facts):
+                    monitor.say(line)
+                if folder is None:  # a place that cannot be written to ends the run in its first minute
+                    saver.save(wait=True)
+                folder = run_steps(job, loader, monitor)
+            if folder is None:
+                return
+            loader.close()
+            skipped = engine.guard.left_out
+            loader = open_loader(run, paths, tokenizer, device, step_of(folder), skipped, dropped)
+            held.enter_context(closing(loader))
+
+
+def build_engine(
+    run: Run,
+    facts: DataFacts,
+    config: dict[str, Any],
+    device: torch.device,
+    guide: Guide | None,
+    paths: Paths,
+) -> Engine:
+    """The run before its first step, equal on all ranks."""
+    torch.manual_seed(run.seed)
+    with torch.device(device):
+        model, teacher = Pretrainer(run, facts, paths.micro_batches), Towers(run, facts)
+    if paths.compile:
+        compile_blocks(model)
+        compile_blocks(teacher)
+    return Engine(model, teacher, run, config, guide)
+
+
+def open_loader(
+    run: Run,
+    paths: Paths,
+    tokenizer: Path | None,
+    device: torch.device,
+    first_step: int,
+    skipped: set[int],
+    dropped_to: Path | None,
+) -> Loader:
+    """This rank's batches after `first_step` others, without those that are left out."""
+    return Loader(
         run,
         paths.data,
         tokenizer,
-        **place,
+        rank=rank(),
+        world=world_size(),
         workers=paths.workers,
         start_step=first_step,
-        dropped_to=drops.file_of(paths.out, **place),
+        left_out=skipped,
+        dropped_to=dropped_to,
         device=device,
     )
-    held.enter_context(closing(loader))
-    facts = with_guide(loader.facts, guide)
-    if folder is not None:  # refuses another recipe before minutes of building
-        resume.check_resumable(folder, run, facts, **describe(config))
-    torch.manual_seed(run.seed)  # equal weights on all ranks
-    with torch.device(device):
-        model, teacher = Pretrainer(run, facts), Towers(run, facts)
-    engine = Engine(model, teacher, run, config, guide)
-    if folder is not None:
-        checkpoint.restore(engine, folder)
-    if rank() == 0:
-        write_text(paths.out / "recipe.json", run.to_json())
-        places = {name: str(p.resolve()) if isinstance(p, Path) else p for name, p in paths.data.items()}
-        write_text(paths.out / "data.json", json.dumps(places, indent=1))
-    with Monitor(paths.out, run, first_step, wandb=paths.wandb) as monitor:
-        monitor.say(f"{machine}; {'from the beginning' if folder is None else f'from {folder}'}")
-        if line := left_out(run, facts):
-            monitor.say(line)
-        if folder is None:
-            checkpoint.save(engine, paths.out, facts, tokenizer)
-        batches = iter(loader)
-        while engine.steps_done < run.steps:
-            with monitor.waiting_for_data():
-                batch = next(batches)
-            losses = engine.step(batch)
-            monitor.after_step(engine, losses, loader.dropped, loader.captions)
-            if engine.steps_done % run.save_every == 0 or engine.steps_done == run.steps:
-                with monitor.uncounted():
-                    saved = checkpoint.save(engine, paths.out, facts, tokenizer)
-                monitor.say(f"saved {saved}")
 
 
-def read_ds_config(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError names the file and the place that is not JSON."""
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"--ds-config {path} must be JSON: {error}; mend that place or use another"
-        ) from error
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"--ds-config {path} holds a {type(config).__name__}, it must be a JSON object {{...}}"
-        )
-    return config
+def _write_inputs(run: Run, paths: Paths) -> None:
+    """What this start was given, for those who read the run's folder."""
+    write_text(paths.out / "recipe.json", run.to_json())
+    places = {name: str(p.resolve()) if isinstance(p, Path) else p for name, p in paths.data.items()}
+    write_text(paths.out / "data.json", json.dumps(places, indent=1))
+
+
+def speed_of(run: Run, facts: DataFacts, engine: Engine, price: float | None) -> Speed:
+    """What the run's figures are measured against, on all ranks at once: on a CPU they share its cores."""
+    if engine.device.type == "cpu":
+        peak = measured_peak(engine.dtype)
+    else:
+        peak = peak_of(hardware(engine.device), engine.dtype)
+    return Speed(step_flops(run, facts), world_size(), peak, price)
 
 
 def tokenizer_folder(run: Run, paths: Paths) -> Path | None:
@@ -174,3 +240,8 @@ def is_told_by_this_rank(error: Exception) -> bool:
 def rank_of_launcher() -> int:
     """This process's rank as the launcher says it, also before the process group exists."""
     return int(os.environ.get("RANK", "0"))
+
+
+def is_of_another_rank(error: RuntimeError) -> bool:
+    """Did a collective call fail since a rank, or the way to it, is gone?"""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))

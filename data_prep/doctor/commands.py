@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -21,14 +20,15 @@ from data_prep.doctor.published import beside_papers, table
 from data_prep.doctor.repair import Job, damage_of, repair
 from data_prep.doctor.stats_page import stats_page
 from data_prep.doctor.tell import as_text
-from data_prep.schema import Manifest, write_atomic
+from data_prep.rows.inputs import split_path
+from data_prep.schema import Manifest
 from data_prep.stats import as_record, describe
 
 SHOWN = 20  # faults of a data set, or verdicts, in the terminal; all are in the JSON file
 NAMED = 1000  # bad shards of a data set that are named there
 
 Where = Annotated[str, tyro.conf.Positional]  # a data set or the folder above its splits, on disk or a URL
-Json = Annotated[Path | None, tyro.conf.arg(name="json")]
+Json = Annotated[str, tyro.conf.arg(name="json")]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Check:
     folder: Where  # a data set, or the folder above its splits; a path or a URL
     workers: int = 2  # processes
     first: bool = False  # stop at the first bad shard
-    dropped: tuple[Path, ...] = ()  # lists of a training run, dropped-rank_*.jsonl: judge those samples alone
-    report: Json = None  # file for the whole result
+    dropped: tuple[str, ...] = ()  # lists of a training run, dropped-rank_*.jsonl: judge those samples alone
+    report: Json = ""  # file or URL for the whole result
 
     def run(self) -> int:
         """1 when anything is wrong."""
@@ -68,8 +68,8 @@ class Stats:
     workers: int = 2  # processes
     languages: int = 5000  # captions whose language is estimated, spread over all shards; 0 for none
     distance: int = 4  # bits of 64 within which two pictures look alike; -1 looks for no such pairs
-    report: Json = None  # file for the whole result
-    page: Path | None = None  # HTML file with pictures and histograms
+    report: Json = ""  # file or URL for the whole result
+    page: str = ""  # HTML file or URL with pictures and histograms
 
     def __post_init__(self) -> None:
         if not -1 <= self.distance <= 16:
@@ -106,8 +106,8 @@ class Leakage:
     against: tuple[str, ...]  # evaluation sets: data sets, or folders of images; paths or URLs
     workers: int = 2  # processes
     distance: int = 6  # bits of 64 within which two pictures are taken for the same
-    report: Json = None  # file for the whole result, with the keys that training may exclude
-    page: Path | None = None  # HTML file with pairs side by side
+    report: Json = ""  # file or URL for the whole result, with the keys that training may exclude
+    page: str = ""  # HTML file or URL with pairs side by side
 
     def __post_init__(self) -> None:
         if not 0 <= self.distance <= 16:
@@ -120,7 +120,7 @@ class Leakage:
         evaluation = read_evaluation([reached(text) for text in self.against], self.workers)
         found = [leakage.find_leakage(place, evaluation, self.distance, self.workers) for place in places]
         print(leakage.as_text(found, evaluation, self.distance))
-        if self.report is not None:
+        if self.report:
             _write_json(self.report, leakage.as_record(found, evaluation, self.distance))
         _write_page(self.page, lambda: leakage.leakage_page(found, evaluation, self.distance))
         return int(any(one.hits for one in found))
@@ -134,7 +134,7 @@ class Diff:
     second: Where
     samples: bool = False  # compare the samples of the shards that differ, by key
     workers: int = 2  # processes
-    report: Json = None  # file for the whole result
+    report: Json = ""  # file or URL for the whole result
 
     def run(self) -> int:
         """As diff(1)."""
@@ -215,24 +215,26 @@ def summary(manifest: Manifest) -> str:
     return f"{manifest.num_samples:,} samples in {len(manifest.shards)} shards, left out: {left_out}"
 
 
-def _require_folders(*files: Path | None) -> None:
+def _require_folders(*files: str) -> None:
     """FileNotFoundError now, and not after hours, when a report cannot be written."""
-    for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise FileNotFoundError(
-                f"{file}: there is no folder {file.parent}: make it, or name another file"
-            )
+    for file in filter(None, files):
+        place, _ = split_path(file)
+        if place.local is not None and not place.local.is_dir():
+            raise FileNotFoundError(f"{file}: there is no folder {place}: make it, or name another file")
 
 
-def _write_json(path: Path | None, record: dict) -> None:
-    if path is not None:
-        write_atomic(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+def _write_json(file: str, record: dict) -> None:
+    if file:
+        place, name = split_path(file)
+        place.write(name, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
-def _write_page(path: Path | None, draw: Callable[[], str]) -> None:
-    if path is not None:
-        write_atomic(path, draw().encode("utf-8"))
-        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, open it in a browser")
+def _write_page(file: str, draw: Callable[[], str]) -> None:
+    if file:
+        place, name = split_path(file)
+        content = draw().encode("utf-8")
+        place.write(name, content)
+        print(f"{file}: {len(content) / 2**20:.1f} MiB, open it in a browser")
 
 
 DOCTOR = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from data_prep.check import examine_shard
 from data_prep.doctor.finished import BadDataSet, manifest_at
 from data_prep.doctor.members import read_sample
 from data_prep.doctor.verify import verify_sample
 from data_prep.places import Place
+from data_prep.rows.inputs import split_path
 from data_prep.schema import Manifest
 
 WHOLE_SHARD = -1  # index of a drop that concerns all of its shard
@@ -37,16 +37,17 @@ class Verdict:
         return asdict(self)
 
 
-def read_drops(paths: Sequence[Path]) -> list[dict]:
-    """The records of lists that a trainer wrote, each sample once, in order of shard and index.
+def read_drops(paths: Sequence[str]) -> list[dict]:
+    """The records of the lists of a trainer, on disk or behind URLs, each sample once, in order of shard and index.
 
     Raises FileNotFoundError for a missing list and ValueError for a line that is none of its records.
     """
     found: dict[tuple, dict] = {}
     for path in paths:
-        if not path.is_file():
+        place, name = split_path(path)
+        if not place.exists(name):
             raise FileNotFoundError(f"{path} is missing: name a list of a run, dropped-rank_00000.jsonl")
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(place.read(name).decode("utf-8", "replace").splitlines(), 1):
             record = _record(line)
             if record is None:
                 raise ValueError(

@@ -9,8 +9,9 @@ from array import array
 from itertools import pairwise
 
 from data_prep.claim import WORK_FOLDER
+from data_prep.index import index_path
 from data_prep.places import Place, place_of
-from data_prep.schema import MANIFEST_NAME, TAR_BLOCK, Manifest, index_path, manifest_from_record
+from data_prep.schema import MANIFEST_NAME, TAR_BLOCK, Manifest, manifest_from_record
 
 ANSWER = 20.0  # seconds that a store may take for the first answer
 

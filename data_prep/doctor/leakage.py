@@ -19,6 +19,7 @@ from data_prep.doctor.perceptual import is_textured
 from data_prep.doctor.pool import each
 from data_prep.doctor.stats_page import picture_of
 from data_prep.doctor.summary import Task, look
+from data_prep.doctor.symmetric import find_symmetric, symmetric_of
 from data_prep.places import Place
 from data_prep.progress import progress_bar
 
@@ -34,7 +35,7 @@ class Hit:
     shard: str
     number: int  # in the shard
     picture: int  # of the evaluation
-    distance: int  # bits between their hashes, EXACT for the same bytes
+    distance: int  # bits between their hashes (of symmetric ones: the firm half), EXACT for the same bytes
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def find_leakage(place: Place, evaluation: Evaluation, distance: int, workers: i
     tasks = (Task(place, shard.name, with_summary=False, with_phash=True) for shard in manifest.shards)
     values, owners = _distinct(evaluation)
     index = index_of(values, distance, manifest.num_samples)
+    symmetric = symmetric_of(list(evaluation.symmetric), distance, manifest.num_samples)
     exact = {int(value): number for number, value in enumerate(evaluation.exact)}
     known = np.unique(evaluation.exact)
     found: dict[int, list[Hit]] = {}
@@ -71,10 +73,12 @@ def find_leakage(place: Place, evaluation: Evaluation, distance: int, workers: i
             textured = is_textured(seen.phash)
             num_flat += int((~textured).sum())
             num_computed += seen.summary.num_computed
-            nearest = _nearest(index, owners, seen.phash, textured)
+            name = manifest.shards[number].name
+            nearest = find_symmetric(symmetric, seen.phash, place, name)
+            for inside, found_at in _nearest(index, owners, seen.phash, textured).items():
+                nearest[inside] = min(found_at, nearest.get(inside, found_at))
             for inside in np.flatnonzero(np.isin(seen.sha256, known)).tolist():
                 nearest[inside] = (EXACT, exact[int(seen.sha256[inside])])
-            name = manifest.shards[number].name
             found[number] = [
                 Hit(place, name, inside, picture, bits) for inside, (bits, picture) in sorted(nearest.items())
             ]

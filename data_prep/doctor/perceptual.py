@@ -47,32 +47,40 @@ def is_textured(values: np.ndarray) -> np.ndarray:
     return np.bitwise_count(values) >= TEXTURED
 
 
-def views_of(content: bytes) -> list[int]:
-    """Hashes of a picture and of what it becomes by a cut border or a mirror, the picture's own first.
-
-    A copy that lacks up to about 5 % at all sides, or 4 % at one, is then as near to one of them as a copy encoded
-    again is to the picture. Raises OSError, ValueError or SyntaxError when the image does not decode.
-    """
+def grey_of(content: bytes) -> UInt8[np.ndarray, "h w"]:
+    """An encoded picture in grey, a JPEG not larger than hashes need; OSError, ValueError, SyntaxError for none."""
     image = Image.open(io.BytesIO(content))
     image.draft("L", (256, 256))  # of a JPEG: a quarter of the pixels is enough, and faster
     image.load()
-    pixels = grey(plain(image))
-    hashes = []
-    for left, top, right, bottom in _boxes():
-        height, width = pixels.shape
-        view = pixels[
-            round(top * height) : round((1 - bottom) * height),
-            round(left * width) : round((1 - right) * width),
-        ]
-        hashes += [_hash(view), _hash(view[:, ::-1])]
-    return hashes
+    return grey(plain(image))
 
 
-def _boxes() -> list[tuple[float, float, float, float]]:
-    """Fractions cut off at the left, top, right and bottom, nothing first."""
-    around = [(cut, cut, cut, cut) for cut in (0.0, *CROPS)]
-    return around + [tuple(SIDE_CROP * (side == cut) for cut in range(4)) for side in range(4)]
+def views_of(pixels: UInt8[np.ndarray, "h w"]) -> list[int]:
+    """Hashes of a picture and of what it becomes by a cut border or a mirror, the picture's own first.
+
+    A copy that lacks up to about 5 % at all sides, or 4 % at one, is then as near to one of them as a copy encoded
+    again is to the picture.
+    """
+    sides = [tuple(SIDE_CROP * (side == cut) for cut in range(4)) for side in range(4)]
+    parts = whole_cuts(pixels) + [_cut(pixels, *box) for box in sides]
+    return [hash_of(view) for part in parts for view in (part, part[:, ::-1])]
 
 
-def _hash(pixels: UInt8[np.ndarray, "h w"]) -> int:
+def whole_cuts(pixels: UInt8[np.ndarray, "h w"]) -> list[UInt8[np.ndarray, "_ _"]]:
+    """A picture, and what is left of it by cuts at all sides."""
+    return [_cut(pixels, *(4 * (cut,))) for cut in (0.0, *CROPS)]
+
+
+def _cut(
+    pixels: UInt8[np.ndarray, "h w"], left: float, top: float, right: float, bottom: float
+) -> UInt8[np.ndarray, "_ _"]:
+    height, width = pixels.shape
+    return pixels[
+        round(top * height) : round((1 - bottom) * height),
+        round(left * width) : round((1 - right) * width),
+    ]
+
+
+def hash_of(pixels: UInt8[np.ndarray, "h w"]) -> int:
+    """The hash of a picture in grey, as a number."""
     return int(perceptual_hash(np.ascontiguousarray(pixels)), 16)

@@ -20,11 +20,12 @@ from data_prep.claim import WORK_FOLDER, claimed
 from data_prep.doctor.finished import BadDataSet, data_sets, index_at, manifest_at
 from data_prep.doctor.members import Hashed, Readable, samples_of
 from data_prep.doctor.pool import each
+from data_prep.index import index_bytes, index_path
 from data_prep.places import Place
 from data_prep.plan import settings_of, shard_ranges
 from data_prep.progress import progress_bar
 from data_prep.samples import Collection, json_bytes
-from data_prep.schema import TOKENIZER_FOLDER, Manifest, Shard, index_bytes, index_path
+from data_prep.schema import TOKENIZER_FOLDER, Manifest, Shard
 from data_prep.shard import Work, build_shard
 from data_prep.tokenizer import copy_tokenizer, train_tokenizer
 

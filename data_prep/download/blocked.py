@@ -12,7 +12,7 @@ import os
 import struct
 import tempfile
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,12 +50,16 @@ class Blocked:
 def blocked_by(paths: Sequence[str], work: Path) -> Blocked:
     """The list of all hexadecimal digests in these files, one a line, kept in the folder `work`.
 
-    Empty lines and those that begin with # are passed over. Raises ValueError for any other line that is no SHA-256
-    or MD5, FileNotFoundError for a file that is missing.
+    Raises ValueError for a line that is no SHA-256 or MD5 (`rows.blocks` says which may stand there),
+    FileNotFoundError for a file that is missing.
     """
+    # here: the engine imports this package too, and needs no database
+    from data_prep.rows.blocks import blocked_hashes
+    from data_prep.rows.inputs import fetched
+
     digests = {algorithm: [np.empty(0, f"S{width}")] for algorithm, width in KINDS.items()}
     for path in paths:
-        for entries in _entries(path, work):
+        for entries in blocked_hashes(fetched(path, work)):
             for algorithm, width in KINDS.items():
                 packed = bytes.fromhex("".join(one for one in entries if len(one) == 2 * width))
                 digests[algorithm].append(np.frombuffer(packed, f"S{width}"))
@@ -71,29 +75,6 @@ def blocked_by(paths: Sequence[str], work: Path) -> Blocked:
         os.chmod(file.name, 0o644)  # workers may be other users
         os.replace(file.name, target)  # two that make it at once make the same
     return Blocked(target, identity)
-
-
-def _entries(path: str, work: Path) -> Iterator[list[str]]:
-    """Digests of one file in lower case, many at a time."""
-    # here: the engine imports this package too, and needs no database
-    from data_prep.rows.inputs import fetched
-    from data_prep.rows.lines import read_lines
-
-    for block in read_lines(fetched(path, work), 1):
-        cells = [cells[0].strip().lower() for cells in block.rows]
-        entries = [cell for cell in cells if cell and not cell.startswith("#")]
-        wrong = [entry for entry in entries if not _is_digest(entry)]
-        wrong += [text for _, reason, text in block.rejects if reason != "empty_line" and text[:1] != "#"]
-        if wrong:
-            raise ValueError(
-                f"{path}: {wrong[0][:80]!r} must be 64 (sha256) or 32 (md5) hexadecimal digits: put one a line,"
-                " and nothing else"
-            )
-        yield entries
-
-
-def _is_digest(text: str) -> bool:
-    return len(text) in (2 * width for width in KINDS.values()) and set(text) <= set("0123456789abcdef")
 
 
 @cache

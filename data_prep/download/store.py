@@ -26,6 +26,7 @@ from data_prep.download.runs import QUARANTINED, Advance, Outcome, Run, complete
 from data_prep.download.table import Row, Table
 from data_prep.progress import progress_bar
 from data_prep.schema import write_atomic
+from data_prep.settings import difference
 
 SETTINGS_NAME, LOCK_NAME = "download.json", "lock"
 FOLDERS = ("shards", "runs")
@@ -81,12 +82,9 @@ class Store:
         path = self.work / SETTINGS_NAME
         if path.is_file():
             there = json.loads(path.read_text(encoding="utf-8"))
-            if differing := sorted(name for name in frozen if there.get(name) != frozen[name]):
-                pairs = ", ".join(
-                    f"{name}: {there.get(name)} there, {frozen[name]} asked" for name in differing
-                )
+            if differing := difference({name: there.get(name) for name in frozen}, frozen):
                 raise ValueError(
-                    f"{self.work} was begun with other settings or another list ({pairs}): a row would land in"
+                    f"{self.work} was begun with other settings or another list ({differing}): a row would land in"
                     " another shard; use the former ones, choose another work folder, or remove that one"
                 )
             return

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
-import multiprocessing
-import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
 
+from data_prep.processes import POLL, counting_workers, keep_memory, tick
 from data_prep.shard import Finished, Work, build_shard
 
-POLL = 0.2  # seconds between two looks at the workers
 MAX_DEATHS = 3  # of workers while one and the same shard is in the making
-KEPT_MEMORY = 2**28  # bytes that the C library keeps instead of giving them back after every picture
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def on_this_machine(
@@ -58,11 +49,9 @@ def _in_workers(
     deaths: Counter[int],
 ) -> Iterator[tuple[int, Finished]]:
     """Shards until all are finished or a worker dies, which adds one to `deaths` of those in the making."""
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    waiting, shown, num_done = iter(list(numbers)), 0, 0
+    waiting, num_shown, num_done = iter(list(numbers)), 0, 0
     running: dict[Future[Finished], int] = {}
-    with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool:
+    with counting_workers(workers) as (pool, counted):
         try:
             while True:
                 for number in waiting if len(running) < workers else ():
@@ -72,51 +61,18 @@ def _in_workers(
                 if not running:
                     return
                 ready, _ = wait(running, POLL, FIRST_COMPLETED)
-                now = counter.value
-                advance(now - shown)
-                shown = now
+                advance(num_new := counted())
+                num_shown += num_new
                 # those that are well first: after a death they need not be made again
                 for future in sorted(ready, key=lambda done: done.exception() is not None):
                     finished = future.result()
                     num_done += finished.num_items
                     yield running.pop(future), finished
         except BrokenProcessPool:
-            advance(num_done - shown)  # what the others had begun is begun again
+            advance(num_done - num_shown)  # what the others had begun is begun again
             deaths.update(running.values())
             raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-_COUNTER: list[Any] = []  # in a worker: the count of items shared with the parent
-
-
-def _start_worker(counter: Any) -> None:
-    _COUNTER.append(counter)
-    keep_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a shard in the making is finished
-    parent = multiprocessing.parent_process()
-
-    def leave_with_parent() -> None:  # a parent that was killed cannot say goodbye
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def keep_memory() -> None:
-    """Let this process reuse the memory of one picture for the next, which saves the kernel's time; on glibc only."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, KEPT_MEMORY)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_MEMORY)
 
 
 def _work(work: Work) -> Finished:
-    return build_shard(work, _tick)
-
-
-def _tick() -> None:
-    counter = _COUNTER[0]
-    with counter.get_lock():
-        counter.value += 1
+    return build_shard(work, tick)

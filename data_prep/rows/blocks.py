@@ -24,6 +24,11 @@ class _BadEntry(Exception):
     """The rule that an entry breaks."""
 
 
+def blocked_hashes(path: Path) -> Iterator[list[str]]:
+    """The hashes of one file in lower case, many at a time; ValueError with the line of an entry that is none."""
+    return _entries(path, _hash)
+
+
 def add_blocks(connection: duckdb.DuckDBPyConnection, urls: Sequence[Path], hashes: Sequence[Path]) -> None:
     """The tables blocked_urls and blocked_hashes, from files with one entry a line.
 

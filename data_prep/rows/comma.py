@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.rows.lines import MAX_TEXT, Block, open_compressed
+from data_prep.rows.lines import MAX_TEXT, Block, decoded, open_compressed
 
 
 def read_csv(path: Path, header: Sequence[str], block_rows: int = 100_000) -> Iterator[Block]:
@@ -16,7 +16,7 @@ def read_csv(path: Path, header: Sequence[str], block_rows: int = 100_000) -> It
     and for a quote that never ends.
     """
     with open_compressed(path) as raw:
-        texts = (_text(line) for line in raw)
+        texts = (decoded(line) for line in raw)
         reader = csv.reader(texts, strict=True)
         try:
             names = [name.strip().removeprefix("\ufeff") for name in next(reader, [])]
@@ -43,10 +43,3 @@ def read_csv(path: Path, header: Sequence[str], block_rows: int = 100_000) -> It
             raise ValueError(
                 f"{path}, line {reader.line_num}: {error}; a quote must end: mend that line, or download it again"
             ) from error
-
-
-def _text(line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError:
-        return line.decode("cp1252", "replace")

@@ -26,6 +26,7 @@ from data_prep.stores import patiently
 
 TEMPORARY = ".tmp"
 ROW_GROUP = 65_536  # rows
+PARQUET_MARK = b"PAR1"  # first bytes of such a file
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,11 @@ def expanded(paths: Sequence[str], what: str) -> tuple[str, ...]:
         else:
             names = _below(place_of(text))
         if not names:
-            raise FileNotFoundError(f"{text} names no file: pass the {what}, a folder of them, or a pattern")
+            is_empty = is_folder(place_of(text))
+            told = "is a folder without .parquet files" if is_empty else "does not exist, or matches no file"
+            raise FileNotFoundError(
+                f"{text} {told}: pass the {what}, a folder of parquet files, or a pattern"
+            )
         found += names
     return tuple(dict.fromkeys(found))
 
@@ -108,14 +113,29 @@ def _below(folder: Place) -> list[str]:
     ]
 
 
+def existing(path: str) -> tuple[Place, str]:
+    """Folder and name of a file that is there; FileNotFoundError without it, IsADirectoryError for a folder."""
+    place, name = split_path(path)
+    if place.exists(name):
+        return place, name
+    if is_folder(place_of(path)):
+        raise IsADirectoryError(f"{path} is a folder, a file is needed: pass the file in it")
+    raise FileNotFoundError(f"{path} does not exist: check the path, or download it first")
+
+
+def is_folder(place: Place) -> bool:
+    """Whether a place is a folder on disk, or holds anything behind a URL."""
+    if place.local is not None:
+        return place.local.is_dir()
+    return bool(place.names() or place.folders())
+
+
 def stamp_of(path: str) -> str | None:
     """What changes when a file is written again, without reading it: size, and ETag or time; None where none is told.
 
     Raises FileNotFoundError without the file.
     """
-    place, name = split_path(path)
-    if place.local is not None and not place.exists(name):
-        raise FileNotFoundError(f"{path} does not exist: check the path, or download it first")
+    place, name = existing(path)
     entry = place.entry(name)
     state = entry.state or patiently(path, _modified)
     return f"{entry.size}|{state}" if state else None
@@ -129,16 +149,19 @@ def _modified(fs: Any, path: str) -> str:
 
 
 def fetched(path: str, work: Path) -> Path:
-    """The file on this disk: itself, or a whole copy in `work` that an earlier run may have made."""
-    place, name = split_path(path)
+    """The file on this disk: itself, or a whole copy in `work` that an earlier run may have made.
+
+    A file that was written again since is copied again. Raises FileNotFoundError and IsADirectoryError.
+    """
+    place, name = existing(path)
     if place.local is not None:
-        if not (place.local / name).is_file():
-            raise FileNotFoundError(f"{path} does not exist: check the path, or download it first")
         return place.local / name
     num_bytes = place.size(name)
-    target = work / f"copy-{hashlib.sha256(path.encode()).hexdigest()[:12]}-{name}"
+    mark = hashlib.sha256(f"{path}|{stamp_of(path)}".encode()).hexdigest()[:12]
+    target = work / f"copy-{mark}-{name}"
     if target.is_file() and target.stat().st_size == num_bytes:
         return target
+    work.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + TEMPORARY)
     with place.open(name) as source, open(temporary, "wb") as file:
         shutil.copyfileobj(source, file, 4 * 2**20)
@@ -167,6 +190,11 @@ def staged(source: Input, path: Path, work: Path, label: str) -> Staged:
     if source.read is None:
         _require_parquet(path)
         return Staged(source.name, path, None)
+    if _starts(path) == PARQUET_MARK:
+        raise ValueError(
+            f"{source.path} is a parquet file, a text with the columns {list(source.columns)} is needed: pass the"
+            " file as it was published"
+        )
     table, rejects, done = (work / f"{label}{end}" for end in (".parquet", ".rejects.parquet", ".json"))
     if not done.is_file():
         num_repaired = _write(source, path, table, rejects)
@@ -216,7 +244,18 @@ def _require_rows(source: Input, table: Path, rejects: Path) -> None:
 
 
 def _require_parquet(path: Path) -> None:
+    if _starts(path) != PARQUET_MARK:
+        raise ValueError(
+            f"{path} is no parquet file, it begins with {_starts(path)!r}: pass the parquet parts of the list"
+        )
     try:
         pq.read_schema(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is no parquet file ({str(error)[:100]}): download it again") from error
+        raise ValueError(
+            f"{path} is a parquet file that was cut off or damaged, its end cannot be read: download it again"
+        ) from error
+
+
+def _starts(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(len(PARQUET_MARK))

@@ -113,7 +113,7 @@ def judge(connection: duckdb.DuckDBPyConnection, query: str, number: int, target
                 (digest >> 64)::UBIGINT AS mix, (digest & {2**64 - 1}::UHUGEINT)::UBIGINT AS more,
                 CASE WHEN reason IN {MALFORMED} THEN left(raw, {MAX_TEXT}) END AS text
             FROM mixed
-        ) TO {quoted(temporary)} (FORMAT parquet, COMPRESSION snappy, DICTIONARY_SIZE_LIMIT 1)
+        ) TO {quoted(temporary)} (FORMAT parquet, COMPRESSION uncompressed, DICTIONARY_SIZE_LIMIT 1)
     """)
     connection.unregister("asked")
     connection.execute("DROP TABLE given")

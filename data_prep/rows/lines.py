@@ -97,10 +97,11 @@ def _decoded(line: bytes) -> tuple[str, bool]:
     try:
         return line.decode("utf-8"), False
     except UnicodeDecodeError:
-        return "\t".join(_decoded_cell(cell) for cell in line.split(b"\t")), True
+        return "\t".join(decoded(cell) for cell in line.split(b"\t")), True
 
 
-def _decoded_cell(cell: bytes) -> str:
+def decoded(cell: bytes) -> str:
+    """The text of a cell: UTF-8, or else Windows-1252, where it can be neither with U+FFFD."""
     try:
         return cell.decode("utf-8")
     except UnicodeDecodeError:

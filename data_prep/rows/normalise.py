@@ -1,4 +1,4 @@
-"""How do files of addresses become one shuffled list without duplicates? Judge each, sort once, write the parts.
+"""How do files of addresses become one shuffled list without duplicates? Judge each, sort, write the parts.
 
 The order is by a hash of seed and address, so it depends on neither the order nor the number of the input files, nor
 on threads. Of rows with one address the one of the highest similarity stays, then the first. Work that is finished is
@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -29,10 +30,12 @@ from data_prep.rows.inputs import Input, Staged, fetched, identity, staged, stam
 from data_prep.rows.judge import Rules, add_functions, judge, session
 from data_prep.rows.parts import write_rows
 from data_prep.schema import write_atomic
+from data_prep.settings import difference
 
 VERSION = 1  # raise it when the same input gives other rows
 WORK_FOLDER = ".work"  # inside the folder of a list while it is being made
 UNITS = {"MiB": 2**20, "GiB": 2**30}
+AT_ONCE = 2  # inputs that are judged: while Python looks at a row of one, SQL goes on with the other
 FOR_SQL = 0.6  # of the memory; the rest is for rows on their way in and out
 Query = Callable[[tuple[str, ...]], str]  # names of an input's columns -> SQL over {input}, see `judge`
 
@@ -42,9 +45,9 @@ class Normalise:
     """How a list of addresses is made, whatever its source."""
 
     seed: int = 0  # of the order
-    rows_per_part: int = 1_000_000
+    rows_per_part: int = 1_000_000  # of a parquet file of the finished list
     metadata_memory: str = "4GiB"  # at most, for the whole step
-    metadata_threads: int = 2
+    metadata_threads: int = 2  # of the database that judges and sorts the list
     keep_empty: bool = False  # rows without a caption stay
     block_urls: tuple[str, ...] = ()  # files of addresses never to download, one a line
     block_hashes: tuple[str, ...] = ()  # files of sha256 or md5 of images never to keep, one a line
@@ -141,10 +144,14 @@ def normalised(
             add_blocks(connection, *([paths[name] for name in several] for several in options.blocks))
             tables = {name: _staged(several, paths, work, f"side-{name}") for name, several in sides.items()}
             lists = _staged(inputs, paths, work, "input")
-            judged = [
-                _judged(connection, number, one, query, tables, work, rules)
-                for number, one in enumerate(lists)
-            ]
+            with ThreadPoolExecutor(
+                min(AT_ONCE, options.metadata_threads)
+            ) as pool:  # for their Python; SQL has its own
+                judged = list(
+                    pool.map(
+                        lambda pair: _judged(connection, *pair, query, tables, work, rules), enumerate(lists)
+                    )
+                )
             refused = {one.name: one.num_rejects() for one in chain(*tables.values())}
             side_rejects = {name: count for name, count in refused.items() if count}
             try:
@@ -211,7 +218,8 @@ def _judged(
         for name, several in tables.items():
             union = " UNION ALL ".join(f"SELECT * FROM {one.sql}" for one in several)
             statement = statement.replace("{" + name + "}", f"({union})")
-        judge(connection, statement, number, target, rules)
+        with connection.cursor() as own:  # whose temporary tables no other input sees
+            judge(own, statement, number, target, rules)
     return target
 
 
@@ -232,10 +240,9 @@ def _files(inputs: Sequence[Input], sides: Mapping[str, Sequence[Input]], option
 
 
 def _require_same(folder: Path, wanted: Mapping[str, Any], there: Mapping[str, Any]) -> None:
-    differing = sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
-    if differing:
+    if differing := difference(there, wanted):
         raise ValueError(
-            f"{folder} was begun with other settings or inputs ({', '.join(differing)}); a folder holds one list:"
+            f"{folder} was begun with other settings or inputs ({differing}); a folder holds one list:"
             " choose another --scratch, or remove that folder"
         )
 

@@ -1,6 +1,7 @@
-"""How do judged rows become the parts of a list? Sorted once, duplicates left out on the way, rows.json last.
+"""How do judged rows become the parts of a list? Sorted by hash twice, duplicates left out, rows.json last.
 
-Rows are sorted by the hash of seed and address, so those of one address are neighbours, the best of them first.
+By the hash of seed and address, so those of one address are neighbours, the best of them first. The first sort moves
+nothing but hashes, and finds the others; the second one moves what stays.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def write_rows(
     verdicts = f"read_parquet([{', '.join(quoted(path) for path in judged)}])"
     _require_table(connection, verdicts, lists)
     twice = judged[0].with_name("twice.parquet")
+    _write_repeated(connection, verdicts, twice)
     tables = _unique(connection, verdicts, twice)
     parts = tuple(_write_parts(folder, tables, settings["rows_per_part"], settings["prefix"]))
     if not parts:
@@ -99,21 +101,31 @@ def _require_table(connection: duckdb.DuckDBPyConnection, judged: str, lists: Se
         )
 
 
-def _unique(connection: duckdb.DuckDBPyConnection, judged: str, twice: Path) -> Iterator[pa.Table]:
-    """The rows that stay, in their order; the places of those that repeat an address go to the file `twice`."""
+def _write_repeated(connection: duckdb.DuckDBPyConnection, judged: str, twice: Path) -> None:
+    """Write the places of rows whose address a better row has to the file `twice`: 128 bits of hash tell them."""
     reader = connection.sql(
-        f"SELECT url, caption, sha256, md5, extra, place FROM {judged} WHERE reason IS NULL"
+        f"SELECT mix, more, place FROM {judged} WHERE reason IS NULL"
         " ORDER BY mix, more, similarity DESC NULLS LAST, place"
     ).to_arrow_reader(ROW_GROUP)
-    before = pa.array([None], pa.string())
+    last = None  # hash of the row before
     with pq.ParquetWriter(twice, pa.schema([("place", pa.int64())])) as writer:
         for batch in reader:
-            table = pa.Table.from_batches([batch])
-            urls = table["url"].combine_chunks()
-            is_new = pc.fill_null(pc.not_equal(urls, pa.concat_arrays([before, urls[:-1]])), True)
-            before = urls[-1:]
-            writer.write_table(table.select(["place"]).filter(pc.invert(is_new)))
-            yield table.drop_columns(["place"]).filter(is_new)
+            digests = np.stack([batch["mix"].to_numpy(), batch["more"].to_numpy()], axis=1)
+            before = np.concatenate([digests[:1] + 1 if last is None else last, digests[:-1]])
+            is_repeated = (digests == before).all(axis=1)
+            last = digests[-1:] if len(digests) else last
+            writer.write_batch(batch.select(["place"]).filter(pa.array(is_repeated)))
+
+
+def _unique(connection: duckdb.DuckDBPyConnection, judged: str, twice: Path) -> Iterator[pa.Table]:
+    """The rows that stay, in their order."""
+    reader = connection.sql(
+        f"SELECT url, caption, sha256, md5, extra FROM {judged} AS judged"
+        f" ANTI JOIN read_parquet({quoted(twice)}) AS twice ON judged.place = twice.place"
+        " WHERE reason IS NULL ORDER BY mix, more"
+    ).to_arrow_reader(ROW_GROUP)
+    for batch in reader:
+        yield pa.Table.from_batches([batch])
 
 
 def _write_parts(folder: Path, tables: Iterator[pa.Table], rows_per_part: int, prefix: str) -> Iterator[Part]:

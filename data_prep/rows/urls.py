@@ -10,10 +10,12 @@ from __future__ import annotations
 import ipaddress
 import re
 import unicodedata
+from functools import lru_cache
 
 from data_prep.addresses import may_reach
 
 MAX_LENGTH = 8192  # characters
+HOSTS = 65_536  # names remembered: a list has far fewer of them than rows
 PORTS = {"http": 80, "https": 443}
 PRIVATE_SUFFIXES = (
     "localhost",
@@ -88,6 +90,7 @@ def _name_and_port(netloc: str) -> tuple[str, int | None]:
     return found["name"], port
 
 
+@lru_cache(HOSTS)
 def _host(name: str, allow_private: bool) -> str:
     """A host spelt one way; private ones are refused unless allowed."""
     name = unicodedata.normalize("NFKC", name).lower()

@@ -1,7 +1,7 @@
 """Where does every image of ImageNet-22k lie? An index pass over tars of synset tars, in parallel, kept as parquet.
 
 Three layouts: one whole tar whose members are `nXXXXXXXX.tar` (fall11_whole.tar), a folder of such tars, or a folder
-of both (winter21, unpacked once with gunzip). Only headers are read; an interrupted pass continues after its last
+of both (winter21, unpacked once). Only headers are read; an interrupted pass continues after its last
 finished chunk of tars.
 """
 
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.places import place_of
-from data_prep.rows.inputs import split_path
+from data_prep.rows.inputs import is_folder, split_path
 from data_prep.schema import write_atomic
 from data_prep.sources.listing import is_image_name
 from data_prep.sources.tar_index import BadTar, members_of
@@ -127,9 +127,8 @@ def synset_tars(root: str, damaged: list[str]) -> list[SynsetTar]:
         else:
             found += _inside(f"{folder}/{one}", folder.open(one), damaged)
     if not names and not folder.folders():
-        raise FileNotFoundError(
-            f"{root} does not exist or is empty: pass fall11_whole.tar, or a folder of tars"
-        )
+        told = "holds no tars" if is_folder(folder) else "does not exist"
+        raise FileNotFoundError(f"{root} {told}: pass fall11_whole.tar, or a folder of tars")
     return sorted(found, key=lambda tar: (tar.synset, tar.archive, tar.offset))
 
 
@@ -144,7 +143,7 @@ def _inside(path: str, file: io.BufferedIOBase, damaged: list[str]) -> Iterator[
                     yield SynsetTar(name.removesuffix(TAR), path, member.offset, member.num_bytes)
         except BadTar as error:
             if not is_tar:
-                raise ValueError(f"{path}: {error}; copy it again, or unpack it with gunzip") from error
+                raise ValueError(f"{path}: {error}; pass a plain tar, or copy a broken one again") from error
             damaged.append(f"{path}: {error}")
 
 

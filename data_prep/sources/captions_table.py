@@ -6,9 +6,11 @@ rows for one image are several captions.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from data_prep.rows.captions import plain
+from data_prep.rows.lines import decoded
 
 IMAGE_COLUMN, CAPTION_COLUMN = "image", "caption"
 MAX_EXTRA = 1000  # characters; longer values of other columns are not kept
@@ -53,12 +55,8 @@ def read_table(content: bytes, name: str) -> tuple[dict[str, Told], list[str]]:
 
 
 def clean_caption(raw: bytes) -> str:
-    """A caption as text: NFC, no control characters, single spaces; UnicodeDecodeError when it is not UTF-8."""
-    text = unicodedata.normalize("NFC", raw.decode("utf-8"))
-    kept = (" " if char in "\t\n\r\v\f" else char for char in text)
-    return " ".join(
-        "".join(char for char in kept if unicodedata.category(char) not in ("Cc", "Cs", "Cn")).split()
-    )
+    """A caption as text on one line, by the rules of all sources: UTF-8, or else Windows-1252; NFC."""
+    return plain(decoded(raw))
 
 
 def _short(row: Mapping[str, bytes]) -> dict[str, str]:

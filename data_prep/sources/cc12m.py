@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -25,6 +24,7 @@ from data_prep.rows import Input, Normalise, normalised
 from data_prep.rows.inputs import quoted
 from data_prep.rows.lines import read_lines
 from data_prep.samples import Collection
+from data_prep.sources.scratch import Scratch
 
 VERSION = 1  # raise it when the same input gives other samples
 PERSON = "<PERSON>"
@@ -35,8 +35,7 @@ class Cc12m:
     """Download Conceptual 12M."""
 
     source: Annotated[str, tyro.conf.arg(name="from")]  # cc12m.tsv, packed or not
-    # folder for the list and the downloads, with Ray or Spark one that all machines share; the same again goes on
-    scratch: Path
+    scratch: Scratch
     hashes: str = ""  # the published file of hashes; empty: images are not compared
     person: str = PERSON  # what stands for a name in a caption
     rows: Normalise = field(default_factory=Normalise)

@@ -17,12 +17,14 @@ from typing import Annotated, Any
 import tyro
 
 from data_prep.images import BadImage, Limits, check_image
+from data_prep.places import Place, place_of
+from data_prep.rows.inputs import is_folder
 from data_prep.samples import Collection, Dropped, Made, Sample
 from data_prep.schema import fill_prompt
 from data_prep.sources.captions_table import clean_caption, read_table
-from data_prep.sources.listing import FileRef, files_of, is_image_name, unreadable
+from data_prep.sources.listing import FileRef, files_of, is_file, is_image_name, unreadable
 
-VERSION = 1  # raise it when the same input gives other bytes
+VERSION = 2  # raise it when the same input gives other bytes
 SPLITS = ("train", "trainval", "val", "valid", "validation", "heldout", "test")
 CAPTIONS_NAME, CLASSES_NAME = "captions.tsv", "classes.tsv"
 _DOUBLED_ARTICLE = re.compile(r"\b(a|an|the)\s+\{\}", re.IGNORECASE)
@@ -44,9 +46,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Folder:
-    """Read images that are already on disk."""
+    """Read images that are already there, on disk or behind a URL."""
 
-    source: Annotated[Path, tyro.conf.arg(name="from")]  # a folder, or a .tar
+    source: Annotated[str, tyro.conf.arg(name="from")]  # a folder, or a .tar; a path or a URL
     name: str = ""  # of the data set; that of the folder if empty
     seed: int = 0  # of the order of the samples
     min_side: int = Limits.min_side  # pixels; images with a shorter side are dropped
@@ -63,19 +65,20 @@ class Folder:
                     f"prompt {prompt!r} must hold {{}}, the class name with its article, and no article before it: "
                     'pass --prompts "a photo of {}."'
                 )
-        if not self.source.exists():
-            raise FileNotFoundError(f"{self.source} does not exist: pass --from a folder of images or a .tar")
 
     def collections(self) -> list[Collection]:
         """One collection a split folder, in the order train, ..., or one in all; categories are common to all."""
-        roots = {"train": self.source}
-        if self.source.is_dir():
-            found = {split: self.source / split for split in SPLITS if (self.source / split).is_dir()}
-            roots = found or roots
+        source = place_of(self.source)
+        if not is_file(source) and not is_folder(source):
+            raise FileNotFoundError(f"{source} does not exist: pass --from a folder of images or a .tar")
+        roots = {"train": source}
+        if not is_file(source):
+            there = source.folders()
+            roots = {split: source.child(split) for split in SPLITS if split in there} or roots
         listings = {split: _list_split(root) for split, root in roots.items()}
         classes = {item for listing in listings.values() for item, _, _ in listing.images if item is not None}
-        categories = _categories(classes, [*roots.values(), self.source])
-        name = self.name or self.source.stem
+        categories = _categories(classes, [*roots.values(), source])
+        name = self.name or PurePosixPath(source.name).stem
         return [self._collection(name, split, listing, categories) for split, listing in listings.items()]
 
     def _limits(self) -> Limits:
@@ -105,7 +108,7 @@ class Folder:
         if self.prompts:
             settings["prompts"] = list(self.prompts)
         make = partial(make_sample, source=name, categories=categories, limits=limits)
-        is_split = listing.root != self.source
+        is_split = listing.root != place_of(self.source)
         num_bytes = sum(sizes) + OVERHEAD * len(items)
         return Collection(
             name, split, is_split, categories, settings, items, make, num_bytes, tags=categories
@@ -114,26 +117,26 @@ class Folder:
 
 @dataclass(frozen=True)
 class _Listing:
-    root: Path
+    root: Place
     images: list[tuple[str | None, str, FileRef]]  # (class, name, where)
     table: bytes | None  # captions.tsv
     table_folder: str  # names in the table are relative to it
 
 
-def _list_split(root: Path) -> _Listing:
+def _list_split(root: Place) -> _Listing:
     files = files_of(root)
     tables = sorted(
-        (name for name in files if PurePosixPath(name).name == CAPTIONS_NAME), key=lambda n: n.count("/")
+        (name for name in files if name.rpartition("/")[2] == CAPTIONS_NAME), key=lambda n: n.count("/")
     )
     if tables:
         images = [(None, name, ref) for name, ref in files.items() if is_image_name(name)]
         return _Listing(root, images, files[tables[0]].read(), str(PurePosixPath(tables[0]).parent))
-    tars = [name for name in files if name.endswith(".tar") and "/" not in name] if root.is_dir() else []
+    tars = [name for name in files if name.endswith(".tar") and "/" not in name] if not is_file(root) else []
     if tars:
         images = [
             (Path(tar).stem, f"{tar}/{name}", ref)
             for tar in tars
-            for name, ref in files_of(root / tar).items()
+            for name, ref in files_of(root.child(tar)).items()
             if is_image_name(name)
         ]
         return _Listing(root, images, None, ".")
@@ -147,18 +150,16 @@ def _list_split(root: Path) -> _Listing:
 
 
 def _class_of(name: str) -> str | None:
-    parent = PurePosixPath(name).parent
-    return parent.name or None
+    return name.rpartition("/")[0].rpartition("/")[2] or None
 
 
-def _categories(classes: set[str], roots: Sequence[Path]) -> tuple[str, ...]:
+def _categories(classes: set[str], roots: Sequence[Place]) -> tuple[str, ...]:
     """Category names by number: those of the first classes.tsv (columns label, name) found, else sorted."""
-    table = next(
-        (root / CLASSES_NAME for root in roots if root.is_dir() and (root / CLASSES_NAME).is_file()), None
-    )
-    if table is None or not classes:
+    root = next((root for root in roots if root.exists(CLASSES_NAME)), None)
+    if root is None or not classes:
         return tuple(sorted(classes))
-    rows = [line.split("\t") for line in table.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    table, content = f"{root}/{CLASSES_NAME}", root.read(CLASSES_NAME).decode("utf-8-sig")
+    rows = [line.split("\t") for line in content.splitlines() if line.strip()]
     header, body = [cell.strip() for cell in rows[0]], rows[1:]
     if "label" not in header or "name" not in header:
         raise ValueError(f"{table}: columns {header} lack 'label' or 'name': the first line must name both")
@@ -283,12 +284,7 @@ def _captions(name: str, raw: Sequence[bytes] | None) -> tuple[list[str], tuple[
     told: list[str] = []
     dropped: list[Dropped] = []
     for caption in raw or ():
-        try:
-            text = clean_caption(caption)
-        except UnicodeDecodeError as error:
-            said = f"caption {caption[:40]!r} must be UTF-8 ({error.reason}): save the table as UTF-8"
-            dropped.append(Dropped(name, "caption_encoding", said))
-            continue
+        text = clean_caption(caption)
         if not text:
             dropped.append(Dropped(name, "caption_empty", "nothing left but spaces and control characters"))
         elif text not in told:

@@ -25,13 +25,14 @@ import pyarrow as pa
 import tyro
 
 from data_prep.images import Limits
-from data_prep.rows.inputs import quoted
+from data_prep.rows.inputs import fetched, quoted
 from data_prep.rows.judge import session
 from data_prep.samples import Collection
 from data_prep.schema import fill_prompt, sha256_file
 from data_prep.sources.archives import Index, index_archives
 from data_prep.sources.imagenet_maps import SPLITS, read_maps, require_once
 from data_prep.sources.picked import OVERHEAD, Items, make_picked, write_items
+from data_prep.sources.scratch import Scratch
 from data_prep.sources.synsets import CHOICES, SWIN, Classes, classes_of, plain_name, without_images
 
 VERSION = 2  # raise it when the same input gives other samples
@@ -43,20 +44,18 @@ class ImageNet22k:
     """Read the archives of ImageNet-22k, or of a part of it."""
 
     source: Annotated[tuple[str, ...], tyro.conf.arg(name="from")]  # whole tars, or folders of synset tars
-    scratch: Path  # folder on this machine for the index; the same again goes on
+    scratch: Scratch
     classes: str = SWIN  # table that numbers the classes; images of other synsets are left out, and counted
-    maps: tuple[
-        str, ...
-    ] = ()  # ILSVRC2011fall_whole_map_train.txt [and _val.txt] instead: numbers and splits
+    # ILSVRC2011fall_whole_map_train.txt [and _val.txt], which give numbers and splits instead
+    maps: tuple[str, ...] = ()
     allow_missing: bool = False  # synsets of the classes, or of the maps, may have no image in the archives
     min_images: int = 0  # classes with fewer images have no samples (21k-P: 501)
     val_per_class: int = 0  # images of a class that go to val
     prompts: tuple[str, ...] = ()  # captions of a class: {} becomes "a paper plane" for paper_plane
     seed: int = 0  # of the order, and of the choice for val
-    index_processes: int = 2
-    max_damaged: int = (
-        0  # archives that may be cut off or damaged; the images that they have lost are left out
-    )
+    index_processes: int = 2  # that list the archives
+    # archives that may be cut off or damaged; the images that they have lost are left out
+    max_damaged: int = 0
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -81,11 +80,12 @@ class ImageNet22k:
         """Train, and val where there is one; the index is made first, or taken from an earlier run."""
         self.scratch.mkdir(parents=True, exist_ok=True)
         index = index_archives(self.source, self.scratch, self.index_processes, self.max_damaged)
+        maps = [fetched(path, self.scratch) for path in self.maps]
         settings: dict[str, Any] = {
             "source": "imagenet22k",
             "version": VERSION,
             "classes": self.classes,
-            "maps": [sha256_file(path) for path in self.maps],
+            "maps": [sha256_file(path) for path in maps],
             "min_images": self.min_images,
             "val_per_class": self.val_per_class,
             "prompts": list(self.prompts),
@@ -94,7 +94,7 @@ class ImageNet22k:
             "inputs_sha256": index.fingerprint,
             "damaged_archives": len(index.damaged),
         }
-        listed, classes = self._listed()
+        listed, classes = self._listed(maps)
         splits = SPLITS if self.val_per_class or len(self.maps) == 2 else SPLITS[:1]
         tables, report = _ordered(index, classes, listed, self, splits)
         settings |= report
@@ -107,12 +107,12 @@ class ImageNet22k:
             for split, (items, num_bytes) in tables.items()
         ]
 
-    def _listed(self) -> tuple[Path | None, Classes]:
+    def _listed(self, maps: list[Path]) -> tuple[Path | None, Classes]:
         """The images that the maps name as a parquet table (None without maps), and the classes."""
-        if not self.maps:
+        if not maps:
             return None, classes_of(self.classes)
         table = self.scratch / "maps.parquet"
-        return table, read_maps([Path(path) for path in self.maps], table)
+        return table, read_maps(maps, table)
 
 
 def _ordered(

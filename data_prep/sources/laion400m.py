@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -23,6 +22,7 @@ import tyro
 from data_prep.download import Described, Download, Row, downloaded
 from data_prep.rows import Input, Normalise, expanded, normalised
 from data_prep.samples import Collection
+from data_prep.sources.scratch import Scratch
 
 VERSION = 1  # raise it when the same input gives other samples
 NAMES = {  # what a column is for -> its names in the published lists, in lower case
@@ -55,17 +55,15 @@ class Laion:
     """
 
     source: Annotated[tuple[str, ...], tyro.conf.arg(name="from")]  # parquet files, folders of them, patterns
-    # folder for the list and the downloads, with Ray or Spark one that all machines share; the same again goes on
-    scratch: Path
-    name: str = "laion400m"
+    scratch: Scratch
+    name: str = "laion400m"  # of the data set, such as laion2b for another list
     min_similarity: float = 0.0  # of image and text, in [-1, 1]; 0 = all
-    refuse_nsfw: tuple[str, ...] = (
-        "NSFW",
-    )  # values of that column that are left out, UNTAGGED may be among them
+    # values of the column nsfw that are left out: UNLIKELY, UNSURE, NSFW, or UNTAGGED for none of them
+    refuse_nsfw: tuple[str, ...] = ("NSFW",)
     max_punsafe: float = 1.0  # probability of being unsafe; 1 = all
     max_pwatermark: float = 1.0  # probability of a watermark; 1 = all
     min_width: int = 0  # pixels, as the list says
-    min_height: int = 0
+    min_height: int = 0  # pixels, as the list says
     rows: Normalise = field(default_factory=Normalise)
     download: Download = field(default_factory=Download)
 

@@ -31,9 +31,10 @@ from data_prep.images import BadImage, Checked, Limits, check_image
 from data_prep.pixels import as_jpeg, as_png, plain
 from data_prep.rows import Input, Normalise, expanded, normalised
 from data_prep.rows.comma import read_csv
-from data_prep.rows.inputs import quoted
+from data_prep.rows.inputs import fetched, quoted
 from data_prep.samples import Collection, Dropped, Made
 from data_prep.schema import sha256_file
+from data_prep.sources.scratch import Scratch
 
 VERSION = 1  # raise it when the same input gives other samples
 BUCKET = "https://open-images-dataset.s3.amazonaws.com"
@@ -50,24 +51,24 @@ class OpenImages:
 
     source: Annotated[str, tyro.conf.arg(name="from")]  # the CSV of images with rotation
     labels: tuple[str, ...]  # CSVs of image-level labels, human or machine
-    names: Path  # class-descriptions.csv
-    # folder for the list and the downloads, with Ray or Spark one that all machines share; the same again goes on
-    scratch: Path
-    images: Literal["bucket", "original"] = "bucket"
-    bucket: str = BUCKET
-    split: str = "train"
+    names: str  # class-descriptions.csv
+    scratch: Scratch
+    images: Literal["bucket", "original"] = "bucket"  # from the bucket, or from Flickr with the published MD5
+    bucket: str = BUCKET  # where <subset>/<id>.jpg lies
+    split: str = "train"  # name of the split in the manifest; the images of all subsets in the list are taken
     rows: Normalise = field(default_factory=Normalise)
     download: Download = field(default_factory=Download)
 
     def collections(self) -> list[Collection]:
         """One collection; the list is normalised first, or taken from an earlier run."""
-        names = read_names(self.names)
+        path = fetched(self.names, self.scratch)
+        names = read_names(path)
         settings = {
             "source": "open_images",
             "version": VERSION,
             "images": self.images,
             "bucket": self.bucket,
-            "names": sha256_file(self.names),
+            "names": sha256_file(path),
         }
         labels = [
             Input(path, LABEL_COLUMNS, partial(read_csv, header=LABEL_COLUMNS))

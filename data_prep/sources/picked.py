@@ -18,10 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.images import BadImage, Limits, check_image
-from data_prep.rows.inputs import split_path
 from data_prep.samples import Dropped, Made, Sample
 from data_prep.sources.listing import FileRef, unreadable
-from data_prep.stores import patiently
 
 ROW_GROUP = 4096  # rows; a worker reads whole groups
 OVERHEAD = 5 * 1024  # bytes; tar headers, padding and .json of a sample, for the estimate
@@ -126,8 +124,9 @@ def make_picked(
     if item.archive is None:
         return Made(None, (Dropped(item.name, "missing_image", "named in the list, not in the archives"),))
     try:
-        content = read_piece(item.archive, item.offset, min(item.num_bytes, limits.max_bytes + 1))
-        if len(content) < min(item.num_bytes, limits.max_bytes + 1):
+        piece = FileRef(item.archive, item.offset, min(item.num_bytes, limits.max_bytes + 1))
+        content = piece.read()
+        if len(content) < piece.num_bytes:
             raise BadImage("truncated", f"{len(content)} of {item.num_bytes} bytes")
         image = check_image(content, limits)
     except BadImage as bad:
@@ -152,19 +151,3 @@ def make_picked(
     return Made(
         Sample(item.key, image.content, image.extension, image.size, told, item.category, record=record)
     )
-
-
-def read_piece(archive: str, offset: int, num_bytes: int) -> bytes:
-    """Bytes [offset, offset + num_bytes) of a file or URL, fewer where it ends before. Raises OSError."""
-    if split_path(archive)[0].local is not None:
-        return FileRef(archive, offset, num_bytes).read()
-
-    def ask(fs: Any, path: str) -> bytes:
-        try:
-            return fs.cat_file(path, start=offset, end=offset + num_bytes)
-        except OSError:  # some stores refuse what lies behind the end
-            if fs.info(path)["size"] > offset:
-                raise
-            return b""
-
-    return patiently(archive, ask)

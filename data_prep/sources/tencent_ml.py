@@ -24,13 +24,14 @@ from typing import Any
 
 from data_prep.download import Described, Download, Row, downloaded
 from data_prep.rows import Input, Normalise, normalised
-from data_prep.rows.inputs import quoted, staged
+from data_prep.rows.inputs import fetched, quoted, staged
 from data_prep.rows.judge import session
 from data_prep.rows.lines import BadLine, read_lines
 from data_prep.samples import Collection, Made
 from data_prep.schema import sha256_file
 from data_prep.sources.archives import index_archives
 from data_prep.sources.picked import OVERHEAD, Item, make_picked, write_items
+from data_prep.sources.scratch import Scratch
 
 VERSION = 1  # raise it when the same input gives other samples
 DICTIONARY_COLUMNS = 4
@@ -50,16 +51,14 @@ class Dictionary:
 class TencentMl:
     """Read one part of Tencent ML-Images, or both."""
 
-    dictionary: Path  # dictionary_and_semantic_hierarchy.txt
-    # folder for lists, index and downloads, with Ray or Spark one that all machines share; the same again goes on
-    scratch: Path
+    dictionary: str  # dictionary_and_semantic_hierarchy.txt
+    scratch: Scratch
     urls: tuple[str, ...] = ()  # train_urls_from_openimages.txt [and val_...]
     image_ids: tuple[str, ...] = ()  # train_image_id_from_imagenet.txt [and val_...]
     archives: tuple[str, ...] = ()  # of ImageNet-22k: whole tars, or folders of synset tars
-    index_processes: int = 2
-    max_damaged: int = (
-        0  # archives that may be cut off or damaged; the images that they have lost are left out
-    )
+    index_processes: int = 2  # that list the archives
+    # archives that may be cut off or damaged; the images that they have lost are left out
+    max_damaged: int = 0
     rows: Normalise = field(default_factory=Normalise)
     download: Download = field(default_factory=Download)
 
@@ -71,8 +70,9 @@ class TencentMl:
 
     def collections(self) -> list[Collection]:
         """One collection a list, in the order of the command line."""
-        dictionary = read_dictionary(self.dictionary)
-        settings = {"source": "tencent_ml", "version": VERSION, "dictionary": sha256_file(self.dictionary)}
+        path = fetched(self.dictionary, self.scratch)
+        dictionary = read_dictionary(path)
+        settings = {"source": "tencent_ml", "version": VERSION, "dictionary": sha256_file(path)}
         made = [self._of_urls(path, dictionary, settings) for path in self.urls]
         made += [self._of_image_ids(path, dictionary, settings) for path in self.image_ids]
         if len({one.split for one in made}) < len(made):
@@ -110,9 +110,10 @@ class TencentMl:
         work, limits = self.scratch / split, self.download.limits
         work.mkdir(parents=True, exist_ok=True)
         index = index_archives(self.archives, self.scratch, self.index_processes, self.max_damaged)
-        digest = sha256_file(path)
+        local = fetched(path, work)
+        digest = sha256_file(local)
         table = Input(path, ("file", "tags"), partial(read_lines, num_columns=2, split=_reader(dictionary)))
-        listed = staged(table, Path(path), work, f"list-{digest[:16]}")
+        listed = staged(table, local, work, f"list-{digest[:16]}")
         with session(work, self.rows.memory_bytes * 3 // 5, self.rows.metadata_threads) as connection:
             connection.execute(f"CREATE TABLE list AS {_IMAGE_IDS.format(listed=listed.sql)}")
             relation = connection.sql(_items_query(index.tables, listed.rejects, self.rows.seed))

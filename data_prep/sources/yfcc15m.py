@@ -30,6 +30,7 @@ from data_prep.rows import Input, Normalise, expanded, normalised
 from data_prep.rows.inputs import quoted
 from data_prep.rows.lines import BadLine, Block, read_lines
 from data_prep.samples import Collection
+from data_prep.sources.scratch import Scratch
 
 VERSION = 1  # raise it when the same input gives other samples
 BUCKET = "https://multimedia-commons.s3-us-west-2.amazonaws.com"
@@ -69,8 +70,8 @@ class Yfcc15m:
 
     source: Annotated[str, tyro.conf.arg(name="from")]  # yfcc100m_subset_data.tsv.bz2
     texts: tuple[str, ...]  # yfcc100m_dataset.sql, or the files of the TSV
-    # folder for the list and the downloads, with Ray or Spark one that all machines share; the same again goes on
-    scratch: Path
+    scratch: Scratch
+    # which text is the caption: joined is "Title. Description", separate both as two captions
     captions: Literal["joined", "title", "description", "separate"] = "joined"
     images: str = BUCKET  # where data/images/abc/def/abcdef.jpg lies
     rows: Normalise = field(default_factory=Normalise)

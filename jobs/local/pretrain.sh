@@ -8,6 +8,9 @@
 #   RANKS            processes; default: one a GPU, or 2 on the CPU
 #   OMP_NUM_THREADS  threads of a process; default: cores / ranks
 #   MASTER_PORT      rendezvous on loopback; default: a free port, so that two runs do not meet
+#
+# SIGTERM or SIGUSR1 to this script saves and ends with 75: start the same command again. 76: a rank was lost, also
+# start it again. 65: the guard gave up, look at its evidence. pretrain/exits.py has all codes.
 set -euo pipefail
 
 if (($# == 0)); then
@@ -62,4 +65,39 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-exec deepspeed "${launcher[@]}" "$root/pretrain/main.py" "$@"
+set -m # a process group of its own, in which Ctrl-C still counts
+deepspeed "${launcher[@]}" "$root/pretrain/main.py" "$@" &
+deepspeed=$!
+
+children() {
+  local pid list=
+  for pid in "$@"; do
+    list=$(cat "/proc/$pid/task/$pid/children" 2>/dev/null) && printf '%s ' "$list"
+  done
+}
+
+# The ranks alone are asked to stop. The launcher, were it told, would give them 30 s and end the loader's workers first.
+ask_ranks() {
+  has_asked=1 is_interrupted=1
+  local ranks
+  # shellcheck disable=SC2046 # words are wanted: process numbers
+  ranks=$(children $(children "$deepspeed"))
+  # shellcheck disable=SC2086
+  kill -s USR1 $ranks 2>/dev/null || true
+}
+interrupt() {
+  is_interrupted=1
+  kill -s INT -- "-$deepspeed" 2>/dev/null || true
+}
+has_asked=0
+trap ask_ranks TERM USR1
+trap interrupt INT
+
+while true; do
+  is_interrupted=0 code=0
+  wait "$deepspeed" || code=$?
+  ((is_interrupted)) || break
+done
+# What the launcher makes of a rank that a signal ended, 256 minus its number.
+if ((code > 192)); then code=$((has_asked ? 75 : 76)); fi
+exit "$code"

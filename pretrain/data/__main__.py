@@ -27,6 +27,7 @@ from pretrain.report.pairs import legend, pair_pictures, read_pairs
 from pretrain.visualize.markup import Html, element, table
 from pretrain.visualize.numbers import percent, significant
 
+PROGRAM = "python -m pretrain.data"
 SHOWN = 6  # inputs in the page
 SOURCE_HEAD = ("source", "supervision", "samples", "shards", "share asked", "reached", "passes in the run")
 STAGE_HEAD = ("stage", "ms an image", "of all", "images/s a process")
@@ -35,7 +36,7 @@ STAGE_HEAD = ("stage", "ms an image", "of all", "images/s a process")
 def parse(arguments: Sequence[str] | None) -> tuple[Run, argparse.Namespace]:
     """The resolved run and the options; ValueError and FileNotFoundError as pretrain/main.py."""
     parser = argparse.ArgumentParser(
-        prog="python -m pretrain.data",
+        prog=PROGRAM,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -47,12 +48,12 @@ def parse(arguments: Sequence[str] | None) -> tuple[Run, argparse.Namespace]:
     parser.add_argument("--images", type=int, default=512, help="images to make (512)")
     parser.add_argument("--workers", type=int, default=0, help="processes that make them (0: this one)")
     parser.add_argument("--tokenizer", type=Path, help="instead of that beside the captioned shards")
-    parser.add_argument("--out", type=Path, default=Path("data.html"), help="page to write (data.html)")
+    parser.add_argument("--out", type=Path, default=Path("data.html"), help="page to write (data.html, here)")
     options, overrides = parser.parse_known_args(arguments)
-    run = override(recipes.load(options.recipe), overrides)
+    run = override(recipes.load(options.recipe), overrides, PROGRAM)
     if len(options.data) == 1 and (is_url(options.data[0]) or "=" not in options.data[0]):
         options.data = [f"{name}={options.data[0]}" for name in run.data]
-    options.data = match_sources(run, options.data)
+    options.data = match_sources(run, options.data, "the command line")
     if options.images < 1 or options.workers < 0:
         raise ValueError(
             f"--images {options.images} must be at least 1 and --workers {options.workers} not negative"
@@ -148,7 +149,7 @@ def look(arguments: Sequence[str] | None = None) -> None:
         ],
     )
     write_atomic(options.out, text.encode())
-    print(f"written to {options.out}")
+    print(f"written to {options.out.absolute()}")
 
 
 def _stages(measured: Measured, said: Sequence[str]) -> Html:

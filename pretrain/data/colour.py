@@ -19,6 +19,10 @@ from pretrain.config import Views
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 FROM_YIQ = np.linalg.inv(TO_YIQ)
 LUMA = TO_YIQ[0]
+# Every linear change here is a sum of three maps: the luma alone, the chroma alone, the chroma turned by a quarter.
+ONTO_LUMA = FROM_YIQ @ np.diag([1.0, 0.0, 0.0]) @ TO_YIQ
+ONTO_CHROMA = FROM_YIQ @ np.diag([0.0, 1.0, 1.0]) @ TO_YIQ
+QUARTER_TURN = FROM_YIQ @ np.array([[0.0, 0, 0], [0, 0, 1], [0, -1, 0]]) @ TO_YIQ
 SIGMA_SIDE = 224  # pixels: Views.blur_sigma is given for views of this side
 BLUR_REACH = 3.0  # standard deviations after which a blur is cut off
 
@@ -67,19 +71,24 @@ def draw_jitter(strengths: tuple[float, float, float, float], generator: Random)
 def change_colours(levels: UInt8[np.ndarray, "s s 3"], change: Change) -> UInt8[np.ndarray, "s s 3"]:
     """The changed view, by OpenCV on one core; rounded after the affine part and after the blur."""
     if change.is_recoloured:
-        mean = [
-            cv2.mean(plane)[0] for plane in cv2.split(levels)
-        ]  # of pixels together it takes four times as long
-        levels = cv2.transform(levels, affine(change, mean))  # cuts off at 0 and 255
+        levels = cv2.transform(levels, affine(change, mean_colour(levels)))  # cuts off at 0 and 255
     if change.sigma:
         levels = blur(levels, change.sigma)
     return solarize(levels) if change.solarize else levels
 
 
+def mean_colour(levels: UInt8[np.ndarray, "s s 3"]) -> list[float]:
+    """Mean red, green and blue. The columns are added up first: cv2.mean of all pixels takes ten times as long."""
+    sums = cv2.reduce(levels, 0, cv2.REDUCE_SUM, dtype=cv2.CV_32S)
+    return [one / (levels.size // 3) for one in cv2.sumElems(sums)[:3]]
+
+
 def affine(change: Change, mean: Sequence[float]) -> Float[np.ndarray, "3 4"]:
     """The changed colours as one affine map of RGB levels, 0 to 255; `mean` of the view's red, green and blue."""
-    matrix, pull = _mix(change)
-    return np.hstack([matrix, np.full((3, 1), pull * (LUMA @ np.asarray(mean)))])
+    matrix = np.empty((3, 4))
+    matrix[:, :3], pull = _mix(change)
+    matrix[:, 3] = pull * sum(weight * level for weight, level in zip(LUMA.tolist(), mean, strict=True))
+    return matrix
 
 
 def _mix(change: Change) -> tuple[Float[np.ndarray, "3 3"], float]:
@@ -90,11 +99,14 @@ def _mix(change: Change) -> tuple[Float[np.ndarray, "3 3"], float]:
     that torchvision gives them makes no difference.
     """
     angle = 2 * math.pi * change.hue
-    cos, sin = math.cos(angle), math.sin(angle)
     gain = change.brightness * change.contrast
     chroma = gain * change.saturation
-    in_yiq = np.array([[gain, 0, 0], [0, chroma * cos, chroma * sin], [0, -chroma * sin, chroma * cos]])
-    return FROM_YIQ @ in_yiq @ TO_YIQ, change.brightness * (1 - change.contrast)
+    matrix = (
+        gain * ONTO_LUMA
+        + (chroma * math.cos(angle)) * ONTO_CHROMA
+        + (chroma * math.sin(angle)) * QUARTER_TURN
+    )
+    return matrix, change.brightness * (1 - change.contrast)
 
 
 def reach(sigma: float, size: int) -> int:

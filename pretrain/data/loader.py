@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.device import finish
 from pretrain.data.drops import Drops
-from pretrain.data.faults import WHOLE_SHARD, Dropped
+from pretrain.data.faults import WHOLE_SHARD, BadSample, Dropped
+from pretrain.data.left_out import after_kept, next_kept
 from pretrain.data.remote import Place
 from pretrain.data.shards import ShardFolder
 from pretrain.data.sources import open_sources
@@ -27,15 +28,15 @@ MOST_UNTAGGED = 64  # images without any tag before that is told
 
 
 class Loader:
-    """Endless batches of one rank, from `start_step` on.
+    """Endless batches of one rank: those after the first `start_step`, where those in `left_out` do not count.
 
     (seed, position) alone decides sample, augmentation and mask: the global batch is the same for any number
-    of ranks and workers, and a run resumes by its step. `workers` = 0 works in this process, more prefetch
-    two batches each; what the recipe leaves to the device is done on `device` as a batch is taken, and batches lie
-    there then. Every bad sample becomes a line of JSON in `dropped_to`, if that is given. At construction
-    everything that can be wrong with recipe, folders and labels raises
-    ValueError or FileNotFoundError; while iterating, more bad samples than run.max_bad raise DataError. Workers that
-    die are replaced with a warning, and nothing is lost; too many deaths raise DataError.
+    of ranks and workers, and a run resumes by its step and by the numbers of the batches that it left out.
+    `workers` = 0 works in this process, more prefetch two batches each; what the recipe leaves to the device is done
+    on `device` as a batch is taken, and batches lie there then. Every bad sample becomes a line of JSON in
+    `dropped_to`, if that is given. At construction everything that can be wrong with recipe, folders and labels
+    raises ValueError or FileNotFoundError; while iterating, more bad samples than run.max_bad raise DataError.
+    Workers that die are replaced with a warning, and nothing is lost; too many deaths raise DataError.
     """
 
     def __init__(
@@ -48,12 +49,15 @@ class Loader:
         world: int,
         workers: int = 0,
         start_step: int = 0,
+        left_out: Collection[int] = frozenset(),
         dropped_to: Path | None = None,
         device: torch.device = torch.device("cpu"),  # noqa: B008  a value
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank={rank} must lie in [0, world={world})")
         run.images_per_rank(world)
+        self._left_out = frozenset(left_out)
+        start_step = after_kept(start_step, self._left_out)
         ours = slice(rank, None, world)  # each rank looks at its part of the shards
         sources = open_sources(run, folders, tokenizer, slice(0) if start_step else ours)
         later, changed = [], []
@@ -96,7 +100,7 @@ class Loader:
         self.num_images = 0  # delivered on this rank
         self._untagged: int | None = 0  # images so far; None once one had a tag, or it was told
         self._next_step = start_step
-        self._made: Made | None = Made(self._steps, workers, start_step)
+        self._made: Made | None = Made(self._steps, workers, start_step, self._left_out)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -108,7 +112,8 @@ class Loader:
             self._drops.begin()
             self._is_begun = True
             for source, shard, message in self._changed:
-                self._count([Dropped(source, shard.name, WHOLE_SHARD, "changed_shard", message)])
+                changed = Dropped(source, shard.name, WHOLE_SHARD, "changed_shard", message)
+                self._count([changed], self._next_step - 1)
         delivery = next(self._made)
         if delivery.unfinished is not None:
             try:
@@ -119,7 +124,7 @@ class Loader:
                 delivery = self._decode_here(error)
                 batch = finish(delivery.batch, delivery.unfinished, self._steps.run.views, self._device)
             delivery = delivery._replace(batch=batch)
-        self._next_step += 1
+        number, self._next_step = self._next_step, next_kept(self._next_step + 1, self._left_out)
         self.num_images += delivery.num_images
         self.num_captions += delivery.num_captions
         self.num_tokens += delivery.num_tokens
@@ -128,11 +133,11 @@ class Loader:
         for stage, seconds in delivery.seconds.items():
             self.seconds[stage] += seconds
         if delivery.dropped:
-            self._count(delivery.dropped)
+            self._count(delivery.dropped, number)
         while self._verifier.changed:
             source, shard, message = self._verifier.changed.pop()
             warnings.warn(f"{message} (its samples are used as they are)", stacklevel=2)
-            self._count([Dropped(source, shard.name, WHOLE_SHARD, "changed_shard", message)])
+            self._count([Dropped(source, shard.name, WHOLE_SHARD, "changed_shard", message)], number)
         return delivery.batch
 
     def _decode_here(self, error: RuntimeError) -> Delivery:
@@ -160,13 +165,18 @@ class Loader:
             self._untagged = None
 
     @property
+    def cycle(self) -> torch.Tensor:
+        """Number of the source, as in the recipe, at every position of the run's order, repeated for ever; [c]."""
+        return torch.from_numpy(self._steps.order.slots)
+
+    @property
     def dropped(self) -> dict[str, int]:
         """ "source: reason" -> samples replaced so far on this rank, also before a resume."""
         return self._drops.counts
 
-    def _count(self, dropped: Sequence[Dropped]) -> None:
-        """Keeps and tells what was replaced at this step; DataError when it is too much."""
-        self._drops.add(self._next_step - 1, dropped)
+    def _count(self, dropped: Sequence[Dropped], number: int) -> None:
+        """Keeps and tells what was replaced in this batch; DataError when it is too much."""
+        self._drops.add(number, dropped)
         self._drops.check(self.num_images + self._images_before, self._steps.run.max_bad)
 
     @property
@@ -174,6 +184,24 @@ class Loader:
         """How many were delivered on this rank, with how many tokens, and how many of them were cut."""
         counts = {"delivered": self.num_captions, "tokens": self.num_tokens, "cut": self.num_cut}
         return counts if self.num_captions else {}
+
+    def samples(self, positions: Sequence[int]) -> list[dict[str, object]]:
+        """Where the samples at these positions of the run's order lie: source, shard, index and key there.
+
+        Of one that cannot be read the key is None; another one of its source stood in for it.
+        """
+        found = []
+        for position in positions:
+            pick = self._steps.pick(position)
+            source = self._steps.sources.opened[pick.source]
+            try:
+                key, _ = source.shards.read(pick.shard, pick.index)
+            except BadSample:
+                key = None
+            shard = source.shards.manifest.shards[pick.shard].name
+            place = {"source": source.name, "shard": shard, "index": pick.index, "key": key}
+            found.append({"position": position, **place})
+        return found
 
     def close(self) -> None:
         """End the workers and close the shards."""

@@ -41,12 +41,12 @@ class Order:
         mixing: Mixing = Mixing(),  # noqa: B008  frozen
     ) -> None:
         self.shares = shares(weights, [sum(sizes) for sizes in shard_sizes], mixing)
-        self._slots = source_cycle(seed, self.shares, mixing.pairs)
-        quotas = np.bincount(self._slots, minlength=len(weights))
+        self.slots = source_cycle(seed, self.shares, mixing.pairs)  # source of every position, modulo CYCLE
+        quotas = np.bincount(self.slots, minlength=len(weights))
         self._quotas = quotas.tolist()
         earlier = np.zeros(CYCLE, dtype=np.int64)  # slots of the same source before this one
         for source in range(len(weights)):
-            chosen = self._slots == source
+            chosen = self.slots == source
             earlier[chosen] = np.arange(quotas[source])
         self._earlier = earlier
         self._sources = [
@@ -56,7 +56,7 @@ class Order:
     def draw(self, position: int) -> tuple[int, int]:
         """The source at `position` and how many samples of that source come before it."""
         cycle, slot = divmod(position, CYCLE)
-        source = int(self._slots[slot])
+        source = int(self.slots[slot])
         return source, cycle * self._quotas[source] + int(self._earlier[slot])
 
     def pick(self, source: int, draw: int) -> Pick:

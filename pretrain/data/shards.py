@@ -12,15 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
+from data_prep.index import index_bytes, index_path, read_index
 from data_prep.schema import (
     MANIFEST_NAME,
     TAR_BLOCK,
     Manifest,
     Shard,
-    index_bytes,
-    index_path,
     parse_manifest,
-    read_index,
     require_shard,
     sha256_file,
 )

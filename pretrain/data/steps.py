@@ -21,7 +21,7 @@ from pretrain.data.decode import decode_image, plain_jpeg_size
 from pretrain.data.device import Unfinished
 from pretrain.data.faults import BadSample, DataError, Dropped
 from pretrain.data.mask import draw_mask
-from pretrain.data.order import Order
+from pretrain.data.order import Order, Pick
 from pretrain.data.sources import OpenSource, Sources
 from pretrain.data.text import Tokens
 from pretrain.data.views import draw_views, make_views
@@ -77,7 +77,7 @@ class Steps:
         self.sources = sources
         self._rank, self._world = rank, world
         self._images = run.images_per_rank(world)
-        self._order = run_order(run, sources)
+        self.order = run_order(run, sources)
         self._needs_other = run.objective.needs_other_view()
         self._seconds: dict[str, float] = {}
         self._windows = [range(0)] * len(sources.opened)  # draws whose shards are being copied
@@ -108,6 +108,10 @@ class Steps:
             self._seconds,
         )
 
+    def pick(self, position: int) -> Pick:
+        """The sample that stands at a position."""
+        return self.order[position]
+
     def decoded_here(self) -> Steps:
         """The same steps, with nothing but the colours left to the device."""
         views = replace(self.run.views, on_device="colours")
@@ -134,15 +138,15 @@ class Steps:
         Only the sample that stands at the position is counted as dropped: the others that are tried, and may be bad
         too, stand at positions of their own.
         """
-        number, draw = self._order.draw(position)
+        number, draw = self.order.draw(position)
         source = self.sources.opened[number]
         if source.shards.is_remote and draw not in self._windows[number]:
-            self._windows[number], needed = self._order.window(number, draw)
+            self._windows[number], needed = self.order.window(number, draw)
             source.shards.fetch_ahead(needed)
             for other in self.sources.opened:
                 other.shards.keep_ahead()
         for tried in tried_draws(draw):
-            pick = self._order.pick(number, tried)
+            pick = self.order.pick(number, tried)
             try:
                 return self._sample_row(source, pick.shard, pick.index, position)
             except BadSample as error:

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from multiprocessing.process import BaseProcess
 
 import cv2
@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from pretrain.data.faults import DataError
+from pretrain.data.left_out import next_kept
 from pretrain.data.packed import Packed, pack, unpack
 from pretrain.data.steps import Delivery, Steps
 
@@ -28,23 +29,28 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 class Made:
-    """The deliveries of one step after the other, made by `workers` processes, or in this one without.
+    """The deliveries of one step after the other, without those in `left_out`.
 
+    They are made by `workers` processes, or in this one without.
     Every process works two batches ahead, and a thread has the next one ready here: what it takes to receive a batch
     is no time of the trainer's. Workers that die are replaced with a warning and nothing is lost; the death after
     MAX_DEATHS raises DataError. ValueError for more workers than this machine can have a use for.
     """
 
-    def __init__(self, steps: Steps, workers: int, start_step: int) -> None:
+    def __init__(
+        self, steps: Steps, workers: int, start_step: int, left_out: Collection[int] = frozenset()
+    ) -> None:
         most = MOST_A_CORE * (os.cpu_count() or 1)
         if not 0 <= workers <= most:
             raise ValueError(
                 f"workers={workers} must lie in [0, {most}], {MOST_A_CORE} a core: take one or two a core"
             )
-        self._steps, self._workers, self._next_step, self._deaths = steps, workers, start_step, 0
+        self._steps, self._workers, self._deaths = steps, workers, 0
+        self._left_out = frozenset(left_out)
+        self._next_step = next_kept(start_step, self._left_out)
         self._deliveries: Iterator[Packed | DataError] | None = None
         if workers:
-            self._deliveries = iter(_data_loader(steps, workers, start_step))
+            self._deliveries = iter(self._data_loader())
             self._ready: queue.Queue[Delivery | BaseException] = queue.Queue(maxsize=1)
             self._is_closed = threading.Event()
             self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
@@ -53,8 +59,9 @@ class Made:
 
     def __next__(self) -> Delivery:
         if not self._workers:
-            self._next_step += 1
-            return self._steps[self._next_step - 1]
+            made = self._steps[self._next_step]
+            self._advance()
+            return made
         received = self._ready.get()
         if isinstance(received, BaseException):
             self._ready.put(received)  # whoever asks again is told again
@@ -90,7 +97,13 @@ class Made:
                     continue
             if isinstance(received, BaseException):
                 return
-            self._next_step += 1
+            self._advance()
+
+    def _advance(self) -> None:
+        self._next_step = next_kept(self._next_step + 1, self._left_out)
+
+    def _data_loader(self) -> DataLoader:
+        return _data_loader(self._steps, self._workers, self._next_step, self._left_out)
 
     def _deliver(self) -> Delivery:
         """The next step's batch; when a worker has died, all of them begin again at that step."""
@@ -112,7 +125,7 @@ class Made:
                 )
             warnings.warn(f"{told}: new ones go on from there", stacklevel=3)
             self._deliveries = None  # ends the others
-            self._deliveries = iter(_data_loader(self._steps, self._workers, self._next_step))
+            self._deliveries = iter(self._data_loader())
 
 
 class _Told:
@@ -133,23 +146,23 @@ def _unchanged(made: Packed | DataError) -> Packed | DataError:
 
 
 class _StepNumbers:
-    """Sampler: every step from `start` on."""
+    """Sampler: every step from `start` on that is not left out."""
 
-    def __init__(self, start: int) -> None:
-        self._start = start
+    def __init__(self, start: int, left_out: frozenset[int]) -> None:
+        self._start, self._left_out = start, left_out
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.count(self._start)
+        return (step for step in itertools.count(self._start) if step not in self._left_out)
 
 
-def _data_loader(steps: Steps, workers: int, start_step: int) -> DataLoader:
+def _data_loader(steps: Steps, workers: int, start_step: int, left_out: frozenset[int]) -> DataLoader:
     """torch's DataLoader with one whole batch an item; workers start from a clean process, because a fork
     of a trainer that runs threads (NCCL, gloo) may deadlock."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return DataLoader(
         _Told(steps),  # a map-style dataset is what has __getitem__
-        sampler=_StepNumbers(start_step),
+        sampler=_StepNumbers(start_step, left_out),
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=workers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.checkpoint import checkpoint_folder, latest, steps_in
+from pretrain.checkpoint import checkpoint_folder, checkpoints_of, latest, steps_in
 from pretrain.intact import verify
 
 
@@ -16,7 +16,7 @@ def find_checkpoint(run_folder: Path, name: str) -> Path:
     if not run_folder.is_dir():
         raise FileNotFoundError(f"{run_folder} is no folder: name the --out folder of a pre-training run")
     if name == "last":
-        folder = latest(run_folder)
+        folder = latest(checkpoints_of(run_folder))
         if folder is None:
             raise FileNotFoundError(
                 f"{run_folder} holds no whole checkpoint: name the --out folder of `deepspeed pretrain/main.py`, "
@@ -30,7 +30,7 @@ def find_checkpoint(run_folder: Path, name: str) -> Path:
     folder = checkpoint_folder(run_folder, 0 if name == "first" else int(name))
     problem = verify(folder, hashes=False) if folder.is_dir() else "there is none"
     if problem is not None:
-        steps = sorted(steps_in(run_folder))
+        steps = sorted(steps_in(checkpoints_of(run_folder)))
         whole = [step for step in steps if verify(checkpoint_folder(run_folder, step), hashes=False) is None]
         remedy = (
             f"choose one of the whole ones, steps {whole}" if whole else "the run holds no whole checkpoint"

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pretrain.collectives import gather_rows, rank, world_size
+from pretrain.kernels.splitmix import splitmix64
 
 LOGITS = 2**24  # that live at once, in whole rows: 64 MB in float32, of which a step holds three
 
@@ -19,12 +20,12 @@ def contrastive_nats(
     has_text: Bool[Tensor, " n"],
     scale: Float[Tensor, ""],
     text_ids: Int[Tensor, " n"] | None = None,
-) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE over the pairs of the global batch that have a text.
+) -> tuple[Float[Tensor, ""], Float[Tensor, " n"]]:
+    """Symmetric InfoNCE over the pairs of the global batch that have a text; and of each own pair, without gradient.
 
     `images` and `texts` are unit vectors in float32, `scale` is the inverse temperature. Equal `text_ids` mark
     equal texts ("a photo of a dog" of two dogs): they are no negatives of each other's image; None: all differ.
-    The mean of the result over ranks is the loss in nats, and so are the gradients after averaging; 0 if no rank
+    The mean of the first over ranks is the loss in nats, and so are the gradients after averaging; 0 if no rank
     has a text.
     Gradients are exact: each rank forms its own rows of both logit matrices from gathered features and
     gathered log-sum-exps, so no gradient of a gathered feature travels. Source: CLIP, arXiv 2103.00020.
@@ -41,35 +42,17 @@ def text_ids(tokens: Int[Tensor, "n length"]) -> Int[Tensor, " n"]:
     where the tokens lie.
     """
     places = torch.arange(tokens.shape[1], device=tokens.device) << 32  # more than there are tokens
-    return _mixed(tokens.long() + places).sum(dim=1)
-
-
-def _mixed(numbers: Int[Tensor, "*b"]) -> Int[Tensor, "*b"]:
-    """Output number n + 1 of SplitMix64 with seed 0, for every n; a permutation of all of int64, which wraps.
-
-    Source: Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators (OOPSLA 2014), variant 13 of
-    Stafford's.
-    """
-    mixed = (numbers + 1) * _signed(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        upper = (mixed >> shift) & (2 ** (64 - shift) - 1)  # int64 shifts copies of the sign in
-        mixed = (mixed ^ upper) * _signed(factor)
-    return mixed
-
-
-def _signed(word: int) -> int:
-    """The int64 with the bits of a 64-bit word."""
-    return word - (word >> 63 << 64)
+    return splitmix64(tokens.long() + places).sum(dim=1)
 
 
 def matching_nats(
     predictions: Float[Tensor, "n d"], targets: Float[Tensor, "n d"], scale: float
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, " n"]:
     """-log of the softmax over the targets of the global batch that each prediction gives to its own.
 
-    Unit vectors in float32; gradients reach the predictions alone, so targets may come from a teacher. The
-    mean of the result over ranks is the loss, and so are the gradients; chance is ln(world n). Exact, in row
-    chunks. Source: one direction of MoCo v3 (arXiv 2104.02057), algorithm 1, without its factor 2 tau.
+    Unit vectors in float32; gradients reach the predictions alone, so targets may come from a teacher. Chance
+    is ln(world n). Exact, in row chunks. Source: one direction of MoCo v3 (arXiv 2104.02057), algorithm 1,
+    without its factor 2 tau.
     """
     return _Matching.apply(predictions, targets.detach(), scale)
 
@@ -82,7 +65,7 @@ class _Matching(torch.autograd.Function):
         rows = torch.cat([(scale * predictions[part] @ candidates.T).logsumexp(dim=1) for part in parts])
         ctx.save_for_backward(predictions, targets, candidates, rows)
         ctx.scale = scale
-        return (rows - scale * (predictions * targets).sum(dim=1)).mean()
+        return rows - scale * (predictions * targets).sum(dim=1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -91,29 +74,30 @@ class _Matching(torch.autograd.Function):
         for part in _parts(len(predictions), len(candidates)):
             weight = (ctx.scale * predictions[part] @ candidates.T).sub_(rows[part, None]).exp_()
             gradient[part] = weight @ candidates - targets[part]
-        return gradient * (grad * ctx.scale / len(predictions)), None, None
+        return gradient * (grad * ctx.scale)[:, None], None, None
 
 
 class _Contrastive(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, images: Tensor, texts: Tensor, has_text: Tensor, scale: Tensor, text_ids: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         all_images, all_texts = gather_rows(images), gather_rows(texts)
         pairs = _Pairs(gather_rows(has_text), gather_rows(text_ids), rank() * len(images))
         rows = _log_sum_exp(images, all_texts, pairs, scale)
         columns = _log_sum_exp(texts, all_images, pairs, scale)
         positive = scale * (images * texts).sum(dim=1)
         count = pairs.valid.sum().clamp(min=1)
-        own = torch.where(has_text, rows + columns - 2 * positive, 0).sum() / 2
+        each = torch.where(has_text, rows + columns - 2 * positive, 0) / 2
         ctx.pairs = pairs
         ctx.save_for_backward(
             images, texts, scale, all_images, all_texts, gather_rows(rows), gather_rows(columns), count
         )
-        return own * world_size() / count
+        ctx.mark_non_differentiable(each)
+        return each.sum() * world_size() / count, each
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor, None]:
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, Tensor, None]:
         images, texts, scale, all_images, all_texts, rows, columns, count = ctx.saved_tensors
         # The mean over ranks of (world x own) is the sum, but the derivative of every rank's term by OUR
         # features is formed here, with no second hop: hence the same factor `world / count`.

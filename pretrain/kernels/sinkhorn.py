@@ -33,11 +33,10 @@ def sinkhorn_codes(
 
 def cluster_nats(
     scores: Float[Tensor, "n k"], codes: Float[Tensor, "n k"], temperature: float
-) -> Float[Tensor, ""]:
-    """Cross-entropy of the softmax over prototypes of `scores` / `temperature` given `codes`, mean over images.
+) -> Float[Tensor, " n"]:
+    """Cross-entropy of the softmax over prototypes of `scores` / `temperature` given an image's `codes`.
 
-    At equal scores it is ln k; it cannot fall below the mean entropy of the codes. Every rank has the same
-    number of images, so the mean over ranks is the global mean. Swapped prediction scores one view with the
-    codes of the other, both ways. Source: SwAV (arXiv 2006.09882), equation 2.
+    At equal scores it is ln k; it cannot fall below the entropy of the codes. Swapped prediction
+    scores one view with the codes of the other, both ways. Source: SwAV (arXiv 2006.09882), equation 2.
     """
-    return -(codes * (scores.float() / temperature).log_softmax(dim=1)).sum(dim=1).mean()
+    return -(codes * (scores.float() / temperature).log_softmax(dim=1)).sum(dim=1)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pretrain.config import Backbone
 from pretrain.models import internimage_block
+from pretrain.models.drop_path import DropPaths
 from pretrain.models.feature_norm import FEATURE_NORMS, FeatureNorm
 from pretrain.models.internimage import InternImage, StrideTokens
 from pretrain.models.internimage_config import INTERNIMAGE, InternImageConfig
@@ -22,7 +23,9 @@ class Encoder(Protocol):
     """Images [b, 3, s, s], normalised, in the parameters' dtype -> tokens [b, l, width], row by row.
 
     With `summary` [b, 1 + l, width]: the image's own vector comes first, the class token where there is one, else
-    the mean of the tokens.
+    the mean of the tokens. That is `finish(features(images), summary)`: features of an image depend on it alone,
+    and on its key, which decides the branches that it drops in training (None: torch's generator does); finishing
+    them may standardise over all images of all ranks.
     """
 
     width: int
@@ -30,6 +33,12 @@ class Encoder(Protocol):
     patch: int  # pixels along one side of what the first layer embeds as one; InternImage, which overlaps: stride
 
     def __call__(self, images: Float[Tensor, "b 3 s s"], summary: bool = False) -> Float[Tensor, "b n d"]: ...
+
+    def features(
+        self, images: Float[Tensor, "b 3 s s"], keys: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b m d"]: ...
+
+    def finish(self, features: Float[Tensor, "b m d"], summary: bool) -> Float[Tensor, "b n d"]: ...
 
     def fold_norm(self) -> None: ...
 
@@ -43,6 +52,7 @@ class InternImageEncoder(nn.Module):
         self.dcnv3 = InternImage(config, activation_checkpoint=backbone.activation_checkpoint)
         self.heads = StrideTokens(config, backbone.token_width)
         self.norm = FEATURE_NORMS[backbone.token_norm](backbone.token_width)
+        self.drop_paths = DropPaths(self)
         self.width, self.stride, self.patch = backbone.token_width, self.heads.stride, self.heads.stride
         if image_size % config.strides[-1]:
             raise ValueError(
@@ -51,7 +61,16 @@ class InternImageEncoder(nn.Module):
             )
 
     def forward(self, images: Float[Tensor, "b 3 s s"], summary: bool = False) -> Float[Tensor, "b n d"]:
-        tokens = self.norm(self.heads(self.dcnv3(images)).flatten(1, 2))
+        return self.finish(self.features(images), summary)
+
+    def features(
+        self, images: Float[Tensor, "b 3 s s"], keys: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b l d"]:
+        self.drop_paths.draw(keys)
+        return self.heads(self.dcnv3(images)).flatten(1, 2)
+
+    def finish(self, features: Float[Tensor, "b l d"], summary: bool) -> Float[Tensor, "b n d"]:
+        tokens = self.norm(features)
         return prepend_mean(tokens) if summary else tokens
 
     def fold_norm(self) -> None:

@@ -11,6 +11,7 @@ from pretrain.kernels.dcnv3_choice import Call, choose_path
 from pretrain.kernels.packed_row import COLUMNS, SCALE_LOGIT
 from pretrain.kernels.pointwise import NORM_EPS, depthwise_norm_gelu, layer_norm, residual_norm, rows_linear
 from pretrain.models.activations import RunBlock, keep_all
+from pretrain.models.drop_path import DropPath
 from pretrain.models.internimage_config import InternImageConfig
 
 DCN_KERNEL = 3  # side of the sampling grid in every published size
@@ -31,7 +32,7 @@ class Block(nn.Module):
         self.post_norm = config.post_norm
         self.res_post_norm = config.res_post_norm
         self.layer_scale = config.layer_scale
-        self.drop_path = drop_path
+        self.drop_path1, self.drop_path2 = DropPath(drop_path), DropPath(drop_path)
         self.norm1 = nn.Sequential(Norm(width))
         self.dcn = DCNv3(config, stage)
         self.norm2 = nn.Sequential(Norm(width))
@@ -61,21 +62,12 @@ class Block(nn.Module):
         if self.res_post_norm:
             outer1, outer2 = self.res_post_norm1(None), self.res_post_norm2(None)
         branch = self.dcn(x if self.post_norm else self.norm1(x))
-        share = self._share(x)
+        share = self.drop_path1.share(x)
         x, normed = residual_norm(
             x, branch, share=share, gamma=self.gamma1, outer=outer1, following=following
         )
         branch = self.mlp(x if self.post_norm else normed)
-        return residual_norm(x, branch, share=self._share(x), gamma=self.gamma2, outer=outer2)[0]
-
-    def _share(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, " b"] | None:
-        """What stochastic depth multiplies each image's branch by: zero with probability `drop_path`, else
-        more than one, so that the mean stays.
-        """
-        if not self.training or not self.drop_path:
-            return None
-        keep = 1 - self.drop_path
-        return torch.empty(len(x), device=x.device).bernoulli_(keep).div_(keep)  # float32: 1 / keep is exact
+        return residual_norm(x, branch, share=self.drop_path2.share(x), gamma=self.gamma2, outer=outer2)[0]
 
 
 class DCNv3(nn.Module):

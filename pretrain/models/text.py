@@ -41,5 +41,7 @@ class TextEncoder(nn.Module):
         # A row that attends to nothing would be NaN: let it see its first padding token.
         visible = token_mask.clone()
         visible[:, 0] = True
-        states = self.bert(input_ids=tokens, attention_mask=visible.long()).last_hidden_state
+        # For one mask a row transformers would look whether it hides anything, and so wait for the device.
+        by_query = visible[:, None, None, :].expand(-1, 1, tokens.shape[1], -1)
+        states = self.bert(input_ids=tokens, attention_mask=by_query).last_hidden_state
         return states[:, 0]

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pretrain.config import Backbone
 from pretrain.models.activations import CHECKPOINTS
+from pretrain.models.drop_path import DropPaths, replace_timm
 from pretrain.models.feature_norm import FEATURE_NORMS, FeatureNorm
 from pretrain.models.pooling import prepend_mean
 
@@ -99,13 +100,23 @@ class ViTEncoder(nn.Module):
             drop_path_rate=backbone.drop_path,
             **size.arguments,
         )
+        replace_timm(self.vit)
+        self.drop_paths = DropPaths(self.vit)
         _checkpoint(self.vit.blocks, backbone)
         self.norm = FEATURE_NORMS[backbone.token_norm](size.width)
         self.width, self.stride, self.patch = size.width, size.patch, size.patch
 
     def forward(self, images: Float[Tensor, "b 3 s s"], summary: bool = False) -> Float[Tensor, "b n d"]:
-        tokens = self.vit(images)
-        return self.norm(tokens if summary else tokens[:, self.vit.num_prefix_tokens :])
+        return self.finish(self.features(images), summary)
+
+    def features(
+        self, images: Float[Tensor, "b 3 s s"], keys: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b m d"]:
+        self.drop_paths.draw(keys)
+        return self.vit(images)
+
+    def finish(self, features: Float[Tensor, "b m d"], summary: bool) -> Float[Tensor, "b n d"]:
+        return self.norm(features if summary else features[:, self.vit.num_prefix_tokens :])
 
     def fold_norm(self) -> None:
         """Hands what FeatureNorm does in eval mode to ViT's last LayerNorm; class and patch tokens stay."""
@@ -136,12 +147,23 @@ class SwinEncoder(nn.Module):
             drop_path_rate=backbone.drop_path,
             **size.arguments,
         )
+        replace_timm(self.swin)
+        self.drop_paths = DropPaths(self.swin)
         _checkpoint((block for stage in self.swin.layers for block in stage.blocks), backbone)
         self.norm = FEATURE_NORMS[backbone.token_norm](size.width)
         self.width, self.stride, self.patch = size.width, size.stride, size.patch
 
     def forward(self, images: Float[Tensor, "b 3 s s"], summary: bool = False) -> Float[Tensor, "b n d"]:
-        tokens = self.norm(self.swin(images).flatten(1, 2))
+        return self.finish(self.features(images), summary)
+
+    def features(
+        self, images: Float[Tensor, "b 3 s s"], keys: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b l d"]:
+        self.drop_paths.draw(keys)
+        return self.swin(images).flatten(1, 2)
+
+    def finish(self, features: Float[Tensor, "b l d"], summary: bool) -> Float[Tensor, "b n d"]:
+        tokens = self.norm(features)
         return prepend_mean(tokens) if summary else tokens
 
     def fold_norm(self) -> None:

@@ -37,6 +37,7 @@ COLLAPSE = {  # title -> quantity of the log, what it says
 }
 BEST = {"std": "spread, 1/√width", "effective_rank": "all directions", "code_entropy": "even use"}
 NOTHING_SHARED = Level("constant", 0.0)
+OWN_LINES = (*(f"var(--{name})" for name in OWN_COLOURS), *SPARE_COLOURS)  # of a chart's own lines, in turn
 IMAGE, LABEL, PLAIN = "var(--image_same)", "var(--category)", "var(--plain)"
 
 
@@ -135,9 +136,18 @@ def _losses(record: Record) -> Iterator[Chart]:
         chance = chance_nats(record, name)
         levels = [chance] if chance else []
         unit = _scored(record, name)
-        yield from _present(
-            _chart(record, name, unit, {name: (("nats", name), colour_of(name, record))}, levels=levels)
-        )
+        lines = {name: (("nats", name), colour_of(name, record))}
+        yield from _present(_chart(record, name, unit, lines, levels=levels), _by_source(record, name))
+
+
+def _by_source(record: Record, target: str) -> Chart | None:
+    """A target's loss on each source, where several have it."""
+    of_source = {source: ("nats_by_source", target, source) for source in record.run.data}
+    told = [source for source, path in of_source.items() if record.series(*path)[0]]
+    if len(told) < 2:
+        return None
+    lines = {source: (of_source[source], OWN_LINES[i % len(OWN_LINES)]) for i, source in enumerate(told)}
+    return _chart(record, f"{target}, by source", "nats, mean over the images of a source", lines)
 
 
 def _scored(record: Record, name: str) -> str:
@@ -165,10 +175,16 @@ def _gradients(record: Record) -> Iterator[Chart]:
             record,
             "Gradient of all parameters",
             "norm, log scale",
-            {"all": (("grad_norm",), PLAIN)},
+            {"all": (("grad_norm",), PLAIN)} | _lines(record, "grad_norm_by_part"),
             is_log=True,
         ),
     )
+
+
+def _lines(record: Record, group: str) -> dict[str, tuple[tuple[str, ...], str]]:
+    """A line for each quantity of a group of the log."""
+    names = record.names(group)
+    return {name: ((group, name), OWN_LINES[i % len(OWN_LINES)]) for i, name in enumerate(names)}
 
 
 def _schedules(record: Record) -> Iterator[Chart]:
@@ -199,17 +215,33 @@ def _speed(record: Record) -> Iterator[Chart]:
             record, "Throughput", "images per second", {"": (("images_per_second",), PLAIN)}, from_zero=True
         )
     )
-    steps, waits = record.series("data_wait_seconds")
-    _, seconds = record.series("step_seconds")
-    if steps and len(waits) == len(seconds):
-        share = [
-            100 * wait / second if second > 0 else math.nan
-            for wait, second in zip(waits, seconds, strict=True)
-        ]
-        if any(map(math.isfinite, share)):
-            line = Line("", PLAIN, steps, share)
-            yield Chart("Waiting for data", "percent of a step's time", [line], from_zero=True)
-    steps, memory = record.series("memory_bytes")
-    if any(map(math.isfinite, memory)):
-        line = Line("", PLAIN, steps, [value / 2**30 for value in memory])
-        yield Chart("Memory of one rank", "GiB", [line], from_zero=True)
+    yield from _present(
+        _scaled(record, "Model FLOP/s utilisation", "percent of the peak", {"": ("mfu",)}, 100),
+        _scaled(
+            record,
+            "Time of a step",
+            "milliseconds by part",
+            {name.replace("_", " "): ("seconds", name) for name in record.names("seconds")},
+            1e3,
+        ),
+        _scaled(
+            record,
+            "Memory, most of any rank",
+            "GiB",
+            {name: ("memory_bytes", name) for name in record.names("memory_bytes")},
+            2**-30,
+        ),
+    )
+
+
+def _scaled(
+    record: Record, title: str, unit: str, paths: dict[str, tuple[str, ...]], factor: float
+) -> Chart | None:
+    """A chart from zero of the named series, those with at least one finite value, times a factor."""
+    lines = []
+    for i, (name, path) in enumerate(paths.items()):
+        steps, values = record.series(*path)
+        if any(map(math.isfinite, values)):
+            colour = PLAIN if len(paths) == 1 else OWN_LINES[i % len(OWN_LINES)]
+            lines.append(Line(name, colour, steps, [factor * value for value in values]))
+    return Chart(title, unit, lines, from_zero=True) if lines else None

@@ -60,6 +60,11 @@ def _facts(record: Record) -> list[tuple[str, Child]]:
     _, rates = record.series("images_per_second")
     if rates := [rate for rate in rates if math.isfinite(rate)]:
         facts.append(("images per second", significant(statistics.median(rates))))
+    _, shares = record.series("mfu")
+    if shares := [share for share in shares if math.isfinite(share)]:
+        facts.append(("model FLOP/s utilisation", percent(statistics.median(shares))))
+    if "gpu_hours" in last:
+        facts.append(("GPU-hours", significant(last["gpu_hours"])))
     state = record.state
     if hardware := state.get("hardware") or record.evaluation.get("hardware"):
         facts.append(("hardware" if state.get("hardware") else "evaluated on", str(hardware)))

@@ -6,11 +6,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
+from pretrain.exits import DIVERGED, LOST, PREEMPTED
 from tests.paths import ROOT
 
 SCRIPTS = sorted([*(ROOT / "jobs").rglob("*.sh"), ROOT / ".ci" / "run"])
@@ -161,3 +164,63 @@ def test_image_leaves_root_and_keeps_data_out() -> None:
     assert re.search(r"^ARG BASE_IMAGE=\S+\nFROM \$\{BASE_IMAGE\}$", instructions, re.MULTILINE)
     assert instructions.index("\nUSER ") < instructions.index("\nENTRYPOINT ")
     assert {".git", "data", "runs", ".venv"} <= set((ROOT / ".dockerignore").read_text().split())
+
+
+LAUNCHER = """# What `deepspeed` starts: a launcher that starts ranks, and gives the first code that is not 0.
+bash -c 'for rank in 0 1; do
+  bash -c "trap \\"exit 75\\" USR1; echo \\$\\$ > $FOLDER/rank_$rank; while true; do sleep 0.05; done" &
+done; trap "exit 1" TERM; code=0; wait -n || code=$?; kill $(jobs -p); exit $code' &
+wait $!
+"""
+
+
+def _write_stubs(folder: Path, launcher: str) -> None:
+    """An environment in FOLDER/bin with this as its launcher; its Python is asked for GPUs and a free port."""
+    (folder / "bin").mkdir()
+    for name, text in {"deepspeed": launcher, "python": "echo 0 29500"}.items():
+        (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+
+
+def _job_with_two_ranks(folder: Path) -> subprocess.Popen[bytes]:
+    """jobs/local/pretrain.sh with a launcher whose ranks wait to be asked; both ranks are there."""
+    _write_stubs(folder, LAUNCHER)
+    job = subprocess.Popen(
+        [str(ROOT / "jobs/local/pretrain.sh"), "--recipe", "m3i.demo"],
+        env=os.environ | {"ENV": str(folder), "FOLDER": str(folder)},
+    )
+    while not all((folder / f"rank_{rank}").is_file() for rank in (0, 1)):
+        assert job.poll() is None, "the job ended before its ranks began"
+        time.sleep(0.02)
+    return job
+
+
+@pytest.mark.parametrize("asking", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_local_job_that_is_asked_to_stop_asks_its_ranks_and_gives_their_code(
+    tmp_path: Path, asking: signal.Signals
+) -> None:
+    job = _job_with_two_ranks(tmp_path)
+    job.send_signal(asking)
+    assert job.wait(20) == PREEMPTED
+
+
+def test_a_local_job_whose_rank_is_killed_says_that_it_was_lost(tmp_path: Path) -> None:
+    _write_stubs(tmp_path, "exit 247")  # as DeepSpeed's launcher tells of a rank that SIGKILL ended
+    ended = run_script("jobs/local/pretrain.sh", "--recipe", "m3i.demo", ENV=str(tmp_path))
+    assert ended.returncode == LOST
+
+
+@pytest.mark.parametrize("code", [0, 1, DIVERGED, PREEMPTED, LOST])
+def test_a_slurm_job_goes_into_the_queue_again_when_it_can_go_on(tmp_path: Path, code: int) -> None:
+    stubs = {
+        "jobs/single_node/pretrain.sh": f"exit {code}",
+        "bin/scontrol": f'echo "$@" > {tmp_path}/requeued',
+    }
+    for name, text in stubs.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    ended = run_script("jobs/slurm/pretrain.sh", PATH=path, M3I_ROOT=str(tmp_path), SLURM_JOB_ID="7")
+    assert ended.returncode == code
+    assert (tmp_path / "requeued").exists() == (code in (PREEMPTED, LOST))

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ def batches(
     rank: int = 0,
     world: int = 1,
     tokenizer: Path | None = None,
-    **options: int,
+    **options: Any,
 ) -> list[Batch]:
     loader = Loader(run, places, tokenizer, rank=rank, world=world, **options)
     delivered = list(islice(loader, num))

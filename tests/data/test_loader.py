@@ -41,6 +41,24 @@ def test_resume_equals_straight(folders: dict[str, Path]) -> None:
         assert_same(one, other)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_that_are_left_out_are_holes_in_the_order(folders: dict[str, Path], workers: int) -> None:
+    straight = batches(small_run(), folders, 7)
+    holes = batches(small_run(), folders, 3, workers=workers, start_step=1, left_out={1, 2, 4})
+    for batch, number in zip(holes, (3, 5, 6), strict=True):
+        assert_same(batch, straight[number])
+
+
+def test_a_sample_is_found_by_its_position(folders: dict[str, Path]) -> None:
+    loader = Loader(small_run(), folders, None, rank=0, world=1)
+    batch = next(loader)
+    for found, category in zip(loader.samples(batch.position.tolist()), batch.category.tolist(), strict=True):
+        shard, index = found["shard"], found["index"]
+        assert found["key"] == f"{int(shard.removesuffix('.tar')):06d}_{index:06d}"
+        assert (found["source"] == "names") == (category != NO_CATEGORY)
+    loader.close()
+
+
 QUICK = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking would start processes for an hour
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 

@@ -90,7 +90,7 @@ def test_the_replacement_is_the_next_sample_of_the_source(tmp_path: Path) -> Non
     whole = [batch for batch, _ in islice(rounds(run, spoilt(tmp_path / "whole", {})), 10)]
     loader = Loader(run, {"spoilt": tmp_path / "whole" / "spoilt"}, None, rank=0, world=1)
     position = 47
-    pick, following = (loader._steps._order[p] for p in (position, position + 1))
+    pick, following = (loader._steps.order[p] for p in (position, position + 1))
     number = pick.shard * 100 + pick.index
     folder = spoilt(tmp_path / "bad", {number: {**sample(0, has_text=False), "jpg": b""}})
     replaced = [batch for batch, _ in islice(rounds(run, folder), 10)]
@@ -129,7 +129,7 @@ def test_one_of_many_shards_may_be_lost_and_one_of_few_may_not(tmp_path: Path) -
         folder = write_set(tmp_path / str(num_shards), [samples] * num_shards)
         run = small_run(data={"names": Source("category")}, batch=4, mixing=Mixing(window=2))
         loader = Loader(run, {"names": folder}, None, rank=0, world=1)
-        (folder / f"{loader._steps._order[9].shard:06d}.tar").unlink()
+        (folder / f"{loader._steps.order[9].shard:06d}.tar").unlink()
         if lasts:
             list(islice(loader, 30))
             assert loader.dropped == {"names: missing_shard": 4}

@@ -68,6 +68,7 @@ def test_the_page_shows_sources_stages_and_inputs(
     ):
         assert told in printed.replace("\u00a0", " ") and told in text.replace("\u00a0", " ")
     assert text.count("Pair ") == 6 and "mixed input" in text and "<h1>What small is fed</h1>" in text
+    assert f"written to {page}" in printed
     assert "http" not in text.replace("http://www.w3.org", "")  # nothing is fetched
 
 
@@ -103,3 +104,15 @@ def test_a_mistake_is_told_in_one_message(
     recipe = write_recipe(tmp_path)
     assert main([*pairs, "--recipe", str(recipe), "--out", str(tmp_path / "x.html"), *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_errors_call_this_command_by_its_own_name(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [f"names={folders['names']}", "--recipe", str(write_recipe(tmp_path))]
+    assert main(command) == 1
+    assert "the command line names ['names'], but recipe small has" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--nothing", "1"])
+    told = capsys.readouterr().err
+    assert "python -m pretrain.data" in told and "main.py" not in told

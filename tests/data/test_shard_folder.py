@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.schema import index_path
+from data_prep.index import index_path
 from pretrain.data import verified
 from pretrain.data.faults import BadSample, DataError
 from pretrain.data.shards import ShardFolder

@@ -23,8 +23,9 @@ from data_prep.__main__ import main
 from data_prep.build import Options, build
 from data_prep.check import check
 from data_prep.engines import local
+from data_prep.index import read_index
 from data_prep.samples import Collection, Dropped, Made
-from data_prep.schema import IMAGE_EXTENSIONS, Manifest, counts_by_reason, read_index, sha256_file
+from data_prep.schema import IMAGE_EXTENSIONS, Manifest, counts_by_reason, sha256_file
 from data_prep.sources.scenes import Scenes
 from tests.data_prep.disturbed import kills_itself
 from tests.paths import ROOT
@@ -189,17 +190,17 @@ def _interrupt(
 ) -> None:
     """Build until `after` samples were written, then raise inside the shard."""
     count = 0
-    append = shard_module._append
+    blocks = shard_module._blocks
 
     def failing(*arguments):
         nonlocal count
         count += 1
         if count > after:
             raise error or KeyboardInterrupt
-        return append(*arguments)
+        return blocks(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_module, "_append", failing)
+        patch.setattr(shard_module, "_blocks", failing)
         with pytest.raises(type(error) if error else KeyboardInterrupt):
             build(_collection(), folder, OPTIONS)
 

@@ -20,9 +20,10 @@ from data_prep.check import BadDataSet, check, examine
 from data_prep.doctor.members import Member
 from data_prep.doctor.verify import verify_sample
 from data_prep.images import Limits, check_image
+from data_prep.index import index_path
 from data_prep.places import place_of
 from data_prep.samples import json_bytes
-from data_prep.schema import index_path, parse_manifest, write_manifest
+from data_prep.schema import parse_manifest, write_manifest
 from data_prep.sources.scenes import Scenes, draw_scene
 from tests.data_prep.pictures import encoded, picture
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from data_prep.build import build, build_part, finish, work_folder
 from data_prep.claim import claimed
 from data_prep.places import Place, place_of
 from data_prep.plan import WHOLE, Part, part_of
+from data_prep.shard import finished_shards
 from tests.data.s3 import BUCKET, Store, s3_store
 from tests.data_prep.disturbed import (
     OPTIONS,
@@ -165,6 +167,22 @@ def test_a_builder_killed_at_random_moments_ends_with_the_same_bytes(place, undi
         for name in place.names("*.tar"):  # whatever has a final name is whole
             assert place.read(name) == undisturbed[name]
     _at_last(place, undisturbed)
+
+
+def test_a_builder_that_is_told_to_end_says_how_to_go_on_and_the_next_does(tmp_path):
+    command = [sys.executable, "-m", "data_prep", "build", "scenes", "--count", "400", "--heldout", "0"]
+    command += ["--shard-size", "4", "--workers", "1", "--out", str(tmp_path / "set")]
+    place = place_of(tmp_path / "set" / "train")
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not place.names("*.tar"):
+            time.sleep(0.01)
+        process.terminate()
+        told = process.communicate()[1].decode()
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in told
+    assert "SIGTERM: ends when" in told and "run the same command again, a build goes on after" in told
+    kept = place.names("*.tar")
+    assert kept and not place.exists("manifest.json")
+    assert set(finished_shards(place, range(100))) >= set(range(len(kept) - 1))
 
 
 def test_a_worker_that_is_killed_is_replaced(tmp_path, undisturbed, capfd):

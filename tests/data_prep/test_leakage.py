@@ -85,6 +85,31 @@ def test_an_evaluation_set_may_be_a_data_set_and_nothing_found_is_code_0(folders
     assert f"in all               {NUM_STRANGERS + len(ALTERED) + 1} samples" in capsys.readouterr().out
 
 
+def _doubled(image: Image.Image) -> Image.Image:
+    """A picture that is its own mirror image."""
+    whole = Image.new("RGB", (2 * image.width, image.height))
+    whole.paste(image)
+    whole.paste(ImageOps.mirror(image), (image.width, 0))
+    return whole
+
+
+def test_copies_of_pictures_that_are_their_own_mirror_image_are_found_and_no_strangers(tmp_path, capsys):
+    alterations = [alter for name, alter in ALTERED.items() if name != "cut at the left"]
+    originals = [_doubled(picture(700 + number, (96, 144))) for number in range(len(alterations))]
+    copies = [alter(original) for alter, original in zip(alterations, originals, strict=True)]
+    strangers = [encoded(_doubled(picture(800 + number, (96, 144)))) for number in range(NUM_STRANGERS)]
+    items = [Item(f"x-{number}", image) for number, image in enumerate([*strangers, *copies])]
+    (tmp_path / "images").mkdir()
+    for number, original in enumerate(originals):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(encoded(original))
+    training = built(tmp_path / "set", items, shard_size=8)
+    report = tmp_path / "l.json"
+    command = ["leakage", str(training), "--against", str(tmp_path / "images"), "--workers", "1"]
+    assert main([*command, "--json", str(report)]) == 1
+    found = {hit["key"]: int(Path(hit["picture"]).stem) for hit in json.loads(report.read_text())["hits"]}
+    assert found == {f"x-{NUM_STRANGERS + number}": number for number in range(len(copies))}
+
+
 @pytest.mark.parametrize(
     ("against", "message"),
     [

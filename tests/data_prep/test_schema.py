@@ -10,16 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from data_prep.schema import (
-    Manifest,
-    Shard,
-    fill_prompt,
-    index_bytes,
-    index_path,
-    read_index,
-    tags_of,
-    write_manifest,
-)
+from data_prep.index import index_bytes, index_path, read_index
+from data_prep.schema import Manifest, Shard, fill_prompt, tags_of, write_manifest
 from tests.paths import ROOT
 
 SHARD = Shard("000000.tar", 2, 1024, "0" * 64)

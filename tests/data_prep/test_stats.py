@@ -11,6 +11,7 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.doctor.published import beside_papers, table
+from data_prep.places import place_of
 from data_prep.schema import Manifest, Shard
 from tests.data_prep.pictures import Item, built, encoded, picture
 
@@ -141,3 +142,21 @@ def test_counts_stand_beside_those_of_the_papers():
     assert (rows[-1].num_here, rows[-1].num_published, rows[-1].classes_here) == (248_000, 17_609_752, 7)
     assert rows[0].share == 0.01 and "Changpinyo" in rows[0].source
     assert "12,400,000" in table(rows) and "427,000,000" in table(rows) and "1.000%" in table(rows)
+
+
+def test_reports_may_go_behind_a_url(tmp_path):
+    folder = built(tmp_path / "set", [Item(f"x-{number}", encoded(picture(number))) for number in range(3)])
+    where = f"memory://{tmp_path.name}/reports"
+    command = [
+        "stats",
+        str(folder),
+        "--workers",
+        "1",
+        "--json",
+        f"{where}/s.json",
+        "--page",
+        f"{where}/s.html",
+    ]
+    assert main(command) == 0
+    place = place_of(where)
+    assert json.loads(place.read("s.json"))["data_sets"] and place.read("s.html").startswith(b"<!")

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import bz2
+import errno
 import importlib.util
+import re
 from dataclasses import replace
 from functools import partial
 
 import pytest
 
 from data_prep import estimate as estimate_module
-from data_prep.__main__ import main
+from data_prep import output
+from data_prep.__main__ import SOURCES, main
 from data_prep.build import Options, build
+from data_prep.doctor.commands import DOCTOR
 from data_prep.engines import ENGINES
 from data_prep.estimate import estimate
-from data_prep.output import read_manifest
+from data_prep.output import explained, read_manifest
 from data_prep.places import place_of
 from data_prep.plan import shard_ranges
 from data_prep.progress import shard_progress
 from data_prep.samples import Dropped, Made
+from data_prep.settings import difference
+from data_prep.sources.scratch import on_disk
 from tests.data_prep.disturbed import OPTIONS, collection
 
 COMMAND = ["build", "scenes", "--count", "18", "--heldout", "0", "--size", "32", "--shard-size", "4"]
@@ -80,6 +87,10 @@ def test_a_log_shows_shards_rate_reasons_and_eta_in_one_line(capsys):
     assert line.endswith("shards 2/5, left out: corrupt 1, truncated 3")
 
 
+def _all_bad(index: int) -> Made:
+    return Made(None, (Dropped(str(index), "corrupt"),))
+
+
 def _bad(index: int, make) -> Made:
     return Made(None, (Dropped(str(index), "corrupt"),)) if index % 9 == 0 else make(index)
 
@@ -99,6 +110,107 @@ def test_shards_of_fixed_sizes_are_kept_and_their_sizes_are_settings(tmp_path):
         build(replace(fixed, shard_sizes=[8, 10]), tmp_path / "d", OPTIONS)
     with pytest.raises(ValueError, match=r"sum up to 17, its items are 18"):
         shard_ranges(replace(fixed, shard_sizes=[7, 10]), 500)
+
+
+@pytest.mark.parametrize("command", [*(["build", name] for name in SOURCES), *([name] for name in DOCTOR)])
+def test_every_option_says_what_it_is_for(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    told = "\n".join(line.strip("│ ") for line in capsys.readouterr().out.splitlines())
+    kind = r"(?:[A-Z]+|\[[A-Z]+ \[[A-Z]+ \.\.\.\]\]|\{[^}]*\})?"
+    mute = re.findall(
+        rf"^(--[a-z-]+(?:, --no-[a-z-]+)?)\s*{kind}\s*\((?:default|required)", told, re.MULTILINE
+    )
+    assert not mute and "--help" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["scenes", "--count", "0"], "count=0 must be at least 1 scene"),
+        (["scenes", "--work", "s3://bucket/w"], "work='s3://bucket/w' is a URL, shards are made on a disk"),
+        (["scenes", "--shard-size", "9999999"], "shard_size=9999999 must lie in [1, 100000]"),
+        (
+            ["cc12m", "--from", "x", "--scratch", "y", "--metadata-memory", "3"],
+            "metadata_memory='3' must be a number",
+        ),
+    ],
+)
+def test_a_bad_value_is_told_without_names_of_our_own(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["build", *words, "--out", str(tmp_path / "out")])
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert ended.value.code == 2 and message in told and "dummy" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["cc12m", "--from", "here"], "here is a folder, a file is needed: pass the file in it"),
+        (["cc12m", "--from", "none"], "none does not exist: check the path, or download it first"),
+        (
+            ["cc12m", "--from", "x.parquet"],
+            "x.parquet is a parquet file, a text with the columns ['url', 'caption']",
+        ),
+        (["scenes", "--count", "8", "--out", "x.tsv"], "x.tsv is a file, a build needs an empty folder"),
+        (["laion400m", "--from", "here"], "here is a folder without .parquet files: pass the parquet parts"),
+        (
+            ["laion400m", "--from", "x.tsv"],
+            "x.tsv is no parquet file, it begins with b'http': pass the parquet parts",
+        ),
+        (["laion400m", "--from", "x.parquet"], "x.parquet is a parquet file that was cut off or damaged"),
+        (["imagenet22k", "--from", "x.tar.bz2"], "it is packed by bzip2, unpack it first; pass a plain tar"),
+        (["folder", "--from", "none"], "none does not exist: pass --from a folder of images or a .tar"),
+        (
+            ["cc12m", "--from", "x.tsv", "--scratch", "s3://bucket/s"],
+            "is a URL, databases and downloads need a folder",
+        ),
+    ],
+)
+def test_a_wrong_input_is_told_as_what_it_is(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "x.parquet").write_bytes(b"PAR1" + bytes(200))
+    (tmp_path / "x.tsv").write_text("http://example.com/\tcaption\n")
+    (tmp_path / "x.tar.bz2").write_bytes(bz2.compress(bytes(1024)))
+    scratch = [] if "--scratch" in words or words[0] in ("folder", "scenes") else ["--scratch", "s"]
+    out = [] if "--out" in words else ["--out", "out"]
+    assert main(["build", *words, *scratch, *out]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_nobody_is_told_to_allow_more_bad_items_when_none_is_good(tmp_path):
+    broken = replace(collection(), make=partial(_all_bad))
+    with pytest.raises(ValueError, match=r"none of 4 inputs is good .* so far, of 18: see") as caught:
+        build(broken, tmp_path / "d", OPTIONS)
+    assert "--max-bad" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"none of 18 inputs is good .*mend the input") as caught:
+        build(broken, tmp_path / "all", replace(OPTIONS, max_bad=1.0))
+    assert "--max-bad" not in str(caught.value)
+
+
+def test_settings_that_differ_are_told_field_by_field():
+    there = {"limits": {"min_side": 32, "short_side": 0}, "seed": 0, "hash": "a" * 100}
+    asked = {"limits": {"min_side": 64, "short_side": 0}, "seed": 0, "hash": "a" * 99, "prompts": ["{}"]}
+    told = difference(there, asked).split("; ")
+    assert told[0].startswith('hash: "aaa') and "..." in told[0]
+    assert told[1:] == ["limits.min_side: 32 there, 64 asked", 'prompts: nothing there, ["{}"] asked']
+    assert difference(there, dict(there)) == ""
+
+
+def test_a_full_disk_is_named_by_whoever_knows_which_it_was(tmp_path, monkeypatch):
+    free = {tmp_path / "set": 2**30, tmp_path / "work": 0}
+    monkeypatch.setattr(output, "free_bytes", free.__getitem__)
+    here = explained(place_of(tmp_path / "set"), tmp_path / "work")
+    with pytest.raises(OSError, match=r"no space left in .*work, where shards for .*set are made"), here:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    here = explained(place_of(tmp_path / "set"), tmp_path / "work")
+    with (
+        pytest.raises(OSError, match=r"no space left in .*scratch, where lists"),
+        here,
+        on_disk(tmp_path / "scratch"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_an_unknown_engine_is_refused_with_those_there_are():

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch.multiprocessing
 
 from tests.paths import ROOT
 
@@ -50,6 +54,12 @@ def start(
             for process in processes:
                 process.kill()
     return codes, log.read_text()
+
+
+def together(function: Callable[..., None], *arguments: Any, world: int) -> None:
+    """function(rank, *arguments) in `world` processes at once, forked from one that has imported what they need."""
+    multiprocessing.set_forkserver_preload(["pretrain.data.workers"])  # as loaders do, who share the server
+    torch.multiprocessing.start_processes(function, arguments, nprocs=world, start_method="forkserver")
 
 
 def environment(**added: str) -> dict[str, str]:

@@ -22,13 +22,15 @@ import torch  # noqa: E402
 
 from pretrain import checkpoint, intact  # noqa: E402
 from pretrain.collectives import mean_over_ranks, rank, world_size  # noqa: E402
-from pretrain.config import Teacher  # noqa: E402
+from pretrain.config import Guard, Teacher  # noqa: E402
 from pretrain.main import quieten  # noqa: E402
 
 quieten()
 
+from pretrain.distributed import start_distributed  # noqa: E402
+from pretrain.ds_config import resolve_config  # noqa: E402
 from pretrain.ema import local_master  # noqa: E402
-from pretrain.engine import Engine, resolve_config, start_distributed  # noqa: E402
+from pretrain.engine import Engine  # noqa: E402
 from tests.engine.toy import FACTS, build_toy, toy_batch, toy_run  # noqa: E402
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> ds config, what is changed in its ZeRO section
@@ -38,6 +40,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> ds config, what i
     "zero3_divided": ("zero3", {"stage3_param_persistence_threshold": 0}),
     "zero3_hpz": ("zero3_hpz", {"stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": 2}),
     "zero3_offload": ("zero3_offload", {}),
+}
+ALONE = {  # variant of two ranks -> that with which one rank goes on
+    "zero1": "zero3",
+    "zero2": "zero1",
+    "zero3": "zero3_offload",
+    "zero3_divided": "zero2",
+    "zero3_offload": "zero3_divided",
+}
+BY_FOUR = {  # variant of one rank -> that with which four go on
+    "zero3": "zero2",
+    "zero1": "zero3_divided",
+    "zero3_offload": "zero1",
+    "zero2": "zero3_offload",
+    "zero3_divided": "zero3",
 }
 
 
@@ -65,20 +81,62 @@ def run_steps(engine: Engine, until: int) -> list[dict[str, float]]:
     return curve
 
 
+def save(engine: Engine, place: Path) -> Path:
+    """The checkpoint of the engine's present step, written to the end."""
+    checkpoint.Saver(engine, place, FACTS, None).save(wait=True)
+    return checkpoint.folder_in(place, engine.steps_done)
+
+
 def compare_stages(folder: Path) -> dict[str, Any]:
-    """Five steps under every variant, then a checkpoint, and what the teacher answers to a probe."""
+    """Five steps under every variant, checkpoints after three and five, and what the teacher answers to a probe."""
     probe = toy_batch(99, 4).views[:, 0].float() / 255
     result = {}
     for variant in VARIANTS:
         engine = engine_of(variant, toy_run())
-        curve = run_steps(engine, 5)
-        saved = checkpoint.save(engine, folder / variant, FACTS, None)
+        curve = run_steps(engine, 3)
+        save(engine, folder / variant)
+        curve += run_steps(engine, 5)
+        saved = save(engine, folder / variant)
         result[variant] = {
             "curve": curve,
             "checkpoint": str(saved),
             "probe": engine.teacher(probe).flatten().tolist(),
         }
     return result
+
+
+def go_on(folder: Path, taken: Path, names: dict[str, str], until: int, *, bfloat16: bool = False) -> dict:
+    """From the checkpoints of another launch in `taken`, by variants of their own: what a save at once would keep,
+    and the steps to `until`, with a checkpoint after them.
+    """
+    result = {}
+    for taken_from, variant in names.items():
+        engine = engine_of(variant, toy_run(), bfloat16=bfloat16)
+        folder_before = checkpoint.folder_in(taken / taken_from, until - 1)
+        checkpoint.restore(engine, folder_before)
+        again = save(engine, folder / f"{variant}_again")
+        result[variant] = {
+            "before": str(folder_before),
+            "again": str(again),
+            "curve": run_steps(engine, until),
+        }
+        save(engine, folder / variant)
+    return result
+
+
+def go_on_alone(folder: Path) -> dict[str, Any]:
+    """Step four, on one rank and at another stage than before."""
+    return go_on(folder, folder.parent / "compare_stages", ALONE, 4)
+
+
+def go_on_in_bfloat16(folder: Path) -> dict[str, Any]:
+    """The same in the other precision."""
+    return go_on(folder, folder.parent / "compare_stages", ALONE, 4, bfloat16=True)
+
+
+def go_on_by_four(folder: Path) -> dict[str, Any]:
+    """Step five, on four ranks."""
+    return go_on(folder, folder.parent / "go_on_alone", BY_FOUR, 5)
 
 
 def average_in_bfloat16(folder: Path) -> dict[str, Any]:
@@ -114,7 +172,7 @@ def stop_and_resume(folder: Path) -> dict[str, Any]:
     for variant in ("zero1", "zero2", "zero3", "zero3_offload"):
         engine = engine_of(variant, toy_run(), drop=0.3)
         run_steps(engine, 3)
-        saved = checkpoint.save(engine, folder / variant, FACTS, None)
+        saved = save(engine, folder / variant)
         straight = run_steps(engine, 6)
         resumed = engine_of(variant, toy_run(), drop=0.3)
         checkpoint.restore(resumed, saved)
@@ -122,32 +180,50 @@ def stop_and_resume(folder: Path) -> dict[str, Any]:
     return result
 
 
-def skip_what_is_not_finite(folder: Path) -> dict[str, Any]:
-    """A step, one whose gradient is not finite on rank 1 alone, and one more: what the weights do in each."""
+def refuse_what_is_bad(folder: Path) -> dict[str, Any]:
+    """Two steps, a batch whose gradient on rank 1 alone is not finite or a spike, two more: what moves in each."""
     result = {}
-    for variant, poison in product(("zero1", "zero2", "zero3", "zero3_offload"), (math.nan, math.inf)):
-        engine = engine_of(variant, toy_run())
-        weights = dict(engine._student.module.student.named_parameters())
+    run = dataclasses.replace(toy_run(), guard=Guard(window=2, deviations=0.1))
+    for variant, poison in product(("zero1", "zero2", "zero3", "zero3_offload"), (math.nan, math.inf, 1e4)):
+        engine = engine_of(variant, run)
         owned = [part for part in engine.average.slices if part.numel]
 
-        def masters(weights: Any = weights, owned: Any = owned) -> torch.Tensor:
-            return torch.cat([local_master(weights[part.name], part.numel).clone() for part in owned])
+        def state(engine: Engine = engine, owned: Any = owned) -> list[torch.Tensor]:
+            """Masters, moments, teacher, buffers, loss balance."""
+            weights = dict(engine._student.module.student.named_parameters())
+            moments = [
+                values
+                for of_one in engine._optimizer.state.values()
+                for values in of_one.values()
+                if torch.is_tensor(values)
+            ]
+            balance = engine.balance.state_dict()
+            return [
+                torch.cat([local_master(weights[part.name], part.numel).clone() for part in owned]),
+                torch.cat([values.flatten().float() for values in moments]),
+                torch.cat([average.clone() for average in engine.average.state().values()]),
+                torch.cat([buffer.flatten().float() for buffer in engine._student.module.buffers()]),
+                torch.tensor([*balance["averages"], *balance["counts"], balance["weight"]]),
+            ]
 
-        run_steps(engine, 1)
-        before, backward = masters(), engine._student.backward
-        teacher = [average.clone() for average in engine.average.state().values()]
+        run_steps(engine, 2)
+        before, backward = state(), engine._student.backward
         if rank() == 1:
             engine._student.backward = lambda total, scale=poison, run=backward: run(total * scale)
-        run_steps(engine, 2)
-        skipped, engine._student.backward = masters(), backward
-        taught = list(engine.average.state().values())
-        is_teacher_still = all(torch.equal(a, b) for a, b in zip(teacher, taught, strict=True))
-        run_steps(engine, 3)
+        engine.step(toy_batch(2, run.batch, rank(), world_size()), asks_to_stop=rank() == 1)
+        asked, verdict, after = engine.is_asked_to_stop, engine.verdict, state()
+        engine._student.backward = backward
+        rest = run_steps(engine, 4)
+        straight = engine_of(variant, run)
+        run_steps(straight, 2)
         result[f"{variant}-{poison}"] = {
-            "is_teacher_still": is_teacher_still,
-            "moved": (skipped - before).abs().max().item(),
-            "moved_afterwards": (masters() - skipped).abs().max().item(),
+            "stands_still": [torch.equal(a, b) for a, b in zip(before, after, strict=True)],
+            "reasons": verdict.reasons,
+            "asked": [asked, engine.is_asked_to_stop],
+            "left_out": sorted(engine.guard.left_out),
             "skipped_steps": engine.skipped_steps,
+            "rest": rest,
+            "straight": run_steps(straight, 4),
         }
     return result
 
@@ -156,18 +232,22 @@ def die_while_saving(folder: Path) -> dict[str, Any]:
     """A whole checkpoint after one step, SIGKILL just before the one after two is published."""
     engine = engine_of("zero3", toy_run())
     run_steps(engine, 1)
-    checkpoint.save(engine, folder, FACTS, None)
+    saver = checkpoint.Saver(engine, folder, FACTS, None)
+    saver.save(wait=True)
     run_steps(engine, 2)
     intact.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    checkpoint.save(engine, folder, FACTS, None)
+    saver.save(wait=True)
     raise AssertionError("SIGKILL did not come")
 
 
 SCENARIOS = {
+    "go_on_alone": go_on_alone,
+    "go_on_in_bfloat16": go_on_in_bfloat16,
+    "go_on_by_four": go_on_by_four,
     "compare_stages": compare_stages,
     "average_in_bfloat16": average_in_bfloat16,
     "stop_and_resume": stop_and_resume,
-    "skip_what_is_not_finite": skip_what_is_not_finite,
+    "refuse_what_is_bad": refuse_what_is_bad,
     "die_while_saving": die_while_saving,
 }
 
@@ -175,6 +255,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     start_distributed()
     place, *names = sys.argv[1:]
-    outcome = {name: SCENARIOS[name](Path(place) / name) for name in names}
-    if rank() == 0:
-        (Path(place) / "result.json").write_text(json.dumps(outcome))
+    outcome = {}
+    for name in names:
+        outcome[name] = SCENARIOS[name](Path(place) / name)
+        if rank() == 0:
+            (Path(place) / "result.json").write_text(json.dumps(outcome))

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from pretrain import collapse
@@ -28,6 +27,7 @@ from pretrain.collapse import (
     replay,
 )
 from pretrain.objectives import OBJECTIVES
+from tests.engine.launch import together
 from tests.engine.toy import toy_run
 
 COUNTS = {"rows": 64, "width": 256}
@@ -151,7 +151,7 @@ def _on_rank(rank: int, world: int, port: int, folder: str) -> None:
 
 
 def test_two_ranks_measure_what_one_does_on_all_images(tmp_path: Path, free_port: int) -> None:
-    mp.spawn(_on_rank, (2, free_port, str(tmp_path)), nprocs=2)
+    together(_on_rank, 2, free_port, str(tmp_path), world=2)
     alone = measure(seen_by(1, 0))
     for rank in "01":
         found = json.loads((tmp_path / rank).read_text())

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pretrain.collectives import from_first_rank, rank
+from tests.engine.launch import together
 
 
 def _found() -> str:
@@ -33,7 +33,7 @@ def _on_rank(index: int, world: int, port: int, folder: str) -> None:
 
 
 def test_result_and_error_of_the_first_rank_reach_all(tmp_path: Path, free_port: int) -> None:
-    mp.spawn(_on_rank, (2, free_port, str(tmp_path)), nprocs=2)
+    together(_on_rank, 2, free_port, str(tmp_path), world=2)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "0": "whole, the folder is taken",
         "1": "whole, the folder is taken",

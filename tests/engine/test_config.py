@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.engine import (
+from pretrain.distributed import start_distributed
+from pretrain.ds_config import (
     RECIPE_OWNS,
     check_config,
     is_fast_in_bfloat16,
+    read_ds_config,
     resolve_config,
-    start_distributed,
     teacher_config,
 )
-from pretrain.train import read_ds_config
 from tests.engine.toy import toy_run
 from tests.paths import ROOT
 

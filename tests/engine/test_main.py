@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from pretrain import recipes
-from pretrain.main import MISTAKE, explain, main, parse
+from pretrain.main import MISTAKE, explain, main, parse, steps_of
 from tests.engine.launch import TIMEOUT, environment
 from tests.paths import ROOT
 
@@ -57,6 +59,7 @@ def test_overrides_are_typed_and_nested() -> None:
         (["--data", "labelled=tests"], "recipe m3i.demo has the sources ['captioned', 'labelled']: give"),
         (["--ds-config", "no.json"], "--ds-config no.json is no file; choose one of"),
         (["--workers", "-1"], "--workers -1 must not be negative"),
+        (["--micro-batches", "0"], "--micro-batches 0 must be positive"),
         (["--guide", "clip"], "--guide clip would be ignored, no target of recipe 'm3i.demo' asks for it"),
         (
             ["--recipe", "mvp.vit_b16", "--data", "imagenet1k=tests"],
@@ -181,9 +184,46 @@ def _curve(out: Path) -> list[tuple[int, dict[str, float]]]:
     return [(r["step"], r["nats"] | {"lambda": r["lambda"], "grad_norm": r["grad_norm"]}) for r in records]
 
 
+def _check_log(out: Path, output: str) -> None:
+    """What the monitor left of a whole run of six steps, each of them logged."""
+    assert (
+        "DCNv3 sparse, steps around it torch, channels-last, AdamW of torch (plain), attention flash;"
+        in output
+    )
+    assert "FLOP a step" in output and "FLOP / (step seconds x 1 ranks x peak)" in output
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for before, record in pairwise(records):
+        passed = (
+            record["time"] - before["time"]
+        )  # by another clock, and from just after the look at the first
+        assert sum(record["seconds"].values()) == pytest.approx(record["step_seconds"], rel=1e-6)
+        assert record["step_seconds"] == pytest.approx(passed, rel=0.02, abs=0.02)
+        assert record["mfu"] > 0 and record["cost"] == pytest.approx(2 * record["gpu_hours"])
+        assert {"labelled", "captioned"} >= record["nats_by_source"]["image_same"].keys()
+    parts = {part for record in records for part, seconds in record["seconds"].items() if seconds > 1e-4}
+    assert parts >= {"data_wait", "forward", "teacher", "backward", "optimizer", "save", "log"}
+    assert records[-1]["eta_seconds"] == 0 and records[-1]["cost_left"] == 0
+    assert records[-1]["memory_bytes"]["host"] > 2**27
+    with gzip.open(out / "trace" / "steps_2-3.json.gz") as trace:
+        ranges = [event["name"] for event in json.load(trace)["traceEvents"] if "name" in event]
+    assert ranges.count("backward") == ranges.count("optimizer") == 2
+    assert "aten::" in (out / "trace" / "steps_2-3.txt").read_text()
+    assert len(list((out / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.parametrize("wrong", ["3", "0:2", "4:2", "a:b"])
+def test_a_profile_that_names_no_steps_is_refused(wrong: str) -> None:
+    with pytest.raises(ValueError, match=r"must be FIRST:LAST, steps counted from 1, such as 10:12"):
+        steps_of(wrong)
+    assert steps_of("10:12") == (10, 12)
+
+
 def test_a_killed_run_goes_on_as_if_it_had_not_been(scenes: Path, tmp_path: Path) -> None:
-    code, output = _run(_command(scenes, tmp_path / "straight"))
+    code, output = _run(
+        _command(scenes, tmp_path / "straight", *["--tensorboard", "--profile", "2:3", "--price", "2"])
+    )
     assert code == 0, output
+    _check_log(tmp_path / "straight", output)
     code, output = _run(_command(scenes, tmp_path / "killed"), kill_after="step 5/6")
     assert code == -signal.SIGKILL, output
     code, output = _run(_command(scenes, tmp_path / "killed"))

@@ -40,9 +40,10 @@ TOLERANCE = 2e-4  # float32 sums in another order
 # rate has to move every weight.
 QUIET, LOUD = 1e-6, 1e-3
 UNSEEN = ("key.bias", "k_bias")  # a softmax does not see what all keys share: no gradient but rounding
-FAMILIES = {row: ("vit", "internimage") for row in OBJECTIVES} | {
-    row: ("vit", "internimage", "swin") for row in HVP
-}
+# Ranks and ZeRO-3 meet a row's heads and losses, and a family's blocks: every row once, the methods on all families.
+ALTERNATING = {row: (("vit", "internimage")[index % 2],) for index, row in enumerate(OBJECTIVES)}
+FAMILIES = ALTERNATING | {row: ("vit", "internimage") for row in ("m3i", "mvp")}
+FAMILIES |= {row: (*ALTERNATING[row], "swin") for row in HVP} | {"hvp_mtl": ("vit", "internimage", "swin")}
 CASES = [(row, family) for row, families in FAMILIES.items() for family in families]
 FORMATS = {"vit": "timm", "internimage": "internimage", "swin": "timm"}
 
@@ -86,11 +87,11 @@ def learn(run: Run, out: Path) -> dict[str, Any]:
     teacher = {key: value.clone() for key, value in engine.average.state().items()}
     curve = [step() for _ in range(SAVED)]
     if world_size() > 1:
-        saved = checkpoint.save(engine, out, FACTS, None)
+        checkpoint.Saver(engine, out, FACTS, None).save(wait=True)
     curve += [step() for _ in range(STEPS - SAVED)]
     resumed = curve[SAVED:]
     if world_size() > 1:
-        checkpoint.restore(engine, saved)
+        checkpoint.restore(engine, checkpoint.folder_in(out, SAVED))
         resumed = [step() for _ in range(STEPS - SAVED)]
     engine.run = replace(run, optim=replace(run.optim, lr=LOUD, final_lr=LOUD))
     loud = step()
@@ -106,7 +107,7 @@ def learn(run: Run, out: Path) -> dict[str, Any]:
 
 def run_rank(folder: Path) -> None:
     """Every row on this rank's share of the same batches; rank 0 leaves FOLDER/world_W.json."""
-    from pretrain.engine import start_distributed
+    from pretrain.distributed import start_distributed
     from pretrain.main import quieten
 
     quieten()

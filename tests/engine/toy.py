@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from pretrain.config import Balance, Mask, Optim, Run, Source, Teacher, Views
 from pretrain.data.batch import Batch
 from pretrain.facts import DataFacts
 from pretrain.objectives import OBJECTIVES
+from pretrain.scoring import Each
 from pretrain.targets import TargetEncoders
 
 WIDTH = 24
@@ -48,6 +49,7 @@ class ToyLosses:
     total: Tensor
     nats: dict[str, Tensor]
     seen: dict[str, Seen]
+    each: dict[str, Each] = field(default_factory=dict)
 
 
 class ToyTowers(nn.Module):
@@ -75,7 +77,7 @@ class ToyTowers(nn.Module):
 class ToyPretrainer(nn.Module):
     def __init__(self, drop: float = 0.0) -> None:
         super().__init__()
-        self.student = ToyTowers(drop)
+        self.student, self.micro_batches = ToyTowers(drop), 1
         self.decoder = nn.Linear(WIDTH, WIDTH)
 
     def losses(self, batch: Batch, teacher: Callable, split: Callable) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from pretrain.config import Run
-from pretrain.engine import Engine, resolve_config
+from pretrain.ds_config import resolve_config
+from pretrain.engine import Engine
 from pretrain.facts import DataFacts
 from pretrain.pretrainer import Pretrainer
 from pretrain.towers import Towers
@@ -22,7 +23,12 @@ NONE: Mapping[str, Any] = {}
 
 
 def float32_engine(
-    run: Run, facts: DataFacts, name: str, changes: Mapping[str, Any] = NONE, smooth: bool = False
+    run: Run,
+    facts: DataFacts,
+    name: str,
+    changes: Mapping[str, Any] = NONE,
+    smooth: bool = False,
+    micro_batches: int = 1,
 ) -> Engine:
     """With ds_configs/NAME.json, whose ZeRO section takes `changes`; equal weights on any number of ranks.
 
@@ -33,7 +39,7 @@ def float32_engine(
     ds_config["zero_optimization"] |= changes
     config, _ = resolve_config(ds_config, run, torch.device("cpu"))
     torch.manual_seed(run.seed)
-    model, teacher = Pretrainer(run, facts), Towers(run, facts)
+    model, teacher = Pretrainer(run, facts, micro_batches), Towers(run, facts)
     if smooth:
         for module in (*model.modules(), *teacher.modules()):
             for child in [key for key, value in module.named_children() if isinstance(value, nn.ReLU)]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,11 @@ import torch.distributed as dist
 
 from pretrain import checkpoint
 from pretrain.balance import BalanceTracker
+from pretrain.checkpoint.ranges import Slice
+from pretrain.checkpoint.read import STUDENT_PREFIX
 from pretrain.config import Run
 from pretrain.facts import DataFacts
+from pretrain.guard import StepGuard
 from pretrain.towers import Towers
 
 
@@ -25,7 +29,8 @@ def write_run(
         for step in steps:
             torch.manual_seed(step)
             towers = randomised(Towers(run, facts))
-            checkpoint.save(_Untrained(run, towers, step), out, facts, tokenizer)
+            place = checkpoint.checkpoints_of(out)
+            checkpoint.Saver(Untrained(run, towers, step), place, facts, tokenizer).save(wait=True)
     finally:
         dist.destroy_process_group()
     return out
@@ -39,27 +44,25 @@ def randomised(towers: Towers) -> Towers:
     return towers
 
 
-class _Untrained:
-    """What checkpoint.save asks of an engine, without one."""
+class Untrained:
+    """What a Saver asks of an engine, without one."""
 
-    stage, dtype, device, checkpoint_bytes = 3, torch.float32, torch.device("cpu"), 0
+    stage, dtype, device, before_move = 3, torch.float32, torch.device("cpu"), None
 
     def __init__(self, run: Run, towers: Towers, step: int) -> None:
         self.run, self.steps_done = run, step
         self.balance = BalanceTracker(run.objective.gamma, run.balance.decay)
+        self.guard = StepGuard(run.guard)
         weights: Mapping[str, torch.Tensor] = {name: p.detach() for name, p in towers.named_parameters()}
         kept = towers.state_dict().keys()
-        self.average = SimpleNamespace(
-            state=lambda: {name: weight.flatten() for name, weight in weights.items()},
-            slices=[
-                SimpleNamespace(name=name, shape=tuple(weight.shape), start=0, numel=weight.numel())
-                for name, weight in weights.items()
-            ],
-            buffers={name: buffer for name, buffer in towers.named_buffers() if name in kept},
+        buffers = {name: buffer for name, buffer in towers.named_buffers() if name in kept}
+        flat = {name: weight.flatten() for name, weight in weights.items()}
+        slices = [Slice(name, tuple(w.shape), 0, w.numel()) for name, w in weights.items()]
+        self.average = SimpleNamespace(state=lambda: flat, slices=slices, buffers=buffers)
+        student = {f"{STUDENT_PREFIX}{name}": values for name, values in flat.items()}
+        self.owned = SimpleNamespace(
+            slices=[replace(part, name=f"{STUDENT_PREFIX}{part.name}") for part in slices],
+            buffers={f"{STUDENT_PREFIX}{name}": buffer for name, buffer in buffers.items()},
+            steps=0,
+            masters=lambda: student,
         )
-
-    def save_native(self, folder: Path) -> None:
-        (folder / "none").write_text("this checkpoint cannot be trained on\n")
-
-    def load_native(self, folder: Path) -> None:
-        raise NotImplementedError

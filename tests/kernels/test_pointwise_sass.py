@@ -37,6 +37,7 @@ VECTORS = {"GAMMA": 1, "OUTER": 2, "FOLLOWING": 2}  # rows of a part's gradient
 NORM_ALONE = ("FOLLOWING",)
 WIDE = ("partial_pointer", "statistics_pointer")  # float32 pointers
 H = INTERNIMAGE["internimage_h"]
+IN_FLOAT32 = (INTERNIMAGE["internimage_t"], H)  # the others' float32 differs by widths alone
 PUBLISHED = [INTERNIMAGE[f"internimage_{size}"] for size in ("t", "s", "b", "l", "xl", "h", "g")]
 
 
@@ -108,6 +109,8 @@ def launches() -> list[Configuration]:
     """One of every machine code that a published size needs: several widths share one."""
     found = []
     for config, dtype in product(PUBLISHED, BYTES):
+        if dtype == "fp32" and config not in IN_FLOAT32:
+            continue
         for width in config.widths:
             for kernel, parts in product(
                 ("residual_norm", "residual_norm_grad"), [*branches(config), NORM_ALONE]

@@ -13,7 +13,8 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from pretrain.engine import mark_gather_units, start_distributed
+from pretrain.distributed import start_distributed
+from pretrain.engine import mark_gather_units
 from pretrain.kernels.dcnv3 import dcnv3_packed
 from pretrain.kernels.dcnv3_choice import Choice
 from pretrain.models import internimage_block
@@ -55,7 +56,6 @@ def main(has_scale: bool) -> dict[str, object]:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     plain = Loss(copy.deepcopy(model))
-    start_distributed()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     mark_gather_units(model)
     engine, *_ = deepspeed.initialize(model=Loss(model), optimizer=optimizer, config=ZERO3)
@@ -88,4 +88,5 @@ def main(has_scale: bool) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1] == "scale")))
+    start_distributed()
+    print(json.dumps({name: main(has_scale=name == "scale") for name in ("scale", "no_scale")}))

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from pretrain.config import Backbone
@@ -17,6 +16,7 @@ from pretrain.models.backbone import BACKBONES, build_encoder
 from pretrain.models.feature_norm import MOMENTUM, FeatureNorm
 from pretrain.recipes import load
 from pretrain.towers import Towers
+from tests.engine.launch import together
 from tests.fakes import shrink
 
 WIDTH = 6
@@ -67,7 +67,7 @@ def _on_rank(rank: int, world: int, port: int, folder: str) -> None:
 
 
 def test_ranks_together_equal_one_rank(tmp_path, free_port):
-    mp.spawn(_on_rank, (2, free_port, str(tmp_path)), nprocs=2)
+    together(_on_rank, 2, free_port, str(tmp_path), world=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     out, gradient, mean, variance = normed(*inputs())
     for index, expected in ((0, out), (1, gradient)):

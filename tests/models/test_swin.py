@@ -149,9 +149,9 @@ def test_size_that_is_no_multiple_of_the_stride_is_refused() -> None:
 def test_drop_path_grows_with_depth_or_is_refused(family: str) -> None:
     linear = encoder_of(family, drop_path=0.3, drop_path_schedule="linear")
     rates = [
-        m.drop_prob
+        m.probability
         for name, m in linear.named_modules()
-        if name.endswith("drop_path2") and hasattr(m, "drop_prob")
+        if name.endswith("drop_path2") and hasattr(m, "probability")
     ]
     assert rates == sorted(rates) and rates[-1] == pytest.approx(0.3) and len(set(rates)) == len(rates)
     with pytest.raises(

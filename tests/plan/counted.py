@@ -134,7 +134,9 @@ def main(folder: Path, names: list[str]) -> None:
     from pretrain.main import quieten
 
     quieten()
-    from pretrain.engine import Engine, resolve_config, start_distributed
+    from pretrain.distributed import start_distributed
+    from pretrain.ds_config import resolve_config
+    from pretrain.engine import Engine
     from pretrain.pretrainer import Pretrainer
     from pretrain.towers import Towers
 

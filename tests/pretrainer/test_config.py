@@ -239,3 +239,10 @@ def test_biases_norms_and_tokens_do_not_decay():
     assert "vit.cls_token" in constant and "vit.norm.weight" in constant
     assert {"vit.patch_embed.proj.weight", "vit.pos_embed", "vit.blocks.0.mlp.fc1.weight"} <= decaying
     assert all(name.endswith(("weight", "pos_embed")) for name in decaying)
+
+
+def test_micro_batches_divide_a_rank_s_inputs():
+    run = replace(shrink(load("m3i.demo")), batch=24)  # pairs: 12 inputs, 6 a rank
+    assert [run.images_per_rank(2, parts) for parts in (1, 2, 3, 6)] == [12] * 4
+    with pytest.raises(ValueError, match=r"--micro-batches 4 must divide the 6 inputs of a rank .*: set 3"):
+        run.images_per_rank(2, 4)

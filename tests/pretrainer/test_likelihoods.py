@@ -17,6 +17,7 @@ from pretrain.likelihoods import (
     decorrelation_nats,
     gaussian_nats,
     laplace_nats,
+    mean_over_labelled,
     uniform_part,
 )
 
@@ -25,7 +26,7 @@ def test_gaussian_scores_only_the_scored_positions():
     prediction, target = torch.zeros(2, 4, 3), torch.ones(2, 4, 3)
     scored = torch.tensor([[True, False, True, False]] * 2)
     target[~scored] = 1e6
-    assert gaussian_nats(prediction, target, scored).item() == 0.5
+    assert gaussian_nats(prediction, target, scored).tolist() == [0.5, 0.5]
 
 
 def test_gaussian_is_half_the_squared_error_per_dimension():
@@ -35,7 +36,9 @@ def test_gaussian_is_half_the_squared_error_per_dimension():
         0.5 * float(p - t) ** 2 for p, t in zip(prediction.flatten(), target.flatten(), strict=True)
     )
     everything = torch.ones(3, 5, dtype=torch.bool)
-    assert gaussian_nats(prediction, target, everything).item() == pytest.approx(expected / 105, rel=1e-5)
+    assert gaussian_nats(prediction, target, everything).mean().item() == pytest.approx(
+        expected / 105, rel=1e-5
+    )
 
 
 def test_laplace_is_the_absolute_error_per_dimension():
@@ -91,7 +94,7 @@ def test_decorrelation_of_strangers_is_about_one_and_of_equals_about_zero():
 
 def test_category_at_chance_is_log_of_the_number_of_classes():
     labels = torch.tensor([3, -1, 0])
-    nats = category_nats(torch.zeros(3, 24), labels, labels >= 0, smoothing=0.1)
+    nats = mean_over_labelled(category_nats(torch.zeros(3, 24), labels, smoothing=0.1), labels >= 0)
     assert nats.item() == pytest.approx(math.log(24), rel=1e-6)
 
 
@@ -99,13 +102,14 @@ def test_category_averages_over_labelled_samples_only():
     logits = torch.tensor([[2.0, 0.0], [0.0, 50.0], [0.0, 0.0]])
     labels = torch.tensor([0, -1, 1])
     expected = (math.log(1 + math.exp(-2)) + math.log(2)) / 2
-    assert category_nats(logits, labels, labels >= 0, smoothing=0.0).item() == pytest.approx(expected)
+    nats = mean_over_labelled(category_nats(logits, labels, smoothing=0.0), labels >= 0)
+    assert nats.item() == pytest.approx(expected)
 
 
 def test_category_without_labels_is_zero_and_has_zero_gradient():
     logits = torch.randn(3, 4, requires_grad=True)
     none = torch.zeros(3, dtype=torch.bool)
-    nats = category_nats(logits, torch.full((3,), -1), none, smoothing=0.1)
+    nats = mean_over_labelled(category_nats(logits, torch.full((3,), -1), smoothing=0.1), none)
     nats.backward()
     assert nats.item() == 0 and not logits.grad.any()
 
@@ -114,13 +118,13 @@ def test_code_is_the_cross_entropy_of_the_scored_positions():
     logits = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 0.0, 9.0]], [[7.0, 7.0, 7.0], [0.0, 1.0, 0.0]]])
     codes, scored = torch.tensor([[0, 0], [2, 1]]), torch.tensor([[True, False], [False, True]])
     expected = (math.log(1 + 2 * math.exp(-2)) + math.log(1 + 2 * math.exp(-1))) / 2
-    assert code_nats(logits, codes, scored).item() == pytest.approx(expected)
+    assert code_nats(logits, codes, scored).mean().item() == pytest.approx(expected)
 
 
 def test_code_at_chance_is_log_of_the_codebook():
     everywhere = torch.ones(2, 5, dtype=torch.bool)
     nats = code_nats(torch.zeros(2, 5, 8192), torch.full((2, 5), 17, dtype=torch.int32), everywhere)
-    assert nats.item() == pytest.approx(math.log(8192), rel=1e-6)
+    assert nats.mean().item() == pytest.approx(math.log(8192), rel=1e-6)
 
 
 def tag_inputs():
@@ -149,7 +153,7 @@ def test_bernoulli_equals_the_plain_formula(weights):
     logits, is_positive, has_tags = tag_inputs()
     wide, narrow = logits.double().requires_grad_(), logits.clone().requires_grad_()
     expected = plain_bernoulli(wide, is_positive, has_tags, *weights)
-    found = bernoulli_nats(narrow, is_positive, has_tags, *weights)
+    found = mean_over_labelled(bernoulli_nats(narrow, is_positive, *weights), has_tags)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     gradients = torch.autograd.grad(found, narrow)[0], torch.autograd.grad(expected, wide)[0]
     torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-5, atol=1e-7)
@@ -158,7 +162,7 @@ def test_bernoulli_equals_the_plain_formula(weights):
 def test_bernoulli_without_weight_and_foci_is_the_negative_log_likelihood():
     logits, is_positive, has_tags = tag_inputs()
     likelihood = torch.distributions.Bernoulli(logits=logits.double()).log_prob(is_positive.double())
-    found = bernoulli_nats(logits, is_positive, has_tags, 1.0, 0.0, 0.0)
+    found = mean_over_labelled(bernoulli_nats(logits, is_positive, 1.0, 0.0, 0.0), has_tags)
     assert found.item() == pytest.approx(-likelihood.sum(1)[has_tags].mean().item(), rel=1e-6)
 
 
@@ -166,17 +170,16 @@ def test_bernoulli_at_chance():
     """Three positives of eleven tags at p = 1/2: k ln 2, and with HVP-MTL's weights 10 / 2^4 and 1 / 2 of ln 2."""
     is_positive = torch.zeros(2, 11, dtype=torch.bool)
     is_positive[:, :3] = True
-    both = torch.ones(2, dtype=torch.bool)
-    plain = bernoulli_nats(torch.zeros(2, 11), is_positive, both, 1.0, 0.0, 0.0)
-    assert plain.item() == pytest.approx(11 * math.log(2), rel=1e-6)
-    weighted = bernoulli_nats(torch.zeros(2, 11), is_positive, both, 10.0, 4.0, 1.0)
-    assert weighted.item() == pytest.approx((3 * 10 / 16 + 8 / 2) * math.log(2), rel=1e-6)
+    plain = bernoulli_nats(torch.zeros(2, 11), is_positive, 1.0, 0.0, 0.0)
+    assert plain.tolist() == pytest.approx([11 * math.log(2)] * 2, rel=1e-6)
+    weighted = bernoulli_nats(torch.zeros(2, 11), is_positive, 10.0, 4.0, 1.0)
+    assert weighted.tolist() == pytest.approx([(3 * 10 / 16 + 8 / 2) * math.log(2)] * 2, rel=1e-6)
 
 
 def test_bernoulli_of_a_tag_ends_at_the_floor_with_finite_gradients():
     for logit, is_positive in ((-1e4, True), (1e4, False), (1e4, True), (-1e4, False)):
         logits = torch.tensor([[logit]], requires_grad=True)
-        nats = bernoulli_nats(logits, torch.tensor([[is_positive]]), torch.tensor([True]), 10.0, 0.5, 0.5)
+        nats = bernoulli_nats(logits, torch.tensor([[is_positive]]), 10.0, 0.5, 0.5)
         nats.backward()
         is_wrong = is_positive == (logit < 0)
         expected = (10 if is_positive else 1) * math.log(1e8) if is_wrong else 0
@@ -187,7 +190,7 @@ def test_bernoulli_of_a_tag_ends_at_the_floor_with_finite_gradients():
 def test_bernoulli_without_tags_is_zero_and_has_zero_gradient():
     logits, is_positive, has_tags = tag_inputs()
     logits.requires_grad_()
-    nats = bernoulli_nats(logits, is_positive, torch.zeros_like(has_tags), 10.0, 4.0, 1.0)
+    nats = mean_over_labelled(bernoulli_nats(logits, is_positive, 10.0, 4.0, 1.0), torch.zeros_like(has_tags))
     nats.backward()
     assert nats.item() == 0 and not logits.grad.any()
 
@@ -199,7 +202,7 @@ def test_agreement_is_the_mean_of_both_divergences():
     student.requires_grad_()
     s, t = student.detach().double().softmax(1), teacher.detach().double().softmax(1)
     forth, back = (s * (s / t).log()).sum(1).mean(), (t * (t / s).log()).sum(1).mean()
-    nats = agreement_nats(student, teacher)
+    nats = agreement_nats(student, teacher).mean()
     assert nats.item() == pytest.approx(((forth + back) / 2).item(), rel=1e-5)
     nats.backward()
     assert student.grad.any() and teacher.grad is None
@@ -207,8 +210,8 @@ def test_agreement_is_the_mean_of_both_divergences():
 
 def test_agreement_of_equals_is_zero_whatever_is_added_to_all_tags():
     similarities = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    assert agreement_nats(similarities, similarities).item() == 0
-    assert agreement_nats(similarities, similarities + 5).item() == pytest.approx(0, abs=1e-6)
+    assert agreement_nats(similarities, similarities).tolist() == [0, 0, 0]
+    assert agreement_nats(similarities, similarities + 5).tolist() == pytest.approx([0] * 3, abs=1e-6)
 
 
 def patch_inputs():
@@ -221,7 +224,7 @@ def test_uniform_part_is_the_mean_squared_product_with_all_targets():
     wide, narrow = prediction.double().requires_grad_(), prediction.clone().requires_grad_()
     p, t = wide.flatten(0, 1), target.double().flatten(0, 1)
     expected = torch.stack([(row @ other) ** 2 for row in p for other in t]).mean() / 5
-    found = uniform_part(narrow, target.requires_grad_())
+    found = uniform_part(narrow, target.requires_grad_()).mean()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     gradients = (
         torch.autograd.grad(found, narrow, retain_graph=True)[0],
@@ -235,5 +238,5 @@ def test_uniform_part_is_the_mean_squared_product_with_all_targets():
 def test_uniform_part_of_strangers_is_one_and_of_a_collapse_the_width():
     generator = torch.Generator().manual_seed(0)
     prediction, target = torch.randn(2, 100, 100, 8, generator=generator)
-    assert uniform_part(prediction, target).item() == pytest.approx(1, abs=0.05)
-    assert uniform_part(torch.ones(2, 3, 8), torch.ones(2, 3, 8)).item() == pytest.approx(8)
+    assert uniform_part(prediction, target).mean().item() == pytest.approx(1, abs=0.05)
+    assert uniform_part(torch.ones(2, 3, 8), torch.ones(2, 3, 8)).tolist() == pytest.approx([8, 8])

@@ -5,12 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pretrain.config import Projection
 from pretrain.kernels import contrastive
-from pretrain.likelihoods import bernoulli_nats, category_nats, decorrelation_nats, uniform_part
+from pretrain.likelihoods import (
+    bernoulli_nats,
+    category_nats,
+    decorrelation_nats,
+    mean_over_labelled,
+    uniform_part,
+)
 from pretrain.scoring import dense_matching
+from tests.engine.launch import together
 from tests.pretrainer.test_contrastive import (
     inputs,
     loss_and_gradients,
@@ -33,11 +39,11 @@ def loss_and_gradient(function, first, *others):
 
 
 def tags(logits, is_positive, has_tags):
-    return bernoulli_nats(logits, is_positive, has_tags, 10.0, 4.0, 1.0)
+    return mean_over_labelled(bernoulli_nats(logits, is_positive, 10.0, 4.0, 1.0), has_tags)
 
 
 def category(logits, labels):
-    return category_nats(logits, labels, labels >= 0, 0.1)
+    return mean_over_labelled(category_nats(logits, labels, 0.1), labels >= 0)
 
 
 def category_inputs():
@@ -48,7 +54,19 @@ def category_inputs():
 
 
 def dense(prediction, z_y, position):
-    return dense_matching(Projection(dense_samples=4), prediction, z_y, position)
+    return dense_matching(Projection(dense_samples=4), prediction, z_y, position).mean()
+
+
+def uniform(prediction, target):
+    return uniform_part(prediction, target).mean()
+
+
+def pair_nats(*inputs):
+    return contrastive.contrastive_nats(*inputs)[0]
+
+
+def matching(*inputs):
+    return contrastive.matching_nats(*inputs).mean()
 
 
 def dense_inputs():
@@ -60,7 +78,7 @@ def dense_inputs():
 PER_ROW = {  # losses of float32 rows alone, and their inputs
     "decorrelation": (decorrelation_nats, decorrelation_inputs),
     "tags": (tags, tag_inputs),
-    "uniform": (uniform_part, patch_inputs),
+    "uniform": (uniform, patch_inputs),
     "category": (category, category_inputs),
     "dense": (dense, dense_inputs),
 }
@@ -80,10 +98,10 @@ def _rank_gradients(rank: int, world: int, folder: str) -> None:
     for dtype in TOLERANCES:
         *rows, scale = pairs_of(dtype)
         images, texts, has_text = (values[mine] for values in rows)
-        nats, ids = contrastive.contrastive_nats, repeated(ROWS)[mine]
-        got[f"pairs {dtype}"] = loss_and_gradients(nats, images, texts, has_text, scale)
-        got[f"repeated {dtype}"] = loss_and_gradients(nats, images, texts, has_text, scale, ids)
-        got[f"matching {dtype}"] = matching_gradients(contrastive.matching_nats, images, texts)
+        ids = repeated(ROWS)[mine]
+        got[f"pairs {dtype}"] = loss_and_gradients(pair_nats, images, texts, has_text, scale)
+        got[f"repeated {dtype}"] = loss_and_gradients(pair_nats, images, texts, has_text, scale, ids)
+        got[f"matching {dtype}"] = matching_gradients(matching, images, texts)
     for name, (function, rows) in PER_ROW.items():
         got[name] = loss_and_gradient(function, *(value[mine] for value in rows()))
     torch.save(got, f"{folder}/{rank}.pt")
@@ -94,7 +112,7 @@ def _rank_gradients(rank: int, world: int, folder: str) -> None:
 def parts(request, tmp_path_factory):
     """What 2 and 4 ranks found, each on its share of the same rows."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank_gradients, (world, str(folder)), nprocs=world)
+    together(_rank_gradients, world, str(folder), world=world)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 

@@ -45,10 +45,21 @@ def build(run, seed: int = 0, facts: DataFacts = FACTS):
 def test_every_recipe_shrunken_reaches_every_parameter(recipe):
     run = tiny_run(recipe)
     model, teacher = build(run)
-    losses = model(random_batch(run, 8), encoders(teacher), BalanceTracker())
+    tracker = BalanceTracker()
+    tracker.is_told = True
+    losses = model(random_batch(run, 8), encoders(teacher), tracker)
     losses.total.backward()
     assert set(losses.nats) == set(run.objective.targets)
     assert all(torch.isfinite(value) for value in losses.nats.values())
+    for name, each in losses.each.items():  # what is told of images has the loss as its mean
+        torch.testing.assert_close(each.nats[each.counts].mean(), losses.nats[name])
+        assert len(each.nats) == len(each.position)
+    assert all(
+        run.objective.targets[name].keep == "decorrelation" for name in losses.nats.keys() - losses.each
+    )
+    tracker.advance()
+    assert set("+".join(tracker.reader_norms).split("+")) == set(losses.nats)
+    assert all(norm > 0 for norm in tracker.reader_norms.values())
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
     assert all(p.grad is None for p in teacher.parameters())
@@ -57,14 +68,15 @@ def test_every_recipe_shrunken_reaches_every_parameter(recipe):
 def input_of(model, images, mask):
     """What the student's encoder is given for a batch of these images."""
     seen = []
-    handle = model.student.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    encoder = model.student.encoder
+    compute = encoder.features
+    encoder.features = lambda images, keys: seen.append(images) or compute(images, keys)
     batch = replace(random_batch(model.run, len(images)), mask=mask)
     views = torch.stack([images, images], dim=1)
     plain = replace(model.run.views, mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3)
     run, model.run = model.run, replace(model.run, views=plain)
     model._encode(replace(batch, views=views), BalanceTracker(), torch.float32)
-    model.run = run
-    handle.remove()
+    model.run, encoder.features = run, compute
     return seen[0]
 
 
@@ -130,7 +142,7 @@ def drawn_places(monkeypatch, grid, num, position):
     seen = []
     monkeypatch.setattr(
         "pretrain.scoring.matching_nats",
-        lambda *pair_and_scale: seen.extend(pair_and_scale) or torch.tensor(0.0),
+        lambda *pair_and_scale: seen.extend(pair_and_scale) or torch.zeros(len(position) * num),
     )
     dense_matching(projection, z, -z, position)
     assert torch.equal(seen[0], -seen[1]) and seen[0].shape == (len(position) * num, 8)

@@ -57,8 +57,11 @@ def write_log(folder: Path, run: Run, steps: int, every: int = 1) -> None:
                 "lr": learning_rate(step - 1, run),
                 "momentum": teacher_momentum(step - 1, run),
                 "images_per_second": 90 + draw.gauss(0, 4),
-                "memory_bytes": int(1.4 * 2**30 + done * 2**27),
-                "data_wait_seconds": abs(draw.gauss(0.01, 0.01)),
+                "memory_bytes": {"host": int(1.4 * 2**30 + done * 2**27)},
+                "seconds": {"data_wait": abs(draw.gauss(0.01, 0.01)), "forward": 0.2, "backward": 0.4},
+                "grad_norm_by_part": {"encoder": 1.5 - done, "decoders": 1.0, "heads": 0.3, "text": 0.2},
+                "nats_by_source": {"image_same": dict.fromkeys(run.data, nats["image_same"])},
+                "mfu": 0.3 + 0.05 * done,
                 "step_seconds": 0.7 + abs(draw.gauss(0, 0.03)),
                 "dropped": {"truncated": 2},
                 "skipped_steps": 0,
@@ -82,8 +85,10 @@ def write_checkpoint(
     kept = towers.state_dict().keys()
     buffers = {name: b.contiguous() for name, b in towers.named_buffers() if name in kept}
     save_file(buffers, partial / "teacher" / "buffers.safetensors")
-    shapes = {name: list(p.shape) for name, p in towers.named_parameters()}
-    layout = {"world": 1, "stage": 1, "dtype": "float32", "parameters": shapes}
+    shapes = {
+        name: {"shape": list(p.shape), "parts": [[0, 0, p.numel()]]} for name, p in towers.named_parameters()
+    }
+    layout = {"world": 1, "dtype": "float32", "parameters": shapes}
     (partial / "teacher" / "layout.json").write_text(json.dumps(layout))
     (partial / "run.json").write_text(run.to_json())
     (partial / "facts.json").write_text(facts.to_json())

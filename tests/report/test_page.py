@@ -109,6 +109,14 @@ def test_curves_hold_every_loss_of_the_log(run_folder: Path, page: tuple[str, Re
         assert any(label.startswith(f"{name} over steps; at the end {name}") for label in labels), name
 
 
+def test_curves_tell_sources_parts_and_the_time_of_a_step(run_folder: Path, page: tuple[str, Reader]) -> None:
+    labels = " ".join(attributes.get("aria-label") or "" for _, attributes in page[1].elements)
+    sources = sorted(read_record(run_folder, {}).run.data)
+    for line in (*sources, "encoder", "decoders", "data wait", "backward", "host"):
+        assert line in labels, line
+    assert "model FLOP/s utilisation" in page[0] and "image_same, by source over steps" in labels
+
+
 def test_hostile_caption_stays_text(page: tuple[str, Reader]) -> None:
     text, _ = page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &quot;quotes&quot;" in text

@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pretrain.checkpoint import latest, load_towers
+from pretrain.checkpoint import checkpoints_of, latest, load_towers
 from pretrain.models.guides.guide import Opened
 
 READ = ("run.json", "facts.json", "teacher/*")  # what the teacher of a checkpoint is read from
@@ -23,7 +23,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 def open_run(folder: Path) -> Opened:
     """The newest whole checkpoint of a run; ValueError when it has none."""
-    checkpoint = latest(folder)
+    checkpoint = latest(checkpoints_of(folder))
     if checkpoint is None:
         raise ValueError(
             f"{folder} is a run without a whole checkpoint: wait for its first one, or name another"

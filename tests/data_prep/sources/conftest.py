@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -37,6 +38,13 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
+    with served() as one:
+        yield one
+
+
+@contextmanager
+def served() -> Iterator[Server]:
+    """A server without pictures yet, until the block ends."""
     files: dict[str, bytes] = {}
 
     class Handler(BaseHTTPRequestHandler):

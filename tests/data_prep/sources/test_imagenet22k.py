@@ -317,7 +317,7 @@ def test_a_cut_whole_tar_is_an_error_unless_allowed(tmp_path, capsys):
 def test_a_folder_without_archives_is_refused(tmp_path):
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "x.txt").write_text("x")
-    with pytest.raises(FileNotFoundError, match="does not exist or is empty"):
+    with pytest.raises(FileNotFoundError, match="none holds no tars: pass"):
         ImageNet22k((str(tmp_path / "none"),), tmp_path / "s").collections()
 
 

@@ -11,7 +11,7 @@ import pytest
 from data_prep import stores
 from data_prep.images import Limits
 from data_prep.sources.listing import FileRef
-from data_prep.sources.picked import Item, make_picked, read_piece
+from data_prep.sources.picked import Item, make_picked
 
 LIMITS = Limits()
 make = partial(make_picked, source="x", categories=(), captions={}, limits=LIMITS)
@@ -42,8 +42,8 @@ def test_a_piece_behind_the_end_of_a_remote_archive_is_empty_and_a_silent_store_
         raise OSError(errno.EINVAL, "The requested range is not satisfiable")
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", refusing)
-    assert read_piece("memory://cut/x.tar", 512, 99) == b""
+    assert FileRef("memory://cut/x.tar", 512, 99).read() == b""
     (dropped,) = make(Item("k-0", "a.jpg", "memory://cut/x.tar", 512, 99, None, None, None)).dropped
     assert dropped.reason == "truncated"
     with pytest.raises(OSError, match=r"x.tar has failed for .*run the same command again"):
-        read_piece("memory://cut/x.tar", 0, 99)
+        FileRef("memory://cut/x.tar", 0, 99).read()

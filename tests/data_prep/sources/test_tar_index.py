@@ -12,6 +12,7 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.images import Limits
+from data_prep.places import place_of
 from data_prep.schema import Manifest
 from data_prep.sources.listing import FileRef, files_of
 from data_prep.sources.picked import Item, make_picked
@@ -186,7 +187,7 @@ def test_a_tar_in_a_tar_in_a_tar_is_not_unpacked(tmp_path):
 def test_of_two_members_of_one_name_a_folder_source_takes_the_last(tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(tar_of([("cat/a.jpg", picture(1)), ("cat/a.jpg", picture(2))]))
-    assert files_of(path)["cat/a.jpg"].read() == picture(2)
+    assert files_of(place_of(path))["cat/a.jpg"].read() == picture(2)
     out = tmp_path / "out"
     assert main(["build", "folder", "--from", str(path), "--out", str(out), "--workers", "1"]) == 0
     assert Manifest.read(out).num_samples == 1

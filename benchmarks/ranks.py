@@ -1,0 +1,29 @@
+"""How does a benchmark start ranks? The same script again, as processes on the loopback interface, a thread each."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+WORLD = 2
+
+
+def on_ranks(script: str, *arguments: str, world: int = WORLD) -> None:
+    """Runs `script` on so many gloo ranks; SystemExit when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    fixed = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": port}
+    fixed |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, *arguments],
+            env=os.environ | fixed | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        sys.exit(f"ranks ended with {codes}")

@@ -1,0 +1,170 @@
+"""How is a checkpoint written while training goes on?
+
+A thread of every rank copies what the rank owns while the next step makes its gradient, then writes the copy, reads
+it again and tells the first rank's thread what it wrote, which publishes the checkpoint when all have told. They talk
+through the key-value store of the process group, never by collective calls, which are the training's.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pretrain import intact
+from pretrain.checkpoint.names import folder_in, step_name, steps_in
+from pretrain.checkpoint.snapshot import Snapshot, Trainable
+from pretrain.checkpoint.stores import Content, put, store_at
+from pretrain.collectives import from_first_rank, rank, world_size
+from pretrain.data.remote import Place
+from pretrain.facts import DataFacts
+
+SPARE_BYTES = 16 * 2**20  # for the small files
+PATIENCE = 3600.0  # seconds that one rank's thread waits for another's
+LONGEST_PAUSE = 0.5  # seconds between two looks at what others have told
+
+
+class Saver:
+    """Writes the checkpoints of an engine to a place and deletes old ones; one save is under way at a time.
+
+    `place` holds one folder a checkpoint: a folder on a file system that all ranks see, or a URL. Step 0 is kept,
+    from which evaluation tells what pre-training changed, with the newest `run.keep_last` and, where
+    `run.keep_every` is not 0, every checkpoint whose step is a multiple of it. All ranks make one, and call `save`
+    and `finish` alike. ValueError for a URL that nothing here opens; OSError when the place cannot be used.
+    """
+
+    def __init__(self, engine: Trainable, place: Place, facts: DataFacts, tokenizer: Path | None) -> None:
+        self._engine, self.place = engine, place
+        self._store = store_at(place)
+        from_first_rank(self._store.tidy)
+        self._run_token = from_first_rank(lambda: secrets.token_hex(4))
+        self._snapshot = Snapshot(engine, facts, tokenizer)
+        self._board = dist.distributed_c10d._get_default_store()
+        self._attempts = 0
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None  # of the last save that ended
+        self._news: list[str] = []
+
+    def save(self, wait: bool = False) -> None:
+        """Begins the checkpoint of the engine's present step; all ranks call it.
+
+        It returns when training may go on. What became of it `poll` tells, with no error that ends the run; with
+        `wait` this returns when the checkpoint is there, or raises OSError as `finish` does.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            begun = time.monotonic()
+            self._thread.join()
+            self._news.append(
+                f"WAITED {time.monotonic() - begun:.1f} s for the checkpoint before: it takes longer than save_every "
+                "steps do; raise save_every or name a faster place"
+            )
+        files = self._snapshot.take()
+        self._attempts += 1
+        attempt = f"{self._run_token}{self._attempts}"
+        self._thread = threading.Thread(
+            target=self._write, args=(self._engine.steps_done, attempt, files), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        if wait:
+            self.finish()
+
+    def poll(self) -> list[str]:
+        """Lines to say about saves that ended since the last call; on the first rank, the others have none."""
+        told, self._news = self._news, []
+        return told if rank() == 0 else []
+
+    def finish(self) -> None:
+        """Returns when no save is under way; OSError on all ranks when the last one failed."""
+        if self._thread is not None:
+            self._thread.join()
+        dist.barrier()  # with the first rank goes the store through which the threads of the others still hear
+        if self._problem is not None:
+            raise OSError(self._problem)
+
+    def _write(self, step: int, attempt: str, files: dict[str, Content]) -> None:
+        """The thread: what became of the attempt, for `poll` and `finish`."""
+        begun, folder = time.monotonic(), folder_in(self.place, step)
+        error = _tried(lambda: self._attempt(step_name(step), attempt, files))["error"]
+        self._problem = error and (
+            f"checkpoint {folder} could not be written ({error}); earlier ones are untouched: free space there, mend "
+            "the place, or name another"
+        )
+        if error:
+            self._news.append(f"NOT SAVED: {self._problem}; the next one is tried as usual")
+            if rank() == 0:
+                _tried(lambda: self._store.give_up(step_name(step), attempt))
+            return
+        self._news.append(f"saved {folder} in {time.monotonic() - begun:.1f} s beside training")
+        if rank() == 0 and (left := _tried(lambda: self._prune(step))["error"]):
+            self._news.append(f"NOT DELETED: old checkpoints in {self.place}: {left}")
+
+    def _attempt(self, name: str, attempt: str, files: dict[str, Content]) -> None:
+        """OSError on all ranks when any of them fails."""
+        self._snapshot.copy()
+        self._agreed(f"{attempt}/begun", lambda: self._make_room(name, attempt))
+        self._tell(f"{attempt}/rank_{rank()}", _tried(lambda: self._put_all(name, attempt, files)))
+        self._agreed(f"{attempt}/ended", lambda: self._publish(name, attempt))
+
+    def _make_room(self, name: str, attempt: str) -> None:
+        free, needed = self._store.room(), self._snapshot.num_bytes + SPARE_BYTES
+        if free is not None and free < needed:
+            raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, it needs {needed / 2**20:.0f} MiB")
+        self._store.begin(name, attempt)
+
+    def _put_all(self, name: str, attempt: str, files: dict[str, Content]) -> intact.Digests:
+        partial = self._store.unfinished(name, attempt)
+        return {file: put(partial, file, content) for file, content in files.items()}
+
+    def _publish(self, name: str, attempt: str) -> None:
+        """OSError with what any rank has failed by."""
+        together: intact.Digests = {}
+        for index in range(world_size()):
+            told = self._heard(f"{attempt}/rank_{index}")
+            if told["error"]:
+                raise OSError(f"rank {index}: {told['error']}")
+            together |= told["value"]
+        self._store.publish(name, attempt, together)
+
+    def _prune(self, newest: int) -> None:
+        """Deletes what is older than the checkpoints that are kept; only whole ones count."""
+        run, num_kept = self._engine.run, 0
+        for step in sorted((s for s in steps_in(self.place) if 0 < s <= newest), reverse=True):
+            if num_kept < run.keep_last and self._store.child(step_name(step)).problem(hashes=False) is None:
+                num_kept += 1
+            elif not run.keep_every or step % run.keep_every:
+                self._store.remove(step_name(step))
+
+    def _agreed(self, key: str, work: Callable[[], None]) -> None:
+        """The first rank does `work`, the others wait for it; OSError on all of them when it fails."""
+        if rank() == 0:
+            self._tell(key, _tried(work))
+        if error := self._heard(key)["error"]:
+            raise OSError(error)
+
+    def _tell(self, key: str, told: dict[str, Any]) -> None:
+        self._board.set(f"checkpoint/{key}", json.dumps(told))
+
+    def _heard(self, key: str) -> dict[str, Any]:
+        """What another rank's thread tells, when it does."""
+        key, begun, pause = f"checkpoint/{key}", time.monotonic(), 0.002
+        while not self._board.check([key]):  # not `wait`, during which no other thread may use the store
+            if time.monotonic() - begun > PATIENCE:
+                return {"error": f"a rank did not answer within {PATIENCE:g} s", "value": None}
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        return json.loads(self._board.get(key))
+
+
+def _tried(work: Callable[[], Any]) -> dict[str, Any]:
+    """{"error", "value"} of work in a thread, whose exceptions nobody would see: every one is told."""
+    try:
+        return {"error": None, "value": work()}
+    except Exception as error:
+        return {"error": str(error) or repr(error), "value": None}

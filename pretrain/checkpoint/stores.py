@@ -1,0 +1,302 @@
+"""How are the files of a checkpoint written and read alike, on disk and behind any URL that fsspec opens?
+
+On disk a checkpoint is written to a hidden folder, flushed and renamed. A store has no renaming, but an object there
+appears when its upload is complete: its files get their final names, and COMPLETE, without which nothing is used,
+comes last. A store that fails is asked again, with growing pauses, for PATIENCE seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import fsspec
+
+from pretrain import intact
+from pretrain.data.remote import OUR_FAULTS, Place, is_url
+
+PIECE = 2**24  # bytes, written or read at once
+PART = 50 * 2**20  # bytes, of one part of an upload
+PATIENCE = 300.0  # seconds that a store may fail before a save, or the start of a run, is given up
+FIRST_PAUSE = 0.2  # seconds before an attempt is repeated; doubled each time
+LONGEST_PAUSE = 20.0  # seconds
+HIDDEN = ".tmp-"  # begins the names of folders that are not finished
+T = TypeVar("T")
+Content = bytes | bytearray
+
+
+@runtime_checkable
+class Store(Protocol):
+    """A folder of checkpoints, or that of one; names are relative, with forward slashes."""
+
+    def child(self, name: str) -> Store:
+        """The folder of this name inside."""
+
+    def folders(self) -> list[str]:
+        """Names of the folders right inside; none where there is nothing."""
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of all files by name, at any depth; none where there is nothing."""
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytearray:
+        """Bytes of a file from `start` to before `end`; FileNotFoundError without it."""
+
+    def write(self, name: str, content: Content) -> None:
+        """Writes a file whole, so that it stays after a power cut."""
+
+    def room(self) -> int | None:
+        """Bytes that are free; None where there is no such limit."""
+
+    def begin(self, name: str, attempt: str) -> None:
+        """Makes way for a checkpoint of this name."""
+
+    def unfinished(self, name: str, attempt: str) -> Store:
+        """Where the files of a checkpoint are written before it is published."""
+
+    def publish(self, name: str, attempt: str, digests: intact.Digests) -> None:
+        """Makes what was written appear under its name, in one step."""
+
+    def give_up(self, name: str, attempt: str) -> None:
+        """Removes what an attempt has written that is not to be published."""
+
+    def remove(self, name: str) -> None:
+        """Removes a folder; a reader never sees a part of it as whole."""
+
+    def tidy(self) -> None:
+        """Removes what processes left unfinished that are gone."""
+
+    def problem(self, *, hashes: bool, of: str = "") -> str | None:
+        """What is wrong with the checkpoint in this folder, as `intact.compare`; of names that begin with `of`."""
+
+
+def store_at(place: Place) -> Store:
+    """The store of a folder or URL; ValueError for a URL that no installed package opens."""
+    return Remote(str(place)) if is_url(place) else Disk(Path(place))
+
+
+class Disk:
+    """On a file system that all ranks see."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def child(self, name: str) -> Disk:
+        return Disk(self.folder / name)
+
+    def folders(self) -> list[str]:
+        return [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+
+    def sizes(self) -> dict[str, int]:
+        return {name: (self.folder / name).stat().st_size for name in intact.files_in(self.folder)}
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytearray:
+        with (self.folder / name).open("rb", buffering=0) as file:
+            end = os.fstat(file.fileno()).st_size if end is None else end
+            content = bytearray(end - start)
+            view, done = memoryview(content), 0
+            while done < len(content) and (num := os.preadv(file.fileno(), [view[done:]], start + done)):
+                done += num
+        if done < len(content):
+            raise OSError(f"{self.folder / name} ends after {start + done} bytes, {end} were expected")
+        return content
+
+    def write(self, name: str, content: Content) -> None:
+        path, view = self.folder / name, memoryview(content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb", buffering=0) as file:
+            for start in range(0, len(view), PIECE):
+                piece, done = view[start : start + PIECE], 0
+                while done < len(piece):  # a disk may take a part
+                    done += file.write(piece[done:])
+            os.fsync(file.fileno())
+            # What is read back then comes from the disk, and the memory stays for the data.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def room(self) -> int | None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self.folder).free
+
+    def begin(self, name: str, attempt: str) -> None:
+        (self._hidden(name, attempt)).mkdir(parents=True)
+
+    def unfinished(self, name: str, attempt: str) -> Disk:
+        return Disk(self._hidden(name, attempt))
+
+    def publish(self, name: str, attempt: str, digests: intact.Digests) -> None:
+        intact.publish(self._hidden(name, attempt), self.folder / name, digests)
+
+    def remove(self, name: str) -> None:
+        gone = self.folder / f"{HIDDEN}{name}.removed"
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / name).rename(gone)
+            shutil.rmtree(gone)
+
+    def give_up(self, name: str, attempt: str) -> None:
+        shutil.rmtree(self._hidden(name, attempt), ignore_errors=True)
+
+    def tidy(self) -> None:
+        for left_over in self.folder.glob(f"{HIDDEN}*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+    def problem(self, *, hashes: bool, of: str = "") -> str | None:
+        return _problem(self, hashes, of)
+
+    def _hidden(self, name: str, attempt: str) -> Path:
+        return self.folder / f"{HIDDEN}{name}-{attempt}"
+
+
+class Remote:
+    """Behind a URL. Each call of the store is repeated while it fails; then OSError."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    def __str__(self) -> str:
+        return self.url
+
+    def child(self, name: str) -> Remote:
+        return Remote(f"{self.url}/{name}")
+
+    def folders(self) -> list[str]:
+        def ask(fs: Any, path: str) -> list[str]:
+            found = fs.ls(path, detail=True)
+            return [one["name"].rstrip("/").rpartition("/")[2] for one in found if one["type"] == "directory"]
+
+        with contextlib.suppress(FileNotFoundError):
+            return self._patiently("", ask)
+        return []
+
+    def sizes(self) -> dict[str, int]:
+        def ask(fs: Any, path: str) -> dict[str, int]:
+            inside = len(path) + 1
+            return {name[inside:]: one["size"] for name, one in fs.find(path, detail=True).items()}
+
+        with contextlib.suppress(FileNotFoundError):
+            return self._patiently("", ask)
+        return {}
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytearray:
+        def ask(fs: Any, path: str) -> bytearray:
+            content = bytearray(fs.cat_file(path, start=start or None, end=end))
+            if end is not None and len(content) != end - start:
+                raise OSError(f"{len(content)} bytes came where {end - start} were asked for")
+            return content
+
+        return self._patiently(name, ask)
+
+    def write(self, name: str, content: Content) -> None:
+        options = {"chunksize": PART} if self.url.startswith(("s3://", "s3a://")) else {}
+        self._patiently(name, lambda fs, path: fs.pipe_file(path, content, **options))
+
+    def room(self) -> int | None:
+        return None
+
+    def begin(self, name: str, attempt: str) -> None:
+        self._forget(f"{name}/{intact.COMPLETE}")  # of an older checkpoint of this step
+
+    def unfinished(self, name: str, attempt: str) -> Remote:
+        return self.child(name)
+
+    def publish(self, name: str, attempt: str, digests: intact.Digests) -> None:
+        self.write(f"{name}/{intact.COMPLETE}", intact.mark_text(digests).encode())
+
+    def remove(self, name: str) -> None:
+        self._forget(f"{name}/{intact.COMPLETE}")
+        with contextlib.suppress(FileNotFoundError):
+            self._patiently(name, lambda fs, path: fs.rm(path, recursive=True))
+
+    def give_up(self, name: str, attempt: str) -> None:
+        pass  # it has no COMPLETE and `tidy` removes it: a store that fails is not asked again for that
+
+    def tidy(self) -> None:
+        for name in self.folders():
+            if intact.COMPLETE not in self.child(name).sizes():
+                self.remove(name)
+
+    def problem(self, *, hashes: bool, of: str = "") -> str | None:
+        return _problem(self, hashes, of)
+
+    def _forget(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._patiently(name, lambda fs, path: fs.rm_file(path))
+
+    def _patiently(self, name: str, work: Callable[[Any, str], T]) -> T:
+        """What `work` gives for the file system and the path of a file, repeated while the store fails."""
+        url = f"{self.url}/{name}".rstrip("/")
+        fs = _connected(self.url)
+        path = fs._strip_protocol(url)
+        begun, pause = time.monotonic(), FIRST_PAUSE
+        while True:
+            try:
+                return work(fs, path)
+            except (FileNotFoundError, *OUR_FAULTS):
+                raise
+            except PermissionError as error:
+                raise PermissionError(
+                    f"{url} is refused by the store ({error}): mend the keys or rights (list, read, write, delete)"
+                ) from error
+            except Exception as error:  # every store has errors of its own
+                if time.monotonic() - begun > PATIENCE:
+                    raise OSError(
+                        errno.EIO, f"{url} has failed for {PATIENCE:g} seconds: {error!r}"
+                    ) from error
+            time.sleep(random.uniform(pause / 2, pause))  # of many ranks not all at once
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _connected(url: str) -> Any:
+    """The file system of a URL; ValueError when no package knows such a one."""
+    scheme, _, rest = url.partition("://")
+    keys = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    try:
+        return _file_system(f"{scheme}://{rest.partition('/')[0]}", keys)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"{url} cannot be opened: {error}; name a folder, or s3://bucket/prefix") from error
+
+
+@lru_cache(maxsize=4)
+def _file_system(store: str, keys: tuple[tuple[str, str], ...]) -> Any:
+    """One for a store and the environment that says who asks it."""
+    return fsspec.url_to_fs(store, use_listings_cache=False, skip_instance_cache=True)[0]
+
+
+def _problem(store: Store, hashes: bool, of: str) -> str | None:
+    try:
+        mark = bytes(store.read(intact.COMPLETE))
+    except FileNotFoundError:
+        mark = None
+    sizes = store.sizes()
+
+    def hashed(name: str) -> str:
+        return sha256(store, name, sizes[name])
+
+    return intact.compare(mark, sizes, hashed if hashes else None, of)
+
+
+def sha256(store: Store, name: str, num_bytes: int) -> str:
+    """Of the first bytes of a file, read now, in lower-case hexadecimal."""
+    hashed = hashlib.sha256()
+    for start in range(0, num_bytes, PIECE):
+        hashed.update(store.read(name, start, min(start + PIECE, num_bytes)))
+    return hashed.hexdigest()
+
+
+def put(store: Store, name: str, content: Content) -> dict[str, int | str]:
+    """Writes a file, reads it again, and gives its entry for COMPLETE; OSError when it reads otherwise."""
+    written = hashlib.sha256(content).hexdigest()
+    store.write(name, content)
+    if sha256(store, name, len(content)) != written:
+        raise OSError(errno.EIO, f"{store}/{name} reads back with other bytes than were written")
+    return {"bytes": len(content), "sha256": written}

@@ -1,0 +1,43 @@
+"""How does a process meet the other ranks?"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+
+def start_distributed(timeout: float = 1800.0) -> torch.device:
+    """Joins the process group that the launcher's environment describes, or makes one of this process alone.
+
+    A collective call that takes longer than `timeout` seconds fails. gloo without CUDA or where DS_ACCELERATOR=cpu
+    says so, NCCL otherwise. Returns the device of this rank.
+    """
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind((alone["MASTER_ADDR"], 0))
+            os.environ.update(alone, MASTER_PORT=str(free.getsockname()[1]))
+    # On a CPU DeepSpeed would compile shared-memory collectives first: minutes, a compiler, and, after a kill
+    # meanwhile, a lock file for which every later start waits forever. gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device("cpu")
+    if get_accelerator().device_name() == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    try:
+        deepspeed.init_distributed(
+            auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout)
+        )
+    except dist.DistNetworkError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConnectionError(
+            f"the ranks cannot meet at {place} ({str(error).splitlines()[0]}): if another run uses that port, start "
+            "by jobs/local/pretrain.sh, which finds a free one, or give the launcher --master_port"
+        ) from error
+    return device

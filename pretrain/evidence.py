@@ -1,0 +1,133 @@
+"""What is kept of refused steps? A line each in OUT/guard.jsonl, and a bundle from which the step can be run again.
+
+OUT/replay/step_000012-batch_000013/
+    refused.json                step, batch, reasons, norm, losses; ranks, places, what was left out before
+    recipe.json data.json       the run, and where its data lay
+    rank_00000.safetensors      the rank's part of the batch, every tensor of it
+    rank_00000.json             its own losses, its host, the samples by position, source, shard and key
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from pretrain.data.batch import Batch
+from pretrain.data.remote import Place
+from pretrain.guard import Verdict
+
+JOURNAL = "guard.jsonl"
+BUNDLES = "replay"
+MOST_BUNDLES = 16  # of a run; the oldest go first
+
+
+class Journal:
+    """Refused steps and rewinds of a run, one line of JSON each, beside its checkpoints; for one process.
+
+    What cannot be written is remembered all the same, and OSError raised.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / JOURNAL
+        self._lines = (
+            [line for line in map(_line, self._path.read_text().splitlines()) if line]
+            if self._path.exists()
+            else []
+        )
+
+    def clear(self) -> None:
+        """The run begins from the beginning."""
+        self._path.unlink(missing_ok=True)
+        self._lines = []
+
+    def refused(self, verdict: Verdict, bundle: Path) -> None:
+        """A step did not move the weights."""
+        told = {
+            "step": verdict.step,
+            "batch": verdict.batch,
+            "reasons": verdict.reasons,
+            "norm": verdict.norm,
+        }
+        self._write({"event": "refused", **told, "losses": verdict.losses, "bundle": bundle.name})
+
+    def rewound(self, step: int, to: int, left_out: Sequence[int]) -> None:
+        """The run went back from `step` to the checkpoint of step `to`."""
+        self._write({"event": "rewound", "step": step, "to": to, "left_out": list(left_out)})
+
+    def left_out(self) -> set[int]:
+        """Numbers of all batches that the run does without."""
+        rewound = {
+            number for line in self._lines if line["event"] == "rewound" for number in line["left_out"]
+        }
+        return rewound | {line["batch"] for line in self._lines if line["event"] == "refused"}
+
+    def num_rewinds(self, to: int) -> int:
+        """How often the run went back to the checkpoint of step `to`."""
+        return sum(line["event"] == "rewound" and line["to"] == to for line in self._lines)
+
+    def _write(self, told: dict[str, Any]) -> None:
+        self._lines.append({"time": time.time(), **told})
+        with self._path.open("a") as file:
+            file.write(json.dumps(self._lines[-1]) + "\n")
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    """None for a line that a crash damaged."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def bundle_of(out: Path, verdict: Verdict) -> Path:
+    """Where the evidence of a refused step lies."""
+    return out / BUNDLES / f"step_{verdict.step:06d}-batch_{verdict.batch:06d}"
+
+
+def write_rank(
+    bundle: Path, rank: int, batch: Batch, samples: list[dict[str, object]], losses: dict[str, float]
+) -> None:
+    """This rank's part of a bundle; OSError where it cannot be written."""
+    bundle.mkdir(parents=True, exist_ok=True)
+    tensors = {field.name: getattr(batch, field.name).cpu().contiguous() for field in fields(batch)}
+    save_file(tensors, bundle / f"rank_{rank:05d}.safetensors")
+    told = {"rank": rank, "host": socket.gethostname(), "losses": losses, "samples": samples}
+    (bundle / f"rank_{rank:05d}.json").write_text(json.dumps(told, indent=1))
+
+
+def write_common(
+    bundle: Path,
+    verdict: Verdict,
+    left_out: Collection[int],
+    how: Mapping[str, int],
+    places: Mapping[str, Place | None],
+) -> None:
+    """What all ranks share, by the first one; the oldest bundles of the run go. OSError as `write_rank`.
+
+    `left_out` before the step; `how` it was computed: "world", "micro_batches", "compile"; `places` by
+    option of the command line.
+    """
+    bundle.mkdir(parents=True, exist_ok=True)
+    for name in ("recipe.json", "data.json"):
+        shutil.copyfile(bundle.parent.parent / name, bundle / name)
+    told = asdict(verdict) | {"left_out": sorted(left_out)} | how
+    told["places"] = {
+        name: str(place.resolve()) if isinstance(place, Path) else place for name, place in places.items()
+    }
+    (bundle / "refused.json").write_text(json.dumps(told, indent=1))
+    kept = sorted(bundle.parent.glob("step_*-batch_*"), key=lambda path: path.name.rpartition("_")[2])
+    for old in kept[:-MOST_BUNDLES]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_batch(bundle: Path, rank: int) -> Batch:
+    """The rank's part of the batch, as it was on the CPU."""
+    return Batch(**load_file(bundle / f"rank_{rank:05d}.safetensors"))

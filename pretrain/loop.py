@@ -1,0 +1,141 @@
+"""What happens between the first batch and the last checkpoint? THE loop."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain import evidence
+from pretrain.checkpoint import Saver
+from pretrain.collectives import rank, world_size
+from pretrain.config import Run
+from pretrain.data.batch import Batch
+from pretrain.data.loader import Loader
+from pretrain.data.remote import Place
+from pretrain.engine import Engine
+from pretrain.evidence import Journal
+from pretrain.exits import Preempted
+from pretrain.monitor import Monitor
+from pretrain.monitor.window import Window
+from pretrain.paths import Paths
+from pretrain.preemption import Signals
+from pretrain.rewind import go_back
+from pretrain.watchdog import FIRST, Watchdog
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop of one rank works with."""
+
+    run: Run
+    paths: Paths
+    engine: Engine
+    saver: Saver
+    journal: Journal
+    signals: Signals
+    watchdog: Watchdog
+    window: Window
+
+
+def run_steps(job: Job, loader: Loader, monitor: Monitor) -> Place | None:
+    """Trains until the last step, or until the guard asks for the checkpoint that is returned.
+
+    Preempted when the ranks agree that one of them was asked to stop; Diverged as `go_back`.
+    """
+    run, engine, saver, watchdog = job.run, job.engine, job.saver, job.watchdog
+    batches, times = iter(loader), FIRST
+    while engine.steps_done < run.steps:
+        job.window.before(engine.steps_done + 1)
+        watchdog.at(engine.steps_done, "waits for a batch", times=times)
+        with monitor.waiting_for_data():
+            batch = next(batches)
+        watchdog.at(engine.steps_done, "computes a step", times=times)
+        losses = engine.step(batch, asks_to_stop=bool(job.signals.received))
+        times = 1.0
+        if not engine.verdict.is_accepted:
+            folder = _refused(job, loader, monitor, batch, losses)
+            if folder is not None:
+                return folder
+        else:
+            _accepted(job, loader, monitor, losses)
+        _say_saved(job, monitor)
+        if engine.is_asked_to_stop and engine.steps_done < run.steps:
+            _stop(job, monitor)
+    saver.finish()
+    _say_saved(job, monitor)
+    return None
+
+
+def _accepted(job: Job, loader: Loader, monitor: Monitor, losses: Any) -> None:
+    """Logs a step, and saves where it is time."""
+    run, engine = job.run, job.engine
+    with engine.clock.during("log"):
+        trace = job.window.after(engine.steps_done)
+    if trace is not None:
+        monitor.say(f"traced {trace}")
+    monitor.after_step(engine, losses, loader.dropped, loader.captions)
+    is_last = engine.steps_done == run.steps
+    if engine.steps_done % run.save_every == 0 or is_last:
+        job.watchdog.at(engine.steps_done, "saves a checkpoint")
+        with monitor.saving():
+            job.saver.save(wait=is_last)
+
+
+def _say_saved(job: Job, monitor: Monitor) -> None:
+    for line in job.saver.poll():
+        monitor.say(line)
+
+
+def _stop(job: Job, monitor: Monitor) -> None:
+    """Saves and raises Preempted; all ranks have agreed on it."""
+    step = job.engine.steps_done
+    job.watchdog.at(step, "saves a checkpoint")
+    where = "from there"
+    try:
+        job.saver.save(wait=True)
+    except OSError as error:  # the checkpoint before will do, and the machine is wanted
+        where = f"from the last checkpoint, since this step could not be saved: {error}"
+    _say_saved(job, monitor)
+    raise Preempted(
+        f"asked to stop by a signal, after step {step} of {job.run.steps}: the same command goes on {where}"
+    )
+
+
+def _refused(job: Job, loader: Loader, monitor: Monitor, batch: Batch, losses: Any) -> Place | None:
+    """Keeps the evidence of a refused step; the checkpoint to go back to after too many in a row, else None."""
+    engine, verdict = job.engine, job.engine.verdict
+    bundle = evidence.bundle_of(job.paths.out, verdict)
+    job.watchdog.at(verdict.step, "writes the evidence of a refused step")
+    monitor.say(
+        f"REFUSED batch {verdict.batch} after step {verdict.step}: {'; '.join(verdict.reasons)}. Nothing moved, its "
+        f"samples are left out; they are told in {bundle}"
+    )
+    try:
+        own = {name: float(nats) for name, nats in losses.nats.items()}
+        samples = loader.samples(batch.position.tolist())
+        evidence.write_rank(bundle, rank(), batch, samples, own)
+        if rank() == 0:
+            places = {
+                "ds_config": job.paths.ds_config,
+                "tokenizer": job.paths.tokenizer,
+                "guide": job.paths.guide,
+                "checkpoints": job.paths.kept,
+            }
+            how = {
+                "world": world_size(),
+                "micro_batches": job.paths.micro_batches,
+                "compile": job.paths.compile,
+            }
+            evidence.write_common(bundle, verdict, engine.guard.left_out - {verdict.batch}, how, places)
+            job.journal.refused(verdict, bundle)
+    except OSError as error:
+        warnings.warn(f"the evidence of a refused step could not be written: {error}", stacklevel=2)
+    if len(engine.guard.refused_in_a_row) < job.run.guard.skips:
+        return None
+    with suppress(OSError):  # of the last save, which `poll` tells: the one before it is there
+        job.saver.finish()
+    folder, line = go_back(engine.guard, job.journal, job.paths.kept, job.paths.out)
+    monitor.say(line)
+    return folder

@@ -1,0 +1,85 @@
+"""How fast is a run for what the hardware could do, how long will it take, and what does it cost?
+
+Model FLOP/s are the operations that the mathematics of a step needs, a multiply-add counting as two, divided by the
+time of a step: student forward once and backward twice, teacher forward once. What activation checkpointing or
+accumulation computes again is not counted, nor a frozen guide (pretrain/plan/flops.py has the formula). MFU, model
+FLOP/s utilisation (arXiv 2204.02311, appendix B), is their share of the peak that the maker states for the device, of
+dense products in bfloat16; on a CPU, of the fastest square product that was measured at the start.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from pretrain.plan.machines import MACHINES
+
+MEASURED_SECONDS = 0.2  # how long products are timed on a CPU
+SIDE = 1024  # of their matrices
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the figures of a step are measured against."""
+
+    flops: float  # of one step over the global batch, of the model
+    world: int  # ranks, a GPU each
+    peak: float | None = None  # FLOP/s of one device; None where nobody knows
+    price: float | None = None  # of an hour of one GPU, in any currency
+
+    def figures(self, seconds: float) -> dict[str, float]:
+        """Model FLOP/s and MFU of a step that took so long."""
+        rate = self.flops / seconds / self.world
+        return {"teraflops_per_gpu": rate / 1e12} | ({"mfu": rate / self.peak} if self.peak else {})
+
+    def told(self, device: str) -> str:
+        """One line for the start: the formula with its numbers."""
+        against = (
+            f"a peak of {self.peak / 1e12:.4g} TFLOP/s ({device})"
+            if self.peak
+            else f"no known peak of {device}"
+        )
+        return (
+            f"{self.flops:.4g} FLOP a step (student 3 x forward, teacher 1 x; nothing computed twice is counted); "
+            f"MFU = FLOP / (step seconds x {self.world} ranks x peak), {against}"
+        )
+
+
+@dataclass
+class Spent:
+    """Time and money of a run, from line to line of its log."""
+
+    world: int
+    price: float | None
+    gpu_hours: float = 0.0  # so far
+    pace: float | None = None  # seconds of a step, of late
+
+    def after(self, steps: int, seconds: float, remaining: int) -> dict[str, float]:
+        """Figures after so many more steps of so many seconds each, with so many to go."""
+        # The first steps warm up: the pace forgets them by half with every line.
+        self.pace = seconds if self.pace is None else (self.pace + seconds) / 2
+        self.gpu_hours += steps * seconds * self.world / 3600
+        hours = {"gpu_hours": self.gpu_hours, "gpu_hours_left": remaining * self.pace * self.world / 3600}
+        if self.price is not None:
+            hours |= {name.replace("gpu_hours", "cost"): self.price * value for name, value in hours.items()}
+        return {"eta_seconds": remaining * self.pace, **hours}
+
+
+def peak_of(name: str, dtype: torch.dtype) -> float | None:
+    """FLOP/s in bfloat16 of a device by the name that its driver gives; None of one that is not known, in float32."""
+    spoken = name.lower().replace(" ", "")  # NVIDIA GeForce RTX 4090
+    known = (machine.peak for key, machine in MACHINES.items() if key in spoken)
+    return next(known, None) if dtype == torch.bfloat16 else None
+
+
+def measured_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of square matrix products on this process's share of the CPU, the fastest of some."""
+    left, right = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
+    fastest, begun = float("inf"), time.perf_counter()
+    while time.perf_counter() - begun < MEASURED_SECONDS:
+        start = time.perf_counter()
+        left @ right
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * SIDE**3 / fastest

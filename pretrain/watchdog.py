@@ -1,0 +1,188 @@
+"""Does every rank still get on, and which one does not? Signs of life in OUT/ranks, and the end of a run that hangs.
+
+Each rank writes what it does to a file of its own every few seconds, from a thread. A rank that does not get on for
+`timeout` seconds, as all do that wait for one, writes its stacks to OUT/stacks and looks at the others' signs: those
+that write none have died or been stopped; else those that are behind the others hang. The first rank that is alive
+tells which, with their last steps; all of them end with the exit code LOST.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from pretrain.exits import LOST, RankLost
+
+TIMEOUT = 1800.0  # seconds, of the command line's --timeout
+FIRST = 3.0  # times the timeout that the first step may take: caches fill, kernels compile
+SIGNS = 10  # signs of life in a timeout
+MOST_SECONDS = 3.0  # between two of them
+SILENT = 4  # signs missed by a rank that is gone
+SIGN_BYTES = 512  # of which no more than a few hundred are used: it is overwritten in place
+STACKS = "stacks"
+REMEDY = "The same command goes on from the last checkpoint"
+
+
+class Sign(NamedTuple):
+    """What a rank last said of itself."""
+
+    rank: int
+    host: str
+    process: int
+    number: int  # of the sign: it grows while the process lives
+    entered: int  # things it has begun; all ranks begin the same
+    step: int  # accepted steps
+    doing: str
+    ended: bool  # by itself: it has said why
+
+    def told(self) -> str:
+        """`rank 3 (host b, process 71) after step 12, while it waits for a batch`."""
+        where = f"rank {self.rank} (host {self.host}, process {self.process})"
+        return f"{where} after step {self.step}, while it {self.doing}"
+
+
+class Watchdog:
+    """Use as `with Watchdog(...) as watchdog` around the training of a rank; `at` before all that may hang."""
+
+    def __init__(self, out: Path, rank: int, world: int, timeout: float) -> None:
+        self._folder, self._stacks = out / "ranks", out / STACKS
+        self._rank, self._world, self._timeout = rank, world, timeout
+        self.interval = min(timeout / SIGNS, MOST_SECONDS)
+        self._number = self._entered = self._step = 0
+        self._doing, self._limit = "starts", FIRST * timeout
+        self._since = time.monotonic()
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._rank == 0:  # of more ranks, earlier
+            for path in self._folder.glob("rank_*.json"):
+                if int(path.stem.removeprefix("rank_")) >= self._world:
+                    path.unlink(missing_ok=True)
+        (self._stacks / f"rank_{self._rank:05d}.txt").unlink(missing_ok=True)
+        self._say()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._is_over.set()
+        self._thread.join()
+        self._ended = not isinstance(error, RankLost)
+        self._say()
+
+    def at(self, step: int, doing: str, *, times: float = 1.0) -> None:
+        """This rank begins something after `step` accepted steps; it may take `times` as long as the timeout."""
+        self._limit = times * self._timeout
+        self._step, self._doing = step, doing
+        self._entered += 1
+        self._since = time.monotonic()
+        self._say()
+
+    def lost(self) -> tuple[str, bool]:
+        """Who is gone or behind, and is this the rank to tell it; "" when all are there. Waits for some signs."""
+        before = self._signs()
+        time.sleep(SILENT * self.interval)
+        after = self._signs()
+        alive = [sign for sign in after if sign.rank == self._rank or self._is_alive(sign, before)]
+        is_teller = min(sign.rank for sign in alive) == self._rank
+        if any(sign.ended for sign in after):  # whoever ends by itself says why
+            return "", is_teller
+        gone = [sign for sign in after if sign not in alive]
+        if gone:
+            told = "; ".join(sign.told() for sign in gone)
+            return f"{told}: gone without a word or stopped", is_teller
+        fewest = min(sign.entered for sign in after)
+        behind = [sign for sign in after if sign.entered == fewest]
+        if len(behind) == len(after):
+            return f"all {self._world} ranks wait for each other: {after[0].told()}", is_teller
+        return f"{'; '.join(sign.told() for sign in behind)}: the others wait for it", is_teller
+
+    def _is_alive(self, sign: Sign, before: list[Sign]) -> bool:
+        return any(old.rank == sign.rank and old.number != sign.number for old in before)
+
+    def _signs(self) -> list[Sign]:
+        """The last sign of every rank that has given one."""
+        signs = []
+        for number in range(self._world):
+            try:
+                signs.append(Sign(**json.loads(self._path(number).read_text())))
+            except (OSError, ValueError, TypeError):
+                continue
+        return signs
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"rank_{number:05d}.json"
+
+    def _say(self) -> None:
+        """Overwrites this rank's sign; what was written outlives the process, also by SIGKILL."""
+        with self._lock, suppress(OSError):  # of a full disk the save tells; the run goes on without signs
+            self._number += 1
+            sign = Sign(
+                self._rank,
+                socket.gethostname(),
+                os.getpid(),
+                self._number,
+                self._entered,
+                self._step,
+                self._doing,
+                self._ended,
+            )
+            file = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT)
+            try:  # closed each time, since that is when a network file system shows it to others
+                os.pwrite(file, json.dumps(sign._asdict()).ljust(SIGN_BYTES).encode(), 0)
+            finally:
+                os.close(file)
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(self.interval):
+            self._say()
+            if time.monotonic() - self._since > self._limit:
+                self._end()
+
+    def _end(self) -> None:
+        """Stacks, the name of the culprit, and the end of this process, whatever its main thread waits for."""
+        entered, limit = self._entered, self._limit
+        self._dump()
+        has_looked = threading.Event()
+        signs = threading.Thread(target=self._keep_saying, args=(has_looked,), daemon=True)
+        signs.start()
+        told, is_teller = self.lost()
+        has_looked.set()
+        signs.join()
+        if entered != self._entered:
+            return  # it went on meanwhile
+        if is_teller and told:
+            stacks = f"stacks of the ranks that could write them: {self._stacks}"
+            print(
+                f"\nerror: no progress in {limit:.0f} s (--timeout): {told}; {stacks}. {REMEDY}",
+                file=sys.stderr,
+            )
+            sys.stderr.flush()
+        time.sleep((1 if is_teller else 2) * self.interval)  # until it is told
+        os._exit(LOST)
+
+    def _keep_saying(self, until: threading.Event) -> None:
+        while not until.wait(self.interval):
+            self._say()
+
+    def _dump(self) -> None:
+        try:
+            self._stacks.mkdir(parents=True, exist_ok=True)
+            with (self._stacks / f"rank_{self._rank:05d}.txt").open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            print(f"the stacks of rank {self._rank} cannot be written: {error}", file=sys.stderr)

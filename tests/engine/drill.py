@@ -1,0 +1,366 @@
+"""What befalls a run of two ranks, and how does it end? `python drill.py FOLDER` leaves FOLDER/result.json.
+
+One process imports torch and DeepSpeed, and every rank of every start is a fork of it, so that a start takes
+seconds less. The run is a shrunken m3i.vit_b16 through pretrain/main.py's `start`, with files, log and exit codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any, TypedDict
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from pretrain import main, recipes, resume  # noqa: E402
+from pretrain.checkpoint import checkpoint_folder, checkpoints_of, load_teacher, step_of, steps_in  # noqa: E402
+from pretrain.checkpoint.stores import store_at  # noqa: E402
+from pretrain.config import Guard, Run  # noqa: E402
+from pretrain.data.batch import Batch  # noqa: E402
+from tests.engine.drill_faults import (  # noqa: E402
+    PACKAGE,
+    SAVING,
+    Fault,
+    both,
+    count_calls,
+    in_batch,
+    kill_at_call,
+    poison,
+    signalled,
+    without,
+)
+from tests.fakes import shrink  # noqa: E402
+
+main.quieten()
+
+
+WORLD = 2
+STEPS, SAVE_EVERY = 9, 3
+KILLS = 20
+LONGEST = 60.0  # seconds of a start; a start that takes longer is a failure of the drill
+
+
+class End(TypedDict):
+    """How a start ended."""
+
+    codes: list[int]  # by rank; minus the signal for one that was killed
+    output: str
+    seconds: float
+
+
+def drill_run() -> Run:
+    run = shrink(recipes.load("m3i.vit_b16"))
+    guard = Guard(window=4, deviations=0.0, skips=2, margin=1, rewinds=1)
+    backbone = dataclasses.replace(run.backbone, drop_path=0.3, token_norm="batch")
+    return dataclasses.replace(
+        run, batch=4, steps=STEPS, save_every=SAVE_EVERY, guard=guard, backbone=backbone
+    )
+
+
+class Drill:
+    """Starts runs in FOLDER."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run = drill_run()
+        self._num_starts = 0
+
+    def start(
+        self,
+        name: str,
+        faults: dict[int, Fault] | None = None,
+        *,
+        timeout: float = 30.0,
+        work: Callable[[Namespace], int] | None = None,
+        grace: float = LONGEST,
+    ) -> End:
+        """One start of the run in FOLDER/NAME; ranks that outlive one that failed by `grace` seconds are killed."""
+        self._num_starts += 1
+        begun, log = time.monotonic(), self.folder / f"{self._num_starts:03d}-{name}.txt"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = [
+            self._fork(name, r, port, log, (faults or {}).get(r), timeout, work) for r in range(WORLD)
+        ]
+        codes = _wait(processes, begun + LONGEST, grace)
+        return {
+            "codes": codes,
+            "output": log.read_text(errors="replace"),
+            "seconds": time.monotonic() - begun,
+        }
+
+    def _fork(
+        self,
+        name: str,
+        rank: int,
+        port: int,
+        log: Path,
+        fault: Fault | None,
+        timeout: float,
+        work: Callable[[Namespace], int] | None,
+    ) -> int:
+        process = os.fork()
+        if process:
+            return process
+        code = 99
+        try:
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
+            os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
+            if fault is not None:
+                fault()
+            paths = self.paths(name, timeout)
+            code = main.start(self.run, paths) if work is None else work(paths)
+        except BaseException as error:
+            import traceback
+
+            traceback.print_exception(error)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def paths(self, name: str, timeout: float) -> Namespace:
+        data = {source: self.folder / "data" / source for source in self.run.data}
+        return Namespace(
+            data=data,
+            out=self.folder / name,
+            ds_config=ROOT / "ds_configs" / "zero2.json",
+            tokenizer=None,
+            guide=None,
+            workers=0,
+            checkpoints=None,
+            timeout=timeout,
+            micro_batches=1,
+            wandb=False,
+            tensorboard=False,
+            price=None,
+            profile=None,
+            compile=False,
+        )
+
+    def curve(self, name: str) -> list[dict[str, Any]]:
+        """What the log says of the mathematics of every step."""
+        kept = ("step", "nats", "lambda", "grad_norm", "lr", "momentum")
+        lines = (self.folder / name / "log.jsonl").read_text().splitlines()
+        return [{key: json.loads(line)[key] for key in kept} for line in lines]
+
+    def outcome(self, name: str) -> dict[str, Any]:
+        """The curve, and the sum of every tensor of the last teacher."""
+        folder = resume.newest_or_none(checkpoints_of(self.folder / name))
+        teacher = {} if folder is None else load_teacher(folder)
+        sums = {key: value.double().sum().item() for key, value in teacher.items()}
+        return {"curve": self.curve(name), "teacher": sums}
+
+
+def _wait(processes: list[int], deadline: float, grace: float) -> list[int]:
+    """Exit codes by rank, minus the signal of one that was killed."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(processes):
+        for process in processes:
+            found, status = (0, 0) if process in codes else os.waitpid(process, os.WNOHANG)
+            if found:
+                codes[process] = os.waitstatus_to_exitcode(status)
+                if codes[process] != main.FINISHED:
+                    deadline = min(deadline, time.monotonic() + grace)
+            elif process not in codes and time.monotonic() > deadline:
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[process] for process in processes]
+
+
+def killed(drill: Drill) -> dict[str, Any]:
+    """SIGKILL of both ranks at random calls of ours, every second time at one of a save; KILLS times in all.
+
+    A run is started again until it ends, then another one begins; the last start of the last one is not killed.
+    """
+    num_calls = json.loads((drill.folder / "calls").read_text())
+    random, kills, during_a_save, names = Random(0), 0, 0, []
+    problems = []
+    while kills < KILLS:
+        name = f"killed_{len(names)}"
+        names.append(name)
+        before = -1
+        while True:
+            where = SAVING if kills % 2 else PACKAGE
+            number = random.randrange(1, num_calls[where] // 2)
+            fault = {0: kill_at_call(number, where)} if kills < KILLS else {}
+            end = drill.start(name, fault, grace=0)
+            out = drill.folder / name
+            place = checkpoints_of(out)
+            folder = resume.newest_or_none(place) if steps_in(place) else None
+            reached = -1 if folder is None else step_of(folder)
+            lost = [
+                step
+                for step in steps_in(place)
+                if store_at(checkpoint_folder(out, step)).problem(hashes=True)
+            ]
+            if lost or reached < before:
+                problems.append(
+                    f"{name}: checkpoints {lost} cannot be read, {reached} is the newest after {before}"
+                )
+            before = reached
+            if -signal.SIGKILL not in end["codes"]:
+                if end["codes"] != [0, 0]:
+                    problems.append(f"{name} ended with {end['codes']}:\n{end['output']}")
+                break
+            kills += 1
+            during_a_save += bool(list((out / "checkpoints").glob(".tmp-*")))
+    outcomes = [drill.outcome(name) for name in names]
+    return {"kills": kills, "during_a_save": during_a_save, "problems": problems, "outcomes": outcomes}
+
+
+def undisturbed(drill: Drill) -> dict[str, Any]:
+    """The run as it should be, and those that never had the batches which others refuse."""
+    found = {}
+    for name, batches in {"straight": set(), "without_4": {4}, "without_345": {3, 4, 5}}.items():
+        faults = {0: both(without(batches), count_calls(drill.folder / "calls")), 1: without(batches)}
+        end = drill.start(name, faults)
+        assert end["codes"] == [main.FINISHED] * WORLD, end["output"]
+        found[name] = drill.outcome(name)
+    return found
+
+
+def asked_to_stop(drill: Drill) -> dict[str, Any]:
+    """SIGTERM to rank 1, then SIGUSR1 to rank 0 of the start that goes on, then nothing."""
+    ends = [
+        drill.start("asked", {1: in_batch(4, signalled(signal.SIGTERM))}),
+        drill.start("asked", {0: in_batch(7, signalled(signal.SIGUSR1))}),
+        drill.start("asked"),
+    ]
+    return {"ends": ends, **drill.outcome("asked")}
+
+
+def one_killed(drill: Drill) -> dict[str, Any]:
+    """Rank 1 dies alone; then the same command again."""
+    ends = [
+        drill.start("one_killed", {1: in_batch(4, signalled(signal.SIGKILL))}, timeout=20),
+        drill.start("one_killed"),
+    ]
+    return {"ends": ends, **drill.outcome("one_killed")}
+
+
+def one_hung(drill: Drill) -> dict[str, Any]:
+    """Rank 1 is stopped, then, in the next start, waits for ever where it should get a batch."""
+    ends, stacks = [], []
+    for fault in (signalled(signal.SIGSTOP), lambda batch: time.sleep(LONGEST)):
+        ends.append(drill.start("one_hung", {1: in_batch(4, fault)}, timeout=8, grace=10))
+        folder = drill.folder / "one_hung" / "stacks"
+        stacks.append({path.stem: path.read_text() for path in folder.glob("*.txt")})
+    ends.append(drill.start("one_hung"))
+    return {"ends": ends, "stacks": stacks, **drill.outcome("one_hung")}
+
+
+def poisoned(drill: Drill) -> dict[str, Any]:
+    """A NaN in batch 4 of rank 1, death before the next checkpoint; the next start has neither. Then the replay."""
+    ends = [
+        drill.start("poisoned", {0: in_batch(6, signalled(signal.SIGKILL)), 1: in_batch(4, poison)}, grace=0),
+        drill.start("poisoned"),
+    ]
+    bundles = sorted((drill.folder / "poisoned" / "replay").iterdir())
+    again = drill.start("poisoned", work=lambda paths: main.start_replay(bundles[0]))
+    mended = drill.folder / "poisoned" / "replay" / "mended"
+    shutil.copytree(bundles[0], mended)
+    recorded = json.loads((mended / "refused.json").read_text())
+    (mended / "refused.json").write_text(json.dumps({**recorded, "norm": 1.0}))
+    again_mended = drill.start("poisoned", work=lambda paths: main.start_replay(mended))
+    samples = json.loads((bundles[0] / "rank_00001.json").read_text())["samples"]
+    return {
+        "ends": ends,
+        "bundles": [bundle.name for bundle in bundles],
+        "samples": samples,
+        "again": again,
+        "again_mended": again_mended,
+        **drill.outcome("poisoned"),
+    }
+
+
+def poisoned_twice(drill: Drill) -> dict[str, Any]:
+    """Batches 4 and 5 of rank 1 are bad whenever they come."""
+    end = drill.start("twice", {1: both(in_batch(4, poison), in_batch(5, poison))})
+    return {"ends": [end], **drill.outcome("twice")}
+
+
+def poisoned_for_ever(drill: Drill) -> dict[str, Any]:
+    """All batches of rank 1 are bad from batch 4 on."""
+    faults = both(*(in_batch(number, poison) for number in range(4, 12)))
+    return {"ends": [drill.start("for_ever", {1: faults})], "curve": drill.curve("for_ever")}
+
+
+def full_disk(drill: Drill) -> dict[str, Any]:
+    """No file may grow beyond 64 KiB when the checkpoint of step 6 is written; the one of step 9 may."""
+
+    def limit(size: int) -> Callable[[Batch], Batch]:
+        def change(batch: Batch) -> Batch:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            return batch
+
+        return change
+
+    fault = both(in_batch(4, limit(2**16)), in_batch(7, limit(resource.RLIM_INFINITY)))
+    end = drill.start("full", dict.fromkeys(range(WORLD), fault))
+    return {
+        "ends": [end],
+        "steps": sorted(steps_in(checkpoints_of(drill.folder / "full"))),
+        **drill.outcome("full"),
+    }
+
+
+def truncated(drill: Drill) -> dict[str, Any]:
+    """The newest checkpoint of the undisturbed run has lost half of a file."""
+    shutil.copytree(drill.folder / "straight", drill.folder / "truncated")
+    newest = checkpoint_folder(drill.folder / "truncated", STEPS)
+    largest = max(
+        (path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    os.truncate(largest, largest.stat().st_size // 2)
+    return {"ends": [drill.start("truncated")], **drill.outcome("truncated")}
+
+
+SCENARIOS: dict[str, Callable[[Drill], dict[str, Any]]] = {
+    "undisturbed": undisturbed,
+    "killed": killed,
+    "asked_to_stop": asked_to_stop,
+    "one_killed": one_killed,
+    "one_hung": one_hung,
+    "poisoned": poisoned,
+    "poisoned_twice": poisoned_twice,
+    "poisoned_for_ever": poisoned_for_ever,
+    "full_disk": full_disk,
+    "truncated": truncated,
+}
+
+
+def import_the_rest() -> None:
+    """What DeepSpeed and torch import when an engine is built, most of a start: once, before the forks."""
+    import deepspeed.runtime.zero.muon.muon_optimizer  # torch's compiler with it
+
+    assert deepspeed.ops.__compatible_ops__  # probes for compilers
+    assert threading.active_count() == 1, "a fork would lose the other threads"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    import_the_rest()
+    drill = Drill(Path(sys.argv[1]))
+    found = {name: SCENARIOS[name](drill) for name in sys.argv[2:] or SCENARIOS}
+    found["cpu_seconds"] = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    (drill.folder / "result.json").write_text(json.dumps(found))

@@ -1,0 +1,127 @@
+"""What can befall one rank of the drill? Each fault is installed in a forked rank before it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import pretrain.train
+from pretrain import resume
+from pretrain.data.batch import Batch
+from pretrain.data.loader import Loader
+from tests.paths import ROOT
+
+PACKAGE = str(ROOT / "pretrain")
+SAVING = str(ROOT / "pretrain" / "checkpoint")  # of it
+
+Fault = Callable[[], None]
+
+
+def kill_at_call(number: int, where: str) -> Fault:
+    """SIGKILL at the so-manieth call of a function in files that begin so, after the first batch, in any thread."""
+
+    def install() -> None:
+        count = 0
+
+        def profile(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal count
+            if event == "call" and frame.f_code.co_filename.startswith(where):
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        after_first_batch(lambda: (threading.setprofile(profile), sys.setprofile(profile)))
+
+    return install
+
+
+def count_calls(path: Path) -> Fault:
+    """Leaves the numbers of calls that `kill_at_call` may choose from in a file, when the run has ended."""
+
+    def install() -> None:
+        counts = dict.fromkeys((PACKAGE, SAVING), 0)
+
+        def profile(frame: FrameType, event: str, argument: object) -> None:
+            for where in counts if event == "call" else ():
+                counts[where] += frame.f_code.co_filename.startswith(where)
+
+        after_first_batch(lambda: sys.setprofile(profile))
+        train = pretrain.train.train
+
+        def counted(*arguments: Any) -> None:
+            train(*arguments)
+            sys.setprofile(None)
+            path.write_text(json.dumps(counts))
+
+        pretrain.train.train = counted
+
+    return install
+
+
+def after_first_batch(work: Callable[[], object]) -> None:
+    """`work` is done when the rank gets its first batch."""
+    own, is_first = Loader.__next__, True
+
+    def following(loader: Loader) -> Batch:
+        nonlocal is_first
+        batch = own(loader)
+        if is_first:
+            is_first = False
+            work()
+        return batch
+
+    Loader.__next__ = following
+
+
+def in_batch(number: int, work: Callable[[Batch], Batch]) -> Fault:
+    """`work` is done to the batch of this number in the run's order, whenever the rank gets it."""
+
+    def install() -> None:
+        own = Loader.__next__
+
+        def changed(loader: Loader) -> Batch:
+            batch = own(loader)
+            return work(batch) if int(batch.position[0]) // loader._steps.run.batch == number else batch
+
+        Loader.__next__ = changed
+
+    return install
+
+
+def without(batches: set[int]) -> Fault:
+    """The run does without these batches from the beginning."""
+
+    def install() -> None:
+        own = resume.batches_left_out
+        resume.batches_left_out = lambda *arguments: own(*arguments) | batches
+
+    return install
+
+
+def both(*faults: Fault) -> Fault:
+    return lambda: [fault() for fault in faults] and None
+
+
+def poison(batch: Batch) -> Batch:
+    """A NaN where the decoder reads where the views lie."""
+    return dataclasses.replace(batch, boxes=torch.full_like(batch.boxes, torch.nan))
+
+
+def signalled(number: int) -> Callable[[Batch], Batch]:
+    """The rank sends itself a signal when it gets the batch."""
+
+    def send(batch: Batch) -> Batch:
+        os.kill(os.getpid(), number)
+        return batch
+
+    return send

@@ -1,0 +1,132 @@
+"""Whatever befalls a run, does it end as it should, and go on as if nothing had been?"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from pretrain.exits import DIVERGED, FAILED, FINISHED, LOST, PREEMPTED
+from tests.data.sets import good_set
+from tests.engine.launch import environment
+from tests.paths import ROOT
+
+SECONDS = 900  # of a busy machine; a quiet one needs 100
+KILLS = 20
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def drill(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All of drill.py, in one process that forks the ranks."""
+    folder = tmp_path_factory.mktemp("drill")
+    good_set(folder / "data" / "imagenet1k", sizes=(14, 10, 18), has_text=False)
+    command = [sys.executable, str(ROOT / "tests" / "engine" / "drill.py"), str(folder)]
+    with (folder / "output.txt").open("w") as output:
+        code = subprocess.run(
+            command, env=environment(), stdout=output, stderr=subprocess.STDOUT, timeout=SECONDS, check=False
+        ).returncode
+    assert code == 0, (folder / "output.txt").read_text()
+    return json.loads((folder / "result.json").read_text())
+
+
+def _codes(found: dict[str, Any]) -> list[list[int]]:
+    return [end["codes"] for end in found["ends"]]
+
+
+def _is_like(found: dict[str, Any], other: dict[str, Any]) -> bool:
+    """The same numbers at every step, and the same teacher at the end."""
+    return found["curve"] == other["curve"] and found["teacher"] == other["teacher"]
+
+
+def test_kills_at_random_moments_change_nothing_and_cost_nothing_on_disk(drill: dict[str, Any]) -> None:
+    found = drill["killed"]
+    assert found["kills"] == KILLS and not found["problems"]
+    assert found["during_a_save"] > 0, "another seed: no kill came during a save"
+    for outcome in found["outcomes"]:
+        assert _is_like(outcome, drill["undisturbed"]["straight"])
+
+
+def test_a_signal_to_any_rank_saves_and_ends_all_with_the_code_to_start_again(drill: dict[str, Any]) -> None:
+    found = drill["asked_to_stop"]
+    assert _codes(found) == [[PREEMPTED] * 2, [PREEMPTED] * 2, [FINISHED] * 2]
+    for end, step in zip(found["ends"], (5, 8), strict=False):
+        assert end["output"].count(f"stopped: asked to stop by a signal, after step {step} of 9") == 1
+    assert _is_like(found, drill["undisturbed"]["straight"])
+
+
+def test_a_rank_that_dies_is_named_with_its_last_step(drill: dict[str, Any]) -> None:
+    found = drill["one_killed"]
+    assert _codes(found) == [[LOST, KILLED], [FINISHED] * 2]
+    told = found["ends"][0]["output"]
+    assert "rank 1 (host " in told and "after step 4, while it waits for a batch: gone without a word" in told
+    assert "Traceback" not in told
+    assert _is_like(found, drill["undisturbed"]["straight"])
+
+
+def test_a_rank_that_hangs_is_named_and_stacks_are_kept(drill: dict[str, Any]) -> None:
+    found = drill["one_hung"]
+    stopped, asleep, _ = found["ends"]
+    assert _codes(found) == [[LOST, KILLED], [LOST, LOST], [FINISHED] * 2]
+    assert "rank 1 (host " in stopped["output"] and "gone without a word or stopped" in stopped["output"]
+    assert "waits for a batch: the others wait for it" in asleep["output"]
+    assert asleep["output"].count("no progress in 8 s") == 1
+    assert set(found["stacks"][0]) == {"rank_00000"} and "in step" in found["stacks"][0]["rank_00000"]
+    assert "in changed" in found["stacks"][1]["rank_00001"], "where the rank slept"
+    assert _is_like(found, drill["undisturbed"]["straight"])
+
+
+def test_a_poisoned_batch_of_one_rank_might_never_have_been(drill: dict[str, Any]) -> None:
+    found = drill["poisoned"]
+    assert _codes(found)[1] == [FINISHED] * 2
+    told = found["ends"][0]["output"]
+    assert told.count("REFUSED batch 4 after step 4: gradient norm is inf; image_same is nan") == 1
+    assert found["bundles"] == ["step_000004-batch_000004"]
+    assert [sample["position"] for sample in found["samples"]] == [18, 19]
+    assert all(sample["key"] and sample["shard"].endswith(".tar") for sample in found["samples"])
+    assert _is_like(found, drill["undisturbed"]["without_4"])
+    assert not _is_like(found, drill["undisturbed"]["straight"])
+
+
+def test_a_bundle_runs_the_step_again_with_equal_numbers(drill: dict[str, Any]) -> None:
+    again, other = drill["poisoned"]["again"], drill["poisoned"]["again_mended"]
+    assert again["codes"] == [FINISHED] * 2, again["output"]
+    assert "batch 4 after step 4" in again["output"] and "differs" not in again["output"]
+    assert other["codes"] == [FAILED] * 2 and "differs" in other["output"]
+
+
+def test_refused_steps_in_a_row_go_back_and_leave_out_what_led_there(drill: dict[str, Any]) -> None:
+    found = drill["poisoned_twice"]
+    assert _codes(found) == [[FINISHED] * 2]
+    told = found["ends"][0]["output"]
+    assert told.count("BACK from step 4 to ") == 1 and "batches [3, 4, 5] are left out from now on" in told
+    assert _is_like(found, drill["undisturbed"]["without_345"])
+
+
+def test_refused_steps_without_end_end_the_run_with_the_evidence(drill: dict[str, Any]) -> None:
+    found = drill["poisoned_for_ever"]
+    assert _codes(found) == [[DIVERGED] * 2]
+    told = found["ends"][0]["output"]
+    assert told.count("error: 2 steps in a row were refused after step") == 1
+    assert "gone back 1 times to" in told and "--replay " in told and "lower optim.lr" in told
+    assert [line["step"] for line in found["curve"]] == [1, 2, 3]
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(drill: dict[str, Any]) -> None:
+    found = drill["full_disk"]
+    assert _codes(found) == [[FINISHED] * 2]
+    assert found["ends"][0]["output"].count("NOT SAVED") == 1
+    assert found["steps"] == [0, 3, 9]
+    assert _is_like(found, drill["undisturbed"]["straight"])
+
+
+def test_a_truncated_checkpoint_is_passed_over(drill: dict[str, Any]) -> None:
+    found = drill["truncated"]
+    assert _codes(found) == [[FINISHED] * 2]
+    told = found["ends"][0]["output"]
+    assert "step_000009 is skipped, since" in told and "checkpoints/step_000006" in told
+    assert _is_like(found, drill["undisturbed"]["straight"])

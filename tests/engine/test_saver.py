@@ -1,0 +1,279 @@
+"""Is a checkpoint written beside training, whole or not at all, wherever it lies, and are the right ones kept?"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from pretrain import checkpoint, intact
+from pretrain.checkpoint import stores
+from pretrain.checkpoint.__main__ import main
+from pretrain.checkpoint.ranges import Files
+from pretrain.checkpoint.snapshot import Snapshot
+from pretrain.checkpoint.stores import Disk, Remote, store_at
+from tests.data.s3 import Store, s3_store
+from tests.engine.toy import FACTS, ToyTowers, toy_run
+from tests.evaluate.runs import Untrained
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def engine() -> Untrained:
+    """What a saver needs of an engine after step 1."""
+    torch.manual_seed(0)
+    return Untrained(toy_run(), ToyTowers(), 1)
+
+
+def saver_of(engine: Untrained, place: Any) -> checkpoint.Saver:
+    return checkpoint.Saver(engine, place, FACTS, None)
+
+
+def save_at(saver: checkpoint.Saver, engine: Untrained, *steps: int) -> None:
+    for engine.steps_done in steps:
+        saver.save(wait=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({}, {0, 5, 6}),
+        ({"keep_last": 1}, {0, 6}),
+        ({"keep_last": 1, "keep_every": 2, "save_every": 1}, {0, 2, 4, 6}),
+    ],
+)
+def test_the_first_the_newest_and_the_multiples_are_kept(
+    tmp_path: Path, changes: dict[str, int], left: set[int]
+) -> None:
+    engine = Untrained(toy_run(**changes), ToyTowers(), 0)
+    save_at(saver_of(engine, tmp_path), engine, *range(7))
+    assert checkpoint.steps_in(tmp_path) == left
+    assert len(list(tmp_path.iterdir())) == len(left)
+
+
+def test_a_broken_checkpoint_does_not_count_as_kept(engine: Untrained, tmp_path: Path) -> None:
+    saver = saver_of(engine, tmp_path)
+    save_at(saver, engine, 9, 1, 2)
+    (tmp_path / "step_000002" / "run.json").write_text("{")
+    save_at(saver, engine, 3)
+    assert checkpoint.steps_in(tmp_path) == {1, 3, 9}
+
+
+def test_what_is_written_is_what_was_there_when_the_save_began(
+    engine: Untrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, write = threading.Event(), Disk.write
+    monkeypatch.setattr(Disk, "write", lambda *arguments: begun.wait(60) and write(*arguments))
+    expected = {name: values.clone() for name, values in engine.average.state().items()}
+    saver = saver_of(engine, tmp_path)
+    saver.save()
+    assert checkpoint.latest(tmp_path) is None and saver.poll() == []
+    engine.before_move()  # as the engine does before it moves the weights
+    for values in engine.average.state().values():
+        values.zero_()
+    begun.set()
+    saver.finish()
+    assert [line[:5] for line in saver.poll()] == ["saved"]
+    found = checkpoint.load_teacher(checkpoint.latest(tmp_path))
+    assert all(torch.equal(found[name].flatten(), values) for name, values in expected.items())
+
+
+def test_weights_do_not_move_before_they_are_copied(
+    engine: Untrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_copy, copy = threading.Event(), Snapshot.copy
+    monkeypatch.setattr(Snapshot, "copy", lambda snapshot: may_copy.wait(60) and copy(snapshot))
+    saver = saver_of(engine, tmp_path)
+    saver.save()
+    mover = threading.Thread(target=engine.before_move)
+    mover.start()
+    mover.join(0.1)
+    assert mover.is_alive()
+    may_copy.set()
+    mover.join(60)
+    assert not mover.is_alive()
+    saver.finish()
+
+
+def test_a_second_save_waits_for_the_first_and_says_so(
+    engine: Untrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, write = threading.Event(), Disk.write
+    monkeypatch.setattr(Disk, "write", lambda *arguments: begun.wait(60) and write(*arguments))
+    saver = saver_of(engine, tmp_path)
+    saver.save()
+    threading.Timer(0.1, begun.set).start()
+    engine.steps_done = 2
+    saver.save(wait=True)
+    assert checkpoint.steps_in(tmp_path) == {1, 2}
+    first, waited, second = saver.poll()
+    assert "step_000001" in first and "step_000002" in second
+    assert waited.startswith("WAITED") and "raise save_every or name a faster place" in waited
+
+
+def test_a_full_disk_is_told_and_training_goes_on(
+    engine: Untrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = saver_of(engine, tmp_path)
+    save_at(saver, engine, 1)
+    room = Disk.room
+    monkeypatch.setattr(Disk, "room", lambda self: 2**20)
+    engine.steps_done = 2
+    saver.save()
+    with pytest.raises(
+        OSError, match=r"step_000002 could not be written \(.*1 MiB are free, it needs 16 MiB"
+    ):
+        saver.finish()
+    assert "earlier ones are untouched: free space there" in saver.poll()[-1]
+    assert checkpoint.steps_in(tmp_path) == {1} and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(Disk, "room", room)
+    save_at(saver, engine, 3)
+    assert checkpoint.latest(tmp_path, hashes=True) == tmp_path / "step_000003"
+
+
+def test_what_a_disk_has_changed_is_found_before_anything_is_deleted(
+    engine: Untrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = saver_of(engine, tmp_path)
+    save_at(saver, engine, 1, 2)
+    write = Disk.write
+
+    def write_wrongly(disk: Disk, name: str, content: bytearray) -> None:
+        write(disk, name, content[:-1] + b"\x7f")
+
+    monkeypatch.setattr(Disk, "write", write_wrongly)
+    engine.steps_done = 3
+    with pytest.raises(OSError, match="reads back with other bytes than were written"):
+        saver.save(wait=True)
+    assert checkpoint.steps_in(tmp_path) == {1, 2} and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_step_that_is_repeated_is_replaced(engine: Untrained, tmp_path: Path) -> None:
+    saver = saver_of(engine, tmp_path)
+    save_at(saver, engine, 1)
+    engine.average.state()["embed.bias"].fill_(7.0)
+    save_at(saver, engine, 1)
+    assert checkpoint.load_teacher(tmp_path / "step_000001")["embed.bias"].eq(7).all()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_reader_of_a_slice_reads_little_more_than_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wide(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.arange(2.0**21))
+
+    engine = Untrained(toy_run(), Wide(), 1)
+    save_at(saver_of(engine, tmp_path), engine, 1)
+    counted, read = [], Disk.read
+    monkeypatch.setattr(Disk, "read", lambda *a: counted.append(read(*a)) or counted[-1])
+    target = torch.empty(1000)
+    Files(store_at(tmp_path / "step_000001")).fill("teacher", "teacher", {"weight": (12345, target)})
+    assert torch.equal(target, torch.arange(12345.0, 13345.0))
+    assert sum(len(content) for content in counted) < 4000 + 1000
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Store]:
+    with s3_store() as store:
+        yield store
+
+
+@pytest.fixture
+def place(s3: Store, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A URL of this test alone, of a store without faults."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # ours are what is tested
+    monkeypatch.setattr(s3.faults, "methods", ("GET", "HEAD", "PUT", "POST", "DELETE"))
+    monkeypatch.setattr(s3.faults, "refused", 0.0)
+    return f"s3://bucket/{request.node.name}"
+
+
+def test_a_store_that_fails_at_times_holds_the_same_checkpoints(
+    engine: Untrained, s3: Store, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_at(saver_of(engine, tmp_path), engine, 1)
+    monkeypatch.setattr(s3.faults, "refused", 0.3)
+    before = s3.faults.num_refused
+    saver = saver_of(engine, place)
+    save_at(saver, engine, 1, 2, 3)
+    assert s3.faults.num_refused > before + 5
+    monkeypatch.setattr(s3.faults, "refused", 0.0)
+    assert checkpoint.steps_in(place) == {2, 3}
+    assert checkpoint.latest(place, hashes=True) == f"{place}/step_000003"
+    there, here = Remote(f"{place}/step_000003"), Disk(tmp_path / "step_000001")
+    assert there.sizes().keys() == here.sizes().keys()
+    found, expected = (checkpoint.load_teacher(where) for where in (there.url, here.folder))
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
+def test_what_a_killed_process_left_in_a_store_is_never_used(
+    engine: Untrained, s3: Store, place: str
+) -> None:
+    save_at(saver_of(engine, place), engine, 1, 2)
+    s3.files.rm_file(f"{place}/step_000002/{intact.COMPLETE}")
+    with pytest.warns(UserWarning, match="step_000002 is skipped, since COMPLETE is missing"):
+        assert checkpoint.latest(place) == f"{place}/step_000001"
+    saver_of(engine, place)
+    assert checkpoint.steps_in(place) == {1}
+
+
+def test_a_store_that_stays_away_is_told_and_training_goes_on(
+    engine: Untrained, s3: Store, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = saver_of(engine, place)
+    save_at(saver, engine, 1)
+    monkeypatch.setattr(stores, "PATIENCE", 0.1)
+    monkeypatch.setattr(s3.faults, "refused", 1.0)
+    engine.steps_done = 2
+    saver.save()
+    saver._thread.join()
+    monkeypatch.setattr(s3.faults, "refused", 0.0)
+    assert "NOT SAVED" in saver.poll()[-1]
+    assert checkpoint.latest(place) == f"{place}/step_000001"
+    save_at(saver, engine, 3)
+    assert checkpoint.latest(place) == f"{place}/step_000003"
+
+
+def test_the_command_lists_verifies_and_makes_one_file(
+    engine: Untrained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_at(saver_of(engine, checkpoint.checkpoints_of(tmp_path)), engine, 0, 40)
+    assert main(["ls", str(tmp_path)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(row[0], row[2:5], row[-1]) for row in rows[1:]] == [
+        (step, ["1", "3", "float32"], "yes") for step in ("0", "40")
+    ]
+    assert main(["verify", str(tmp_path)]) == 0
+    file = tmp_path / "weights.safetensors"
+    assert main(["consolidate", str(tmp_path), "--of", "student", "--out", str(file)]) == 0
+    weights = load_file(file)
+    assert weights.keys() == ToyTowers().state_dict().keys()
+    assert torch.equal(weights["out.weight"].flatten(), engine.average.state()["out.weight"])
+    damaged = checkpoint.checkpoint_folder(tmp_path, 40) / "student" / "rank_00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
+    assert main(["verify", str(tmp_path)]) == 1
+    assert "student/rank_00000.safetensors has changed since it was written" in capsys.readouterr().err
+    assert main(["ls", str(tmp_path / "nowhere")]) == 1
+
+
+def test_weights_are_read_in_inference_mode_too(engine: Untrained, tmp_path: Path) -> None:
+    save_at(saver_of(engine, tmp_path), engine, 1)
+    with torch.inference_mode():
+        weights = checkpoint.load_teacher(tmp_path / "step_000001")
+    assert torch.equal(weights["out.weight"].flatten(), engine.average.state()["out.weight"])
