@@ -20,6 +20,8 @@ from pretrain.towers import active_targets
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
 FLOAT32 = 4
+SCALARS = 20  # about as many: norms and counts of gradients, balance, verdict on the step
+SCALAR_CALLS = 5
 CONTRASTIVE_WORDS = 1 + 8 + 4 + 4  # bytes an image: has a text, the text's number, both log-sum-exps
 
 
@@ -107,6 +109,7 @@ def _losses(run: Run, facts: DataFacts) -> list[Message]:
     found = [
         Message("losses", "all_gather", sum(gathered), 6 * sum(map(bool, gathered))),
         Message("norms and clusters", "all_reduce", summed + clusters, 2 * len(norms)),
+        Message("scalars", "all_reduce", SCALARS * FLOAT32, SCALAR_CALLS),
     ]
     return [message for message in found if message.bytes]
 
