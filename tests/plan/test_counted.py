@@ -18,11 +18,7 @@ from tests.paths import ROOT
 from tests.plan.counted import OPERATIONS, VARIANTS, counted_run
 
 WORLD = 2
-TESTED = (
-    "zero2",
-    "zero3",
-    "zero3_hpz",
-)  # benchmarks/plan_traffic.py counts all of them, on four ranks as well
+TESTED = ("zero2", "zero3")  # benchmarks/plan_traffic.py counts all of them, on four ranks as well
 
 
 @pytest.fixture(scope="module")
