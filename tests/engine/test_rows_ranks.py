@@ -83,15 +83,15 @@ def learn(run: Run, out: Path) -> dict[str, Any]:
         nats = {name: mean_over_ranks(value).item() for name, value in losses.nats.items()}
         return nats | {"grad_norm": float(engine.grad_norm)}
 
-    weights = masters()
+    kept, weights = checkpoint.checkpoints_of(out), masters()
     teacher = {key: value.clone() for key, value in engine.average.state().items()}
     curve = [step() for _ in range(SAVED)]
     if world_size() > 1:
-        checkpoint.Saver(engine, out, FACTS, None).save(wait=True)
+        checkpoint.Saver(engine, kept, FACTS, None).save(wait=True)
     curve += [step() for _ in range(STEPS - SAVED)]
     resumed = curve[SAVED:]
     if world_size() > 1:
-        checkpoint.restore(engine, checkpoint.folder_in(out, SAVED))
+        checkpoint.restore(engine, checkpoint.folder_in(kept, SAVED))
         resumed = [step() for _ in range(STEPS - SAVED)]
     engine.run = replace(run, optim=replace(run.optim, lr=LOUD, final_lr=LOUD))
     loud = step()
