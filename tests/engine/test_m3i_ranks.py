@@ -110,7 +110,9 @@ WAITING = (
 
 
 class Waits(TorchDispatchMode):
-    """Collects the places, other than DeepSpeed's own, from which the host would wait for a device."""
+    """Collects the places from which the host would wait for a device, other than DeepSpeed's look at the gradient
+    and the guard's, which is the same wait.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +129,7 @@ class Waits(TorchDispatchMode):
             for frame in traceback.extract_stack()
             if f"{ROOT}/pretrain/" in frame.filename or "deepspeed" in frame.filename
         ]
-        if "deepspeed" not in stack[-1].filename:
+        if "deepspeed" not in stack[-1].filename and stack[-1].name != "_may_move":
             self.found.append(f"{stack[-1].filename}:{stack[-1].lineno}")
 
 
