@@ -13,7 +13,6 @@ All three leave the same gradient. Writes benchmarks/results/balance_overhead.js
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.ranks import WORLD, on_ranks
+from benchmarks.ranks import WORLD, measure_on_ranks
 from benchmarks.record import keep
 from pretrain import pretrainer
 from pretrain.balance import BalanceTracker, fork
@@ -168,16 +167,5 @@ def measure(rounds: int) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        measure(arguments.rounds)
-    else:
-        on_ranks(__file__, "--one", "--rounds", str(arguments.rounds))
-
-
 if __name__ == "__main__":
-    main()
+    measure_on_ranks(__file__, __doc__.splitlines()[0], measure, rounds=12)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 WORLD = 2
 
@@ -27,3 +29,15 @@ def on_ranks(script: str, *arguments: str, world: int = WORLD) -> None:
     codes = [process.wait() for process in processes]
     if any(codes):
         sys.exit(f"ranks ended with {codes}")
+
+
+def measure_on_ranks(script: str, purpose: str, measure: Callable[[int], None], rounds: int) -> None:
+    """The command line of a benchmark whose ranks call `measure` with the number of rounds, `rounds` by default."""
+    parser = argparse.ArgumentParser(description=purpose)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        measure(arguments.rounds)
+    else:
+        on_ranks(script, "--one", "--rounds", str(arguments.rounds))
