@@ -7,8 +7,8 @@ by file:// URLs), reduce the short side to 256 px, each by its own filter, whose
 write tars of JPEGs at quality 95, in as many processes (--workers). Turn about; a rate is that of the images between
 a short run and a long one, so that starting up does not count, per second of processor time of all processes: a busy
 machine changes the clock on the wall more. Memory is the sum of proportional set sizes over all processes at its
-peak. Ours also judges and hashes every image, and is timed where it keeps the bytes as they are. Writes
-benchmarks/results/shard_builder.json.
+peak. Ours also judges and hashes every image, and is timed where it keeps the bytes as they are, by one process too:
+two share caches, and on many machines the two threads of one core. Writes benchmarks/results/shard_builder.json.
 """
 
 from __future__ import annotations
@@ -203,7 +203,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
-    runs: dict[str, list[tuple[Run, Run]]] = {"ours": [], "img2dataset": [], "ours_kept": []}
+    runs: dict[str, list[tuple[Run, Run]]] = {
+        name: [] for name in ("ours", "img2dataset", "ours_kept", "ours_kept_alone")
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         short, long = (
@@ -219,7 +221,8 @@ def main() -> None:
                         command = theirs(arguments.peer_python, images, out, arguments.workers)
                     else:
                         side = SHORT_SIDE if who == "ours" else 0
-                        command = ours(images, out, arguments.workers, side)
+                        workers = 1 if who == "ours_kept_alone" else arguments.workers
+                        command = ours(images, out, workers, side)
                     pair.append(measure(command))
                 runs[who].append((pair[0], pair[1]))
                 print(who, rates(*pair, arguments.images), flush=True)
