@@ -25,6 +25,7 @@ ONTO_CHROMA = FROM_YIQ @ np.diag([0.0, 1.0, 1.0]) @ TO_YIQ
 QUARTER_TURN = FROM_YIQ @ np.array([[0.0, 0, 0], [0, 0, 1], [0, -1, 0]]) @ TO_YIQ
 SIGMA_SIDE = 224  # pixels: Views.blur_sigma is given for views of this side
 BLUR_REACH = 3.0  # standard deviations after which a blur is cut off
+LEAST_SIGMA = 0.25  # pixels; a neighbour has a weight of 0.0003 there, so less rounds to nothing
 
 
 class Change(NamedTuple):
@@ -72,7 +73,7 @@ def change_colours(levels: UInt8[np.ndarray, "s s 3"], change: Change) -> UInt8[
     """The changed view, by OpenCV on one core; rounded after the affine part and after the blur."""
     if change.is_recoloured:
         levels = cv2.transform(levels, affine(change, mean_colour(levels)))  # cuts off at 0 and 255
-    if change.sigma:
+    if change.sigma > LEAST_SIGMA:
         levels = blur(levels, change.sigma)
     return solarize(levels) if change.solarize else levels
 
@@ -117,11 +118,11 @@ def reach(sigma: float, size: int) -> int:
 def blur(levels: UInt8[np.ndarray, "s s 3"], sigma: float) -> UInt8[np.ndarray, "s s 3"]:
     """Gaussian blur with standard deviation `sigma` pixels, cut off at BLUR_REACH of them, borders reflected.
 
-    In float32 and rounded once: OpenCV's kernels of 8 bits would be slower, and darken.
+    In float32 and rounded once, by way of 16 bits: OpenCV's kernels of 8 bits would be slower, and darken.
     """
     weights = cv2.getGaussianKernel(2 * reach(sigma, len(levels)) + 1, sigma, cv2.CV_32F)
-    blurred = cv2.sepFilter2D(levels, cv2.CV_32F, weights, weights, borderType=cv2.BORDER_REFLECT_101)
-    return cv2.convertScaleAbs(blurred)  # to the nearest whole level; none is negative
+    blurred = cv2.sepFilter2D(levels, cv2.CV_16S, weights, weights, borderType=cv2.BORDER_REFLECT_101)
+    return cv2.convertScaleAbs(blurred)  # to 8 bits; no level is negative
 
 
 def solarize(levels: UInt8[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:

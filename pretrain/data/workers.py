@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import multiprocessing
 import os
@@ -188,7 +189,11 @@ def _dead_workers(deliveries: Iterator[Packed | DataError]) -> list[int]:
 
 
 def keep_memory() -> None:
-    """Lets this process reuse the memory of images: fresh pages cost as much as decoding. glibc alone can."""
+    """Lets this process reuse the memory of images: fresh pages cost as much as decoding. glibc alone can.
+
+    What was imported so far stays, so the garbage collector need not look through it again and again.
+    """
+    gc.freeze()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the largest that glibc takes
