@@ -22,7 +22,7 @@ pretrain        = ENV=$(VENV) RANKS=$(RANKS) jobs/local/pretrain.sh --recipe m3i
 evaluate        = python -m pretrain.evaluate $(RUN) --data $(DATA)/labelled --out $(RUN)/evaluation.json
 export_weights  = python -m pretrain.export $(RUN) --to internimage
 report          = python -m pretrain.report $(RUN)
-tests           = python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+tests           = python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export HF_HUB_OFFLINE := 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +16,32 @@ from jaxtyping import install_import_hook
 import tests.shapes  # noqa: F401  the hook below looks it up by name
 
 install_import_hook(["pretrain", "data_prep"], "tests.shapes.checked")
+
+HERE = Path(__file__).resolve().parent
+
+
+# Files of minutes. They come first, the longest before the others, so that no process is left alone with one at the
+# end; pytest-xdist by itself starts those of few tests last, and these have few.
+LONGEST_FIRST = (
+    "engine/test_drill.py",
+    "kernels/test_pointwise.py",
+    "engine/test_rows_ranks.py",
+    "engine/test_m3i_ranks.py",
+    "kernels/test_pointwise_sass.py",
+    "kernels/test_dcnv3_triton.py",
+    "engine/test_resume.py",
+    "engine/test_main.py",
+    "engine/test_micro_batches.py",
+    "kernels/test_dcnv3.py",
+    "kernels/test_dcnv3_sass.py",
+    "engine/test_engine.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the files by LONGEST_FIRST; all else keeps its place."""
+    order = {HERE / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(autouse=True, scope="session")
