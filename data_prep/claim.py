@@ -1,4 +1,4 @@
-"""How is one output built by one builder at a time? A lock on disk, a claim with a heartbeat behind a URL.
+"""How is one place written by one process at a time? A lock on disk, a claim with a heartbeat behind a URL.
 
 The lock dies with its process. A claim is an object that its owner writes again and again; one that stands still for
 STALE seconds, or whose process is known to be gone, is taken over. Its owner may yet wake up, and where images are
@@ -52,7 +52,7 @@ class _Claim:
     def __call__(self) -> None:
         if not self.is_ours():
             raise OSError(
-                f"{self.place} was taken over by another builder, since this one gave no sign for {STALE:g} seconds: "
+                f"{self.place} was taken over by another process, since this one gave no sign for {STALE:g} seconds: "
                 "let that one finish"
             )
 
@@ -117,7 +117,7 @@ def _locked(folder: Path, part: Part, wait: bool) -> Iterator[Require]:
                 fcntl.flock(lock, kind if wait else kind | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise FileExistsError(
-                    f"{folder} is being built by another process: wait until it ends"
+                    f"{folder} is being written by another process: wait until it ends"
                 ) from error
         yield unclaimed
 
@@ -140,7 +140,7 @@ def _owned(place: Place, part: Part) -> Iterator[Require]:
     is_taken = not work.create(name, json.dumps({**mine, "beat": 0}).encode())
     time.sleep(0 if is_taken else SETTLE)
     if is_taken or not claim.is_ours():
-        raise FileExistsError(f"{place} is being built by another process: wait until it ends")
+        raise FileExistsError(f"{place} is being written by another process: wait until it ends")
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(work, name, mine, claim, ended), daemon=True)
     heart.start()
@@ -190,7 +190,7 @@ def _remove_if_dead(work: Place, name: str) -> None:
         except FileNotFoundError:
             return
         if now != content:
-            raise FileExistsError(f"{work} is being built by {told}: wait until it ends")
+            raise FileExistsError(f"{work} is being written by {told}: wait until it ends")
     work.remove(name)
 
 

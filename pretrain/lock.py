@@ -1,4 +1,7 @@
-"""Does another process write to this run's folder? A lock that ends with its holder, however that ends."""
+"""Does another process write to this run's folder, or where it keeps its checkpoints?
+
+On disk a lock, which ends with its holder, however that ends; behind a URL a claim with a heartbeat.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,12 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from data_prep.claim import Require, claimed, unclaimed
+from data_prep.places import place_of
+from pretrain.data.remote import Place
 
 LOCK = ".lock"
 
@@ -18,7 +25,7 @@ class Busy(ValueError):
 
 
 @contextmanager
-def only_writer(out: Path) -> Iterator[None]:
+def only_writer(out: Path, option: str = "--out") -> Iterator[None]:
     """Holds OUT for this process; Busy names the process that already does, ValueError tells of a place below a file.
 
     Two runs in one folder would delete each other's checkpoints. A file system without locks is warned of.
@@ -26,7 +33,9 @@ def only_writer(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"--out {out} lies below a file ({error.strerror}): name another folder") from error
+        raise ValueError(
+            f"{option} {out} lies below a file ({error.strerror}): name another folder"
+        ) from error
     with (out / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -34,7 +43,7 @@ def only_writer(out: Path) -> Iterator[None]:
             file.seek(0)
             raise Busy(
                 f"{out} is being written by {file.read().strip() or 'another process'}: wait for it, end it, or "
-                "name another --out"
+                f"name another {option}"
             ) from None
         except OSError as error:
             warnings.warn(f"{out} cannot be locked ({error}): start no second run there", stacklevel=2)
@@ -42,3 +51,22 @@ def only_writer(out: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+@contextmanager
+def only_saver(place: Place) -> Iterator[Require]:
+    """Holds the place of `--checkpoints`, as `only_writer` does; what it gives raises OSError once that is lost.
+
+    Runs of two folders that keep their checkpoints in one place would take each other's for their own, and delete
+    them. Behind a URL the claim of a process that is gone is waited for: 90 seconds, or none on its own machine.
+    """
+    if isinstance(place, Path):
+        with only_writer(place, "--checkpoints"):
+            yield unclaimed
+        return
+    with ExitStack() as held:
+        try:
+            require = held.enter_context(claimed(place_of(place)))
+        except FileExistsError as error:
+            raise Busy(f"{error}, end it, or name another --checkpoints") from error
+        yield require

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data_prep.claim import Require, unclaimed
 from pretrain import checkpoint, resume
 from pretrain.checkpoint import Saver, step_of
 from pretrain.collectives import from_first_rank, rank, world_size
@@ -27,7 +28,7 @@ from pretrain.evidence import Journal
 from pretrain.exits import RankLost
 from pretrain.facts import DataFacts
 from pretrain.intact import write_text
-from pretrain.lock import only_writer
+from pretrain.lock import only_saver, only_writer
 from pretrain.loop import Job, run_steps
 from pretrain.models.guides import Guide, open_guide
 from pretrain.monitor import Monitor
@@ -54,11 +55,11 @@ def train(run: Run, paths: Paths) -> None:
     config, machine = resolve_config(ds_config, run, device)
     run.images_per_rank(world_size(), paths.micro_batches)  # refuses what does not divide
     with ExitStack() as held:
-        from_first_rank(lambda: held.enter_context(only_writer(paths.out)) and None)
+        require = _sole(held, paths)
         signals = held.enter_context(Signals())
         watchdog = held.enter_context(Watchdog(paths.out, rank(), world_size(), paths.timeout))
         try:
-            _train(run, paths, config, machine, device, signals, watchdog)
+            _train(run, paths, config, machine, device, signals, watchdog, require)
         except RuntimeError as error:
             if not is_of_another_rank(error):
                 raise
@@ -75,6 +76,7 @@ def _train(
     device: torch.device,
     signals: Signals,
     watchdog: Watchdog,
+    require: Require,
 ) -> None:
     folder = from_first_rank(lambda: resume.newest_or_none(paths.kept))
     first_step = 0 if folder is None else step_of(folder)
@@ -97,7 +99,7 @@ def _train(
         engine.guard.left_out |= skipped
         if rank() == 0:
             _write_inputs(run, paths)
-        saver = Saver(engine, paths.kept, facts, tokenizer)
+        saver = Saver(engine, paths.kept, facts, tokenizer, require)
         job = Job(run, paths, engine, saver, journal, signals, watchdog, window)
         speed = speed_of(run, facts, engine, paths.price)
         while True:
@@ -125,6 +127,20 @@ def _train(
             skipped = engine.guard.left_out
             loader = open_loader(run, paths, tokenizer, device, step_of(folder), skipped, dropped)
             held.enter_context(closing(loader))
+
+
+def _sole(held: ExitStack, paths: Paths) -> Require:
+    """The first rank holds what the run writes; Busy on all ranks when another process does. For the Saver."""
+    found = unclaimed
+
+    def hold() -> None:
+        nonlocal found
+        held.enter_context(only_writer(paths.out))
+        if paths.checkpoints is not None:
+            found = held.enter_context(only_saver(paths.checkpoints))
+
+    from_first_rank(hold)
+    return found
 
 
 def build_engine(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -26,6 +27,8 @@ TIMEOUT = 1800.0  # seconds, of the command line's --timeout
 FIRST = 3.0  # times the timeout that the first step may take: caches fill, kernels compile
 SIGNS = 10  # signs of life in a timeout
 MOST_SECONDS = 3.0  # between two of them
+MOST_SIGNS = 500  # a second, of all ranks together: a network file system should not notice
+FEW = 16  # ranks that write every sign at once, so that the last word of one that dies is exact
 SILENT = 4  # signs missed by a rank that is gone
 SIGN_BYTES = 512  # of which no more than a few hundred are used: it is overwritten in place
 STACKS = "stacks"
@@ -56,7 +59,10 @@ class Watchdog:
     def __init__(self, out: Path, rank: int, world: int, timeout: float) -> None:
         self._folder, self._stacks = out / "ranks", out / STACKS
         self._rank, self._world, self._timeout = rank, world, timeout
-        self.interval = min(timeout / SIGNS, MOST_SECONDS)
+        self._gap = 0.0 if world <= FEW else world / MOST_SIGNS  # seconds between two signs at least
+        self.interval = max(min(timeout / SIGNS, MOST_SECONDS), self._gap)
+        self._said = -math.inf  # when the last sign was given
+        self._told = 0  # things begun that it told of
         self._number = self._entered = self._step = 0
         self._doing, self._limit = "starts", FIRST * timeout
         self._since = time.monotonic()
@@ -90,7 +96,8 @@ class Watchdog:
         self._step, self._doing = step, doing
         self._entered += 1
         self._since = time.monotonic()
-        self._say()
+        if self._since - self._said >= self._gap:
+            self._say()
 
     def lost(self) -> tuple[str, bool]:
         """Who is gone or behind, and is this the rank to tell it; "" when all are there. Waits for some signs."""
@@ -131,6 +138,7 @@ class Watchdog:
         """Overwrites this rank's sign; what was written outlives the process, also by SIGKILL."""
         with self._lock, suppress(OSError):  # of a full disk the save tells; the run goes on without signs
             self._number += 1
+            self._said, self._told = time.monotonic(), self._entered
             sign = Sign(
                 self._rank,
                 socket.gethostname(),
@@ -148,8 +156,9 @@ class Watchdog:
                 os.close(file)
 
     def _watch(self) -> None:
-        while not self._is_over.wait(self.interval):
-            self._say()
+        while not self._is_over.wait(self._gap or self.interval):
+            if self._told < self._entered or time.monotonic() - self._said >= self.interval:
+                self._say()
             if time.monotonic() - self._since > self._limit:
                 self._end()
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data_prep.claim import Require, unclaimed
 from pretrain import intact
 from pretrain.checkpoint.names import folder_in, step_name, steps_in
 from pretrain.checkpoint.snapshot import Snapshot, Trainable
@@ -37,11 +38,19 @@ class Saver:
     `place` holds one folder a checkpoint: a folder on a file system that all ranks see, or a URL. Step 0 is kept,
     from which evaluation tells what pre-training changed, with the newest `run.keep_last` and, where
     `run.keep_every` is not 0, every checkpoint whose step is a multiple of it. All ranks make one, and call `save`
-    and `finish` alike. ValueError for a URL that nothing here opens; OSError when the place cannot be used.
+    and `finish` alike; `require` raises OSError once another process has taken the place over. ValueError for a URL
+    that nothing here opens; OSError when the place cannot be used.
     """
 
-    def __init__(self, engine: Trainable, place: Place, facts: DataFacts, tokenizer: Path | None) -> None:
-        self._engine, self.place = engine, place
+    def __init__(
+        self,
+        engine: Trainable,
+        place: Place,
+        facts: DataFacts,
+        tokenizer: Path | None,
+        require: Require = unclaimed,
+    ) -> None:
+        self._engine, self.place, self._require = engine, place, require
         self._store = store_at(place)
         from_first_rank(self._store.tidy)
         self._run_token = from_first_rank(lambda: secrets.token_hex(4))
@@ -115,6 +124,7 @@ class Saver:
         self._agreed(f"{attempt}/ended", lambda: self._publish(name, attempt))
 
     def _make_room(self, name: str, attempt: str) -> None:
+        self._require()
         free, needed = self._store.room(), self._snapshot.num_bytes + SPARE_BYTES
         if free is not None and free < needed:
             raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, it needs {needed / 2**20:.0f} MiB")
@@ -132,6 +142,7 @@ class Saver:
             if told["error"]:
                 raise OSError(f"rank {index}: {told['error']}")
             together |= told["value"]
+        self._require()
         self._store.publish(name, attempt, together)
 
     def _prune(self, newest: int) -> None:

@@ -1,8 +1,14 @@
-"""How does a test get an S3 store on the loopback that fails as real ones do? moto's, behind faults of ours."""
+"""How does a test get an S3 store on the loopback that fails as real ones do? moto's, behind faults of ours.
+
+`python -m tests.data.s3` is one for tests that fork: it prints the environment that finds it, and refuses everything
+between one SIGUSR1 and the next.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -102,3 +108,16 @@ def s3_store() -> Iterator[Store]:
     finally:
         server.shutdown()
         thread.join()
+
+
+def serve() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # in the server's threads too
+    with s3_store() as store:
+        store.faults.methods = ("GET", "HEAD", "PUT", "POST", "DELETE")
+        print(json.dumps(store.environment), flush=True)
+        while signal.sigwait({signal.SIGUSR1}):
+            store.faults.refused = 1.0 - store.faults.refused
+
+
+if __name__ == "__main__":
+    serve()

@@ -241,7 +241,7 @@ def test_a_second_builder_is_refused_while_the_first_lives(place, undisturbed, m
     build_part(collection(), place, replace(OPTIONS, part="1/5"))  # so that there is something to guard
     with claimed(place) as require:
         for options in (OPTIONS, replace(OPTIONS, part="2/5")):
-            with pytest.raises(FileExistsError, match=r"is being built by .*: wait until it ends"):
+            with pytest.raises(FileExistsError, match=r"is being written by .*: wait until it ends"):
                 (build_part if options.part else build)(collection(), place, options)
         require()
     _at_last(place, undisturbed)
@@ -263,7 +263,7 @@ def test_a_claim_without_a_sign_of_life_is_taken_over_and_its_owner_stops(s3, mo
         assert "claimed by process 1 on far" in capfd.readouterr().err
         s3.write(".build/claim", json.dumps({"owner": "y"}).encode())
         until = time.monotonic() + 20
-        with pytest.raises(OSError, match="was taken over by another builder"):
+        with pytest.raises(OSError, match="was taken over by another process"):
             while time.monotonic() < until:
                 require()
                 os.sched_yield()
@@ -274,7 +274,7 @@ def test_a_claim_without_a_sign_of_life_is_taken_over_and_its_owner_stops(s3, mo
 def test_a_builder_that_lost_its_claim_puts_no_shard_any_more(s3, monkeypatch, workers):
     s3 = s3.child(str(workers))
     thief = partial(steals_the_claim, place=str(s3), make=collection().make, number=9)
-    with pytest.raises(OSError, match="was taken over by another builder"):
+    with pytest.raises(OSError, match="was taken over by another process"):
         build(replace(collection(), make=thief), s3, replace(OPTIONS, workers=workers))
     assert "000002.tar" not in s3.names() and not s3.exists("manifest.json")
     assert json.loads(s3.read(".build/claim"))["owner"] == "y"

@@ -6,6 +6,7 @@ seconds less. The run is a shrunken m3i.vit_b16 through pretrain/main.py's `star
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -27,8 +29,17 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from data_prep import stores as builders_stores  # noqa: E402
 from pretrain import main, recipes, resume  # noqa: E402
-from pretrain.checkpoint import checkpoint_folder, checkpoints_of, load_teacher, step_of, steps_in  # noqa: E402
+from pretrain.checkpoint import (  # noqa: E402
+    checkpoint_folder,
+    checkpoints_of,
+    load_teacher,
+    step_of,
+    steps_in,
+    stores,
+)
+from pretrain.checkpoint.names import step_name  # noqa: E402
 from pretrain.checkpoint.stores import store_at  # noqa: E402
 from pretrain.config import Guard, Run  # noqa: E402
 from pretrain.data.batch import Batch  # noqa: E402
@@ -52,6 +63,7 @@ main.quieten()
 WORLD = 2
 STEPS, SAVE_EVERY = 9, 3
 KILLS = 20
+DISK_BYTES = 64 * 2**20  # of a disk that holds the checkpoints of a run, and no more than that
 LONGEST = 60.0  # seconds of a start; a start that takes longer is a failure of the drill
 
 
@@ -88,15 +100,20 @@ class Drill:
         timeout: float = 30.0,
         work: Callable[[Namespace], int] | None = None,
         grace: float = LONGEST,
+        kept: Path | str | None = None,
     ) -> End:
-        """One start of the run in FOLDER/NAME; ranks that outlive one that failed by `grace` seconds are killed."""
+        """One start of the run in FOLDER/NAME; ranks that outlive one that failed by `grace` seconds are killed.
+
+        `kept` is where its checkpoints go, if not there.
+        """
         self._num_starts += 1
         begun, log = time.monotonic(), self.folder / f"{self._num_starts:03d}-{name}.txt"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         processes = [
-            self._fork(name, r, port, log, (faults or {}).get(r), timeout, work) for r in range(WORLD)
+            self._fork(self.paths(name, timeout, kept), r, port, log, (faults or {}).get(r), work)
+            for r in range(WORLD)
         ]
         codes = _wait(processes, begun + LONGEST, grace)
         return {
@@ -107,12 +124,11 @@ class Drill:
 
     def _fork(
         self,
-        name: str,
+        paths: Namespace,
         rank: int,
         port: int,
         log: Path,
         fault: Fault | None,
-        timeout: float,
         work: Callable[[Namespace], int] | None,
     ) -> int:
         process = os.fork()
@@ -127,7 +143,6 @@ class Drill:
             os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
             if fault is not None:
                 fault()
-            paths = self.paths(name, timeout)
             code = main.start(self.run, paths) if work is None else work(paths)
         except BaseException as error:
             import traceback
@@ -138,7 +153,7 @@ class Drill:
             sys.stderr.flush()
             os._exit(code)
 
-    def paths(self, name: str, timeout: float) -> Namespace:
+    def paths(self, name: str, timeout: float, kept: Path | str | None) -> Namespace:
         data = {source: self.folder / "data" / source for source in self.run.data}
         return Namespace(
             data=data,
@@ -147,7 +162,7 @@ class Drill:
             tokenizer=None,
             guide=None,
             workers=0,
-            checkpoints=None,
+            checkpoints=kept,
             timeout=timeout,
             micro_batches=1,
             wandb=False,
@@ -163,9 +178,9 @@ class Drill:
         lines = (self.folder / name / "log.jsonl").read_text().splitlines()
         return [{key: json.loads(line)[key] for key in kept} for line in lines]
 
-    def outcome(self, name: str) -> dict[str, Any]:
+    def outcome(self, name: str, kept: Path | str | None = None) -> dict[str, Any]:
         """The curve, and the sum of every tensor of the last teacher."""
-        folder = resume.newest_or_none(checkpoints_of(self.folder / name))
+        folder = resume.newest_or_none(kept or checkpoints_of(self.folder / name))
         teacher = {} if folder is None else load_teacher(folder)
         sums = {key: value.double().sum().item() for key, value in teacher.items()}
         return {"curve": self.curve(name), "teacher": sums}
@@ -324,6 +339,75 @@ def full_disk(drill: Drill) -> dict[str, Any]:
     }
 
 
+def full_tmpfs(drill: Drill) -> dict[str, Any]:
+    """Somebody else fills the small disk of the checkpoints before step 6 is saved, and frees it before step 9."""
+    kept = drill.folder / "small_disk"
+    kept.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(kept)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"not_mounted": done.stderr.strip()}
+    filler = kept / "filler"
+
+    def fill(batch: Batch) -> Batch:
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(2**16)):
+                pass
+        return batch
+
+    def free(batch: Batch) -> Batch:
+        filler.unlink()
+        return batch
+
+    try:
+        end = drill.start("tmpfs", {0: both(in_batch(4, fill), in_batch(7, free))}, kept=kept)
+        return {"ends": [end], "steps": sorted(steps_in(kept)), **drill.outcome("tmpfs", kept)}
+    finally:
+        subprocess.run(["umount", str(kept)], check=True)
+
+
+def s3_refuses(drill: Drill) -> dict[str, Any]:
+    """The store of the checkpoints refuses all while step 6 is saved; step 9's is lost before the next start."""
+    command = [sys.executable, "-m", "tests.data.s3"]
+    kept = "s3://bucket/checkpoints"
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as server:
+        os.environ |= json.loads(server.stdout.readline()) | {"AWS_MAX_ATTEMPTS": "1"}
+
+        def refuse(batch: Batch) -> Batch:
+            while store_at(kept).child(step_name(3)).problem(hashes=False) is not None:
+                time.sleep(0.05)
+            os.kill(server.pid, signal.SIGUSR1)
+            return batch
+
+        def serve(batch: Batch) -> Batch:
+            time.sleep(4.0)  # longer than the patience with both stores
+            os.kill(server.pid, signal.SIGUSR1)
+            return batch
+
+        def be_impatient() -> None:
+            stores.PATIENCE = builders_stores.PATIENCE = 1.0
+
+        fault = both(be_impatient, in_batch(4, refuse), in_batch(7, serve))
+        ends = [drill.start("s3", {0: fault, 1: be_impatient}, kept=kept)]
+        steps = _apart(lambda: sorted(steps_in(kept)))
+        _apart(lambda: store_at(kept).remove(step_name(STEPS)))
+        ends.append(drill.start("s3", kept=kept))
+        outcome = _apart(lambda: drill.outcome("s3", kept))
+        server.terminate()
+    return {"ends": ends, "steps": steps, **outcome}
+
+
+def _apart(work: Callable[[], Any]) -> Any:
+    """What `work` gives, done by a fork: who has spoken to a store has a thread, which no fork of it would have."""
+    reading, writing = os.pipe()
+    if not os.fork():
+        os.write(writing, json.dumps(work()).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as told:
+        return json.loads(told.read())
+
+
 def truncated(drill: Drill) -> dict[str, Any]:
     """The newest checkpoint of the undisturbed run has lost half of a file."""
     shutil.copytree(drill.folder / "straight", drill.folder / "truncated")
@@ -345,6 +429,8 @@ SCENARIOS: dict[str, Callable[[Drill], dict[str, Any]]] = {
     "poisoned_twice": poisoned_twice,
     "poisoned_for_ever": poisoned_for_ever,
     "full_disk": full_disk,
+    "full_tmpfs": full_tmpfs,
+    "s3_refuses": s3_refuses,
     "truncated": truncated,
 }
 

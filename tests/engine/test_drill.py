@@ -124,6 +124,27 @@ def test_a_full_disk_is_told_and_the_run_goes_on(drill: dict[str, Any]) -> None:
     assert _is_like(found, drill["undisturbed"]["straight"])
 
 
+def test_a_small_disk_that_others_fill_is_told_and_the_run_goes_on(drill: dict[str, Any]) -> None:
+    found = drill["full_tmpfs"]
+    if "not_mounted" in found:
+        pytest.skip(f"no small disk can be mounted here: {found['not_mounted']}")
+    assert _codes(found) == [[FINISHED] * 2]
+    told = found["ends"][0]["output"]
+    assert told.count("NOT SAVED") == 1 and "MiB are free, it needs" in told
+    assert found["steps"] == [0, 3, 9]
+    assert _is_like(found, drill["undisturbed"]["straight"])
+
+
+def test_a_store_that_refuses_is_told_and_the_run_goes_on(drill: dict[str, Any]) -> None:
+    found = drill["s3_refuses"]
+    assert _codes(found) == [[FINISHED] * 2] * 2
+    refused, again = (end["output"] for end in found["ends"])
+    assert refused.count("NOT SAVED") == 1 and "step_000006 could not be written" in refused
+    assert found["steps"] == [0, 3, 9]
+    assert "from s3://bucket/checkpoints/step_000003" in again
+    assert _is_like(found, drill["undisturbed"]["straight"])
+
+
 def test_a_truncated_checkpoint_is_passed_over(drill: dict[str, Any]) -> None:
     found = drill["truncated"]
     assert _codes(found) == [[FINISHED] * 2]

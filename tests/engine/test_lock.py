@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.lock import only_writer
+from data_prep import claim
+from pretrain.lock import Busy, only_saver, only_writer
+from tests.data.s3 import s3_store
 from tests.paths import ROOT
 
 HOLD = (
@@ -49,3 +51,32 @@ def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
         only_writer(tmp_path / "file" / "run"),
     ):
         pass
+
+
+def test_two_runs_do_not_keep_their_checkpoints_in_one_folder(tmp_path: Path) -> None:
+    refusal = pytest.raises(Busy, match=r"is being written by process .*, or name another --checkpoints")
+    with only_saver(tmp_path), refusal, only_saver(tmp_path):
+        pass
+    with only_saver(tmp_path) as require:
+        require()
+
+
+def test_two_runs_do_not_keep_their_checkpoints_behind_one_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "SETTLE", 0.0)
+    monkeypatch.setattr(claim, "BEAT", 0.05)
+    place = "s3://bucket/run/checkpoints"
+    with s3_store() as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        refusal = pytest.raises(Busy, match=r"by process \d+ on .*: wait .*, or name another --checkpoints")
+        with only_saver(place) as require:
+            with refusal, only_saver(place):
+                pass
+            require()
+            store.files.pipe_file(f"{place}/.build/claim", b'{"owner": "another"}')
+            with pytest.raises(OSError, match="was taken over by another process"):
+                require()
+        store.files.rm_file(f"{place}/.build/claim")
+        with only_saver(place):
+            pass
+        assert not store.files.exists(f"{place}/.build/claim")
