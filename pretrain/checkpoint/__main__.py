@@ -14,6 +14,7 @@ import json
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pretrain import intact
@@ -96,9 +97,15 @@ def consolidate(options: argparse.Namespace) -> None:
         "of": options.of,
         "state": json.dumps(read_json(folder, "state.json")),
     }
-    save_file({name: values.contiguous() for name, values in weights.items()}, partial, metadata=origin)
-    intact.flush(partial)
-    partial.replace(options.out)
+    try:
+        save_file({name: values.contiguous() for name, values in weights.items()}, partial, metadata=origin)
+        intact.flush(partial)
+        partial.replace(options.out)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"{options.out} could not be written ({error}): free space there, or name another file"
+        ) from error
     num_values = sum(values.numel() for values in weights.values())
     print(f"{options.out}: {len(weights)} tensors, {num_values:,} values of the {options.of} of {folder}")
 

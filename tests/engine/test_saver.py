@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -248,6 +249,21 @@ def test_a_store_that_stays_away_is_told_and_training_goes_on(
     assert checkpoint.latest(place) == f"{place}/step_000001"
     save_at(saver, engine, 3)
     assert checkpoint.latest(place) == f"{place}/step_000003"
+
+
+def test_one_file_that_finds_no_room_is_told_and_leaves_nothing(
+    engine: Untrained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_at(saver_of(engine, checkpoint.checkpoints_of(tmp_path)), engine, 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        assert main(["consolidate", str(tmp_path), "--out", str(tmp_path / "weights.safetensors")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = capsys.readouterr().err
+    assert "weights.safetensors could not be written" in told and "free space there" in told
+    assert not list(tmp_path.glob("*weights*"))
 
 
 def test_the_command_lists_verifies_and_makes_one_file(
