@@ -33,7 +33,7 @@ from pretrain.plan.traffic import traffic  # noqa: E402
 from pretrain.recipes import load  # noqa: E402
 from tests.engine.launch import start  # noqa: E402
 from tests.fakes import FACTS  # noqa: E402
-from tests.plan.counted import OPERATIONS, VARIANTS, counted_run  # noqa: E402
+from tests.plan.counted import OPERATIONS, VARIANTS, counted_run, parts_of  # noqa: E402
 
 WORLD = 2
 NETWORKS = {"400 Gb/s a GPU": 50e9, "100 Gb/s a GPU": 12.5e9, "100 Gb/s a node": 12.5e9 / 8}  # bytes a second
@@ -52,7 +52,7 @@ def counted(world: int) -> dict[str, Any]:
 def setting_of(variant: str) -> Setting:
     """The plan's view of a variant."""
     file, changes = VARIANTS[variant]
-    return Setting(file, read()[file] | changes)
+    return Setting(file, read()[file] | changes, micro_batches=parts_of(variant))
 
 
 def on_ranks(world: int) -> dict[str, Any]:

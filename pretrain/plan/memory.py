@@ -83,14 +83,14 @@ def memory(
             **common,
         )
     resident = sum(n for n in sizes.trained if n <= setting["stage3_param_persistence_threshold"])
-    gradients = 0.0 if setting.is_offloaded else shares * wide
+    gradients = share = 0.0 if setting.is_offloaded else shares * wide
     if setting.micro_batches > 1:  # ranks reduce the sum over all parts, which each holds whole until then
         gradients = trained * wide
     secondary = trained / setting.hpz if setting.hpz > 1 else 0
     return Memory(
         weights=(shares + resident) * wide,
         gradients=gradients,
-        resident=gradients + bucket,
+        resident=share + bucket,
         teacher=sum(-(-n // ranks) for n in sizes.towers) * wide,
         buffers=bucket * (setting.num_buckets + 1) + (live(sizes, setting, ranks) + secondary) * wide,
         **common,

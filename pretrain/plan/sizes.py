@@ -18,6 +18,7 @@ READ: dict[
     "global": {"pool", "pool_norm", "norm", "projector"},
     "tags": {"tags"},
 }
+IN_PARTS = {"encoder", "pool", "text", "text_projection", "tags"}  # of Towers, called once a micro-batch
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Sizes:
     geometry: tuple[int, ...]  # those of the decoder whose input has no gradient
     rest: tuple[int, ...]  # linear decoders, predictor, temperature, mask
     taught: tuple[int, ...]  # of the towers, what a teacher's forward pass reads
+    joint: tuple[
+        int, ...
+    ]  # of all, what sees the whole batch at once, also where the rest sees micro-batches
     largest_unit: int  # elements that ZeRO-3 gathers at once: a block, or the largest parameter
 
     @property
@@ -54,7 +58,9 @@ def sizes_of(run: Run, facts: DataFacts) -> Sizes:
         model = Pretrainer(run, facts)
     kinds = {target.kind for target in model.targets.values() if target.encoder == "ema"}
     read = {"encoder"}.union(*(READ[kind] for kind in kinds)) if kinds else set()
-    parts: dict[str, list[int]] = {"student": [], "decoder": [], "geometry": [], "rest": [], "taught": []}
+    parts: dict[str, list[int]] = {
+        name: [] for name in ("student", "decoder", "geometry", "rest", "taught", "joint")
+    }
     for name, parameter in model.named_parameters():
         part, inside, *_ = *name.split("."), ""
         parts[part if part in ("student", "decoder") else "rest"].append(parameter.numel())
@@ -62,6 +68,8 @@ def sizes_of(run: Run, facts: DataFacts) -> Sizes:
             parts["taught"].append(parameter.numel())
         if part == "decoder" and inside == "relative":
             parts["geometry"].append(parameter.numel())
+        if part != "decoder" and inside not in IN_PARTS:
+            parts["joint"].append(parameter.numel())
     units = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, GATHER_UNITS)]
     largest = max(units + [p.numel() for p in model.parameters()])
     return Sizes(*(tuple(part) for part in parts.values()), largest)

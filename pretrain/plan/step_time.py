@@ -30,7 +30,7 @@ ASSUMPTIONS = (
     f"arithmetic reaches {EFFICIENCY} of the GPU's bfloat16 peak, as measured on one H200 (InternImage-H and ViT-B); "
     "other GPUs, backbones and fewer images a GPU are assumed to reach as much",
     f"computed again: {AGAIN['selective']} of the encoder's forward pass with selective checkpointing, all of it "
-    "with full; micro-batches encode images and texts once more",
+    "with full; micro-batches encode images and texts, and decode, once more",
     f"ring collectives at {ATTAINED_LINK} of the link's and {ATTAINED_NETWORK} of the network's bandwidth, whose "
     f"GPUs all send at once; {LATENCY * 1e6:g} us a call and {HOP * 1e6:g} us for each doubling of the nodes",
     f"what overlaps hides behind {OVERLAP} of the arithmetic that runs beside it: gradients behind the backward "
@@ -65,7 +65,7 @@ def step_time(
     learned = sum(operations for part, operations in flops.items() if part != "teacher") / rate
     encoder, text = flops["encoder"] * once / rate, flops.get("text", 0.0) * once / rate
     forward = learned * once + flops.get("teacher", 0.0) / rate
-    forward += (encoder + text) * (setting.micro_batches > 1)
+    forward += (encoder + text + flops.get("decoder", 0.0) * once / rate) * (setting.micro_batches > 1)
     backward = learned * (1 - once) + AGAIN[setting.checkpoint] * encoder
     beside = {"forward": OVERLAP * forward, "backward": OVERLAP * backward, "nothing": 0.0}
     sent = dict.fromkeys(beside, 0.0)

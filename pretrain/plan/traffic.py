@@ -3,7 +3,8 @@
 Counted on a run's own collectives these are right within 1 %. ZeRO-1 and 2 of DeepSpeed 0.19 sum gradients by an
 all-reduce, which carries each byte twice, and gather weights once after the step; ZeRO-3 gathers the weights of a
 module before its forward pass, and before its backward pass where they were released, and scatters the sums of
-gradients. What the losses exchange is float32 and small beside the weights.
+gradients; with micro-batches it does so for each, and once more for the second forward pass. What the losses exchange
+is float32 and small beside the weights.
 """
 
 from __future__ import annotations
@@ -67,17 +68,20 @@ def _divided(run: Run, facts: DataFacts, sizes: Sizes, setting: Setting, ranks: 
     def padded(parameters: tuple[int, ...], resident: bool = False) -> float:
         return wide * sum(-(-n // ranks) * ranks for n in parameters if (n <= threshold) == resident)
 
-    targets = active_targets(run, facts).values()
-    again = max(sum(target.is_decoded for target in targets) - 1, 0)  # calls of the decoder after the first
-    forward, decoder = padded(sizes.trained), padded(sizes.decoder)
+    targets, parts = active_targets(run, facts).values(), setting.micro_batches
+    decoded = sum(target.is_decoded for target in targets)
+    again = max(decoded - 1, 0)  # calls of the decoder after the first
+    forward, decoder, joint = padded(sizes.trained), padded(sizes.decoder), padded(sizes.joint)
     is_kept = (
         setting["stage3_max_reuse_distance"] >= sizes.num_trained <= setting["stage3_max_live_parameters"]
     )
     if not is_kept:
         forward += again * decoder
+        apart = forward - joint  # what each micro-batch needs
+        forward = parts * apart + joint
     calls = forward / wide / setting["stage3_prefetch_bucket_size"]
     whole = wide * sum(-(-n // ranks) * ranks for n in sizes.trained)
-    taught = wide * sum(-(-n // ranks) * ranks for n in sizes.taught)
+    taught = parts * wide * sum(-(-n // ranks) * ranks for n in sizes.taught)
     found = [
         Message("weights before forward", "all_gather", forward, calls),
         Message("gradients", "reduce_scatter", whole, whole / wide / setting["reduce_bucket_size"]),
@@ -87,8 +91,13 @@ def _divided(run: Run, facts: DataFacts, sizes: Sizes, setting: Setting, ranks: 
     if not is_kept:
         near = setting.hpz if setting.hpz > 1 else None
         # DeepSpeed releases a module when its input's gradient is there: one without stays for the next call.
-        backward = forward - again * padded(sizes.geometry)
-        found.append(Message("weights before backward", "all_gather", backward, calls, near))
+        backward = forward - max(decoded * parts - 1, 0) * padded(sizes.geometry)
+        backward += (
+            parts * apart * (parts > 1)
+        )  # for the second forward pass, which comes with the backward pass
+        found.append(
+            Message("weights before backward", "all_gather", backward, calls * backward / forward, near)
+        )
     return [message for message in found if message.bytes]
 
 

@@ -40,7 +40,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> ds config, change
     "zero3": ("zero3", DEEP | {PERSISTENT: 1000}),
     "zero3_released": ("zero3", DEEP | AGAIN | {PERSISTENT: 0}),
     "zero3_hpz": ("zero3", DEEP | AGAIN | {PERSISTENT: 0, "zero_hpz_partition_size": 2}),
+    "zero2_in_parts": ("zero2", BUCKETS),
+    "zero3_in_parts": ("zero3", DEEP | {PERSISTENT: 1000}),
+    "zero3_released_in_parts": ("zero3", DEEP | AGAIN | {PERSISTENT: 0}),
 }
+PARTS = 2  # micro-batches of the variants in parts
 OPERATIONS = {  # what c10d calls a collective -> what the plan calls it
     "allreduce_": "all_reduce",
     "allgather_": "all_gather",
@@ -130,6 +134,11 @@ def at_rest() -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in existing().values())
 
 
+def parts_of(name: str) -> int:
+    """Micro-batches of a variant."""
+    return PARTS if name.endswith("in_parts") else 1
+
+
 def main(folder: Path, names: list[str]) -> None:
     from pretrain.main import quieten
 
@@ -149,7 +158,7 @@ def main(folder: Path, names: list[str]) -> None:
         ds_config["bf16"]["enabled"] = True
         ds_config["zero_optimization"] |= changes
         config, _ = resolve_config(ds_config, run, torch.device("cpu"))
-        engine = Engine(Pretrainer(run, FACTS), Towers(run, FACTS), run, config)
+        engine = Engine(Pretrainer(run, FACTS, parts_of(name)), Towers(run, FACTS), run, config)
         batch = random_batch(run, run.images_per_rank(world_size()), seed=rank())
         for _ in range(2):  # ZeRO-3 learns the order of modules
             engine.step(batch)

@@ -15,10 +15,14 @@ from pretrain.plan.traffic import traffic
 from tests.engine.launch import start
 from tests.fakes import FACTS
 from tests.paths import ROOT
-from tests.plan.counted import OPERATIONS, VARIANTS, counted_run
+from tests.plan.counted import OPERATIONS, VARIANTS, counted_run, parts_of
 
 WORLD = 2
-TESTED = ("zero2", "zero3")  # benchmarks/plan_traffic.py counts all of them, on four ranks as well
+TESTED = (
+    "zero2",
+    "zero3",
+    "zero3_released_in_parts",
+)  # benchmarks/plan_traffic.py counts all of them, on four too
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def setting_of(variant: str) -> Setting:
     file, changes = VARIANTS[variant]
-    return Setting(file, read()[file] | changes)
+    return Setting(file, read()[file] | changes, micro_batches=parts_of(variant))
 
 
 @pytest.mark.parametrize("variant", TESTED)
