@@ -37,7 +37,7 @@ VECTORS = {"GAMMA": 1, "OUTER": 2, "FOLLOWING": 2}  # rows of a part's gradient
 NORM_ALONE = ("FOLLOWING",)
 WIDE = ("partial_pointer", "statistics_pointer")  # float32 pointers
 H = INTERNIMAGE["internimage_h"]
-IN_FLOAT32 = (INTERNIMAGE["internimage_t"], H)  # the others' float32 differs by widths alone
+IN_FLOAT32 = (H,)  # the others' float32 differs by widths and by layer scale alone
 PUBLISHED = [INTERNIMAGE[f"internimage_{size}"] for size in ("t", "s", "b", "l", "xl", "h", "g")]
 
 
