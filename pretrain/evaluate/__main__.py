@@ -18,6 +18,7 @@ from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.evaluate.fine_tune import FineTune
 from pretrain.evaluate.probes import PROBES
 from pretrain.evaluate.protocols import SPLITS, Protocols, best_device, measure_checkpoint, read_manifests
+from pretrain.evaluate.templates import AUTO, TEMPLATES
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -39,7 +40,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="EPOCHS",
         help="train the whole encoder on the categories too (off; %(const)s epochs)",
     )
-    parser.add_argument("--k", type=int, default=Protocols.k, help="neighbours of kNN (%(default)s)")
+    parser.add_argument(
+        "--k",
+        default=",".join(map(str, Protocols.ks)),
+        help="numbers of neighbours of kNN; the first stands in the table (%(default)s)",
+    )
+    parser.add_argument(
+        "--templates",
+        default=AUTO,
+        help=f"sentences of zero-shot classification: {', '.join(TEMPLATES)} ({AUTO}: ImageNet's for its classes)",
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images (0: this one)")
     return parser.parse_args(arguments)
 
@@ -52,7 +62,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     protocols = Protocols(
         probes=tuple(name.strip() for name in options.probes.split(",")),
-        k=options.k,
+        ks=numbers_of(options.k),
+        templates=options.templates,
         fine_tune=None if options.fine_tune is None else FineTune(epochs=options.fine_tune),
         workers=options.workers,
     )
@@ -62,7 +73,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.run.is_dir():
         require_place("--out", out)
     folders = split_folders(options.data, options.train, options.heldout)
-    manifests = read_manifests(folders, protocols.k)
+    manifests = read_manifests(folders)
     steps = [find_checkpoint(options.run, name.strip()) for name in options.steps.split(",")]
     device = best_device()
     evaluated: dict[str, Any] = {"checkpoints": {}}
@@ -77,6 +88,14 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     print(result.table(evaluated))
     print(f"written to {out}")
     return evaluated
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """The numbers of neighbours in "20,10,200"; ValueError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--k {text!r} must be whole numbers with commas between, such as 20,10,200")
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def split_folders(data: Path | None, train: Path | None, heldout: Path | None) -> dict[str, Path]:

@@ -20,6 +20,7 @@ from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample, check_bad_share
 from pretrain.data.shards import ShardFolder
+from pretrain.data.text import captions_of
 from pretrain.data.views import center_view
 from pretrain.evaluate.dense import NOTHING, DenseFeatures, Sampling, TokenCollector, chosen_images
 from pretrain.evaluate.masks import Mask, read_mask
@@ -38,7 +39,7 @@ class Features:
     projected: Float[Tensor, "n e"] | None  # unit vectors in the space of the captions, if the run has text
     classified: Int[Tensor, " n"] | None  # the run's category that its own head says, if it has categories
     labels: Int[Tensor, " n"]  # category of the data set; NO_CATEGORY where a sample has none
-    captions: list[str]  # "" where a sample has none
+    captions: list[tuple[str, ...]]  # all of a sample, empty where it has none
     index: Int[Tensor, " n"]  # of the sample in the data set
     dropped: dict[str, int]  # samples left out, by reason
     dense: DenseFeatures | None = None  # single tokens, if they were asked for and the data set has masks
@@ -51,7 +52,7 @@ class Picture:
     index: int
     view: UInt8[Tensor, "3 s s"] | None
     label: int = NO_CATEGORY
-    caption: str = ""
+    captions: tuple[str, ...] = ()
     mask: Mask | None = None
     reason: str = ""
     message: str = ""
@@ -93,7 +94,7 @@ class Pictures:
             image = decode_image(content)
             mask = read_mask(members, *image.shape[:2], self.size) if index in self.masked else None
             view = self.view(image, index) if self.view else center_view(image, self.size)
-            return Picture(index, view, self._label(members), _caption(members), mask)
+            return Picture(index, view, self._label(members), _captions(members), mask)
         except BadSample as error:
             return Picture(index, None, reason=error.reason, message=str(error))
 
@@ -159,7 +160,7 @@ def extract(
         for name, value in _embed(towers, tokens).items():
             vectors.setdefault(name, []).append(value.cpu())
         collector.add(tokens, [picture.mask for picture in good])
-        seen += [Picture(p.index, None, p.label, p.caption) for p in good]
+        seen += [Picture(p.index, None, p.label, p.captions) for p in good]
     joined = {name: torch.cat(values) for name, values in vectors.items()}
     return Features(
         tokens=joined["tokens"],
@@ -167,7 +168,7 @@ def extract(
         projected=joined.get("projected"),
         classified=joined.get("classified"),
         labels=torch.tensor([picture.label for picture in seen]),
-        captions=[picture.caption for picture in seen],
+        captions=[picture.captions for picture in seen],
         index=torch.tensor([picture.index for picture in seen]),
         dropped=dict(dropped),
         dense=collector.collected(),
@@ -186,8 +187,10 @@ def _embed(towers: Towers, tokens: Float[Tensor, "n l d"]) -> dict[str, Tensor]:
     return vectors
 
 
-def _caption(members: dict[str, bytes]) -> str:
+def _captions(members: dict[str, bytes]) -> tuple[str, ...]:
     try:
-        return members.get("txt", b"").decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise BadSample("broken_text", f"caption: {error}") from error
+        return tuple(captions_of(members))
+    except BadSample as error:
+        if error.reason == "no_caption":
+            return ()
+        raise

@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pretrain.data.batch import NO_CATEGORY
-from pretrain.evaluate import dense, knn, linear, zero_shot
+from pretrain.evaluate import dense, knn, linear, retrieval, zero_shot
 from pretrain.evaluate.accuracy import proportion, score
 from pretrain.evaluate.features import Features
 from pretrain.evaluate.regions import score_regions
+from pretrain.evaluate.templates import AUTO, choose_templates
 from pretrain.facts import DataFacts
 
 
@@ -32,9 +33,10 @@ class Evidence:
     heldout: Features
     categories: tuple[str, ...]  # of the data set, train and held-out alike
     facts: DataFacts  # of the run
-    k: int  # neighbours
+    ks: tuple[int, ...]  # neighbours of kNN; the first stands for the row
     encode: zero_shot.Encode | None  # the run's tokenizer; None without text
     embed: zero_shot.EmbedTexts  # the run's text tower
+    templates: str = AUTO  # of zero-shot classification
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,22 @@ def _knn(evidence: Evidence, feature: str) -> Outcome:
     _check_trained(evidence, feature)
     rows, labels = is_labelled(evidence.train), heldout_labels(evidence)
     train, heldout = getattr(evidence.train, feature)[rows], _of_labelled(evidence, feature)
-    similarities, indices = knn.nearest(train, heldout, evidence.k)
-    predicted = knn.vote(similarities, evidence.train.labels[rows][indices], len(evidence.categories))
-    settings = {"feature": feature, "k": evidence.k, "temperature": knn.TEMPERATURE}
-    return Outcome(score(predicted, labels, len(evidence.categories)) | settings, predicted)
+    num_categories = len(evidence.categories)
+    predicted = knn.votes(train, evidence.train.labels[rows], heldout, evidence.ks, num_categories)
+    by_k = {
+        k: score(predicted[k], labels, num_categories) if k in predicted else _too_many(k, len(train))
+        for k in evidence.ks
+    }
+    settings = {"feature": feature, "k": evidence.ks[0], "temperature": knn.TEMPERATURE}
+    by_name = {str(k): row for k, row in by_k.items()}
+    return Outcome(by_k[evidence.ks[0]] | settings | {"by_k": by_name}, predicted.get(evidence.ks[0]))
+
+
+def _too_many(k: int, num_images: int) -> dict[str, Any]:
+    return {
+        "accuracy": None,
+        "reason": f"k={k} is more than the {num_images} labelled training images: give smaller --k",
+    }
 
 
 def _check_trained(evidence: Evidence, feature: str) -> None:
@@ -69,9 +83,16 @@ def _linear(evidence: Evidence, feature: str) -> Outcome:
 
 def _zero_shot(evidence: Evidence) -> Outcome:
     labels, encode = heldout_labels(evidence), _encoder(evidence)
-    classes = zero_shot.class_vectors(evidence.categories, encode, evidence.embed)
-    predicted = zero_shot.classify(_of_labelled(evidence, "projected"), classes)
-    settings = {"feature": "projected", "prompts": list(zero_shot.PROMPTS)}
+    name, templates, names = choose_templates(evidence.templates, evidence.categories)
+    classes = zero_shot.class_vectors(names, encode, evidence.embed, templates)
+    images = _of_labelled(evidence, "projected")
+    predicted = zero_shot.classify(images, classes)
+    settings = {
+        "feature": "projected",
+        "templates": name,
+        "prompts": [template.text for template in templates],
+        "top5": proportion(zero_shot.count_top(images, classes, labels, 5), len(labels)),
+    }
     return Outcome(score(predicted, labels, len(evidence.categories)) | settings, predicted)
 
 
@@ -92,21 +113,29 @@ def _classifier(evidence: Evidence) -> Outcome:
 
 
 def _retrieval(evidence: Evidence, query: str) -> Outcome:
-    """Recall at 1 among the first held-out images with captions, from images to captions or back."""
+    """Recall among the first held-out images with captions, from images to captions or back."""
     encode = _encoder(evidence)
-    rows = [row for row, caption in enumerate(evidence.heldout.captions) if caption]
-    rows = rows[: zero_shot.MAX_CANDIDATES]
+    rows = [row for row, captions in enumerate(evidence.heldout.captions) if captions]
+    rows = rows[: retrieval.MAX_IMAGES]
     if len(rows) < 2:
         raise NotMeasured("the held-out images have no captions")
-    captions = [evidence.heldout.captions[row] for row in rows]
-    images, texts = (
-        evidence.heldout.projected[rows],
-        zero_shot.embed_captions(captions, encode, evidence.embed),
-    )
-    pair = {"image": (images, texts), "text": (texts, images)}[query]
-    correct = zero_shot.retrieve(*pair, captions)
-    chance = sum(captions.count(caption) for caption in captions) / len(captions) ** 2
-    return Outcome(proportion(correct, len(captions)) | {"chance": chance, "query": query})
+    owned = [evidence.heldout.captions[row] for row in rows]
+    captions = [text for texts in owned for text in texts]
+    images = evidence.heldout.projected[rows]
+    texts = zero_shot.embed_captions(captions, encode, evidence.embed)
+    is_match = retrieval.matches(owned)
+    if query == "image":
+        ranks = retrieval.ranks(images, texts, is_match)
+    else:
+        is_match = is_match.T
+        ranks = retrieval.ranks(texts, images, is_match)
+    recall = {
+        str(top): proportion(int((ranks < top).sum()), len(ranks))
+        | {"chance": retrieval.chance(is_match, top)}
+        for top in retrieval.TOPS
+    }
+    counts = {"query": query, "images": len(rows), "captions": len(captions)}
+    return Outcome(recall["1"] | counts | {"recall": recall})
 
 
 def _dense(evidence: Evidence) -> Outcome:

@@ -27,6 +27,7 @@ from pretrain.evaluate.probes import (
     measure,
     outcome_of,
 )
+from pretrain.evaluate.templates import AUTO, check_templates
 from pretrain.towers import Towers
 
 SPLITS = ("train", "heldout")
@@ -37,13 +38,17 @@ class Protocols:
     """What is measured, and how."""
 
     probes: tuple[str, ...] = tuple(PROBES)
-    k: int = 20  # neighbours of kNN
+    ks: tuple[int, ...] = (20, 10, 200)  # neighbours of kNN; the first stands in the table
+    templates: str = AUTO  # of zero-shot classification
     fine_tune: FineTune | None = None  # None: not fine-tuned, which costs a training
     workers: int = 0  # processes that decode images; 0: this one
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.probes if name not in PROBES]:
             raise ValueError(f"probes {unknown} are unknown; choose from {list(PROBES)}")
+        if not self.ks or min(self.ks) < 1:
+            raise ValueError(f"--k {self.ks} must be positive numbers of neighbours, such as 20,10,200")
+        check_templates(self.templates)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def evaluate_checkpoint(
     `device` is the first GPU, or the CPU without one, if left out. Raises what `read_manifests` and `load_towers` do.
     """
     folders = {"train": train, "heldout": heldout}
-    manifests = read_manifests(folders, protocols.k)
+    manifests = read_manifests(folders)
     measured = measure_checkpoint(step, folders, manifests, protocols, device or best_device())
     return result.of_checkpoint(measured.evidence, measured.outcomes)
 
@@ -107,7 +112,8 @@ def measure_checkpoint(
         heldout=features["heldout"],
         categories=manifests["heldout"].categories,
         facts=facts,
-        k=protocols.k,
+        ks=protocols.ks,
+        templates=protocols.templates,
         encode=Captions(step / "tokenizer", run.text.length).encode if facts.vocab_size else None,
         embed=embed,
     )
@@ -141,8 +147,8 @@ def _fine_tune(
     return Outcome(score(predicted, labels, num_categories) | settings, predicted)
 
 
-def read_manifests(folders: Mapping[str, Path], k: int) -> dict[str, Manifest]:
-    """Manifests of both data sets; ValueError when they do not fit each other or `k`."""
+def read_manifests(folders: Mapping[str, Path]) -> dict[str, Manifest]:
+    """Manifests of both data sets; ValueError when they do not fit each other."""
     manifests = {split: Manifest.read(folder) for split, folder in folders.items()}
     train, heldout = (manifests[split] for split in SPLITS)
     if train.categories != heldout.categories:
@@ -157,6 +163,4 @@ def read_manifests(folders: Mapping[str, Path], k: int) -> dict[str, Manifest]:
             f"{folders['heldout']} has neither categories nor captions, so there is nothing to measure: "
             "name another data set"
         )
-    if not 1 <= k <= train.num_samples:
-        raise ValueError(f"--k {k} must lie in [1, {train.num_samples}], the images of {folders['train']}")
     return manifests

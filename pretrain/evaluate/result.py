@@ -99,6 +99,11 @@ def table(result: Mapping[str, Any]) -> str:
         chance = next((row["chance"] for row in rows if row["accuracy"] is not None), None)
         shown = "-" if chance is None else f"{100 * chance:.1f}"
         lines.append(f"{TITLES[name]:32}{shown:>8}" + "".join(f"{_cell(row):>24}" for row in rows))
+        notes += [
+            f"{TITLES[name]}, {step}: {told}"
+            for step, row in zip(steps, rows, strict=True)
+            if (told := _others(row))
+        ]
         notes += {f"{TITLES[name]}: not measured, {row['reason']}" for row in rows if row["accuracy"] is None}
     return "\n".join(lines + notes)
 
@@ -108,3 +113,16 @@ def _cell(row: Mapping[str, Any]) -> str:
         return "-"
     low, high = row["interval"]
     return f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _others(row: Mapping[str, Any]) -> str:
+    """What a row holds beside its headline: other numbers of neighbours, recall among more, in per cent."""
+    told = []
+    for sign, name in (("k = ", "by_k"), ("R@", "recall")):
+        for number, other in list(row.get(name, {}).items())[1:]:
+            told.append(f"{sign}{number} {_percent(other['accuracy'])}")
+    return ", ".join(told)
+
+
+def _percent(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{100 * accuracy:.1f}"

@@ -148,7 +148,7 @@ def test_impossible_recipes_are_refused(changes: dict[str, Any], message: str) -
 
 
 def test_row_of_the_result_has_recipe_and_interval(steps: dict[str, Path], data: Path) -> None:
-    protocols = Protocols(probes=("knn",), fine_tune=QUICK, k=5)
+    protocols = Protocols(probes=("knn",), fine_tune=QUICK, ks=(5,))
     rows = evaluate_checkpoint(steps["internimage"], data / "train", data / "heldout", protocols)
     row = rows["fine_tune"]
     assert set(rows) == {"knn", "fine_tune", "dropped"}
