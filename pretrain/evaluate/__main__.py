@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from pretrain import provenance
 from pretrain.command import exit_code, require_place
 from pretrain.evaluate import result
 from pretrain.evaluate.checkpoints import find_checkpoint
-from pretrain.evaluate.fine_tune import FineTune
-from pretrain.evaluate.probes import PROBES
+from pretrain.evaluate.few_shot import SHARES
+from pretrain.evaluate.fine_tune import RECIPES
+from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, SLOW
 from pretrain.evaluate.protocols import SPLITS, Protocols, best_device, measure_checkpoint, read_manifests
 from pretrain.evaluate.templates import AUTO, TEMPLATES
 
@@ -31,14 +33,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--steps", default="first,last", help="checkpoints: first, last, numbers (first,last)"
     )
     parser.add_argument("--out", type=Path, help="JSON file of the result (RUN/evaluation.json)")
-    parser.add_argument("--probes", default=",".join(PROBES), help="what is measured (all): %(default)s")
+    parser.add_argument(
+        "--probes",
+        default=",".join(DEFAULT),
+        help=f"what is measured, with commas (%(default)s); also {', '.join(SLOW)}; or {ALL}",
+    )
     parser.add_argument(
         "--fine-tune",
         nargs="?",
         type=int,
-        const=FineTune.epochs,
+        const=0,
         metavar="EPOCHS",
-        help="train the whole encoder on the categories too (off; %(const)s epochs)",
+        help="train the whole encoder on the categories too (off; the recipe's epochs)",
+    )
+    parser.add_argument(
+        "--fine-tune-recipe",
+        choices=list(RECIPES),
+        default="small",
+        help="how: for small sets, or the paper's on ImageNet-1k (%(default)s)",
+    )
+    parser.add_argument(
+        "--few-shot",
+        action="store_true",
+        help=f"kNN, linear probe and --fine-tune on {' and '.join(map(str, SHARES))} %% of the labels too",
     )
     parser.add_argument(
         "--k",
@@ -60,13 +77,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     Raises FileNotFoundError and ValueError for what the user can mend, before any image is read.
     """
     options = parse(arguments)
-    protocols = Protocols(
-        probes=tuple(name.strip() for name in options.probes.split(",")),
-        ks=numbers_of(options.k),
-        templates=options.templates,
-        fine_tune=None if options.fine_tune is None else FineTune(epochs=options.fine_tune),
-        workers=options.workers,
-    )
+    protocols = protocols_of(options)
     out = options.out or options.run / "evaluation.json"
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file, such as {out / 'evaluation.json'}")
@@ -88,6 +99,25 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     print(result.table(evaluated))
     print(f"written to {out}")
     return evaluated
+
+
+def protocols_of(options: argparse.Namespace) -> Protocols:
+    """What the command line asks for."""
+    probes = tuple(name.strip() for name in options.probes.split(","))
+    if options.few_shot and probes != (ALL,):
+        probes = tuple(dict.fromkeys([*probes, *(n for n in PROBES if n.startswith("few_shot_"))]))
+    tuned = None
+    if options.fine_tune is not None:
+        tuned = RECIPES[options.fine_tune_recipe]
+        tuned = replace(tuned, epochs=options.fine_tune) if options.fine_tune else tuned
+    return Protocols(
+        probes=probes,
+        ks=numbers_of(options.k),
+        templates=options.templates,
+        fine_tune=tuned,
+        fine_tune_shares=SHARES if tuned is not None and options.few_shot else (),
+        workers=options.workers,
+    )
 
 
 def numbers_of(text: str) -> tuple[int, ...]:

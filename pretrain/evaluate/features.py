@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,12 +23,15 @@ from pretrain.data.faults import BadSample, check_bad_share
 from pretrain.data.shards import ShardFolder
 from pretrain.data.text import captions_of
 from pretrain.data.views import center_view
+from pretrain.evaluate.cached import CachedTokens, TokenCache
 from pretrain.evaluate.dense import NOTHING, DenseFeatures, Sampling, TokenCollector, chosen_images
+from pretrain.evaluate.layers import LAYER, layer_means
 from pretrain.evaluate.masks import Mask, read_mask
 from pretrain.models.pixels import normalise
 from pretrain.towers import Towers
 
 IMAGES_AT_ONCE = 128
+MASKED, LAYERS, TOKENS = "masked tokens", "means of layers", "tokens"  # that `extract` keeps if asked
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class Features:
     index: Int[Tensor, " n"]  # of the sample in the data set
     dropped: dict[str, int]  # samples left out, by reason
     dense: DenseFeatures | None = None  # single tokens, if they were asked for and the data set has masks
+    layers: dict[str, Float[Tensor, "n _"]] = field(
+        default_factory=dict
+    )  # means of the last layers, if asked
+    cached: CachedTokens | None = None  # all tokens of some images, if they were asked for
 
 
 @dataclass(frozen=True)
@@ -142,24 +150,31 @@ def extract(
     workers: int,
     title: str,
     dense: Sampling = NOTHING,
+    kept: frozenset[str] = frozenset({MASKED}),
 ) -> Features:
     """Features of every readable sample, in float32, with a progress bar named `title`.
 
-    `dense` says which single tokens are kept of the same pass. Unreadable samples are left out and counted;
-    DataError when they exceed `run.max_bad`.
+    `kept` says what else is kept of the same pass, `dense` which of the masked tokens. Unreadable
+    samples are left out and counted; DataError when they exceed `run.max_bad`.
     """
     num_images = Manifest.read(folder).num_samples
+    if MASKED not in kept:
+        dense = NOTHING
     pictures = Pictures(folder, run.views.size, masked=chosen_images(num_images, dense))
+    cache = TokenCache(num_images, (run.views.size // towers.encoder.stride) ** 2 * towers.encoder.width)
     seen: list[Picture] = []
     vectors: dict[str, list[Tensor]] = {}
     dropped: Counter[str] = Counter()
     collector = TokenCollector(dense)
     for good in readable(pictures, dropped, limit=run.max_bad, workers=workers, title=title):
         views = torch.stack([picture.view for picture in good]).to(device)
-        tokens = towers.encoder(normalise(views, run.views.mean, run.views.std, torch.float32))
-        for name, value in _embed(towers, tokens).items():
+        with layer_means(towers.encoder) if LAYERS in kept else nullcontext({}) as means:
+            tokens = towers.encoder(normalise(views, run.views.mean, run.views.std, torch.float32))
+        for name, value in (_embed(towers, tokens) | means).items():
             vectors.setdefault(name, []).append(value.cpu())
         collector.add(tokens, [picture.mask for picture in good])
+        if TOKENS in kept:
+            cache.add(tokens, [picture.index for picture in good])
         seen += [Picture(p.index, None, p.label, p.captions) for p in good]
     joined = {name: torch.cat(values) for name, values in vectors.items()}
     return Features(
@@ -172,6 +187,8 @@ def extract(
         index=torch.tensor([picture.index for picture in seen]),
         dropped=dict(dropped),
         dense=collector.collected(),
+        layers={name: value for name, value in joined.items() if name.startswith(LAYER)},
+        cached=cache.collected(),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,12 @@ from data_prep.schema import Manifest
 from pretrain.checkpoint import load_towers
 from pretrain.config import Run
 from pretrain.data.text import Captions
-from pretrain.evaluate import dense, result
+from pretrain.evaluate import dense, few_shot, result
 from pretrain.evaluate.accuracy import score
+from pretrain.evaluate.evidence import Evidence, Outcome, heldout_labels, is_labelled, outcome_of
 from pretrain.evaluate.features import extract
 from pretrain.evaluate.fine_tune import Examples, FineTune, fine_tune, predict
-from pretrain.evaluate.probes import (
-    PROBES,
-    Evidence,
-    Outcome,
-    heldout_labels,
-    is_labelled,
-    measure,
-    outcome_of,
-)
+from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, measure
 from pretrain.evaluate.templates import AUTO, check_templates
 from pretrain.towers import Towers
 
@@ -37,15 +30,19 @@ SPLITS = ("train", "heldout")
 class Protocols:
     """What is measured, and how."""
 
-    probes: tuple[str, ...] = tuple(PROBES)
+    probes: tuple[str, ...] = DEFAULT  # or (ALL,)
     ks: tuple[int, ...] = (20, 10, 200)  # neighbours of kNN; the first stands in the table
     templates: str = AUTO  # of zero-shot classification
     fine_tune: FineTune | None = None  # None: not fine-tuned, which costs a training
+    fine_tune_shares: tuple[int, ...] = ()  # of few_shot.SHARES, per cent of the labels to fine-tune on too
+    fine_tune_draws: int = 3  # of the labels, each of which costs a training
     workers: int = 0  # processes that decode images; 0: this one
 
     def __post_init__(self) -> None:
+        if self.probes == (ALL,):
+            object.__setattr__(self, "probes", tuple(PROBES))
         if unknown := [name for name in self.probes if name not in PROBES]:
-            raise ValueError(f"probes {unknown} are unknown; choose from {list(PROBES)}")
+            raise ValueError(f"probes {unknown} are unknown; choose from {[*PROBES, ALL]}")
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"--k {self.ks} must be positive numbers of neighbours, such as 20,10,200")
         check_templates(self.templates)
@@ -90,6 +87,7 @@ def measure_checkpoint(
     run, facts, towers = load_towers(step)
     towers.to(device)
     samplings = {"train": dense.TRAIN, "heldout": dense.HELDOUT}
+    kept = frozenset().union(*(PROBES[name].reads for name in protocols.probes))
     features = {
         split: extract(
             towers,
@@ -98,7 +96,8 @@ def measure_checkpoint(
             device=device,
             workers=protocols.workers,
             title=f"{step.name} {split}",
-            dense=samplings[split] if "dense" in protocols.probes else dense.NOTHING,
+            dense=samplings[split],
+            kept=kept,
         )
         for split in SPLITS
     }
@@ -116,6 +115,7 @@ def measure_checkpoint(
         templates=protocols.templates,
         encode=Captions(step / "tokenizer", run.text.length).encode if facts.vocab_size else None,
         embed=embed,
+        device=device,
     )
     outcomes = measure(evidence, protocols.probes)
     if protocols.fine_tune is not None:
@@ -123,6 +123,8 @@ def measure_checkpoint(
             _fine_tune, towers, run, evidence, folders, protocols, device, f"{step.name} fine-tuning"
         )
         outcomes["fine_tune"] = outcome_of(tune)
+        for share in protocols.fine_tune_shares:
+            outcomes[f"few_shot_{share}_fine_tune"] = outcome_of(partial(tune, share=share))
     return Measured(run, evidence, outcomes)
 
 
@@ -134,17 +136,32 @@ def _fine_tune(
     protocols: Protocols,
     device: torch.device,
     title: str,
+    share: int | None = None,
 ) -> Outcome:
+    """All training images, or `share` per cent of each category, drawn several times."""
     labels, num_categories = heldout_labels(evidence), len(evidence.categories)
     train, heldout = (
         Examples(folders[split], features.index[is_labelled(features)])
         for split, features in (("train", evidence.train), ("heldout", evidence.heldout))
     )
     runs_on = {"device": device, "workers": protocols.workers}
-    model = fine_tune(towers, run, train, num_categories, protocols.fine_tune, title=title, **runs_on)
-    predicted = predict(model, run, heldout, **runs_on)
-    settings = {"train_images": len(train.index), "recipe": asdict(protocols.fine_tune)}
-    return Outcome(score(predicted, labels, num_categories) | settings, predicted)
+    recipe = protocols.fine_tune
+
+    def predicted_after(rows: torch.Tensor, seed: int) -> torch.Tensor:
+        some = Examples(train.folder, train.index[rows])
+        told = title if share is None else f"{title}, {share} % of the labels, draw {seed}"
+        settings = replace(recipe, seed=recipe.seed + seed)
+        model = fine_tune(towers, run, some, num_categories, settings, title=told, **runs_on)
+        return predict(model, run, heldout, **runs_on)
+
+    if share is None:
+        predicted = predicted_after(torch.arange(len(train.index)), 0)
+        settings = {"train_images": len(train.index), "recipe": asdict(recipe)}
+        return Outcome(score(predicted, labels, num_categories) | settings, predicted)
+    train_labels = evidence.train.labels[is_labelled(evidence.train)]
+    seeds = few_shot.SEEDS[: protocols.fine_tune_draws]
+    row = few_shot.over_draws(train_labels, share, labels, predicted_after, num_categories, seeds)
+    return Outcome(row | {"recipe": asdict(recipe)})
 
 
 def read_manifests(folders: Mapping[str, Path]) -> dict[str, Manifest]:

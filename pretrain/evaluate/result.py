@@ -15,8 +15,9 @@ from pretrain import provenance
 from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.evaluate.accuracy import confusion_counts
+from pretrain.evaluate.evidence import Evidence, Outcome
 from pretrain.evaluate.knn import nearest
-from pretrain.evaluate.probes import TITLES, Evidence, Outcome
+from pretrain.evaluate.probes import TITLES
 
 CONFUSION_OF = "linear"  # the probe whose mistakes are counted by category
 NUM_QUERIES = 12  # held-out images whose neighbours are listed

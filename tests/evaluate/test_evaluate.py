@@ -18,7 +18,7 @@ from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
 from pretrain.evaluate.__main__ import evaluate, main
 from pretrain.evaluate.features import extract
-from pretrain.evaluate.probes import PROBES
+from pretrain.evaluate.probes import DEFAULT, PROBES
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
 from pretrain.facts import DataFacts
 from pretrain.models.backbone import InternImageEncoder
@@ -42,7 +42,7 @@ def result(run_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactor
 def test_every_probe_is_measured_before_and_after(result: dict[str, Any]) -> None:
     assert list(result["checkpoints"]) == ["step_000000", "step_000003"]
     for rows in result["checkpoints"].values():
-        for name in PROBES:
+        for name in DEFAULT:
             low, high = rows[name]["interval"]
             assert 0 <= low <= rows[name]["accuracy"] <= high <= 1, name
             assert rows[name]["n"] == 20, name
@@ -144,7 +144,7 @@ def test_only_the_chosen_protocols_are_measured_and_shown(
 
 
 def test_unknown_probe_is_refused_with_the_choices(run_folder: Path, data: Path) -> None:
-    choices = re.escape(str(list(PROBES)))
+    choices = re.escape(str([*PROBES, "all"]))
     with pytest.raises(ValueError, match=rf"probes \['knm'\] are unknown; choose from {choices}"):
         evaluate([str(run_folder), "--data", str(data), "--probes", "knm,linear"])
 
@@ -162,7 +162,7 @@ def test_one_pass_of_the_encoder_serves_all_probes(
     monkeypatch.setattr(InternImageEncoder, "forward", count)
     step = run_folder / "checkpoints" / "step_000003"
     rows = evaluate_checkpoint(step, data / "train", data / "heldout", Protocols())
-    assert list(rows) == [*PROBES, "dropped"] and sum(seen) == 40 + 20
+    assert list(rows) == [*DEFAULT, "dropped"] and sum(seen) == 40 + 20
 
 
 def test_first_is_evaluated_once_when_it_is_also_the_last(

@@ -15,8 +15,9 @@ from sklearn.preprocessing import StandardScaler
 from pretrain.evaluate import knn, linear, zero_shot
 from pretrain.evaluate.accuracy import confusion_counts, score, wilson
 from pretrain.evaluate.dense import DenseFeatures
+from pretrain.evaluate.evidence import Evidence
 from pretrain.evaluate.features import Features
-from pretrain.evaluate.probes import PROBES, Evidence, measure
+from pretrain.evaluate.probes import DEFAULT, measure
 from pretrain.evaluate.templates import PROMPTS
 from pretrain.facts import DataFacts
 
@@ -173,7 +174,7 @@ def test_planted_features_are_found_by_every_probe() -> None:
         embed=lambda tokens, token_mask: torch.eye(3)[tokens[:, 0]],
     )
     rows = {name: outcome.record for name, outcome in measure(evidence).items()}
-    assert {name: row["accuracy"] for name, row in rows.items()} == dict.fromkeys(PROBES, 1.0)
+    assert {name: row["accuracy"] for name, row in rows.items()} == dict.fromkeys(DEFAULT, 1.0)
     assert rows["retrieval_image"]["chance"] == pytest.approx(1 / 3)  # a third of the captions are the same
 
 
