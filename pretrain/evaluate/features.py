@@ -11,24 +11,24 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data_prep.schema import IMAGE_EXTENSIONS, Manifest
+from data_prep.schema import IMAGE_EXTENSIONS
+from pretrain.collectives import rank, world_size
 from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample, check_bad_share
-from pretrain.data.shards import ShardFolder
 from pretrain.data.text import captions_of
 from pretrain.data.views import center_view
 from pretrain.evaluate.cached import CachedTokens, TokenCache
 from pretrain.evaluate.dense import NOTHING, DenseFeatures, Sampling, TokenCollector, chosen_images
 from pretrain.evaluate.layers import LAYER, layer_means
 from pretrain.evaluate.masks import Mask, read_mask
+from pretrain.evaluate.sets import open_set, read_set
 from pretrain.models.pixels import normalise
-from pretrain.towers import Towers
 
 IMAGES_AT_ONCE = 128
 MASKED, LAYERS, TOKENS = "masked tokens", "means of layers", "tokens"  # that `extract` keeps if asked
@@ -83,7 +83,7 @@ class Pictures:
         view: Callable[[Tensor, int], Tensor] | None = None,
         masked: frozenset[int] = frozenset(),
     ) -> None:
-        self.shards = ShardFolder(folder)
+        self.shards = open_set(folder)
         self.size = size
         self.samples = range(len(self.shards)) if samples is None else samples
         self.view = view
@@ -125,7 +125,9 @@ def readable(
     """
     loader = DataLoader(pictures, IMAGES_AT_ONCE, num_workers=workers, collate_fn=list)
     interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds between two states of the bar
-    with tqdm(total=len(pictures), desc=title, unit=" image", mininterval=interval) as bar:
+    with tqdm(
+        total=len(pictures), desc=title, disable=rank() > 0, unit=" image", mininterval=interval
+    ) as bar:
         for batch in loader:
             good = [picture for picture in batch if picture.view is not None]
             dropped.update(picture.reason for picture in batch if picture.view is None)
@@ -142,7 +144,7 @@ def readable(
 
 @torch.inference_mode()
 def extract(
-    towers: Towers,
+    towers: nn.Module,
     run: Run,
     folder: Path,
     *,
@@ -155,12 +157,14 @@ def extract(
     """Features of every readable sample, in float32, with a progress bar named `title`.
 
     `kept` says what else is kept of the same pass, `dense` which of the masked tokens. Unreadable
-    samples are left out and counted; DataError when they exceed `run.max_bad`.
+    samples are left out and counted; DataError when they exceed `run.max_bad`. On several ranks each takes a share;
+    `gathered` puts them together.
     """
-    num_images = Manifest.read(folder).num_samples
+    num_images = read_set(folder).num_samples
     if MASKED not in kept:
         dense = NOTHING
-    pictures = Pictures(folder, run.views.size, masked=chosen_images(num_images, dense))
+    own = range(rank() * num_images // world_size(), (rank() + 1) * num_images // world_size())
+    pictures = Pictures(folder, run.views.size, own, masked=chosen_images(num_images, dense))
     cache = TokenCache(num_images, (run.views.size // towers.encoder.stride) ** 2 * towers.encoder.width)
     seen: list[Picture] = []
     vectors: dict[str, list[Tensor]] = {}
@@ -172,7 +176,7 @@ def extract(
             tokens = towers.encoder(normalise(views, run.views.mean, run.views.std, torch.float32))
         for name, value in (_embed(towers, tokens) | means).items():
             vectors.setdefault(name, []).append(value.cpu())
-        collector.add(tokens, [picture.mask for picture in good])
+        collector.add(tokens, [picture.mask for picture in good], [picture.index for picture in good])
         if TOKENS in kept:
             cache.add(tokens, [picture.index for picture in good])
         seen += [Picture(p.index, None, p.label, p.captions) for p in good]
@@ -192,7 +196,7 @@ def extract(
     )
 
 
-def _embed(towers: Towers, tokens: Float[Tensor, "n l d"]) -> dict[str, Tensor]:
+def _embed(towers: nn.Module, tokens: Float[Tensor, "n l d"]) -> dict[str, Tensor]:
     vectors = {"tokens": tokens.mean(dim=1)}
     if not towers.has_embedding:
         return vectors

@@ -31,11 +31,11 @@ from pretrain.evaluate.augment import rand_augment, seeded
 from pretrain.evaluate.evidence import NotMeasured
 from pretrain.evaluate.features import IMAGES_AT_ONCE, Pictures
 from pretrain.evaluate.layers import layer_order, names_without_decay
+from pretrain.evaluate.published import PublishedEncoder
 from pretrain.models.backbone import build_encoder
 from pretrain.models.drop_path import DropPath
 from pretrain.models.pixels import normalise
 from pretrain.optim import warm_cosine
-from pretrain.towers import Towers
 
 BASE_BATCH = 1024  # images, at which the paper gives its rate
 
@@ -108,12 +108,13 @@ class Examples:
 class Classifier(nn.Module):
     """Encoder, mean of its tokens, linear head without a norm: images [b, 3, s, s] -> logits [b, k].
 
-    The encoder is a trainable copy that stays in eval mode, so that no statistics move, but for its DropPaths. The
-    head starts from zero.
+    The encoder is a trainable copy that stays in eval mode, so that no statistics move, but for its DropPaths where
+    the classifier `drops` branches. The head starts from zero.
     """
 
-    def __init__(self, encoder: nn.Module, num_categories: int) -> None:
+    def __init__(self, encoder: nn.Module, num_categories: int, *, drops: bool = False) -> None:
         super().__init__()
+        self.drops = drops  # branches, in training; else the encoder's own rates are passed over
         self.encoder = copy.deepcopy(encoder).requires_grad_(True).eval()
         self.head = nn.Linear(encoder.width, num_categories)
         for parameter in self.head.parameters():
@@ -127,7 +128,7 @@ class Classifier(nn.Module):
         self.encoder.eval()
         for module in self.encoder.modules():
             if isinstance(module, DropPath):
-                module.train(mode)
+                module.train(mode and self.drops)
         return self
 
     def group_matcher(self, coarse: bool) -> Callable[[str], float]:
@@ -142,7 +143,7 @@ class Classifier(nn.Module):
 
 
 def fine_tune(
-    towers: Towers,
+    towers: nn.Module,
     run: Run,
     train: Examples,
     num_categories: int,
@@ -164,7 +165,8 @@ def fine_tune(
     steps_an_epoch = num_images // batch
     steps = settings.epochs * steps_an_epoch
     peak = settings.base_lr * math.sqrt(batch / BASE_BATCH)
-    model = Classifier(_encoder(towers, run, settings.drop_path), num_categories).to(device).train()
+    encoder = _encoder(towers, run, settings.drop_path)
+    model = Classifier(encoder, num_categories, drops=settings.drop_path > 0).to(device).train()
     optimizer = torch.optim.AdamW(model.groups(settings), lr=peak, betas=settings.betas)
     mix = Mixup(
         settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=num_categories
@@ -196,10 +198,15 @@ def fine_tune(
     return model.eval()
 
 
-def _encoder(towers: Towers, run: Run, drop_path: float) -> nn.Module:
+def _encoder(towers: nn.Module, run: Run, drop_path: float) -> nn.Module:
     """The towers' encoder, built again where it shall drop branches."""
     if not drop_path:
         return towers.encoder
+    if isinstance(towers.encoder, PublishedEncoder):
+        raise NotMeasured(
+            f"drop_path={drop_path} needs an encoder that can be built anew: fine-tune the run's checkpoint, or by "
+            "the small recipe"
+        )
     backbone = replace(run.backbone, drop_path=drop_path, drop_path_schedule="linear")
     with seeded(0):  # of weights that are overwritten
         encoder = build_encoder(backbone, run.views.size).eval()

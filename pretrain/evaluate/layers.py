@@ -74,7 +74,9 @@ def names_without_decay(encoder: nn.Module) -> set[str]:
 
 def _trunk(encoder: nn.Module) -> tuple[str, nn.Module, Any]:
     """Name, module and timm's matcher of the child that holds the layers."""
-    for name, child in encoder.named_children():
+    for name, child in encoder.named_modules():
+        if not name:
+            continue
         if hasattr(child, "group_matcher"):  # timm's models
             return name, child, child.group_matcher(coarse=False)
         if type(child) in MATCHERS:

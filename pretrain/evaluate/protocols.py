@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -9,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from data_prep.schema import Manifest
-from pretrain.checkpoint import load_towers
+from pretrain.collectives import rank
 from pretrain.config import Run
-from pretrain.data.text import Captions
 from pretrain.evaluate import dense, few_shot, result
 from pretrain.evaluate.accuracy import score
 from pretrain.evaluate.evidence import Evidence, Outcome, heldout_labels, is_labelled, outcome_of
 from pretrain.evaluate.features import extract
 from pretrain.evaluate.fine_tune import Examples, FineTune, fine_tune, predict
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, measure
+from pretrain.evaluate.sets import Listing, read_set
+from pretrain.evaluate.shares import gathered
+from pretrain.evaluate.subjects import Subject, embed_with, open_checkpoint
 from pretrain.evaluate.templates import AUTO, check_templates
-from pretrain.towers import Towers
 
 SPLITS = ("train", "heldout")
 
@@ -68,59 +71,63 @@ def evaluate_checkpoint(
     """
     folders = {"train": train, "heldout": heldout}
     manifests = read_manifests(folders)
-    measured = measure_checkpoint(step, folders, manifests, protocols, device or best_device())
+    measured = measure_subject(open_checkpoint(step), folders, manifests, protocols, device or best_device())
+    assert measured is not None, "the ranks of a process group evaluate by `python -m pretrain.evaluate`"
     return result.of_checkpoint(measured.evidence, measured.outcomes)
 
 
 def best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU that the launcher gave this rank, the first one without launcher, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def measure_checkpoint(
-    step: Path,
+def measure_subject(
+    subject: Subject,
     folders: Mapping[str, Path],
-    manifests: Mapping[str, Manifest],
+    manifests: Mapping[str, Manifest | Listing],
     protocols: Protocols,
     device: torch.device,
-) -> Measured:
-    """Runs the encoder once over both data sets, then the probes, then fine-tuning."""
-    run, facts, towers = load_towers(step)
-    towers.to(device)
+) -> Measured | None:
+    """Runs the encoder once over both data sets, then the probes, then fine-tuning.
+
+    A collective call: on several ranks each reads a share of the images, the rest is done, and given, by the first.
+    """
+    run, towers = subject.run, subject.towers.to(device)
     samplings = {"train": dense.TRAIN, "heldout": dense.HELDOUT}
     kept = frozenset().union(*(PROBES[name].reads for name in protocols.probes))
-    features = {
-        split: extract(
+    features = {}
+    for split in SPLITS:
+        work = partial(
+            extract,
             towers,
             run,
             folders[split],
             device=device,
             workers=protocols.workers,
-            title=f"{step.name} {split}",
+            title=f"{subject.name} {split}",
             dense=samplings[split],
             kept=kept,
         )
-        for split in SPLITS
-    }
-
-    @torch.inference_mode()
-    def embed(tokens: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        return towers.embed_texts(tokens.to(device), token_mask.to(device))
-
+        features[split] = gathered(work)
+    if rank() > 0:
+        return None
     evidence = Evidence(
         train=features["train"],
         heldout=features["heldout"],
         categories=manifests["heldout"].categories,
-        facts=facts,
+        facts=subject.facts,
         ks=protocols.ks,
         templates=protocols.templates,
-        encode=Captions(step / "tokenizer", run.text.length).encode if facts.vocab_size else None,
-        embed=embed,
+        encode=subject.encode,
+        embed=embed_with(towers, device),
         device=device,
     )
     outcomes = measure(evidence, protocols.probes)
     if protocols.fine_tune is not None:
         tune = partial(
-            _fine_tune, towers, run, evidence, folders, protocols, device, f"{step.name} fine-tuning"
+            _fine_tune, towers, run, evidence, folders, protocols, device, f"{subject.name} fine-tuning"
         )
         outcomes["fine_tune"] = outcome_of(tune)
         for share in protocols.fine_tune_shares:
@@ -129,7 +136,7 @@ def measure_checkpoint(
 
 
 def _fine_tune(
-    towers: Towers,
+    towers: nn.Module,
     run: Run,
     evidence: Evidence,
     folders: Mapping[str, Path],
@@ -164,9 +171,9 @@ def _fine_tune(
     return Outcome(row | {"recipe": asdict(recipe)})
 
 
-def read_manifests(folders: Mapping[str, Path]) -> dict[str, Manifest]:
+def read_manifests(folders: Mapping[str, Path]) -> dict[str, Manifest | Listing]:
     """Manifests of both data sets; ValueError when they do not fit each other."""
-    manifests = {split: Manifest.read(folder) for split, folder in folders.items()}
+    manifests = {split: read_set(folder) for split, folder in folders.items()}
     train, heldout = (manifests[split] for split in SPLITS)
     if train.categories != heldout.categories:
         odd = sorted(set(train.categories) ^ set(heldout.categories)) or ["the same names in another order"]

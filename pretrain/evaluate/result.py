@@ -18,6 +18,7 @@ from pretrain.evaluate.accuracy import confusion_counts
 from pretrain.evaluate.evidence import Evidence, Outcome
 from pretrain.evaluate.knn import nearest
 from pretrain.evaluate.probes import TITLES
+from pretrain.evaluate.sets import Listing
 
 CONFUSION_OF = "linear"  # the probe whose mistakes are counted by category
 NUM_QUERIES = 12  # held-out images whose neighbours are listed
@@ -25,7 +26,7 @@ NUM_NEIGHBOURS = 6
 
 
 def header(
-    run: Run, folders: Mapping[str, Path], manifests: Mapping[str, Manifest], device: str
+    run: Run, folders: Mapping[str, Path], manifests: Mapping[str, Manifest | Listing], device: str
 ) -> dict[str, Any]:
     """What the numbers were measured on: data, recipe, commit, hardware, date."""
     return {

@@ -173,7 +173,7 @@ def test_recipe_of_the_paper_learns_by_its_seed_alone(steps: dict[str, Path], da
 def test_dropping_branches_ends_with_the_training(steps: dict[str, Path]) -> None:
     for step in steps.values():
         run, _, towers = load_towers(step)
-        model = Classifier(_encoder(towers, run, 0.5), 4).train()
+        model = Classifier(_encoder(towers, run, 0.5), 4, drops=True).train()
         images = torch.randn(2, 3, run.views.size, run.views.size)
         torch.nn.init.normal_(model.head.weight)
         first, second = model(images), model(images)
