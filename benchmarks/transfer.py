@@ -1,6 +1,8 @@
 """Does pre-training help in every protocol? Runs of several seeds on held-out scenes, before and after.
 
-    OMP_NUM_THREADS=1 python benchmarks/transfer.py runs/seed0 runs/seed1 runs/seed2 --data data/demo/labelled
+    python -m data_prep build scenes --out data/few --count 480 --seed 3
+    OMP_NUM_THREADS=1 python benchmarks/transfer.py runs/seed0 runs/seed1 runs/seed2 --train data/few/train \
+        --heldout data/demo/labelled/heldout
 
 The runs differ in `--seed`. Every protocol of pretrain.evaluate reads both checkpoints of a run, the first and the
 last; fine-tuning sees the training images --epochs times. A protocol gains clearly if in every run the 95 % interval
@@ -62,23 +64,29 @@ def table(found: dict[str, dict[str, Any]], num_runs: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--data", type=Path, required=True, help="folder of train/ and heldout/")
-    parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning (%(default)s)")
+    parser.add_argument("--train", type=Path, required=True, help="data set that teaches the probes")
+    parser.add_argument("--heldout", type=Path, required=True, help="data set that tests them")
+    parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning (%(default)s)")
     options = parser.parse_args()
     protocols = Protocols(probes=(ALL,), fine_tune=replace(RECIPES["small"], epochs=options.epochs))
     runs = []
     for folder in options.runs:
         rows = {
             step: evaluate_checkpoint(
-                find_checkpoint(folder, step), options.data / "train", options.data / "heldout", protocols
+                find_checkpoint(folder, step), options.train, options.heldout, protocols
             )
             for step in ("first", "last")
         }
         recipe = json.loads((folder / "recipe.json").read_text())
         runs.append({"seed": recipe["seed"], "steps": recipe["steps"], "recipe": recipe["name"], **rows})
+        write(runs)  # as far as it is known: the rest takes minutes
+
+
+def write(runs: list[dict[str, Any]]) -> None:
+    """The table on the console, and both files."""
     found = summary(runs)
     told = table(found, len(runs))
-    print(told)
+    print(told, flush=True)
     keep(
         "transfer",
         "pre-trained beats untrained on held-out scenes in every protocol",

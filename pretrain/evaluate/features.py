@@ -78,7 +78,7 @@ class Pictures:
         self,
         folder: Path,
         size: int,
-        samples: Sequence[int] | None = None,
+        samples: Sequence[int | None] | None = None,
         *,
         view: Callable[[Tensor, int], Tensor] | None = None,
         masked: frozenset[int] = frozenset(),

@@ -12,12 +12,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from pretrain.checkpoint import load_towers
-from pretrain.evaluate import cached, few_shot, heads, probing
+from pretrain.evaluate import cached, features, few_shot, heads, probing
 from pretrain.evaluate.cached import CachedTokens, TokenCache
+from pretrain.evaluate.dense import Sampling
 from pretrain.evaluate.evidence import Evidence
-from pretrain.evaluate.features import LAYERS, TOKENS, Features, extract
+from pretrain.evaluate.features import LAYERS, MASKED, TOKENS, Features, extract
 from pretrain.evaluate.probes import PROBES, measure
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
+from pretrain.evaluate.shares import join
 from pretrain.facts import DataFacts
 from tests.evaluate.test_probes import NUM_CATEGORIES, clusters
 
@@ -52,8 +54,8 @@ def test_linear_probe_of_the_paper_agrees_with_scikit_learn() -> None:
 
 def test_heads_trained_together_are_those_trained_alone() -> None:
     train, labels = clusters(200, seed=0)
-    features = {"x": train, "y": train[:, :5] ** 2}
-    together = heads.train_heads(features, labels, NUM_CATEGORIES, [0.5, 3.2], SHORT)
+    values = {"x": train, "y": train[:, :5] ** 2}
+    together = heads.train_heads(values, labels, NUM_CATEGORIES, [0.5, 3.2], SHORT)
     assert [(head.feature, head.lr) for head in together] == [("x", 0.5), ("x", 3.2), ("y", 0.5), ("y", 3.2)]
     alone = heads.train_heads({"x": train}, labels, NUM_CATEGORIES, [3.2], SHORT)[0]
     torch.testing.assert_close(together[1].weight, alone.weight)
@@ -167,6 +169,30 @@ def test_layers_and_tokens_are_those_of_the_encoder(run_folder: Path, data: Path
     assert [values.shape for values in found.layers.values()] == [(20, 16 * 2**i) for i in range(4)]
     torch.testing.assert_close(found.cached.tokens.float().mean(1), found.tokens, rtol=1e-2, atol=1e-2)
     assert torch.equal(found.cached.index, found.index) and found.dense is None
+
+
+def test_shares_of_a_data_set_join_to_the_whole(
+    run_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _, towers = load_towers(run_folder / "checkpoints" / "step_000003")
+
+    def of_rank(number: int, world: int) -> Features:
+        monkeypatch.setattr(features, "rank", lambda: number)
+        monkeypatch.setattr(features, "world_size", lambda: world)
+        kept, few = frozenset({MASKED, LAYERS, TOKENS}), Sampling(20, 3)
+        options = {"device": torch.device("cpu"), "workers": 0, "title": "test", "dense": few, "kept": kept}
+        return extract(towers, run, data / "heldout", **options)
+
+    whole, parts = of_rank(0, 1), join([of_rank(number, 3) for number in range(3)])
+    assert torch.equal(parts.index, whole.index) and parts.captions == whole.captions
+    assert parts.dense.kinds == whole.dense.kinds and torch.equal(parts.dense.classes, whole.dense.classes)
+    assert torch.equal(parts.dense.places, whole.dense.places)
+    pairs = [(parts.tokens, whole.tokens), (parts.projected, whole.projected)]
+    pairs += [(parts.dense.tokens, whole.dense.tokens)]
+    pairs += [(parts.layers[name], values) for name, values in whole.layers.items()]
+    pairs += [(parts.cached.tokens.float(), whole.cached.tokens.float())]
+    for ours, expected in pairs:  # batches of other sizes sum in another order; half precision for the last
+        torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_every_slow_probe_is_measured_on_a_run(

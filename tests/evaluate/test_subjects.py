@@ -22,7 +22,7 @@ from tests.evaluate.runs import write_run
 from tests.evaluate.sets import COLORS
 from tests.fakes import shrink
 
-PROBES = ["--probes", "knn,linear,dense,linear_sweep"]
+PROBES = ["--probes", "knn,linear,dense"]
 
 
 def rows_of(place: Path, data: Path, out: Path, *options: str) -> dict[str, Any]:
