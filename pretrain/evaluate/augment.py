@@ -21,7 +21,8 @@ TRANSLATED = 0.45  # of a side, at most, as timm's own training has it
 def seeded(seed: int) -> Iterator[None]:
     """Python's, numpy's and torch's global generators drawn from `seed`; afterwards they are as they were."""
     python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

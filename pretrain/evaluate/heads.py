@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from timm.optim import Lars
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pretrain.optim import warm_cosine
 
@@ -69,7 +70,7 @@ def train_heads(
     All see the same batches; none feels another, since every head has weights, and so a trust ratio, of its own.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    labels, groups, stacks = labels.to(device), [], {}
+    groups, stacks = [], {}
     for name, values in features.items():
         deviation, mean = torch.std_mean(values, dim=0, correction=0)
         deviation = deviation.clamp(min=1e-6)
@@ -78,25 +79,27 @@ def train_heads(
         nn.init.trunc_normal_(first, std=0.01, generator=torch.Generator().manual_seed(recipe.seed))
         weights = [nn.Parameter(first.clone().to(device)) for _ in rates]
         biases = [nn.Parameter(torch.zeros(num_categories, device=device)) for _ in rates]
-        stacks[name] = (((values - mean) / deviation).to(device), weights, biases, mean, deviation)
-        for rate, weight, bias in zip(rates, weights, biases, strict=True):
+        stacks[name] = (weights, biases, mean, deviation)
+    for place, rate in enumerate(rates):
+        for tensors, adapts in ((0, True), (1, False)):
             # Without weight decay timm's LARS adapts what it is told to: weights, not biases.
-            groups.append({"params": [weight], "peak": rate, "always_adapt": True})
-            groups.append({"params": [bias], "peak": rate, "always_adapt": False})
+            own = [stack[tensors][place] for stack in stacks.values()]
+            groups.append({"params": own, "peak": rate, "always_adapt": adapts})
     optimizer = Lars(groups, lr=recipe.lr, momentum=recipe.momentum)
     batch = recipe.batch_of(len(labels))
     an_epoch = len(labels) // batch
     steps = recipe.epochs * an_epoch
-    for step in range(steps):
+    for step in tqdm(range(steps), desc="linear heads", unit=" step", mininterval=1.0):
         if step % an_epoch == 0:
-            order = torch.randperm(len(labels), generator=generator).to(device)
+            order = torch.randperm(len(labels), generator=generator)
         rows = order[step % an_epoch * batch :][:batch]
         for group in optimizer.param_groups:
             group["lr"] = warm_cosine(step, steps, recipe.warmup * an_epoch, group["peak"], 0.0)
-        targets = labels[rows, None].expand(-1, len(rates))
+        targets = labels[rows, None].expand(-1, len(rates)).to(device)
         loss = torch.zeros((), device=device)
-        for values, weights, biases, *_ in stacks.values():
-            logits = values[rows] @ torch.cat(weights, dim=1) + torch.cat(biases)
+        for name, (weights, biases, mean, deviation) in stacks.items():
+            standard = ((features[name][rows] - mean) / deviation).to(device)
+            logits = standard @ torch.cat(weights, dim=1) + torch.cat(biases)
             by_head = logits.unflatten(1, (len(rates), num_categories)).transpose(1, 2)
             loss = loss + F.cross_entropy(by_head, targets, reduction="sum") / batch
         optimizer.zero_grad()
@@ -104,7 +107,7 @@ def train_heads(
         optimizer.step()
     return [
         Head(name, rate, mean, deviation, weight.detach().cpu(), bias.detach().cpu())
-        for name, (_, weights, biases, mean, deviation) in stacks.items()
+        for name, (weights, biases, mean, deviation) in stacks.items()
         for rate, weight, bias in zip(rates, weights, biases, strict=True)
     ]
 
