@@ -66,7 +66,7 @@ def rank_main(folder: Path, data: Path) -> None:
 
 
 def test_ranks_see_what_the_checkpoint_gives_and_train_on_undisturbed(data: Path, tmp_path: Path) -> None:
-    codes, output = start(tmp_path, str(data), world=2, script=Path(__file__), timeout=240)
+    codes, output = start(tmp_path, str(data), world=2, script=Path(__file__))
     assert codes == [0, 0], output
     run, _, towers = load_towers(tmp_path / "kept" / f"step_{STEPS:06d}")
     found = extract(towers, run, data / "heldout", device=torch.device("cpu"), workers=0, title="test")

@@ -119,7 +119,7 @@ def test_damaged_models_are_told(data: Path, tmp_path: Path, capsys: pytest.Capt
 def test_two_ranks_measure_what_one_does(
     run_folder: Path, data: Path, of_run: dict[str, Any], tmp_path: Path
 ) -> None:
-    codes, output = start(tmp_path, str(run_folder), str(data), world=2, script=Path(__file__), timeout=120)
+    codes, output = start(tmp_path, str(run_folder), str(data), world=2, script=Path(__file__))
     assert codes == [0, 0], output
     result = json.loads((tmp_path / "two.json").read_text())
     rows = result["checkpoints"]["step_000003"]
