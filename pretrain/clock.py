@@ -17,7 +17,7 @@ from torch.profiler import record_function
 
 # Of a training step, in its order. `teacher`: the targets that it or a guide makes, and its average. `other`: what no
 # part claims, such as the loss balance.
-PARTS = ("data_wait", "forward", "teacher", "backward", "optimizer", "save", "log", "other")
+PARTS = ("data_wait", "forward", "teacher", "backward", "optimizer", "save", "evaluate", "log", "other")
 
 
 Mark = Any  # seconds of the system's clock, or an event in the device's queue

@@ -110,6 +110,14 @@ class Engine:
         """What the teacher makes of images [n, 3, s, s], as `Towers.forward` is asked."""
         return self._teacher(images, *asked)
 
+    @torch.no_grad()
+    def ask_teacher(self, *asked: Any) -> Any:
+        """The same between two steps; under ZeRO-3 no weight stays gathered. A collective call."""
+        said = self._teacher(*asked)
+        if self.stage == 3:
+            self._teacher.optimizer.partition_all_parameters()
+        return said
+
     def step(self, batch: Batch, *, asks_to_stop: bool = False) -> Any:
         """One optimizer step and teacher update on this rank's share of the batch; gives the Losses, detached.
 

@@ -15,6 +15,7 @@ from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
 from pretrain.data.remote import Place
 from pretrain.engine import Engine
+from pretrain.evaluate.in_training import TeacherCheck
 from pretrain.evidence import Journal
 from pretrain.exits import Preempted
 from pretrain.monitor import Monitor
@@ -37,6 +38,7 @@ class Job:
     signals: Signals
     watchdog: Watchdog
     window: Window
+    check: TeacherCheck | None = None  # what the teacher is measured with every `paths.evaluate_every` steps
 
 
 def run_steps(job: Job, loader: Loader, monitor: Monitor) -> Place | None:
@@ -75,8 +77,12 @@ def _accepted(job: Job, loader: Loader, monitor: Monitor, losses: Any) -> None:
         trace = job.window.after(engine.steps_done)
     if trace is not None:
         monitor.say(f"traced {trace}")
-    monitor.after_step(engine, losses, loader.dropped, loader.captions)
     is_last = engine.steps_done == run.steps
+    if job.check is not None and (engine.steps_done % job.paths.evaluate_every == 0 or is_last):
+        job.watchdog.at(engine.steps_done, "evaluates the teacher", times=FIRST)
+        with engine.clock.during("evaluate"):
+            monitor.evaluated(engine.steps_done, job.check(engine))
+    monitor.after_step(engine, losses, loader.dropped, loader.captions)
     if engine.steps_done % run.save_every == 0 or is_last:
         job.watchdog.at(engine.steps_done, "saves a checkpoint")
         with monitor.saving():

@@ -3,6 +3,7 @@
 deepspeed pretrain/main.py --recipe m3i.demo --data NAME=DIR [NAME=DIR ...] --out DIR [--ds-config FILE]
     [--tokenizer DIR] [--guide DIR] [--workers N] [--micro-batches N] [--checkpoints DIR|URL] [--timeout SECONDS]
     [--wandb] [--tensorboard] [--price P] [--profile FIRST:LAST] [--compile]
+    [--evaluate-every N --evaluate-data DIR]
     [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
 
 deepspeed pretrain/main.py --replay OUT/replay/BUNDLE
@@ -86,6 +87,12 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
     parser.add_argument(
         "--compile", action="store_true", help="transformer blocks by torch.compile, not ZeRO-3"
     )
+    parser.add_argument(
+        "--evaluate-every", type=int, default=0, metavar="N", help="steps: kNN and zero-shot of the teacher"
+    )
+    parser.add_argument(
+        "--evaluate-data", type=Path, metavar="DIR", help="with train/ and heldout/, for that"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the launcher
     parser.add_argument("--help", "-h", action="store_true", help="this, and the fields of --recipe")
     if {"--help", "-h"} & set(arguments):
@@ -104,6 +111,7 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
         raise ValueError(f"--micro-batches {paths.micro_batches} must be positive: 1 takes the batch at once")
     if paths.price is not None and not 0 <= paths.price < float("inf"):
         raise ValueError(f"--price {paths.price} must not be negative: what an hour of one GPU costs")
+    check_evaluation(paths.evaluate_every, paths.evaluate_data)
     paths.profile = steps_of(paths.profile)
     check_guide(run, paths.guide)
     if paths.out.exists() and not paths.out.is_dir():
@@ -119,6 +127,20 @@ def steps_of(text: str | None) -> tuple[int, int] | None:
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise ValueError(f"--profile {text!r} must be FIRST:LAST, steps counted from 1, such as 10:12")
     return int(first), int(last)
+
+
+def check_evaluation(every: int, folder: Path | None) -> None:
+    """ValueError unless both are given or none; FileNotFoundError without the data sets."""
+    if every < 0 or (every > 0) != (folder is not None):
+        raise ValueError(
+            f"--evaluate-every {every} with --evaluate-data {folder}: give a positive number of steps and a "
+            "folder of train/ and heldout/, or neither"
+        )
+    for split in ("train", "heldout") if folder is not None else ():
+        if not (folder / split).is_dir():
+            raise FileNotFoundError(
+                f"--evaluate-data {folder} has no {split}/: `python -m data_prep build` writes it"
+            )
 
 
 def check_guide(run: Run, folder: Path | None) -> None:
@@ -237,6 +259,8 @@ def start(run: Run, paths: argparse.Namespace) -> int:
                 price=paths.price,
                 profile=paths.profile,
                 compile=paths.compile,
+                evaluate_every=paths.evaluate_every,
+                evaluate_data=paths.evaluate_data,
             ),
         )
     except tuple(ENDS) as error:

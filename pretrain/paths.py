@@ -27,6 +27,8 @@ class Paths:
     price: float | None = None  # of an hour of one GPU
     profile: tuple[int, int] | None = None  # first and last step that a profiler follows
     compile: bool = False  # transformer blocks by torch.compile
+    evaluate_every: int = 0  # steps between two looks at the teacher; 0: none
+    evaluate_data: Path | None = None  # folder of the data sets train/ and heldout/ that it is looked at with
 
     @property
     def kept(self) -> Place:

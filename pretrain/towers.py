@@ -58,15 +58,24 @@ class Towers(nn.Module):
             self.image_projection = nn.Linear(run.pool.width, run.pool.width, bias=False)
 
     def forward(
-        self, images: Float[Tensor, "n 3 s s"], kinds: tuple[str, ...], summary: bool
+        self,
+        images: Float[Tensor, "n 3 s s"] | None,
+        kinds: tuple[str, ...],
+        summary: bool,
+        texts: tuple[Int[Tensor, "m length"], Bool[Tensor, "m length"]] | None = None,
     ) -> dict[str, Tensor]:
         """What a teacher says of images, by kind of target, of those asked for: `dense` tokens [n, l, d], before
-        them the summary if asked; `global` projections [n, p]; `tags` similarities to the labels [n, k], float32.
+        them the summary if asked; `global` projections [n, p]; `tags` similarities to the labels [n, k], float32;
+        `projected` unit vectors [n, e]. Of `texts` alone (tokens, mask), without images: `texts` unit vectors [m, e].
         """
+        if images is None:
+            return {"texts": self.embed_texts(*texts)}
         tokens = self.encoder(images, summary)
         patches, said = tokens[:, int(summary) :], {"dense": tokens}
         if "global" in kinds:
             said["global"] = self.projector(self.embed_tokens(patches))
+        if "projected" in kinds:
+            said["projected"] = self.project_images(self.embed_tokens(patches))
         if "tags" in kinds:
             said["tags"] = self.tags(patches, None, images.shape[-1] // self.encoder.stride)[1]
         return {kind: said[kind] for kind in kinds}

@@ -24,6 +24,7 @@ from pretrain.data.sources import tokenizer_beside
 from pretrain.distributed import start_distributed
 from pretrain.ds_config import describe, read_ds_config, resolve_config
 from pretrain.engine import Engine
+from pretrain.evaluate.in_training import TeacherCheck
 from pretrain.evidence import Journal
 from pretrain.exits import RankLost
 from pretrain.facts import DataFacts
@@ -95,12 +96,15 @@ def _train(
         facts = with_guide(loader.facts, guide)
         if folder is not None:  # refuses another recipe before minutes of building
             resume.check_resumable(folder, run, facts)
+        check = None
+        if paths.evaluate_every:
+            check = TeacherCheck(run, facts, paths.evaluate_data, tokenizer)
         engine = build_engine(run, facts, config, device, guide, paths)
         engine.guard.left_out |= skipped
         if rank() == 0:
             _write_inputs(run, paths)
         saver = Saver(engine, paths.kept, facts, tokenizer, require)
-        job = Job(run, paths, engine, saver, journal, signals, watchdog, window)
+        job = Job(run, paths, engine, saver, journal, signals, watchdog, window, check)
         speed = speed_of(run, facts, engine, paths.price)
         while True:
             if folder is not None:

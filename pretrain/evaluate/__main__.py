@@ -1,46 +1,92 @@
 """How good are the teacher's features on held-out images, before and after pre-training?
 
 python -m pretrain.evaluate RUN --data DIR        DIR/train gives the probes their examples, DIR/heldout tests them
+    --probes all --few-shot                       everything that reads frozen features
     --fine-tune [EPOCHS]                          the whole encoder too, trained on the categories: costs a training
+
+RUN is a run, one of its checkpoints, or an exported or published model (timm, internimage, Hugging Face, open_clip).
+DIR/train and DIR/heldout are data sets of `data_prep`, or folders with one folder of images a class. Several ranks
+share the images: torchrun --nproc-per-node 8 -m pretrain.evaluate RUN --data DIR
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from pretrain import provenance
+from pretrain.collectives import rank
 from pretrain.command import exit_code, require_place
 from pretrain.evaluate import result
-from pretrain.evaluate.checkpoints import find_checkpoint
-from pretrain.evaluate.fine_tune import FineTune
-from pretrain.evaluate.probes import PROBES
-from pretrain.evaluate.protocols import SPLITS, Protocols, best_device, measure_checkpoint, read_manifests
+from pretrain.evaluate.few_shot import SHARES
+from pretrain.evaluate.fine_tune import RECIPES
+from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, SLOW
+from pretrain.evaluate.protocols import SPLITS, Protocols, best_device, measure_subject, read_manifests
+from pretrain.evaluate.published import is_published
+from pretrain.evaluate.shares import TIMEOUT
+from pretrain.evaluate.subjects import find_subjects
+from pretrain.evaluate.templates import AUTO, TEMPLATES
+from pretrain.main import silence
+
+RESULT = "evaluation.json"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m pretrain.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, metavar="RUN", help="the --out folder of a pre-training run")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run, checkpoint, or exported model")
     parser.add_argument("--data", type=Path, help="folder of the data sets train/ and heldout/")
     parser.add_argument("--train", type=Path, help="data set of the examples, in place of DATA/train")
     parser.add_argument("--heldout", type=Path, help="data set of the tests, in place of DATA/heldout")
     parser.add_argument(
         "--steps", default="first,last", help="checkpoints: first, last, numbers (first,last)"
     )
-    parser.add_argument("--out", type=Path, help="JSON file of the result (RUN/evaluation.json)")
-    parser.add_argument("--probes", default=",".join(PROBES), help="what is measured (all): %(default)s")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file of the result (RUN/evaluation.json; beside what is no run)"
+    )
+    parser.add_argument("--image-size", type=int, help="pixels a side, of an exported model (what it tells)")
+    parser.add_argument(
+        "--probes",
+        default=",".join(DEFAULT),
+        help=f"what is measured, with commas (%(default)s); also {', '.join(SLOW)}; or {ALL}",
+    )
     parser.add_argument(
         "--fine-tune",
         nargs="?",
         type=int,
-        const=FineTune.epochs,
+        const=0,
         metavar="EPOCHS",
-        help="train the whole encoder on the categories too (off; %(const)s epochs)",
+        help="train the whole encoder on the categories too (off; the recipe's epochs)",
     )
-    parser.add_argument("--k", type=int, default=Protocols.k, help="neighbours of kNN (%(default)s)")
+    parser.add_argument(
+        "--fine-tune-recipe",
+        choices=list(RECIPES),
+        default="small",
+        help="how: for small sets, or the paper's on ImageNet-1k (%(default)s)",
+    )
+    parser.add_argument(
+        "--few-shot",
+        action="store_true",
+        help=f"kNN, linear probe and --fine-tune on {' and '.join(map(str, SHARES))} %% of the labels too",
+    )
+    parser.add_argument(
+        "--k",
+        default=",".join(map(str, Protocols.ks)),
+        help="numbers of neighbours of kNN; the first stands in the table (%(default)s)",
+    )
+    parser.add_argument(
+        "--templates",
+        default=AUTO,
+        help=f"sentences of zero-shot classification: {', '.join(TEMPLATES)} ({AUTO}: ImageNet's for its classes)",
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images (0: this one)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by DeepSpeed's launcher
     return parser.parse_args(arguments)
 
 
@@ -50,33 +96,63 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     Raises FileNotFoundError and ValueError for what the user can mend, before any image is read.
     """
     options = parse(arguments)
-    protocols = Protocols(
-        probes=tuple(name.strip() for name in options.probes.split(",")),
-        k=options.k,
-        fine_tune=None if options.fine_tune is None else FineTune(epochs=options.fine_tune),
-        workers=options.workers,
-    )
-    out = options.out or options.run / "evaluation.json"
+    protocols = protocols_of(options)
+    subjects = find_subjects(options.run, [n.strip() for n in options.steps.split(",")], options.image_size)
+    out = options.out or result_of(options.run)
     if out.is_dir():
-        raise ValueError(f"--out {out} is a folder: name a file, such as {out / 'evaluation.json'}")
-    if options.run.is_dir():
-        require_place("--out", out)
+        raise ValueError(f"--out {out} is a folder: name a file, such as {out / RESULT}")
+    require_place("--out", out)
     folders = split_folders(options.data, options.train, options.heldout)
-    manifests = read_manifests(folders, protocols.k)
-    steps = [find_checkpoint(options.run, name.strip()) for name in options.steps.split(",")]
+    manifests = read_manifests(folders)
     device = best_device()
     evaluated: dict[str, Any] = {"checkpoints": {}}
-    for step in dict.fromkeys(steps):  # each once: of a run's beginning the first is the last
-        measured = measure_checkpoint(step, folders, manifests, protocols, device)
+    for subject in subjects:
+        measured = measure_subject(subject.open(), folders, manifests, protocols, device)
+        if measured is None:
+            continue
         evidence, outcomes = measured.evidence, measured.outcomes
         evaluated |= result.header(measured.run, folders, manifests, provenance.hardware(device))
-        evaluated["checkpoints"][step.name] = result.of_checkpoint(evidence, outcomes)
-        evaluated["confusion"] = result.confusion(step.name, evidence, outcomes)
-        evaluated["neighbours"] = result.neighbours(step.name, evidence)
-    result.write(out, evaluated)
-    print(result.table(evaluated))
-    print(f"written to {out}")
+        evaluated["checkpoints"][subject.name] = result.of_checkpoint(evidence, outcomes)
+        evaluated["confusion"] = result.confusion(subject.name, evidence, outcomes)
+        evaluated["neighbours"] = result.neighbours(subject.name, evidence)
+    if rank() == 0:
+        result.write(out, evaluated)
+        print(result.table(evaluated))
+        print(f"written to {out}")
     return evaluated
+
+
+def result_of(place: Path) -> Path:
+    """Where the result lies if no other place is named: in a run, beside a checkpoint or an exported model."""
+    is_run = place.is_dir() and not is_published(place) and not (place / "run.json").is_file()
+    return place / RESULT if is_run else place.with_name(f"{place.name}.{RESULT}")
+
+
+def protocols_of(options: argparse.Namespace) -> Protocols:
+    """What the command line asks for."""
+    probes = tuple(name.strip() for name in options.probes.split(","))
+    if options.few_shot and probes != (ALL,):
+        probes = tuple(dict.fromkeys([*probes, *(n for n in PROBES if n.startswith("few_shot_"))]))
+    tuned = None
+    if options.fine_tune is not None:
+        tuned = RECIPES[options.fine_tune_recipe]
+        tuned = replace(tuned, epochs=options.fine_tune) if options.fine_tune else tuned
+    return Protocols(
+        probes=probes,
+        ks=numbers_of(options.k),
+        templates=options.templates,
+        fine_tune=tuned,
+        fine_tune_shares=SHARES if tuned is not None and options.few_shot else (),
+        workers=options.workers,
+    )
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """The numbers of neighbours in "20,10,200"; ValueError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--k {text!r} must be whole numbers with commas between, such as 20,10,200")
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def split_folders(data: Path | None, train: Path | None, heldout: Path | None) -> dict[str, Path]:
@@ -102,8 +178,15 @@ def split_folders(data: Path | None, train: Path | None, heldout: Path | None) -
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code. A mistake of the user's is told in one message."""
-    return exit_code(evaluate, arguments)
+    """Exit code. A mistake of the user's is told in one message, of several ranks by the first."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return exit_code(evaluate, arguments)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        with nullcontext() if rank() == 0 else silence():
+            return exit_code(evaluate, arguments)
+    finally:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -60,26 +60,30 @@ class TokenCollector:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self._generator = torch.Generator().manual_seed(sampling.seed)
         self._tokens: list[Tensor] = []
         self._places: list[Tensor] = []
         self._masks: list[Mask] = []
         self._grid = 0
 
-    def add(self, tokens: Float[Tensor, "b l d"], masks: Sequence[Mask | None]) -> None:
-        """Keeps what is wanted of the images that have a mask."""
+    def add(self, tokens: Float[Tensor, "b l d"], masks: Sequence[Mask | None], index: Sequence[int]) -> None:
+        """Keeps what is wanted of the images that have a mask; `index` are their numbers in the data set."""
         rows = [row for row, mask in enumerate(masks) if mask is not None]
         if not rows:
             return
         length = tokens.shape[1]
         self._grid = isqrt(length)
         assert self._grid**2 == length, f"{length} tokens are no square grid"
-        drawn = [torch.randperm(length, generator=self._generator)[: self.sampling.tokens] for _ in rows]
+        drawn = [self._draw(index[row], length) for row in rows]
         places = torch.stack(drawn).sort(dim=1).values
         picked = tokens[torch.tensor(rows)[:, None], places]
         self._tokens.append(picked.float().cpu())
         self._places.append(places)
         self._masks += [masks[row] for row in rows]
+
+    def _draw(self, number: int, length: int) -> Int[Tensor, " m"]:
+        """Places of the tokens that an image keeps, whichever images came before."""
+        generator = torch.Generator().manual_seed(self.sampling.seed * 1_000_003 + number)
+        return torch.randperm(length, generator=generator)[: self.sampling.tokens]
 
     def collected(self) -> DenseFeatures | None:
         """None when no image had a mask."""
@@ -96,6 +100,18 @@ class TokenCollector:
         return DenseFeatures(
             torch.cat(self._tokens), torch.cat(self._places), torch.stack(classes), kinds, self._grid
         )
+
+
+def joined(parts: Sequence[DenseFeatures]) -> DenseFeatures:
+    """Those of several shares of a data set as one."""
+    kinds = tuple(sorted({kind for part in parts for kind in part.kinds}))
+    return DenseFeatures(
+        tokens=torch.cat([part.tokens for part in parts]),
+        places=torch.cat([part.places for part in parts]),
+        classes=torch.cat([_renumbered(part, kinds) for part in parts]),
+        kinds=kinds,
+        grid=parts[0].grid,
+    )
 
 
 def dense_probe(train: DenseFeatures, heldout: DenseFeatures) -> tuple[Int[Tensor, "n 3 k"], tuple[str, ...]]:

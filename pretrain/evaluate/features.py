@@ -5,28 +5,33 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data_prep.schema import IMAGE_EXTENSIONS, Manifest
+from data_prep.schema import IMAGE_EXTENSIONS
+from pretrain.collectives import rank, world_size
 from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample, check_bad_share
-from pretrain.data.shards import ShardFolder
+from pretrain.data.text import captions_of
 from pretrain.data.views import center_view
+from pretrain.evaluate.cached import CachedTokens, TokenCache
 from pretrain.evaluate.dense import NOTHING, DenseFeatures, Sampling, TokenCollector, chosen_images
+from pretrain.evaluate.layers import LAYER, layer_means
 from pretrain.evaluate.masks import Mask, read_mask
+from pretrain.evaluate.sets import open_set, read_set
 from pretrain.models.pixels import normalise
-from pretrain.towers import Towers
 
 IMAGES_AT_ONCE = 128
+MASKED, LAYERS, TOKENS = "masked tokens", "means of layers", "tokens"  # that `extract` keeps if asked
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,14 @@ class Features:
     projected: Float[Tensor, "n e"] | None  # unit vectors in the space of the captions, if the run has text
     classified: Int[Tensor, " n"] | None  # the run's category that its own head says, if it has categories
     labels: Int[Tensor, " n"]  # category of the data set; NO_CATEGORY where a sample has none
-    captions: list[str]  # "" where a sample has none
+    captions: list[tuple[str, ...]]  # all of a sample, empty where it has none
     index: Int[Tensor, " n"]  # of the sample in the data set
     dropped: dict[str, int]  # samples left out, by reason
     dense: DenseFeatures | None = None  # single tokens, if they were asked for and the data set has masks
+    layers: dict[str, Float[Tensor, "n _"]] = field(
+        default_factory=dict
+    )  # means of the last layers, if asked
+    cached: CachedTokens | None = None  # all tokens of some images, if they were asked for
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Picture:
     index: int
     view: UInt8[Tensor, "3 s s"] | None
     label: int = NO_CATEGORY
-    caption: str = ""
+    captions: tuple[str, ...] = ()
     mask: Mask | None = None
     reason: str = ""
     message: str = ""
@@ -69,12 +78,12 @@ class Pictures:
         self,
         folder: Path,
         size: int,
-        samples: Sequence[int] | None = None,
+        samples: Sequence[int | None] | None = None,
         *,
         view: Callable[[Tensor, int], Tensor] | None = None,
         masked: frozenset[int] = frozenset(),
     ) -> None:
-        self.shards = ShardFolder(folder)
+        self.shards = open_set(folder)
         self.size = size
         self.samples = range(len(self.shards)) if samples is None else samples
         self.view = view
@@ -93,7 +102,7 @@ class Pictures:
             image = decode_image(content)
             mask = read_mask(members, *image.shape[:2], self.size) if index in self.masked else None
             view = self.view(image, index) if self.view else center_view(image, self.size)
-            return Picture(index, view, self._label(members), _caption(members), mask)
+            return Picture(index, view, self._label(members), _captions(members), mask)
         except BadSample as error:
             return Picture(index, None, reason=error.reason, message=str(error))
 
@@ -116,7 +125,9 @@ def readable(
     """
     loader = DataLoader(pictures, IMAGES_AT_ONCE, num_workers=workers, collate_fn=list)
     interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds between two states of the bar
-    with tqdm(total=len(pictures), desc=title, unit=" image", mininterval=interval) as bar:
+    with tqdm(
+        total=len(pictures), desc=title, disable=rank() > 0, unit=" image", mininterval=interval
+    ) as bar:
         for batch in loader:
             good = [picture for picture in batch if picture.view is not None]
             dropped.update(picture.reason for picture in batch if picture.view is None)
@@ -133,7 +144,7 @@ def readable(
 
 @torch.inference_mode()
 def extract(
-    towers: Towers,
+    towers: nn.Module,
     run: Run,
     folder: Path,
     *,
@@ -141,25 +152,34 @@ def extract(
     workers: int,
     title: str,
     dense: Sampling = NOTHING,
+    kept: frozenset[str] = frozenset({MASKED}),
 ) -> Features:
     """Features of every readable sample, in float32, with a progress bar named `title`.
 
-    `dense` says which single tokens are kept of the same pass. Unreadable samples are left out and counted;
-    DataError when they exceed `run.max_bad`.
+    `kept` says what else is kept of the same pass, `dense` which of the masked tokens. Unreadable
+    samples are left out and counted; DataError when they exceed `run.max_bad`. On several ranks each takes a share;
+    `gathered` puts them together.
     """
-    num_images = Manifest.read(folder).num_samples
-    pictures = Pictures(folder, run.views.size, masked=chosen_images(num_images, dense))
+    num_images = read_set(folder).num_samples
+    if MASKED not in kept:
+        dense = NOTHING
+    own = range(rank() * num_images // world_size(), (rank() + 1) * num_images // world_size())
+    pictures = Pictures(folder, run.views.size, own, masked=chosen_images(num_images, dense))
+    cache = TokenCache(num_images, (run.views.size // towers.encoder.stride) ** 2 * towers.encoder.width)
     seen: list[Picture] = []
     vectors: dict[str, list[Tensor]] = {}
     dropped: Counter[str] = Counter()
     collector = TokenCollector(dense)
     for good in readable(pictures, dropped, limit=run.max_bad, workers=workers, title=title):
         views = torch.stack([picture.view for picture in good]).to(device)
-        tokens = towers.encoder(normalise(views, run.views.mean, run.views.std, torch.float32))
-        for name, value in _embed(towers, tokens).items():
+        with layer_means(towers.encoder) if LAYERS in kept else nullcontext({}) as means:
+            tokens = towers.encoder(normalise(views, run.views.mean, run.views.std, torch.float32))
+        for name, value in (_embed(towers, tokens) | means).items():
             vectors.setdefault(name, []).append(value.cpu())
-        collector.add(tokens, [picture.mask for picture in good])
-        seen += [Picture(p.index, None, p.label, p.caption) for p in good]
+        collector.add(tokens, [picture.mask for picture in good], [picture.index for picture in good])
+        if TOKENS in kept:
+            cache.add(tokens, [picture.index for picture in good])
+        seen += [Picture(p.index, None, p.label, p.captions) for p in good]
     joined = {name: torch.cat(values) for name, values in vectors.items()}
     return Features(
         tokens=joined["tokens"],
@@ -167,14 +187,16 @@ def extract(
         projected=joined.get("projected"),
         classified=joined.get("classified"),
         labels=torch.tensor([picture.label for picture in seen]),
-        captions=[picture.caption for picture in seen],
+        captions=[picture.captions for picture in seen],
         index=torch.tensor([picture.index for picture in seen]),
         dropped=dict(dropped),
         dense=collector.collected(),
+        layers={name: value for name, value in joined.items() if name.startswith(LAYER)},
+        cached=cache.collected(),
     )
 
 
-def _embed(towers: Towers, tokens: Float[Tensor, "n l d"]) -> dict[str, Tensor]:
+def _embed(towers: nn.Module, tokens: Float[Tensor, "n l d"]) -> dict[str, Tensor]:
     vectors = {"tokens": tokens.mean(dim=1)}
     if not towers.has_embedding:
         return vectors
@@ -186,8 +208,10 @@ def _embed(towers: Towers, tokens: Float[Tensor, "n l d"]) -> dict[str, Tensor]:
     return vectors
 
 
-def _caption(members: dict[str, bytes]) -> str:
+def _captions(members: dict[str, bytes]) -> tuple[str, ...]:
     try:
-        return members.get("txt", b"").decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise BadSample("broken_text", f"caption: {error}") from error
+        return tuple(captions_of(members))
+    except BadSample as error:
+        if error.reason == "no_caption":
+            return ()
+        raise

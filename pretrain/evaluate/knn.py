@@ -1,6 +1,12 @@
-"""Which category do an image's nearest training images vote for?"""
+"""Which category do an image's nearest training images vote for?
+
+Source: DINO (arXiv 2104.14294), section 4.1: neighbours by cosine, votes exp(similarity / 0.07), which it has from
+instance discrimination; it reports the best k of 10, 20, 100 and 200, 20 as a rule.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,3 +40,19 @@ def vote(
     weights = (similarities / TEMPERATURE).softmax(dim=1)
     votes = torch.zeros(len(labels), num_categories, dtype=weights.dtype)
     return votes.scatter_add_(1, labels, weights).argmax(dim=1)
+
+
+def votes(
+    train: Float[Tensor, "n d"],
+    train_labels: Int[Tensor, " n"],
+    queries: Float[Tensor, "m d"],
+    ks: Sequence[int],
+    num_categories: int,
+) -> dict[int, Int[Tensor, " m"]]:
+    """Predicted categories by k, of one search; a k above the number of training images is left out."""
+    possible = [k for k in dict.fromkeys(ks) if k <= len(train)]
+    if not possible:
+        return {}
+    similarities, indices = nearest(train, queries, max(possible))
+    labels = train_labels[indices]
+    return {k: vote(similarities[:, :k], labels[:, :k], num_categories) for k in possible}

@@ -1,13 +1,19 @@
-"""In which order do the parameters of an encoder stand between image and tokens?"""
+"""In which order do the layers of an encoder stand between image and tokens, and what is the mean of each?"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from jaxtyping import Float
 from timm.models import group_parameters
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.models.internimage import InternImage
+
+LAYER = "layer "  # and its number from 1, a name of its mean
+NUM_LAYERS = 4  # the last ones, as DINO's linear evaluation has them (arXiv 2104.14294, appendix F)
 
 # Trunks that do not tell it themselves, in timm's notation: group -> patterns of names and what orders them;
 # 99999 joins the group before. InternImage: stem, then block by block; what follows a stage's last block is of it.
@@ -32,6 +38,33 @@ def layer_order(encoder: nn.Module) -> dict[str, int]:
     return {f"{name}.{parameter}": layer for parameter, layer in found.items()}
 
 
+@contextmanager
+def layer_means(encoder: nn.Module) -> Iterator[dict[str, Float[Tensor, "b _"]]]:
+    """What is filled, while inside, with the mean over the positions of each of the last NUM_LAYERS layers.
+
+    Layers are a ViT's blocks, without its class token, and the stages of Swin and InternImage.
+    """
+    _, trunk, _ = _trunk(encoder)
+    layers = next(getattr(trunk, name) for name in ("blocks", "layers", "levels") if hasattr(trunk, name))
+    prefix = getattr(trunk, "num_prefix_tokens", 0)
+    means: dict[str, Tensor] = {}
+
+    def keep(number: int, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output  # a stage of InternImage gives two maps
+        means[f"{LAYER}{number}"] = output.flatten(1, -2)[:, prefix:].mean(dim=1)
+
+    first = max(len(layers) - NUM_LAYERS, 0)
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output, n=first + i + 1: keep(n, output))
+        for i, layer in enumerate(layers[first:])
+    ]
+    try:
+        yield means
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def names_without_decay(encoder: nn.Module) -> set[str]:
     """Parameters of more than one dimension that the trunk exempts from weight decay, such as a class token."""
     name, trunk, _ = _trunk(encoder)
@@ -41,7 +74,9 @@ def names_without_decay(encoder: nn.Module) -> set[str]:
 
 def _trunk(encoder: nn.Module) -> tuple[str, nn.Module, Any]:
     """Name, module and timm's matcher of the child that holds the layers."""
-    for name, child in encoder.named_children():
+    for name, child in encoder.named_modules():
+        if not name:
+            continue
         if hasattr(child, "group_matcher"):  # timm's models
             return name, child, child.group_matcher(coarse=False)
         if type(child) in MATCHERS:

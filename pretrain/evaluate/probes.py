@@ -8,60 +8,51 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from tqdm import tqdm
 
-from pretrain.data.batch import NO_CATEGORY
-from pretrain.evaluate import dense, knn, linear, zero_shot
+from pretrain.evaluate import dense, few_shot, knn, linear, probing, retrieval, zero_shot
 from pretrain.evaluate.accuracy import proportion, score
-from pretrain.evaluate.features import Features
+from pretrain.evaluate.evidence import (
+    Evidence,
+    NotMeasured,
+    Outcome,
+    check_trained,
+    heldout_labels,
+    is_labelled,
+    of_labelled,
+    outcome_of,
+)
+from pretrain.evaluate.features import LAYERS, MASKED, TOKENS
 from pretrain.evaluate.regions import score_regions
-from pretrain.facts import DataFacts
-
-
-class NotMeasured(Exception):
-    """A probe has nothing to measure here; the message says why, and stands in the result."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What every probe may read."""
-
-    train: Features
-    heldout: Features
-    categories: tuple[str, ...]  # of the data set, train and held-out alike
-    facts: DataFacts  # of the run
-    k: int  # neighbours
-    encode: zero_shot.Encode | None  # the run's tokenizer; None without text
-    embed: zero_shot.EmbedTexts  # the run's text tower
-
-
-@dataclass(frozen=True)
-class Outcome:
-    record: dict[str, Any]  # of the JSON result
-    predicted: Int[Tensor, " n"] | None = None  # for the labelled held-out images, in their order
+from pretrain.evaluate.templates import choose_templates
 
 
 def _knn(evidence: Evidence, feature: str) -> Outcome:
-    _check_trained(evidence, feature)
+    check_trained(evidence, feature)
     rows, labels = is_labelled(evidence.train), heldout_labels(evidence)
-    train, heldout = getattr(evidence.train, feature)[rows], _of_labelled(evidence, feature)
-    similarities, indices = knn.nearest(train, heldout, evidence.k)
-    predicted = knn.vote(similarities, evidence.train.labels[rows][indices], len(evidence.categories))
-    settings = {"feature": feature, "k": evidence.k, "temperature": knn.TEMPERATURE}
-    return Outcome(score(predicted, labels, len(evidence.categories)) | settings, predicted)
+    train, heldout = getattr(evidence.train, feature)[rows], of_labelled(evidence, feature)
+    num_categories = len(evidence.categories)
+    predicted = knn.votes(train, evidence.train.labels[rows], heldout, evidence.ks, num_categories)
+    by_k = {
+        k: score(predicted[k], labels, num_categories) if k in predicted else _too_many(k, len(train))
+        for k in evidence.ks
+    }
+    settings = {"feature": feature, "k": evidence.ks[0], "temperature": knn.TEMPERATURE}
+    by_name = {str(k): row for k, row in by_k.items()}
+    return Outcome(by_k[evidence.ks[0]] | settings | {"by_k": by_name}, predicted.get(evidence.ks[0]))
 
 
-def _check_trained(evidence: Evidence, feature: str) -> None:
-    if getattr(evidence.heldout, feature) is None:
-        raise NotMeasured(f"the run's targets train no {feature}")
+def _too_many(k: int, num_images: int) -> dict[str, Any]:
+    return {
+        "accuracy": None,
+        "reason": f"k={k} is more than the {num_images} labelled training images: give smaller --k",
+    }
 
 
 def _linear(evidence: Evidence, feature: str) -> Outcome:
-    _check_trained(evidence, feature)
+    check_trained(evidence, feature)
     rows, labels = is_labelled(evidence.train), heldout_labels(evidence)
-    train, heldout = getattr(evidence.train, feature)[rows], _of_labelled(evidence, feature)
+    train, heldout = getattr(evidence.train, feature)[rows], of_labelled(evidence, feature)
     predicted = linear.linear_probe(train, evidence.train.labels[rows], heldout)
     settings = {"feature": feature, "c": linear.C}
     return Outcome(score(predicted, labels, len(evidence.categories)) | settings, predicted)
@@ -69,9 +60,16 @@ def _linear(evidence: Evidence, feature: str) -> Outcome:
 
 def _zero_shot(evidence: Evidence) -> Outcome:
     labels, encode = heldout_labels(evidence), _encoder(evidence)
-    classes = zero_shot.class_vectors(evidence.categories, encode, evidence.embed)
-    predicted = zero_shot.classify(_of_labelled(evidence, "projected"), classes)
-    settings = {"feature": "projected", "prompts": list(zero_shot.PROMPTS)}
+    name, templates, names = choose_templates(evidence.templates, evidence.categories)
+    classes = zero_shot.class_vectors(names, encode, evidence.embed, templates)
+    images = of_labelled(evidence, "projected")
+    predicted = zero_shot.classify(images, classes)
+    settings = {
+        "feature": "projected",
+        "templates": name,
+        "prompts": [template.text for template in templates],
+        "top5": proportion(zero_shot.count_top(images, classes, labels, 5), len(labels)),
+    }
     return Outcome(score(predicted, labels, len(evidence.categories)) | settings, predicted)
 
 
@@ -87,26 +85,34 @@ def _classifier(evidence: Evidence) -> Outcome:
         )
     # The same names may be numbered differently in the run and in the data set.
     numbers = torch.tensor([evidence.categories.index(name) for name in evidence.facts.categories])
-    predicted = numbers[_of_labelled(evidence, "classified")]
+    predicted = numbers[of_labelled(evidence, "classified")]
     return Outcome(score(predicted, labels, len(evidence.categories)) | {"feature": "embedding"}, predicted)
 
 
 def _retrieval(evidence: Evidence, query: str) -> Outcome:
-    """Recall at 1 among the first held-out images with captions, from images to captions or back."""
+    """Recall among the first held-out images with captions, from images to captions or back."""
     encode = _encoder(evidence)
-    rows = [row for row, caption in enumerate(evidence.heldout.captions) if caption]
-    rows = rows[: zero_shot.MAX_CANDIDATES]
+    rows = [row for row, captions in enumerate(evidence.heldout.captions) if captions]
+    rows = rows[: retrieval.MAX_IMAGES]
     if len(rows) < 2:
         raise NotMeasured("the held-out images have no captions")
-    captions = [evidence.heldout.captions[row] for row in rows]
-    images, texts = (
-        evidence.heldout.projected[rows],
-        zero_shot.embed_captions(captions, encode, evidence.embed),
-    )
-    pair = {"image": (images, texts), "text": (texts, images)}[query]
-    correct = zero_shot.retrieve(*pair, captions)
-    chance = sum(captions.count(caption) for caption in captions) / len(captions) ** 2
-    return Outcome(proportion(correct, len(captions)) | {"chance": chance, "query": query})
+    owned = [evidence.heldout.captions[row] for row in rows]
+    captions = [text for texts in owned for text in texts]
+    images = evidence.heldout.projected[rows]
+    texts = zero_shot.embed_captions(captions, encode, evidence.embed)
+    is_match = retrieval.matches(owned)
+    if query == "image":
+        ranks = retrieval.ranks(images, texts, is_match)
+    else:
+        is_match = is_match.T
+        ranks = retrieval.ranks(texts, images, is_match)
+    recall = {
+        str(top): proportion(int((ranks < top).sum()), len(ranks))
+        | {"chance": retrieval.chance(is_match, top)}
+        for top in retrieval.TOPS
+    }
+    counts = {"query": query, "images": len(rows), "captions": len(captions)}
+    return Outcome(recall["1"] | counts | {"recall": recall})
 
 
 def _dense(evidence: Evidence) -> Outcome:
@@ -130,6 +136,8 @@ def _dense(evidence: Evidence) -> Outcome:
 class Probe:
     title: str
     measure: Callable[[Evidence], Outcome]
+    is_quick: bool = True  # measured unless others are named
+    reads: frozenset[str] = frozenset()  # what `extract` has to keep for it
 
 
 PROBES: dict[str, Probe] = {
@@ -139,7 +147,22 @@ PROBES: dict[str, Probe] = {
     "linear_embedding": Probe(
         "linear probe, pooled embedding", lambda evidence: _linear(evidence, "embedding")
     ),
-    "dense": Probe("dense probe, mIoU", _dense),
+    "linear_paper": Probe("linear, paper's recipe", probing.linear_paper, is_quick=False),
+    "linear_sweep": Probe(
+        "linear, best of a sweep", probing.linear_sweep, is_quick=False, reads=frozenset({LAYERS})
+    ),
+    "attentive": Probe("attentive probe", probing.attentive_probe, is_quick=False, reads=frozenset({TOKENS})),
+    "few_shot_1_knn": Probe("1 % of the labels, kNN", partial(probing.few_shot_knn, share=1), is_quick=False),
+    "few_shot_1_linear": Probe(
+        "1 % of the labels, linear", partial(probing.few_shot_linear, share=1), is_quick=False
+    ),
+    "few_shot_10_knn": Probe(
+        "10 % of the labels, kNN", partial(probing.few_shot_knn, share=10), is_quick=False
+    ),
+    "few_shot_10_linear": Probe(
+        "10 % of the labels, linear", partial(probing.few_shot_linear, share=10), is_quick=False
+    ),
+    "dense": Probe("dense probe, mIoU", _dense, reads=frozenset({MASKED})),
     "classifier": Probe("own category head", _classifier),
     "zero_shot": Probe("zero-shot by class names", _zero_shot),
     "retrieval_image": Probe("image to caption, R@1", lambda evidence: _retrieval(evidence, "image")),
@@ -147,45 +170,25 @@ PROBES: dict[str, Probe] = {
 }
 
 
+ALL = "all"  # stands for every probe
+DEFAULT = tuple(name for name, probe in PROBES.items() if probe.is_quick)
+SLOW = tuple(name for name in PROBES if name not in DEFAULT)
 # Row of the result -> how it is shown. Fine-tuning is no probe: it runs the images.
 TITLES = {name: probe.title for name, probe in PROBES.items()} | {"fine_tune": "fine-tuned"}
+TITLES |= {f"few_shot_{share}_fine_tune": f"{share} % of the labels, fine-tuned" for share in few_shot.SHARES}
 
 
-def measure(evidence: Evidence, names: Sequence[str] = tuple(PROBES)) -> dict[str, Outcome]:
+def measure(evidence: Evidence, names: Sequence[str] = DEFAULT) -> dict[str, Outcome]:
     """The outcomes of the named probes; {"accuracy": None, "reason": ...} where one has nothing to measure."""
     outcomes = {}
     bar = tqdm(names, desc="probes", unit=" probe")
     for name in bar:
-        bar.set_postfix_str(PROBES[name].title)
+        bar.set_postfix_str(TITLES[name])
         outcomes[name] = outcome_of(partial(PROBES[name].measure, evidence))
     return outcomes
-
-
-def outcome_of(measurement: Callable[[], Outcome]) -> Outcome:
-    """What a measurement gives, or the reason why it gives nothing."""
-    try:
-        return measurement()
-    except NotMeasured as reason:
-        return Outcome({"accuracy": None, "reason": str(reason)})
 
 
 def _encoder(evidence: Evidence) -> zero_shot.Encode:
     if evidence.encode is None:
         raise NotMeasured("the run has no text tower: none of its sources has captions")
     return evidence.encode
-
-
-def heldout_labels(evidence: Evidence) -> Int[Tensor, " n"]:
-    """Categories of the labelled held-out images."""
-    for split in (evidence.train, evidence.heldout):
-        if not evidence.categories or not is_labelled(split).any():
-            raise NotMeasured("the data set has no categories")
-    return evidence.heldout.labels[is_labelled(evidence.heldout)]
-
-
-def _of_labelled(evidence: Evidence, feature: str) -> Tensor:
-    return getattr(evidence.heldout, feature)[is_labelled(evidence.heldout)]
-
-
-def is_labelled(split: Features) -> Tensor:
-    return split.labels != NO_CATEGORY

@@ -15,8 +15,10 @@ from pretrain import provenance
 from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.evaluate.accuracy import confusion_counts
+from pretrain.evaluate.evidence import Evidence, Outcome
 from pretrain.evaluate.knn import nearest
-from pretrain.evaluate.probes import TITLES, Evidence, Outcome
+from pretrain.evaluate.probes import TITLES
+from pretrain.evaluate.sets import Listing
 
 CONFUSION_OF = "linear"  # the probe whose mistakes are counted by category
 NUM_QUERIES = 12  # held-out images whose neighbours are listed
@@ -24,7 +26,7 @@ NUM_NEIGHBOURS = 6
 
 
 def header(
-    run: Run, folders: Mapping[str, Path], manifests: Mapping[str, Manifest], device: str
+    run: Run, folders: Mapping[str, Path], manifests: Mapping[str, Manifest | Listing], device: str
 ) -> dict[str, Any]:
     """What the numbers were measured on: data, recipe, commit, hardware, date."""
     return {
@@ -99,6 +101,11 @@ def table(result: Mapping[str, Any]) -> str:
         chance = next((row["chance"] for row in rows if row["accuracy"] is not None), None)
         shown = "-" if chance is None else f"{100 * chance:.1f}"
         lines.append(f"{TITLES[name]:32}{shown:>8}" + "".join(f"{_cell(row):>24}" for row in rows))
+        notes += [
+            f"{TITLES[name]}, {step}: {told}"
+            for step, row in zip(steps, rows, strict=True)
+            if (told := _others(row))
+        ]
         notes += {f"{TITLES[name]}: not measured, {row['reason']}" for row in rows if row["accuracy"] is None}
     return "\n".join(lines + notes)
 
@@ -108,3 +115,16 @@ def _cell(row: Mapping[str, Any]) -> str:
         return "-"
     low, high = row["interval"]
     return f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _others(row: Mapping[str, Any]) -> str:
+    """What a row holds beside its headline: other numbers of neighbours, recall among more, in per cent."""
+    told = []
+    for sign, name in (("k = ", "by_k"), ("R@", "recall")):
+        for number, other in list(row.get(name, {}).items())[1:]:
+            told.append(f"{sign}{number} {_percent(other['accuracy'])}")
+    return ", ".join(told)
+
+
+def _percent(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{100 * accuracy:.1f}"

@@ -1,30 +1,16 @@
-"""Which class name, and which caption, fits an image best in the space of the captions?"""
+"""Which class name fits an image best in the space of the captions?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from data_prep.schema import fill_prompt
+from pretrain.evaluate.templates import PROMPTS, Template
 
-# The first two are CLIP's simplest (arXiv 2103.00020, section 3.1.4);
-# the others are how people, and the captions of the embedded scenes, open a description.
-PROMPTS = (
-    "a photo of {}.",
-    "{}.",
-    "a picture of {}",
-    "an image of {}",
-    "a view of {}",
-    "a snapshot of {}",
-    "here is {}",
-    "there is {}",
-    "{}",
-)
-MAX_CANDIDATES = 1000  # images and captions that compete in retrieval
 TEXTS_AT_ONCE = 256
 
 Encode = Callable[[str], tuple[Int[Tensor, " length"], Bool[Tensor, " length"]]]
@@ -40,11 +26,20 @@ def embed_captions(captions: list[str], encode: Encode, embed: EmbedTexts) -> Fl
     return torch.cat(vectors)
 
 
-def class_vectors(categories: tuple[str, ...], encode: Encode, embed: EmbedTexts) -> Float[Tensor, "k e"]:
-    """One unit vector a category: the normalised mean of the unit vectors of its PROMPTS."""
-    captions = [fill_prompt(prompt, category) for category in categories for prompt in PROMPTS]
-    vectors = embed_captions(captions, encode, embed).unflatten(0, (len(categories), len(PROMPTS)))
-    return ensemble(vectors)
+def class_vectors(
+    names: Sequence[str], encode: Encode, embed: EmbedTexts, templates: Sequence[Template] = PROMPTS
+) -> Float[Tensor, "k e"]:
+    """One unit vector a class name: the normalised mean of the unit vectors of what the templates make of it."""
+    at_once = max(
+        TEXTS_AT_ONCE // len(templates), 1
+    )  # names: a thousand of 80 captions each are many vectors
+    vectors = []
+    for start in range(0, len(names), at_once):
+        some = names[start : start + at_once]
+        captions = [template.fill(name) for name in some for template in templates]
+        of_each = embed_captions(captions, encode, embed).unflatten(0, (len(some), len(templates)))
+        vectors.append(ensemble(of_each))
+    return torch.cat(vectors)
 
 
 def ensemble(vectors: Float[Tensor, "k p e"]) -> Float[Tensor, "k e"]:
@@ -57,10 +52,9 @@ def classify(images: Float[Tensor, "n e"], classes: Float[Tensor, "k e"]) -> Int
     return (images @ classes.T).argmax(dim=1)
 
 
-def retrieve(queries: Float[Tensor, "n e"], candidates: Float[Tensor, "n e"], captions: list[str]) -> int:
-    """Number of queries whose best candidate is their own; row i of both belongs to captions[i].
-
-    Candidates with the same caption are the same answer: two pictures of "a red fish" count for each other.
-    """
-    best = (queries @ candidates.T).argmax(dim=1)
-    return sum(captions[row] == captions[column] for row, column in enumerate(best.tolist()))
+def count_top(
+    images: Float[Tensor, "n e"], classes: Float[Tensor, "k e"], labels: Int[Tensor, " n"], top: int
+) -> int:
+    """Number of images whose category is among the `top` best."""
+    best = (images @ classes.T).topk(min(top, len(classes)), dim=1).indices
+    return int((best == labels[:, None]).sum())

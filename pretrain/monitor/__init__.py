@@ -23,6 +23,8 @@ since the line before, the rest is of the step; a field that a run has nothing f
     gpu_hours, gpu_hours_left     ranks x hours of the steps in the log; those that remain at that pace
     cost, cost_left               the same times --price
     dropped, captions             counts of the loader, over all ranks
+    evaluation                    of the teacher since the line before, if asked for: step, and by protocol accuracy,
+                                  interval, n and chance
     skipped_steps                 that the guard refused
 """
 

@@ -54,6 +54,7 @@ class Monitor:
         self._steps = self._lines = 0
         self._spent = Spent(world_size(), None if speed is None else speed.price)
         self._trackers = trackers
+        self._evaluation: dict[str, Any] | None = None  # that the next line of the log tells
         clock.look()  # what came before is none of a step's
         if not self._first_rank:
             return
@@ -107,6 +108,14 @@ class Monitor:
             if self._first_rank:
                 self._write(record)
 
+    def evaluated(self, step: int, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """What the teacher is worth after a step, by protocol; told at once, and in the next line of the log."""
+        self._evaluation = {"step": step, **rows}
+        told = ", ".join(
+            f"{name} {row['accuracy']:.1%} (chance {row['chance']:.1%})" for name, row in rows.items()
+        )
+        self.say(f"teacher of step {step}: {told}")
+
     def say(self, line: str) -> None:
         """One line on the console of rank 0, above the progress bar."""
         if self._first_rank and sys.stderr.isatty():
@@ -148,6 +157,8 @@ class Monitor:
         return record
 
     def _write(self, record: dict[str, Any]) -> None:
+        if self._evaluation is not None:
+            record["evaluation"], self._evaluation = self._evaluation, None
         new = self._watch.after(record["step"], record["collapse"])
         if self._watch.collapsed:
             record["collapsed"] = sorted(self._watch.collapsed)

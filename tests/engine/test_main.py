@@ -59,6 +59,8 @@ def test_overrides_are_typed_and_nested() -> None:
         (["--data", "labelled=tests"], "recipe m3i.demo has the sources ['captioned', 'labelled']: give"),
         (["--ds-config", "no.json"], "--ds-config no.json is no file; choose one of"),
         (["--workers", "-1"], "--workers -1 must not be negative"),
+        (["--evaluate-every", "5"], "--evaluate-every 5 with --evaluate-data None: give a positive number"),
+        (["--evaluate-every", "5", "--evaluate-data", "tests"], "--evaluate-data tests has no train/:"),
         (["--micro-batches", "0"], "--micro-batches 0 must be positive"),
         (["--guide", "clip"], "--guide clip would be ignored, no target of recipe 'm3i.demo' asks for it"),
         (
@@ -211,6 +213,18 @@ def _check_log(out: Path, output: str) -> None:
     assert len(list((out / "tensorboard").iterdir())) == 1
 
 
+def _check_evaluation(out: Path, output: str) -> None:
+    """What the log has of a run of six steps whose teacher was evaluated every two."""
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    found = [record["evaluation"] for record in records if "evaluation" in record]
+    assert [row["step"] for row in found] == [2, 4, 6]
+    for rows in found:
+        for name in ("knn", "zero_shot"):
+            low, high = rows[name]["interval"]
+            assert 0 <= low <= rows[name]["accuracy"] <= high <= 1 and rows[name]["n"] == 8
+    assert output.count("teacher of step ") == 3
+
+
 @pytest.mark.parametrize("wrong", ["3", "0:2", "4:2", "a:b"])
 def test_a_profile_that_names_no_steps_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match=r"must be FIRST:LAST, steps counted from 1, such as 10:12"):
@@ -219,11 +233,13 @@ def test_a_profile_that_names_no_steps_is_refused(wrong: str) -> None:
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(scenes: Path, tmp_path: Path) -> None:
-    code, output = _run(
-        _command(scenes, tmp_path / "straight", *["--tensorboard", "--profile", "2:3", "--price", "2"])
-    )
+    # The teacher of this one is evaluated meanwhile, which the others must not tell from their curves.
+    evaluated = ["--evaluate-every", "2", "--evaluate-data", str(scenes.parent)]
+    more = ["--tensorboard", "--profile", "2:3", "--price", "2", *evaluated]
+    code, output = _run(_command(scenes, tmp_path / "straight", *more))
     assert code == 0, output
     _check_log(tmp_path / "straight", output)
+    _check_evaluation(tmp_path / "straight", output)
     code, output = _run(_command(scenes, tmp_path / "killed"), kill_after="step 5/6")
     assert code == -signal.SIGKILL, output
     code, output = _run(_command(scenes, tmp_path / "killed"))

@@ -18,7 +18,7 @@ from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
 from pretrain.evaluate.__main__ import evaluate, main
 from pretrain.evaluate.features import extract
-from pretrain.evaluate.probes import PROBES
+from pretrain.evaluate.probes import DEFAULT, PROBES
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
 from pretrain.facts import DataFacts
 from pretrain.models.backbone import InternImageEncoder
@@ -42,7 +42,7 @@ def result(run_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactor
 def test_every_probe_is_measured_before_and_after(result: dict[str, Any]) -> None:
     assert list(result["checkpoints"]) == ["step_000000", "step_000003"]
     for rows in result["checkpoints"].values():
-        for name in PROBES:
+        for name in DEFAULT:
             low, high = rows[name]["interval"]
             assert 0 <= low <= rows[name]["accuracy"] <= high <= 1, name
             assert rows[name]["n"] == 20, name
@@ -85,7 +85,7 @@ def test_features_are_those_of_the_towers(run_folder: Path, data: Path) -> None:
     # A batch of one and a batch of twenty sum in another order: float32 rounding.
     torch.testing.assert_close(found.tokens[7], tokens.mean(dim=1)[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.embedding[7], towers.embed_tokens(tokens)[0], rtol=1e-4, atol=1e-4)
-    assert found.labels[7] == int(sample["cls"]) and found.captions[7] == sample["txt"].decode()
+    assert found.labels[7] == int(sample["cls"]) and found.captions[7] == (sample["txt"].decode(),)
     torch.testing.assert_close(found.projected.norm(dim=1), torch.ones(20))
 
 
@@ -144,7 +144,7 @@ def test_only_the_chosen_protocols_are_measured_and_shown(
 
 
 def test_unknown_probe_is_refused_with_the_choices(run_folder: Path, data: Path) -> None:
-    choices = re.escape(str(list(PROBES)))
+    choices = re.escape(str([*PROBES, "all"]))
     with pytest.raises(ValueError, match=rf"probes \['knm'\] are unknown; choose from {choices}"):
         evaluate([str(run_folder), "--data", str(data), "--probes", "knm,linear"])
 
@@ -162,7 +162,7 @@ def test_one_pass_of_the_encoder_serves_all_probes(
     monkeypatch.setattr(InternImageEncoder, "forward", count)
     step = run_folder / "checkpoints" / "step_000003"
     rows = evaluate_checkpoint(step, data / "train", data / "heldout", Protocols())
-    assert list(rows) == [*PROBES, "dropped"] and sum(seen) == 40 + 20
+    assert list(rows) == [*DEFAULT, "dropped"] and sum(seen) == 40 + 20
 
 
 def test_first_is_evaluated_once_when_it_is_also_the_last(
@@ -234,9 +234,19 @@ def test_command_exits_non_zero_with_one_line(
     assert re.fullmatch(r"error: .*absent is no folder: .*\n", capsys.readouterr().err)
 
 
-def test_too_many_neighbours_are_refused_before_images_are_read(run_folder: Path, data: Path) -> None:
-    with pytest.raises(ValueError, match=r"--k 41 must lie in \[1, 40\]"):
-        evaluate([str(run_folder), "--data", str(data), "--k", "41"])
+def test_too_many_neighbours_are_told_and_the_others_measured(run_folder: Path, data: Path) -> None:
+    step = run_folder / "checkpoints" / "step_000003"
+    protocols = Protocols(probes=("knn",), ks=(41, 40))
+    row = evaluate_checkpoint(step, data / "train", data / "heldout", protocols)["knn"]
+    assert row["accuracy"] is None and row["reason"].startswith("k=41 is more than the 40 labelled training")
+    assert row["by_k"]["40"]["accuracy"] is not None
+
+
+def test_neighbours_that_are_no_numbers_are_refused(run_folder: Path, data: Path) -> None:
+    with pytest.raises(ValueError, match=r"--k '5,many' must be whole numbers with commas between"):
+        evaluate([str(run_folder), "--data", str(data), "--k", "5,many"])
+    with pytest.raises(ValueError, match=r"--k \(0,\) must be positive"):
+        evaluate([str(run_folder), "--data", str(data), "--k", "0"])
 
 
 def damage(folder: Path, sample: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint import load_towers
-from pretrain.evaluate.fine_tune import Classifier, Examples, FineTune, fine_tune, predict
+from pretrain.evaluate.augment import rand_augment
+from pretrain.evaluate.evidence import NotMeasured
+from pretrain.evaluate.fine_tune import RECIPES, Classifier, Examples, FineTune, _encoder, fine_tune, predict
 from pretrain.evaluate.layers import layer_order
-from pretrain.evaluate.probes import NotMeasured
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
 from pretrain.facts import DataFacts
 from pretrain.recipes import load
@@ -140,6 +141,7 @@ def test_divergence_is_told_as_not_measured(steps: dict[str, Path], data: Path) 
         ({"warmup": 1.0}, r"must lie in \[0, 1\)"),
         ({"scale": (0.9, 0.5)}, "two rising fractions"),
         ({"mixup": -0.1}, "must not be negative"),
+        ({"drop_path": 1.0}, r"drop_path=1\.0 must be probabilities"),
     ],
 )
 def test_impossible_recipes_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -148,10 +150,53 @@ def test_impossible_recipes_are_refused(changes: dict[str, Any], message: str) -
 
 
 def test_row_of_the_result_has_recipe_and_interval(steps: dict[str, Path], data: Path) -> None:
-    protocols = Protocols(probes=("knn",), fine_tune=QUICK, k=5)
+    protocols = Protocols(probes=("knn",), fine_tune=QUICK, ks=(5,))
     rows = evaluate_checkpoint(steps["internimage"], data / "train", data / "heldout", protocols)
     row = rows["fine_tune"]
     assert set(rows) == {"knn", "fine_tune", "dropped"}
     assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
     assert (row["n"], row["train_images"], row["chance"]) == (20, 40, 0.25)
     assert row["recipe"]["epochs"] == 1 and row["recipe"]["base_lr"] == FineTune.base_lr
+
+
+def test_recipe_of_the_paper_learns_by_its_seed_alone(steps: dict[str, Path], data: Path) -> None:
+    paper = asdict(replace(RECIPES["paper"], epochs=2, batch=8, base_lr=1e-2))
+    state = np.random.get_state()[1].copy()
+    first, again = (tuned(steps["vit"], data, **paper) for _ in range(2))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert (np.random.get_state()[1] == state).all()
+    for part in ("rand_augment", "erasing", "drop_path"):  # each of them changes what is learnt
+        off = paper | {part: type(paper[part])()}
+        assert not torch.equal(first["head.weight"], tuned(steps["vit"], data, **off)["head.weight"]), part
+
+
+def test_dropping_branches_ends_with_the_training(steps: dict[str, Path]) -> None:
+    for step in steps.values():
+        run, _, towers = load_towers(step)
+        model = Classifier(_encoder(towers, run, 0.5), 4, drops=True).train()
+        images = torch.randn(2, 3, run.views.size, run.views.size)
+        torch.nn.init.normal_(model.head.weight)
+        first, second = model(images), model(images)
+        assert not torch.equal(first, second)
+        model.eval()
+        expected = model.head(towers.encoder(images).mean(dim=1))
+        torch.testing.assert_close(model(images), expected)
+
+
+def test_augmented_view_depends_on_its_seed_alone() -> None:
+    view = (torch.arange(3 * 32 * 32) % 256).to(torch.uint8).view(3, 32, 32)
+    one, same, other = (
+        rand_augment(view, RECIPES["paper"].rand_augment, (0.5,) * 3, seed) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, same) and not torch.equal(one, other) and one.shape == view.shape
+
+
+def test_few_labels_are_fine_tuned_on_several_draws(steps: dict[str, Path], data: Path) -> None:
+    protocols = Protocols(
+        probes=("knn",), fine_tune=QUICK, fine_tune_shares=(10,), fine_tune_draws=2, ks=(5,)
+    )
+    row = evaluate_checkpoint(steps["vit"], data / "train", data / "heldout", protocols)[
+        "few_shot_10_fine_tune"
+    ]
+    assert row["train_images"] == 4 and row["seeds"] == [0, 1] and len(row["accuracies"]) == 2
+    assert row["accuracy"] == pytest.approx(sum(row["accuracies"]) / 2)

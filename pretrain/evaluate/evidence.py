@@ -1,0 +1,73 @@
+"""What may a probe read of one checkpoint, and what does it give?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from pretrain.data.batch import NO_CATEGORY
+from pretrain.evaluate import zero_shot
+from pretrain.evaluate.features import Features
+from pretrain.evaluate.templates import AUTO
+from pretrain.facts import DataFacts
+
+CPU = torch.device("cpu")
+
+
+class NotMeasured(Exception):
+    """A probe has nothing to measure here; the message says why, and stands in the result."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What every probe may read."""
+
+    train: Features
+    heldout: Features
+    categories: tuple[str, ...]  # of the data set, train and held-out alike
+    facts: DataFacts  # of the run
+    ks: tuple[int, ...]  # neighbours of kNN; the first stands for the row
+    encode: zero_shot.Encode | None  # the run's tokenizer; None without text
+    embed: zero_shot.EmbedTexts  # the run's text tower
+    templates: str = AUTO  # of zero-shot classification
+    device: torch.device = CPU  # of probes that are trained step by step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    record: dict[str, Any]  # of the JSON result
+    predicted: Int[Tensor, " n"] | None = None  # for the labelled held-out images, in their order
+
+
+def outcome_of(measurement: Callable[[], Outcome]) -> Outcome:
+    """What a measurement gives, or the reason why it gives nothing."""
+    try:
+        return measurement()
+    except NotMeasured as reason:
+        return Outcome({"accuracy": None, "reason": str(reason)})
+
+
+def heldout_labels(evidence: Evidence) -> Int[Tensor, " n"]:
+    """Categories of the labelled held-out images."""
+    for split in (evidence.train, evidence.heldout):
+        if not evidence.categories or not is_labelled(split).any():
+            raise NotMeasured("the data set has no categories")
+    return evidence.heldout.labels[is_labelled(evidence.heldout)]
+
+
+def of_labelled(evidence: Evidence, feature: str) -> Tensor:
+    return getattr(evidence.heldout, feature)[is_labelled(evidence.heldout)]
+
+
+def is_labelled(split: Features) -> Tensor:
+    return split.labels != NO_CATEGORY
+
+
+def check_trained(evidence: Evidence, feature: str) -> None:
+    if getattr(evidence.heldout, feature) is None:
+        raise NotMeasured(f"the run's targets train no {feature}")

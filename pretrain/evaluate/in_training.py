@@ -1,0 +1,150 @@
+"""What is the teacher worth while it is trained? kNN and zero-shot on some images, by all ranks together.
+
+Each rank encodes a share of the images in as many forward passes as the others, since under ZeRO-3 a pass gathers
+weights from all; the first rank judges. Nothing of the training moves: neither its data, nor a weight, nor a random
+state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pretrain import randomness
+from pretrain.collectives import gather_rows, rank, world_size
+from pretrain.config import Run
+from pretrain.data.batch import NO_CATEGORY
+from pretrain.data.text import Captions
+from pretrain.evaluate import knn, zero_shot
+from pretrain.evaluate.accuracy import score
+from pretrain.evaluate.features import Pictures
+from pretrain.evaluate.protocols import SPLITS, read_manifests
+from pretrain.evaluate.templates import AUTO, PROMPTS, choose_templates
+from pretrain.facts import DataFacts
+from pretrain.models.pixels import normalise
+from pretrain.towers import EMBEDDED, active_targets
+
+MOST_IMAGES = {"train": 2000, "heldout": 500}  # spread evenly over the data sets
+IMAGES_AT_ONCE = 64
+K = 20  # neighbours, fewer where there are fewer images
+
+
+@runtime_checkable
+class Taught(Protocol):
+    """What is asked of an engine."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def ask_teacher(self, images: Tensor | None, *asked: Any) -> dict[str, Tensor]: ...
+
+
+class TeacherCheck:
+    """Measures the teacher of an engine on FOLDER/train and FOLDER/heldout.
+
+    Raises FileNotFoundError and ValueError at once for data sets that cannot be evaluated on.
+    """
+
+    def __init__(self, run: Run, facts: DataFacts, folder: Path, tokenizer: Path | None) -> None:
+        folders = {split: folder / split for split in SPLITS}
+        manifests = read_manifests(folders)
+        self.categories = manifests["heldout"].categories
+        if not self.categories:
+            raise ValueError(
+                f"{folder} has no categories to tell the teacher's images by: name another data set"
+            )
+        kinds = {target.kind for target in active_targets(run, facts).values()}
+        self._run = run
+        self._captions = None
+        if tokenizer is not None and "text" in kinds & set(EMBEDDED):
+            self._captions = Captions(tokenizer, run.text.length)
+        self._pictures = {
+            split: Pictures(
+                folders[split], run.views.size, _share(manifests[split].num_samples, MOST_IMAGES[split])
+            )
+            for split in SPLITS
+        }
+
+    def __call__(self, engine: Taught) -> dict[str, Any]:
+        """Rows of the result by protocol, as `python -m pretrain.evaluate` gives them. A collective call."""
+        with _undisturbed(), torch.no_grad():
+            train, heldout = (self.features(engine, split) for split in SPLITS)
+            classes = None if self._captions is None else self._classes(engine)
+        if rank() > 0:
+            return {}
+        num_categories, rows = len(self.categories), {}
+        k = min(K, len(train["labels"]))
+        predicted = knn.votes(train["tokens"], train["labels"], heldout["tokens"], [k], num_categories)[k]
+        rows["knn"] = score(predicted, heldout["labels"], num_categories) | {"k": k}
+        if classes is not None:
+            predicted = zero_shot.classify(heldout["projected"], classes)
+            rows["zero_shot"] = score(predicted, heldout["labels"], num_categories)
+        return rows
+
+    def features(self, engine: Taught, split: str) -> dict[str, Tensor]:
+        """Mean tokens [n, d], with text also image vectors [n, e], and labels [n] of the labelled readable images.
+
+        Float32, on the CPU, on all ranks. A collective call.
+        """
+        kinds = ("dense",) if self._captions is None else ("dense", "projected")
+        found: dict[str, list[Tensor]] = {"tokens": [], "projected": []}
+        labels = []
+        for views, some in self._batches(split):
+            images = normalise(
+                views.to(engine.device), self._run.views.mean, self._run.views.std, engine.dtype
+            )
+            said = engine.ask_teacher(images, kinds, False)
+            found["tokens"].append(said["dense"].float().mean(dim=1))
+            if "projected" in said:
+                found["projected"].append(said["projected"].float())
+            labels.append(some.to(engine.device))
+        of_all = {name: gather_rows(torch.cat(parts)).cpu() for name, parts in found.items() if parts}
+        of_all["labels"] = gather_rows(torch.cat(labels)).cpu()
+        kept = of_all["labels"] != NO_CATEGORY
+        if not kept.any():
+            raise ValueError(f"none of the images of {self._pictures[split].shards.folder} can be judged")
+        return {name: values[kept] for name, values in of_all.items()}
+
+    def _batches(self, split: str) -> Iterator[tuple[Tensor, Int[Tensor, " b"]]]:
+        """Views and labels of this rank's images; what cannot be read is black and has no label."""
+        pictures = self._pictures[split]
+        for start in range(0, len(pictures), IMAGES_AT_ONCE):
+            places = range(start, min(start + IMAGES_AT_ONCE, len(pictures)))
+            read = [None if pictures.samples[i] is None else pictures[i] for i in places]
+            black = torch.zeros(3, pictures.size, pictures.size, dtype=torch.uint8)
+            seen = [black if p is None or p.view is None else p.view for p in read]
+            labels = [NO_CATEGORY if p is None or p.view is None else p.label for p in read]
+            yield torch.stack(seen), torch.tensor(labels)
+
+    def _classes(self, engine: Taught) -> Float[Tensor, "k e"]:
+        assert self._captions is not None
+
+        def embed(tokens: Int[Tensor, "n l"], token_mask: Bool[Tensor, "n l"]) -> Float[Tensor, "n e"]:
+            texts = (tokens.to(engine.device), token_mask.to(engine.device))
+            return engine.ask_teacher(None, ("texts",), False, texts)["texts"]
+
+        _, _, names = choose_templates(AUTO, self.categories)
+        return zero_shot.class_vectors(names, self._captions.encode, embed, PROMPTS)
+
+
+def _share(num_images: int, most: int) -> list[int | None]:
+    """Sample numbers that this rank reads of `most` spread over a data set, filled up to as many as others have."""
+    count = min(num_images, most)
+    own: list[int | None] = [i * num_images // count for i in range(rank(), count, world_size())]
+    return own + [None] * (-(-count // world_size()) - len(own))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Global generators are afterwards as they were."""
+    states = randomness.states()
+    try:
+        yield
+    finally:
+        randomness.restore(states)

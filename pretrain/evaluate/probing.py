@@ -1,0 +1,144 @@
+"""What do probes say that are trained step by step, or on few labels? Their rows of the result."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pretrain.evaluate import attentive, few_shot, heads, knn, linear
+from pretrain.evaluate.accuracy import score
+from pretrain.evaluate.evidence import Evidence, NotMeasured, Outcome, heldout_labels, is_labelled
+from pretrain.evaluate.features import Features
+
+ALL_LAYERS = "all layers"  # name of the last layers' means side by side
+RATES = heads.RATES
+ATTENTIVE = attentive.AttentiveRecipe()
+
+
+def linear_paper(evidence: Evidence) -> Outcome:
+    """The mean token under the paper's recipe and rate, nothing chosen."""
+    truth, num_categories = heldout_labels(evidence), len(evidence.categories)
+    train, labels = _labelled({"tokens": evidence.train.tokens}, evidence.train)
+    heldout, _ = _labelled({"tokens": evidence.heldout.tokens}, evidence.heldout)
+    head = heads.train_heads(train, labels, num_categories, [heads.PAPER.lr], heads.PAPER, evidence.device)[0]
+    predicted = head.predict(heldout)
+    settings = {"feature": "tokens", "recipe": _told(len(labels))}
+    return Outcome(score(predicted, truth, num_categories) | settings, predicted)
+
+
+def linear_sweep(evidence: Evidence) -> Outcome:
+    """The best of all features and rates, as chosen by a part of the training images and trained again on all."""
+    truth, num_categories = heldout_labels(evidence), len(evidence.categories)
+    train, labels = _labelled(choices(evidence.train), evidence.train)
+    heldout, _ = _labelled(choices(evidence.heldout), evidence.heldout)
+    fit, chosen_by = heads.selection_split(labels)
+    if not len(chosen_by):
+        raise NotMeasured("no category has two training images, so that there is nothing to choose by")
+    some = {name: values[fit] for name, values in train.items()}
+    tried = heads.train_heads(some, labels[fit], num_categories, RATES, heads.PAPER, evidence.device)
+    others = {name: values[chosen_by] for name, values in train.items()}
+    right = [float((head.predict(others) == labels[chosen_by]).double().mean()) for head in tried]
+    best = tried[max(range(len(tried)), key=right.__getitem__)]
+    only = {best.feature: train[best.feature]}
+    head = heads.train_heads(only, labels, num_categories, [best.lr], heads.PAPER, evidence.device)[0]
+    predicted = head.predict(heldout)
+    settings = {
+        "feature": best.feature,
+        "lr": best.lr,
+        "recipe": _told(len(labels)),
+        "chosen_by": len(chosen_by),  # training images
+        "tried": [
+            {"feature": h.feature, "lr": h.lr, "train_split_accuracy": value}
+            for h, value in zip(tried, right, strict=True)
+        ],
+    }
+    return Outcome(score(predicted, truth, num_categories) | settings, predicted)
+
+
+def choices(features: Features) -> dict[str, Float[Tensor, "n _"]]:
+    """The vectors of an image that a sweep chooses among, by name."""
+    found = {"tokens": features.tokens} | features.layers
+    if features.embedding is not None:
+        found["embedding"] = features.embedding
+    if len(features.layers) > 1:
+        found[ALL_LAYERS] = torch.cat(list(features.layers.values()), dim=1)
+    return found
+
+
+def attentive_probe(evidence: Evidence) -> Outcome:
+    """The probe at the rate that a part of the training images chooses, trained again on all of them."""
+    heldout_labels(evidence)
+    (train, labels), (heldout, truth) = (_cached(split) for split in (evidence.train, evidence.heldout))
+    num_categories, device = len(evidence.categories), evidence.device
+    fit, chosen_by = heads.selection_split(labels)
+    if not len(chosen_by):
+        raise NotMeasured("no category has two training images, so that there is nothing to choose by")
+    tried = attentive.train_attentive(
+        train[fit], labels[fit], num_categories, ATTENTIVE.rates, ATTENTIVE, device
+    )
+    right = [
+        float((attentive.predict(p, train[chosen_by], device) == labels[chosen_by]).double().mean())
+        for p in tried
+    ]
+    rate = ATTENTIVE.rates[max(range(len(right)), key=right.__getitem__)]
+    probe = attentive.train_attentive(train, labels, num_categories, [rate], ATTENTIVE, device)[0]
+    predicted = attentive.predict(probe, heldout, device)
+    settings = {
+        "feature": "all tokens",
+        "lr": rate,
+        "recipe": asdict(ATTENTIVE),
+        "train_images": len(labels),
+        "tried": dict(zip(map(str, ATTENTIVE.rates), right, strict=True)),
+    }
+    return Outcome(score(predicted, truth, num_categories) | settings)
+
+
+def few_shot_knn(evidence: Evidence, share: int) -> Outcome:
+    heldout_labels(evidence)
+    train, labels = _labelled({"tokens": evidence.train.tokens}, evidence.train)
+    heldout, truth = _labelled({"tokens": evidence.heldout.tokens}, evidence.heldout)
+    num_categories = len(evidence.categories)
+
+    def predict(rows: Tensor, seed: int) -> Tensor:
+        k = min(evidence.ks[0], len(rows))
+        of_k = knn.votes(train["tokens"][rows], labels[rows], heldout["tokens"], [k], num_categories)
+        return of_k[k]
+
+    return Outcome(few_shot.over_draws(labels, share, truth, predict, num_categories) | {"feature": "tokens"})
+
+
+def few_shot_linear(evidence: Evidence, share: int) -> Outcome:
+    heldout_labels(evidence)
+    train, labels = _labelled({"tokens": evidence.train.tokens}, evidence.train)
+    heldout, truth = _labelled({"tokens": evidence.heldout.tokens}, evidence.heldout)
+
+    def predict(rows: Tensor, seed: int) -> Tensor:
+        return linear.linear_probe(train["tokens"][rows], labels[rows], heldout["tokens"])
+
+    found = few_shot.over_draws(labels, share, truth, predict, len(evidence.categories))
+    return Outcome(found | {"feature": "tokens", "c": linear.C})
+
+
+def _labelled(found: dict[str, Tensor], features: Features) -> tuple[dict[str, Tensor], Tensor]:
+    rows = is_labelled(features)
+    return {name: values[rows] for name, values in found.items()}, features.labels[rows]
+
+
+def _cached(features: Features) -> tuple[Tensor, Tensor]:
+    """Tokens and labels of the images that have both."""
+    if features.cached is None:
+        raise NotMeasured("no tokens were kept")
+    label_of = dict(zip(features.index.tolist(), features.labels.tolist(), strict=True))
+    labels = torch.tensor([label_of[number] for number in features.cached.index.tolist()])
+    rows = (labels >= 0).nonzero()[:, 0]
+    if not len(rows):
+        raise NotMeasured("none of the images whose tokens were kept has a category")
+    return features.cached.tokens[rows], labels[rows]
+
+
+def _told(num_images: int) -> dict[str, Any]:
+    return asdict(heads.PAPER) | {"batch": heads.PAPER.batch_of(num_images)}

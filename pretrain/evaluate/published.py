@@ -1,0 +1,175 @@
+"""How does an exported or published file become an encoder that the protocols can read?"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pretrain.config import Views
+from pretrain.models import internimage_layouts as layouts
+from pretrain.models.guides import open_guide
+from pretrain.models.internimage import InternImage, StrideTokens
+from pretrain.models.pooling import prepend_mean
+
+CONFIG, PLAIN_FILE, PROOF = "config.json", "internimage.pth", "keys.json"
+DEFAULT_SIZE = 224  # pixels, where no file tells the size of the images
+
+
+class PublishedEncoder(nn.Module):
+    """Tokens of another model, as our encoders give them: images [b, 3, s, s] -> [b, l, width], row by row.
+
+    With `summary` [b, 1 + l, width]: before them the class token, else the mean of the tokens.
+    """
+
+    def __init__(self, trunk: nn.Module, tokens: Callable[[nn.Module, Tensor], Tensor], size: int) -> None:
+        super().__init__()
+        self.trunk, self._tokens = trunk.requires_grad_(False).eval(), tokens
+        with torch.no_grad():
+            found = tokens(trunk, torch.zeros(1, 3, size, size))
+        side = isqrt(found.shape[1] - 1)
+        if side**2 != found.shape[1] - 1:
+            raise ValueError(
+                f"the model gives {found.shape[1] - 1} tokens of {size} pixels, which are no square grid: give "
+                "another --image-size"
+            )
+        self.width, self.stride = found.shape[2], size // side
+
+    def forward(self, images: Float[Tensor, "b 3 s s"], summary: bool = False) -> Float[Tensor, "b n d"]:
+        found = self._tokens(self.trunk, images)
+        return found if summary else found[:, 1:]
+
+
+class EncoderAlone(nn.Module):
+    """What is asked of towers, of an encoder without heads and texts."""
+
+    has_embedding = has_texts = has_categories = False
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+
+@dataclass(frozen=True)
+class Published:
+    encoder: PublishedEncoder
+    views: Views
+
+
+def open_published(place: Path, size: int | None = None) -> Published:
+    """The encoder of an export or a published model at `place`, a folder or the file in it; float32, on the CPU.
+
+    No code of the folder is run, nothing is fetched. `size` of the images in pixels; what the files tell if left
+    out. ValueError for a folder of no known kind and for weights that do not fit, FileNotFoundError without files.
+    """
+    folder = place if place.is_dir() else place.parent
+    config = _config(folder)
+    if "architecture" in config:
+        return _open_timm(folder, config, size)
+    if "channels" in config and "model_type" not in config:
+        return _open_internimage(place if place.is_file() else folder / PLAIN_FILE, config, size)
+    guide = open_guide(folder)
+    views = Views(size=size or guide.patch * guide.grid, mean=tuple(guide.mean), std=tuple(guide.std))
+    return Published(PublishedEncoder(guide.tower, _of_tower, views.size), views)
+
+
+def is_published(place: Path) -> bool:
+    """Does it look like an export or a published model?"""
+    folder = place if place.is_dir() else place.parent
+    return (folder / CONFIG).is_file() or (folder / "open_clip_config.json").is_file()
+
+
+def _open_timm(folder: Path, config: Mapping[str, Any], size: int | None) -> Published:
+    import timm
+
+    told = config.get("pretrained_cfg", {})
+    options = {} if size is None else {"img_size": size}
+    try:
+        trunk = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **options)
+    except (RuntimeError, TypeError, FileNotFoundError) as error:
+        raise ValueError(f"timm does not open {folder}: {error}; export or save it again") from error
+    mean, std = (tuple(told.get(name, getattr(Views, name))) for name in ("mean", "std"))
+    views = Views(size=size or told.get("input_size", (3, DEFAULT_SIZE))[-1], mean=mean, std=std)
+    return Published(PublishedEncoder(trunk.eval(), _of_timm, views.size), views)
+
+
+def _of_timm(model: nn.Module, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n d"]:
+    features = model.forward_features(images)
+    if features.ndim == 4:  # channels last, as Swin's, or second
+        is_last = features.shape[-1] == model.num_features
+        features = features.flatten(1, 2) if is_last else features.flatten(2).transpose(1, 2)
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    patches = features[:, prefix:]
+    return torch.cat([features[:, :1], patches], dim=1) if prefix else prepend_mean(patches)
+
+
+def _of_tower(tower: nn.Module, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n d"]:
+    return tower(images)
+
+
+class _InternImageTrunk(nn.Module):
+    def __init__(self, dcnv3: InternImage, heads: StrideTokens | None) -> None:
+        super().__init__()
+        self.dcnv3, self.heads = dcnv3, heads
+
+
+def _of_internimage(trunk: nn.Module, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n d"]:
+    maps = trunk.dcnv3(images)
+    return prepend_mean((maps[-1] if trunk.heads is None else trunk.heads(maps)).flatten(1, 2))
+
+
+def _open_internimage(file: Path, fields: Mapping[str, Any], size: int | None) -> Published:
+    """An `internimage` export: the tokens of its token head where it has one, else those of the last stage."""
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing: name a folder of `python -m pretrain.export --to internimage`"
+        )
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"{file} holds no weights that can be read safely ({error}): export it again"
+        ) from error
+    config = layouts.config_from_published(fields)
+    state = state.get("model", state)
+    layout = layouts.detect_layout(state)
+    model, head = nn.Module(), "dcnv3_head_x3.weight"
+    dcnv3 = InternImage(config)
+    model.patch_embed, model.levels = dcnv3.patch_embed, dcnv3.levels
+    heads = StrideTokens(config, state[head].shape[0]) if head in state else None
+    if heads is not None:
+        model.dcnv3_head_x4, model.dcnv3_head_x3 = heads.dcnv3_head_x4, heads.dcnv3_head_x3
+    tensors, report = layouts.read(state, model, layout)
+    if report.missing or report.reshaped:  # what follows the tokens is not read
+        raise ValueError(
+            f"{file} does not fit its {CONFIG}: {len(report.missing)} tensors are missing and {len(report.reshaped)} "
+            f"have another shape, first {(*report.missing, *report.reshaped)[0]!r}: export it again"
+        )
+    model.load_state_dict(tensors, strict=True)
+    views = Views(size=size or _proven_size(file.parent))
+    return Published(PublishedEncoder(_InternImageTrunk(dcnv3, heads), _of_internimage, views.size), views)
+
+
+def _proven_size(folder: Path) -> int:
+    """The smallest size at which the export was proven: that of the run's views."""
+    if not (folder / PROOF).is_file():
+        return DEFAULT_SIZE
+    proof = json.loads((folder / PROOF).read_text()).get("proof", [])
+    return min((agreement["size"] for agreement in proof if "size" in agreement), default=DEFAULT_SIZE)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): export or save the model again") from error
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,76 @@
+"""Which data can be evaluated on? Our shards, and plain folders of images, one a class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchvision.datasets.folder import find_classes, make_dataset
+
+from data_prep.schema import MANIFEST_NAME, Manifest
+from pretrain.data.faults import BadSample
+from pretrain.data.shards import ShardFolder
+
+# Suffix of a file -> name of the image in a sample.
+SUFFIXES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder of class folders holds; of a data set of ours its Manifest says the same."""
+
+    name: str
+    split: str
+    categories: tuple[str, ...]
+    num_samples: int
+    has_text: bool = False
+
+
+class ClassFolders:
+    """Samples FOLDER/CLASS/.../IMAGE by number, sorted; as ShardFolder, with the category in `cls`.
+
+    FileNotFoundError without class folders, ValueError when one holds no image.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._samples, categories = _samples(folder)
+        self.manifest = Listing(folder.resolve().parent.name, folder.name, categories, len(self._samples))
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def sample(self, index: int) -> dict[str, bytes]:
+        path, category = self._samples[index]
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise BadSample("unreadable", f"{path}: {error}") from error
+        return {SUFFIXES[Path(path).suffix.lower()]: content, "cls": str(category).encode()}
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+def open_set(folder: Path) -> ShardFolder | ClassFolders:
+    """The samples of a data set of either kind."""
+    return ShardFolder(folder) if (folder / MANIFEST_NAME).is_file() else ClassFolders(folder)
+
+
+def read_set(folder: Path) -> Manifest | Listing:
+    """What a data set holds, validated as far as that is possible without reading images."""
+    if (folder / MANIFEST_NAME).is_file() or not _has_folders(folder):
+        return Manifest.read(folder)  # tells what is missing
+    return ClassFolders(folder).manifest
+
+
+def _has_folders(folder: Path) -> bool:
+    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+
+
+def _samples(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+    names, number = find_classes(folder)
+    try:
+        return make_dataset(folder, number, extensions=tuple(SUFFIXES)), tuple(names)
+    except FileNotFoundError as error:  # torchvision's, of classes without images
+        raise ValueError(f"{folder}: {error}: add images or remove the folders") from error

@@ -1,0 +1,85 @@
+"""What is evaluated? The checkpoints of a run, one checkpoint, or an exported or published model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pretrain.checkpoint import load_towers
+from pretrain.config import Mask, Run
+from pretrain.data.text import Captions
+from pretrain.evaluate.checkpoints import find_checkpoint
+from pretrain.evaluate.published import EncoderAlone, is_published, open_published
+from pretrain.evaluate.zero_shot import Encode
+from pretrain.facts import DataFacts
+from pretrain.intact import verify
+from pretrain.recipes import load
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An encoder, and what else came with it, opened."""
+
+    name: str  # in the result
+    run: Run  # its views and limits; of a published model only those are meant
+    facts: DataFacts
+    towers: nn.Module  # Towers or EncoderAlone, float32, eval mode, on the CPU
+    encode: Encode | None  # captions to tokens; None without text
+
+
+@dataclass(frozen=True)
+class Named:
+    """A subject that is opened when its turn comes."""
+
+    name: str
+    open: Callable[[], Subject]
+
+
+def find_subjects(place: Path, steps: Sequence[str], size: int | None = None) -> list[Named]:
+    """What `place` names, each once; `steps` choose among the checkpoints of a run.
+
+    Raises FileNotFoundError and ValueError as `find_checkpoint`, and for a checkpoint that is not whole.
+    """
+    if (place / "run.json").is_file() and (place / "teacher").is_dir():
+        problem = verify(place, hashes=False)
+        if problem is not None:
+            raise FileNotFoundError(f"{place} cannot be used, since {problem}: name another checkpoint")
+        return [Named(place.name, partial(open_checkpoint, place))]
+    if place.is_file() or (place.is_dir() and is_published(place)):
+        return [Named(place.stem if place.is_file() else place.name, partial(open_model, place, size))]
+    found = [find_checkpoint(place, name) for name in steps]
+    # Each once: of a run's beginning the first is the last.
+    return [Named(step.name, partial(open_checkpoint, step)) for step in dict.fromkeys(found)]
+
+
+def open_checkpoint(step: Path) -> Subject:
+    run, facts, towers = load_towers(step)
+    encode = Captions(step / "tokenizer", run.text.length).encode if facts.vocab_size else None
+    return Subject(step.name, run, facts, towers, encode)
+
+
+def open_model(place: Path, size: int | None) -> Subject:
+    found = open_published(place, size)
+    base = load("m3i.vit_b16")
+    mask = Mask(patch=max(found.views.size // 2, 1))  # nothing is masked
+    run = replace(
+        base, name=f"none, published as {place.name}", views=found.views, mask=replace(mask, min_block=1)
+    )
+    return Subject(place.name, run, DataFacts(categories=(), vocab_size=0), EncoderAlone(found.encoder), None)
+
+
+def embed_with(
+    towers: nn.Module, device: torch.device
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The text tower on its device."""
+
+    @torch.inference_mode()
+    def embed(tokens: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+        return towers.embed_texts(tokens.to(device), token_mask.to(device))
+
+    return embed

@@ -1,0 +1,112 @@
+"""Do two ranks under ZeRO-3 see in their teacher what its checkpoint gives, and train on as if they had not looked?
+
+`python test_in_training.py FOLDER DATA` is one rank of it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import pytest
+import torch
+
+from pretrain.checkpoint import load_towers
+from pretrain.data.shards import ShardFolder
+from pretrain.evaluate.features import extract
+from pretrain.evaluate.in_training import TeacherCheck
+from pretrain.facts import DataFacts
+from pretrain.recipes import load
+from tests.engine.launch import start
+from tests.fakes import FACTS, random_batch, shrink
+
+STEPS = 2
+RUN = replace(shrink(load("m3i.vit_b16")), batch=4, steps=9)
+
+
+def rank_main(folder: Path, data: Path) -> None:
+    """Losses of the steps with and without looks between them; what the last look saw, and the checkpoint of it."""
+    from pretrain import checkpoint, randomness
+    from pretrain.collectives import rank
+    from pretrain.distributed import start_distributed
+    from tests.engine.test_rows_ranks import share
+    from tests.engine.whole_engine import float32_engine
+
+    start_distributed()
+    facts = replace(FACTS, vocab_size=200)
+    tokenizer = data / "train" / "tokenizer"
+    curves = []
+    for looks in (False, True):
+        engine = float32_engine(RUN, facts, "zero3", smooth=True)
+        check = TeacherCheck(RUN, facts, data, tokenizer)
+        curve = []
+        for step in range(STEPS):
+            losses = engine.step(share(random_batch(RUN, 4, seed=step)))
+            curve.append(
+                [float(nats).hex() for nats in losses.nats.values()] + [float(engine.grad_norm).hex()]
+            )
+            if looks:
+                before = randomness.states()
+                rows = check(engine)
+                assert randomness.states() == before
+        curves.append(curve)
+    assert curves[0] == curves[1], curves
+    seen = check.features(engine, "heldout")
+    checkpoint.Saver(engine, folder / "kept", facts, tokenizer).save(wait=True)
+    if rank() == 0:
+        torch.save(seen, folder / "seen.pt")
+        (folder / "rows.json").write_text(json.dumps(rows))
+    else:
+        assert rows == {}
+
+
+def test_ranks_see_what_the_checkpoint_gives_and_train_on_undisturbed(data: Path, tmp_path: Path) -> None:
+    codes, output = start(tmp_path, str(data), world=2, script=Path(__file__))
+    assert codes == [0, 0], output
+    run, _, towers = load_towers(tmp_path / "kept" / f"step_{STEPS:06d}")
+    found = extract(towers, run, data / "heldout", device=torch.device("cpu"), workers=0, title="test")
+    seen = torch.load(tmp_path / "seen.pt", weights_only=True)
+    order = [*range(0, 20, 2), *range(1, 20, 2)]  # every second image of a rank, its images in a row
+    assert torch.equal(seen["labels"], found.labels[order])
+    # Folded norms and other batches: sums in another order.
+    torch.testing.assert_close(seen["tokens"], found.tokens[order], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(seen["projected"], found.projected[order], rtol=1e-3, atol=1e-4)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert rows["knn"]["n"] == rows["zero_shot"]["n"] == 20 and rows["knn"]["accuracy"] > 0.5
+
+
+def test_unreadable_and_missing_images_are_passed_over(
+    run_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Engine:
+        dtype, device = torch.float32, torch.device("cpu")
+
+        def ask_teacher(self, images: torch.Tensor, kinds: tuple[str, ...], summary: bool) -> dict:
+            assert kinds == ("dense",) and not summary
+            return {"dense": images.mean(dim=(2, 3))[:, None]}
+
+    facts = DataFacts(categories=("a", "b"), vocab_size=0)
+    check = TeacherCheck(RUN, facts, data, None)
+    pictures = check._pictures["train"]
+    assert len(check.features(Engine(), "train")["labels"]) == 40
+    damaged = pictures.shards.sample(3)["png"]
+    sample = ShardFolder.sample
+
+    def broken(self: ShardFolder, index: int) -> dict[str, bytes]:
+        members = sample(self, index)
+        return members | {"png": b"no image"} if members["png"] == damaged else members
+
+    monkeypatch.setattr(ShardFolder, "sample", broken)
+    pictures.samples = [*pictures.samples, None]
+    assert len(check.features(Engine(), "train")["labels"]) == 39
+    rows = check(Engine())
+    assert list(rows) == ["knn"] and rows["knn"]["accuracy"] > 0.9
+
+
+if __name__ == "__main__":
+    rank_main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,135 @@
+"""Is one thing measured alike as a run, a checkpoint or an export, from shards or folders, on one rank or two?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import pytest
+
+from pretrain.data.shards import ShardFolder
+from pretrain.evaluate.__main__ import evaluate, main
+from pretrain.export.__main__ import export_run
+from pretrain.facts import DataFacts
+from pretrain.recipes import load
+from tests.engine.launch import start
+from tests.evaluate.runs import write_run
+from tests.evaluate.sets import COLORS
+from tests.fakes import shrink
+
+PROBES = ["--probes", "knn,linear,dense"]
+
+
+def rows_of(place: Path, data: Path, out: Path, *options: str) -> dict[str, Any]:
+    found = evaluate([str(place), "--data", str(data), "--out", str(out), "--k", "5", *PROBES, *options])
+    (rows,) = found["checkpoints"].values()
+    return rows
+
+
+def accuracies(rows: dict[str, Any]) -> dict[str, float]:
+    return {name: row["accuracy"] for name, row in rows.items() if name != "dropped"}
+
+
+@pytest.fixture(scope="module")
+def of_run(run_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return rows_of(run_folder, data, tmp_path_factory.mktemp("of_run") / "result.json", "--steps", "3")
+
+
+@pytest.fixture(scope="module")
+def folders(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images in class folders, named so that the order of categories is that of the shards."""
+    place = tmp_path_factory.mktemp("folders")
+    for split in ("train", "heldout"):
+        shards = ShardFolder(data / split)
+        for number in range(len(shards)):
+            sample = shards.sample(number)
+            category = int(sample["cls"])
+            name = f"{category}_{list(COLORS)[category]}"
+            (place / split / name).mkdir(parents=True, exist_ok=True)
+            (place / split / name / f"{number:03d}.png").write_bytes(sample["png"])
+    return place
+
+
+def test_checkpoint_and_class_folders_are_measured_like_the_run(
+    run_folder: Path, data: Path, folders: Path, of_run: dict[str, Any], tmp_path: Path
+) -> None:
+    step = run_folder / "checkpoints" / "step_000003"
+    assert accuracies(rows_of(step, data, tmp_path / "a.json")) == accuracies(of_run)
+    plain = rows_of(step, folders, tmp_path / "b.json")
+    assert plain["dense"] == {"accuracy": None, "reason": "the data set has no masks"}
+    for name in ("knn", "linear"):  # the images come in another order, their features are the same
+        assert plain[name]["accuracy"] == of_run[name]["accuracy"] and plain[name]["n"] == 20
+
+
+def test_exports_are_measured_like_their_runs(
+    run_folder: Path, data: Path, of_run: dict[str, Any], tmp_path: Path
+) -> None:
+    vit = write_run(tmp_path / "vit", shrink(load("m3i.vit_b16")), DataFacts(tuple(COLORS), 0), steps=(3,))
+    for run, name in ((run_folder, "internimage"), (vit, "timm")):
+        folder = export_run([str(run), "--to", name, "--out", str(tmp_path / name)]).folder
+        expected = of_run if run is run_folder else rows_of(run, data, tmp_path / "x.json", "--steps", "3")
+        found = rows_of(folder, data, tmp_path / f"{name}.json", "--fine-tune", "1")
+        for row in ("knn", "linear", "dense"):
+            assert found[row]["accuracy"] == pytest.approx(expected[row]["accuracy"], abs=2e-3), (name, row)
+        assert 0 <= found["fine_tune"]["accuracy"] <= 1
+    result = json.loads((tmp_path / "timm.json").read_text())
+    assert list(result["checkpoints"]) == ["timm"] and result["image_size"] == 64
+    file = tmp_path / "internimage" / "internimage.pth"
+    assert accuracies(rows_of(file, data, tmp_path / "y.json")) == accuracies(
+        rows_of(file.parent, data, tmp_path / "z.json")
+    )
+
+
+def test_result_of_a_model_lies_beside_it(run_folder: Path, data: Path) -> None:
+    step = run_folder / "checkpoints" / "step_000000"
+    evaluate([str(step), "--data", str(data), "--probes", "knn"])
+    assert (step.parent / "step_000000.evaluation.json").is_file()
+
+
+def test_damaged_models_are_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    where = [str(folder), "--data", str(data), "--probes", "knn"]
+    for config, told in (
+        ("{", "is no JSON"),
+        ('{"channels": 16}', "internimage.pth is missing"),
+        ("{}", "none of"),
+    ):
+        (folder / "config.json").write_text(config)
+        assert main(where) == 1
+        assert told in capsys.readouterr().err
+    import torch
+
+    (folder / "config.json").write_text(
+        json.dumps(
+            {"channels": 16, "depths": [1, 1, 1, 1], "groups": [1, 2, 4, 8], "use_clip_projector": True}
+        )
+    )
+    torch.save({"model": {"levels.0.norm.0.weight": torch.ones(16)}}, folder / "internimage.pth")
+    assert main(where) == 1 and "does not fit its config.json" in capsys.readouterr().err
+    (folder / "internimage.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert main(where) == 1 and "can be read safely" in capsys.readouterr().err
+
+
+def test_two_ranks_measure_what_one_does(
+    run_folder: Path, data: Path, of_run: dict[str, Any], tmp_path: Path
+) -> None:
+    codes, output = start(tmp_path, str(run_folder), str(data), world=2, script=Path(__file__))
+    assert codes == [0, 0], output
+    result = json.loads((tmp_path / "two.json").read_text())
+    rows = result["checkpoints"]["step_000003"]
+    # Features differ by rounding where batches have other sizes.
+    for name, accuracy in accuracies(of_run).items():
+        assert rows[name]["accuracy"] == pytest.approx(accuracy, abs=2e-3), name
+        assert rows[name]["n"] == of_run[name]["n"]
+
+
+if __name__ == "__main__":
+    place, run, data = sys.argv[1:4]
+    out = str(Path(place) / "two.json")
+    sys.exit(main([run, "--data", data, "--out", out, "--steps", "3", "--k", "5", *PROBES]))
