@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pretrain.checkpoint.names import checkpoints_of
 from pretrain.data.remote import Place
+from pretrain.initial.asked import Init
 from pretrain.watchdog import TIMEOUT
 
 
@@ -27,6 +28,7 @@ class Paths:
     price: float | None = None  # of an hour of one GPU
     profile: tuple[int, int] | None = None  # first and last step that a profiler follows
     compile: bool = False  # transformer blocks by torch.compile
+    init: Init | None = None  # weights that the run starts from, if any
 
     @property
     def kept(self) -> Place:
