@@ -162,9 +162,8 @@ def test_layer_scale_is_folded_into_what_it_scales(tmp_path: Path) -> None:
     assert set(start.fit.left) == {"head.weight", "head.bias"}
 
 
-@pytest.mark.filterwarnings(
-    "ignore:torch.searchsorted.*non-contiguous"
-)  # timm/layers/interpolate.py, harmless
+# timm/layers/interpolate.py, lines 47 and 65
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")
 @pytest.mark.parametrize(("family", "run"), [("vit", VIT), ("swin", SWIN)])
 def test_positions_are_resized_as_timm_does(family: str, run: Run, tmp_path: Path) -> None:
     larger = replace(run, views=replace(VIT.views, size=128), mask=replace(VIT.mask, patch=32))
