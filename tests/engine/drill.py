@@ -155,6 +155,7 @@ class Drill:
             price=None,
             profile=None,
             compile=False,
+            init=None,
         )
 
     def curve(self, name: str) -> list[dict[str, Any]]:

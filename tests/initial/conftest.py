@@ -30,6 +30,13 @@ def towers_of(run: Run, seed: int = 0) -> Towers:
     return randomised(Towers(run, FACTS)).requires_grad_(False)
 
 
+def timm_state(towers: Towers, family: str) -> dict[str, Tensor]:
+    """A backbone under the names of timm."""
+    state = towers.state_dict()
+    prefix = f"encoder.{family}."
+    return {name.removeprefix(prefix): t.clone() for name, t in state.items() if name.startswith(prefix)}
+
+
 def started(path: Path | str, run: Run, *, heads: bool = False) -> tuple[Start, Towers]:
     """Other random towers of a run after the weights of a file were put into them."""
     init = init_of(str(path), heads)

@@ -25,16 +25,19 @@ from pretrain.initial.start import start_for
 from pretrain.models import internimage_layouts
 from pretrain.towers import Towers
 from tests.export.conftest import last
-from tests.initial.conftest import FACTS, INTERNIMAGE, SWIN, VIT, encoder_state, same, started, towers_of
+from tests.initial.conftest import (
+    FACTS,
+    INTERNIMAGE,
+    SWIN,
+    VIT,
+    encoder_state,
+    same,
+    started,
+    timm_state,
+    towers_of,
+)
 
-PREFIX = {"vit": "encoder.vit.", "swin": "encoder.swin."}
 RUNS = {"vit": "vit_run", "swin": "swin_run", "internimage": "internimage_run"}
-
-
-def timm_state(towers: Towers, family: str) -> dict[str, Tensor]:
-    state = towers.state_dict()
-    prefix = PREFIX[family]
-    return {name.removeprefix(prefix): t.clone() for name, t in state.items() if name.startswith(prefix)}
 
 
 def saved(path: Path, state: dict[str, Tensor]) -> Path:
