@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from pretrain.checkpoint import WEIGHTS
 from pretrain.config import Run
 from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.export.agreement import NotProven, summary
@@ -29,13 +30,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def export_run(arguments: list[str] | None = None) -> Exported:
     """Exports, proves and reports. Raises NotProven, ValueError and OSError; the target folder is then as it was."""
     options = parse(arguments)
-    step_folder = find_checkpoint(options.run, options.step)
-    choose(options.to, Run.from_json((step_folder / "run.json").read_text()))
+    if options.which not in WEIGHTS:
+        raise ValueError(f"--which {options.which!r} is unknown; choose from {sorted(WEIGHTS)}")
+    step_folder = find_checkpoint(options.run, options.step, options.which)
+    exporter = choose(options.to, Run.from_json((step_folder / "run.json").read_text()))
     suffix = "" if options.which == "teacher" else f"-{options.which}"
     folder = options.out or options.run / "export" / f"{options.to}{suffix}"
     check_target(folder, 0)
     print(f"reads the {options.which} of {step_folder}")
-    trained = read_trained(options.run, step_folder, options.which)
+    trained = read_trained(options.run, step_folder, options.which, exporter.parts)
     print(f"writes and proves {options.to}: {trained.num_bytes / 2**20:,.0f} MiB of weights in the towers")
     exported = export(trained, options.to, folder)
     for file, told in exported.keys.items():

@@ -26,11 +26,17 @@ class Exporter:
     write: Callable[[Trained, Path], dict[str, Keys]]
     prove: Callable[[Trained, Path], list[Agreement]]
     how_to_load: Callable[[Trained], str]
+    parts: tuple[str, ...] | None = ("encoder",)  # modules of the towers that are read for it; None: all
 
 
 EXPORTERS: dict[str, Exporter] = {
     "internimage": Exporter(
-        ("internimage",), 2, internimage.write, internimage.prove, internimage.how_to_load
+        ("internimage",),
+        2,
+        internimage.write,
+        internimage.prove,
+        internimage.how_to_load,
+        ("encoder", "pool", "pool_norm", "norm", "category"),
     ),
     "timm": Exporter(
         tuple(timm_folder.LAYOUTS), 1, timm_folder.write, timm_folder.prove, timm_folder.how_to_load

@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-LARGEST_HEADER = 2**25  # bytes: of a safetensors header, or of a pickle; 10,000 tensors take 2 MB
+from pretrain.checkpoint.ranges import HEADER, LARGEST_HEADER  # for pickles too
+
 LARGEST_TEXT = 2**22  # bytes of a config.json or an index of files
 MOST_FILES = 512  # that an index may name
 MOST_ENTRIES = 100_000  # of an archive
@@ -115,7 +116,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
 
 def header_length(path: Path, num_bytes: int, first: bytes) -> int:
     """Bytes of a safetensors header, from the first 8 of the file; ValueError when it cannot be so long."""
-    length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
+    length = struct.unpack(HEADER, first)[0] if len(first) == 8 else -1
     if not 0 < length <= min(LARGEST_HEADER, num_bytes - 8):
         raise ValueError(
             f"{path}: a header of {length} bytes is said to lie in {num_bytes} bytes, where at most {LARGEST_HEADER} "

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import WEIGHTS, checkpoints_of, latest
+from pretrain.checkpoint import PLACE_RECORD, WEIGHTS, checkpoints_of, kept_of, latest
 from pretrain.checkpoint.names import is_step
 from pretrain.checkpoint.stores import store_at
 from pretrain.config import Run
@@ -106,8 +106,8 @@ def own_checkpoint(place: Place) -> Place | None:
     folder = Path(place)
     if (folder / "teacher" / "layout.json").is_file():
         return folder
-    inside = checkpoints_of(folder) if checkpoints_of(folder).is_dir() else folder
-    return latest(inside) if folder.is_dir() else None
+    is_run = checkpoints_of(folder).is_dir() or (folder / PLACE_RECORD).is_file()
+    return latest(kept_of(folder) if is_run else folder) if folder.is_dir() else None
 
 
 def hash_of(files: tuple[Path, ...]) -> str:

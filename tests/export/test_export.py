@@ -183,7 +183,7 @@ def test_unknown_format_names_those_that_fit(vit_run: Path) -> None:
 
 
 def test_unknown_weights_are_refused(vit_run: Path) -> None:
-    with pytest.raises(ValueError, match=r"which='pupil' is unknown; choose from \['student', 'teacher'\]"):
+    with pytest.raises(ValueError, match=r"--which 'pupil' is unknown; choose from \['student', 'teacher'\]"):
         export_run([str(vit_run), "--to", "timm", "--which", "pupil"])
 
 
