@@ -60,7 +60,7 @@ def test_second_export_replaces_the_first(internimage_run: Path, tmp_path: Path)
 def test_wrong_weights_are_not_proven_and_leave_no_file(
     format_name: str, internimage_run: Path, vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_folder = {"internimage": internimage_run, "timm": vit_run}[format_name]
+    run_folder = internimage_run if format_name == "internimage" else vit_run
     exporter = EXPORTERS[format_name]
 
     def write_wrongly(trained, folder):
@@ -78,7 +78,7 @@ def test_wrong_weights_are_not_proven_and_leave_no_file(
 def test_missing_tensor_is_not_proven(
     format_name: str, internimage_run: Path, vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_folder = {"internimage": internimage_run, "timm": vit_run}[format_name]
+    run_folder = internimage_run if format_name == "internimage" else vit_run
     exporter = EXPORTERS[format_name]
 
     def write_less(trained, folder):
@@ -168,18 +168,20 @@ def test_card_says_when_nothing_was_evaluated(vit_run: Path, tmp_path: Path) -> 
 
 def test_format_for_another_backbone_is_refused(internimage_run: Path, vit_run: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"timm holds backbones of the families .*choose from \['internimage'\]"
+        ValueError, match=r"timm holds backbones of the families .*choose from .*'internimage'.*"
     ):
         export_run([str(internimage_run), "--to", "timm"])
     with pytest.raises(
-        ValueError, match=r"internimage holds backbones of the families.*choose from \['timm'\]"
+        ValueError, match=r"internimage holds backbones of the families.*choose from .*'timm'.*"
     ):
         export_run([str(vit_run), "--to", "internimage"])
 
 
 def test_unknown_format_names_those_that_fit(vit_run: Path) -> None:
-    with pytest.raises(ValueError, match=r"'onnx' is unknown; choose from .* \(this run fits \['timm'\]\)"):
-        export_run([str(vit_run), "--to", "onnx"])
+    with pytest.raises(
+        ValueError, match=r"'caffe' is unknown; choose from .* \(this run fits \[.*'timm'.*\]\)"
+    ):
+        export_run([str(vit_run), "--to", "caffe"])
 
 
 def test_unknown_weights_are_refused(vit_run: Path) -> None:
@@ -222,8 +224,8 @@ def test_command_exits_non_zero_when_nothing_is_proven(
     arguments = [str(vit_run), "--out", str(tmp_path / "out"), "--to"]
     assert main([*arguments, "timm"]) == 1
     assert capsys.readouterr().err == "error: the export is not proven and was not kept: tokens differ\n"
-    assert main([*arguments, "onnx"]) == 1
-    assert capsys.readouterr().err.startswith("error: --to 'onnx' is unknown")
+    assert main([*arguments, "caffe"]) == 1
+    assert capsys.readouterr().err.startswith("error: --to 'caffe' is unknown")
     assert list(tmp_path.iterdir()) == []
 
 
