@@ -10,7 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain.config import Run
-from pretrain.export import card, detectron2_file, internimage, safetensors_file, timm_folder
+from pretrain.export import (
+    card,
+    detectron2_file,
+    internimage,
+    safetensors_file,
+    timm_folder,
+    torchvision_folder,
+)
 from pretrain.export.agreement import Agreement
 from pretrain.export.keys import Keys
 from pretrain.export.trained import Trained
@@ -54,6 +61,14 @@ EXPORTERS: dict[str, Exporter] = {
         safetensors_file.write,
         safetensors_file.prove,
         safetensors_file.how_to_load,
+    ),
+    "torchvision": Exporter(
+        tuple(torchvision_folder.NETWORKS),
+        1,
+        torchvision_folder.write,
+        torchvision_folder.prove,
+        torchvision_folder.how_to_load,
+        ("encoder",),
     ),
     "detectron2": Exporter(
         ("vit",),
