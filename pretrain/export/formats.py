@@ -14,6 +14,7 @@ from pretrain.export import (
     card,
     detectron2_file,
     internimage,
+    onnx_graph,
     safetensors_file,
     timm_folder,
     torchvision_folder,
@@ -69,6 +70,9 @@ EXPORTERS: dict[str, Exporter] = {
         torchvision_folder.prove,
         torchvision_folder.how_to_load,
         ("encoder",),
+    ),
+    "onnx": Exporter(
+        tuple(onnx_graph.GRAPHS), 1, onnx_graph.write, onnx_graph.prove, onnx_graph.how_to_load, ("encoder",)
     ),
     "detectron2": Exporter(
         ("vit",),

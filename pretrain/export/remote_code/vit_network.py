@@ -32,7 +32,7 @@ class ViTNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.patch_embed["proj"](images)
         rows, columns = x.shape[-2:]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
         x = x + self._positions(rows, columns)
         for block in self.blocks:
             x = block(x)
