@@ -158,7 +158,7 @@ def how_to_load(trained: Trained) -> str:
             'outputs = session.run(None, {"images": images})     # float32 [b, 3, s, s], normalised',
             "```",
             "",
-            f"Any batch, images of {side} x {side} pixels; operator set {OPSET}. Large weights lie beside the graph, in",
-            f"`{GRAPH}.data`. Outputs and pixel statistics: `config.json`.",
+            f"Any batch, images of {side} x {side} pixels; operator set {OPSET}. Large weights lie beside the graph,",
+            f"in `{GRAPH}.data`. Outputs and pixel statistics: `config.json`.",
         )
     )

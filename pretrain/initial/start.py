@@ -79,8 +79,8 @@ def start_for(init: Init, run: Run, towers: Towers) -> Start:
     """As `open_start`, for towers of the run, which may lie on the meta device."""
     if (folder := own_checkpoint(init.place)) is not None:
         which = init.which or "teacher"
+        state: Mapping[str, Tensor] = WEIGHTS[which](folder)  # ValueError unless the checkpoint is finished
         digest = hashlib.sha256(bytes(store_at(folder).read(COMPLETE))).hexdigest()
-        state: Mapping[str, Tensor] = WEIGHTS[which](folder)
         layout = "towers of a run"
         config: Mapping[str, Any] = {}
     else:
@@ -106,8 +106,20 @@ def own_checkpoint(place: Place) -> Place | None:
     folder = Path(place)
     if (folder / "teacher" / "layout.json").is_file():
         return folder
-    is_run = checkpoints_of(folder).is_dir() or (folder / PLACE_RECORD).is_file()
-    return latest(kept_of(folder) if is_run else folder) if folder.is_dir() else None
+    if checkpoints_of(folder).is_dir() or (folder / PLACE_RECORD).is_file():
+        return _newest(place, kept_of(folder))
+    return latest(folder) if folder.is_dir() else None
+
+
+def _newest(named: Place, kept: Place) -> Place:
+    """The newest whole checkpoint in a place; FileNotFoundError without one."""
+    folder = latest(kept)
+    if folder is None:
+        raise FileNotFoundError(
+            f"--init {named} holds no whole checkpoint (looked for in {kept}): wait for its first one, or name "
+            "another"
+        )
+    return folder
 
 
 def hash_of(files: tuple[Path, ...]) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from pretrain.checkpoint import PLACE_RECORD, load_towers
 from pretrain.evaluate.checkpoints import find_checkpoint
-from pretrain.export.__main__ import export_run
+from pretrain.export.__main__ import export_run, main
 from pretrain.export.formats import EXPORTERS
 from pretrain.export.trained import read_trained
 from pretrain.intact import files_in, sha256
@@ -101,3 +101,18 @@ def test_a_header_that_is_too_long_is_not_taken_memory_for(vit_run: Path, tmp_pa
     (step / "COMPLETE").write_text(json.dumps(mark))
     with pytest.raises(ValueError, match=r"begins with a header of 4611686018427387904 bytes, more than"):
         load_towers(step)
+
+
+def test_an_unfinished_checkpoint_is_not_exported(
+    vit_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = tmp_path / "checkpoints" / "step_000003"
+    shutil.copytree(vit_run / "checkpoints" / "step_000003", step)
+    (step / "teacher" / "buffers.safetensors").unlink()
+    assert main([str(tmp_path), "--to", "timm", "--step", "3"]) == 1
+    told = capsys.readouterr().err
+    assert (
+        "cannot be used, since teacher/buffers.safetensors is missing: the run holds no whole checkpoint"
+        in told
+    )
+    assert not (tmp_path / "export").exists()

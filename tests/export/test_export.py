@@ -18,7 +18,7 @@ from pretrain.export.formats import EXPORTERS, export
 from pretrain.export.keys import Keys
 from pretrain.export.trained import count_samples
 from tests.evaluate.sets import COLORS, write_set
-from tests.export.conftest import last
+from tests.export.conftest import FACTS, last
 
 
 def test_command_writes_files_card_and_keys(vit_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +133,7 @@ def test_card_says_what_was_trained_and_measured(vit_run: Path, tmp_path: Path) 
             "data": {"heldout": {"name": "scenes", "num_samples": 1000}},
         },
         num_samples={"imagenet1k": 1_281_167},
+        facts=dataclasses.replace(FACTS, sha256={"init": "9f86d0"}),
     )
     export(trained, "timm", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -144,6 +145,7 @@ def test_card_says_what_was_trained_and_measured(vit_run: Path, tmp_path: Path) 
         "[123.675, 116.28, 103.53]",
         "`imagenet1k`: 1,281,167 samples, supervision category",
         "categories: 5",
+        "started from published weights of SHA-256 9f86d0",
         "heldout: `scenes`, 1,000 samples",
         "50.0 [40.0, 60.0]",
         'timm.create_model("local-dir:FOLDER", pretrained=True)',

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -270,3 +271,16 @@ def test_pixels_that_the_model_saw_otherwise_are_told(vit: Towers, tmp_path: Pat
     start, _ = started(tmp_path, VIT)
     assert "its pixels have mean [0.5, 0.5, 0.5]" in start.told()[-1]
     assert start.record()["sha256"] and start.record()["layout"] in LAYOUTS
+
+
+@pytest.mark.filterwarnings("ignore:.*is skipped, since")
+def test_an_unfinished_checkpoint_is_no_start(vit_run: Path, tmp_path: Path) -> None:
+    step = tmp_path / "checkpoints" / "step_000003"
+    shutil.copytree(vit_run / "checkpoints" / "step_000003", step)
+    (step / "COMPLETE").unlink()
+    with pytest.raises(ValueError, match=r"cannot be used, since COMPLETE is missing: take another one"):
+        started(step, VIT)
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no whole checkpoint .*wait for its first one, or name"
+    ):
+        started(tmp_path, VIT)
