@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +60,8 @@ class ViTGraph(nn.Module):
         return tokens[:, 0], tokens[:, 1:]
 
 
-GRAPHS: dict[str, Callable[[Trained], nn.Module]] = {
-    "internimage": InternImageGraph,
-    "vit": ViTGraph,
-}  # by family
+# By backbone.family.
+GRAPHS: dict[str, Callable[[Trained], nn.Module]] = {"internimage": InternImageGraph, "vit": ViTGraph}
 BATCHES = (2, 3)  # that the graph is compared on; it is traced with the first
 
 
@@ -71,20 +70,7 @@ def write(trained: Trained, folder: Path) -> dict[str, Keys]:
     family = trained.run.backbone.family
     module, views = GRAPHS[family](trained).eval(), trained.run.views
     names = list(module.names)
-    with torch.inference_mode(False), warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
-        warnings.simplefilter("ignore")  # of torch.export and onnxscript about themselves
-        with contextlib.redirect_stdout(nowhere):
-            program = torch.onnx.export(
-                module,
-                (torch.randn(BATCHES[0], 3, views.size, views.size),),
-                dynamo=True,
-                input_names=["images"],
-                output_names=names,
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-                opset_version=OPSET,
-                verbose=False,
-            )
-            program.save(str(folder / GRAPH), external_data=True)
+    write_graph(module, names, views.size, folder / GRAPH)
     told = {
         "inputs": {"images": ["batch", 3, views.size, views.size]},
         "outputs": names,
@@ -99,24 +85,30 @@ def write(trained: Trained, folder: Path) -> dict[str, Keys]:
     return {GRAPH: Keys(written, skipped).require_whole(state, written.values())}
 
 
+def write_graph(module: nn.Module, names: list[str], size: int, path: Path) -> None:
+    """The graph of a module that gives a tuple for images [batch, 3, size, size]."""
+    with torch.inference_mode(False), warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
+        warnings.simplefilter("ignore")  # of torch.export and onnxscript about themselves
+        with contextlib.redirect_stdout(nowhere):
+            program = torch.onnx.export(
+                module,
+                (torch.randn(BATCHES[0], 3, size, size),),
+                dynamo=True,
+                input_names=["images"],
+                output_names=names,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=OPSET,
+                verbose=False,
+            )
+            program.save(str(path), external_data=True)
+
+
 def prove(trained: Trained, folder: Path) -> list[Agreement]:
     """Computes the graph in onnxruntime, on two batches, and compares every output.
 
     Raises NotProven.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.add_session_config_entry("session.disable_prepacking", "1")  # which copies the weights
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(
-            str(folder / GRAPH), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # onnxruntime has classes of its own
-        raise NotProven(f"onnxruntime does not load {GRAPH}: {error}") from error
+    session = open_graph(folder / GRAPH)
     agreements = []
     size = trained.run.views.size
     for number in BATCHES:
@@ -128,6 +120,21 @@ def prove(trained: Trained, folder: Path) -> list[Agreement]:
             output = f"{name} of {number} images"
             agreements.append(compare(GRAPH, output, size, own, last_axis(name, torch.from_numpy(values))))
     return agreements
+
+
+def open_graph(path: Path) -> Any:
+    """The session of onnxruntime on the CPU, with the weights once in memory; NotProven when it does not load."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.add_session_config_entry("session.disable_prepacking", "1")  # which copies the weights
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has classes of its own
+        raise NotProven(f"onnxruntime does not load {path.name}: {error}") from error
 
 
 def own_outputs(trained: Trained, images: Tensor) -> dict[str, Tensor]:

@@ -184,7 +184,8 @@ def compare_config(config: Mapping[str, Any], layout: str, run: Run, place: str)
     elif layout == "timm ViT" and (heads := timm_heads(config)) not in (None, size.heads):
         differing = [("num_heads", heads, size.heads)]
     elif LAYOUTS[layout].family == "internimage":
-        ignored = ("drop_path_rate", "drop_path_type", "layer_scale")  # nothing that weights compute with
+        # Nothing that the backbone computes with.
+        ignored = ("drop_path_rate", "drop_path_type", "layer_scale", "use_clip_projector")
         told = {f.name: getattr(size, f.name) for f in fields(InternImageConfig) if f.name not in ignored}
         there = {k: tuple(v) if isinstance(v := config[k], list) else v for k in told if k in config}
         differing = [(k, v, told[k]) for k, v in there.items() if (v or None) != (told[k] or None)]
