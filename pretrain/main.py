@@ -1,10 +1,9 @@
 """How is a pre-training run started?
 
 deepspeed pretrain/main.py --recipe m3i.demo --data NAME=DIR [NAME=DIR ...] --out DIR [--ds-config FILE]
-    [--tokenizer DIR] [--guide DIR] [--workers N] [--micro-batches N] [--checkpoints DIR|URL] [--timeout SECONDS]
-    [--wandb] [--tensorboard] [--price P] [--profile FIRST:LAST] [--compile]
-    [--evaluate-every N --evaluate-data DIR]
-    [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
+    [--tokenizer DIR] [--guide DIR] [--init PATH[:teacher] [--init-heads]] [--workers N] [--micro-batches N]
+    [--checkpoints DIR|URL] [--timeout SECONDS] [--wandb] [--tensorboard] [--price P] [--profile FIRST:LAST]
+    [--compile] [--evaluate-every N --evaluate-data DIR] [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
 
 deepspeed pretrain/main.py --replay OUT/replay/BUNDLE
 
@@ -34,6 +33,7 @@ from pretrain import recipes  # noqa: E402
 from pretrain.config import Run  # noqa: E402
 from pretrain.data.remote import Place, place_of  # noqa: E402
 from pretrain.exits import ENDS, FAILED, FINISHED, INTERRUPTED, LOST, MISTAKE, Preempted, RankLost  # noqa: E402
+from pretrain.initial.asked import init_of  # noqa: E402
 from pretrain.named_folders import named_places  # noqa: E402
 from pretrain.watchdog import TIMEOUT  # noqa: E402
 
@@ -63,6 +63,12 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
     )
     parser.add_argument("--tokenizer", type=Path, help="instead of that beside the captioned shards")
     parser.add_argument("--guide", type=Path, help="folder of the frozen encoder that the targets need")
+    parser.add_argument(
+        "--init",
+        metavar="PATH[:teacher]",
+        help="weights to start from: InternImage, timm, Hugging Face, an export or a run of ours; or its :student",
+    )
+    parser.add_argument("--init-heads", action="store_true", help="also what stands above the backbone there")
     parser.add_argument("--workers", type=int, default=0, help="decoding processes for each rank")
     parser.add_argument(
         "--micro-batches",
@@ -114,6 +120,7 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
     check_evaluation(paths.evaluate_every, paths.evaluate_data)
     paths.profile = steps_of(paths.profile)
     check_guide(run, paths.guide)
+    paths.init = init_of(paths.init, paths.init_heads)
     if paths.out.exists() and not paths.out.is_dir():
         raise ValueError(f"--out {paths.out} is a file: name a folder, it is made if there is none")
     return run, paths
@@ -261,6 +268,7 @@ def start(run: Run, paths: argparse.Namespace) -> int:
                 compile=paths.compile,
                 evaluate_every=paths.evaluate_every,
                 evaluate_data=paths.evaluate_data,
+                init=paths.init,
             ),
         )
     except tuple(ENDS) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pretrain.checkpoint.names import checkpoints_of
 from pretrain.data.remote import Place
+from pretrain.initial.asked import Init
 from pretrain.watchdog import TIMEOUT
 
 
@@ -29,6 +30,7 @@ class Paths:
     compile: bool = False  # transformer blocks by torch.compile
     evaluate_every: int = 0  # steps between two looks at the teacher; 0: none
     evaluate_data: Path | None = None  # folder of the data sets train/ and heldout/ that it is looked at with
+    init: Init | None = None  # weights that the run starts from, if any
 
     @property
     def kept(self) -> Place:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from data_prep.claim import Require, unclaimed
 from pretrain import checkpoint, resume
-from pretrain.checkpoint import Saver, step_of
+from pretrain.checkpoint import PLACE_RECORD, Saver, place_name, step_of
 from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.compiled import check_compile, compile_blocks
 from pretrain.config import Run
@@ -28,6 +28,7 @@ from pretrain.evaluate.in_training import TeacherCheck
 from pretrain.evidence import Journal
 from pretrain.exits import RankLost
 from pretrain.facts import DataFacts
+from pretrain.initial.start import Start, open_start
 from pretrain.intact import write_text
 from pretrain.lock import only_saver, only_writer
 from pretrain.loop import Job, run_steps
@@ -94,15 +95,17 @@ def _train(
         loader = open_loader(run, paths, tokenizer, device, first_step, skipped, dropped)
         held.enter_context(closing(loader))
         facts = with_guide(loader.facts, guide)
+        start = None if paths.init is None else open_start(paths.init, run, facts)
+        facts = with_start(facts, start)
         if folder is not None:  # refuses another recipe before minutes of building
             resume.check_resumable(folder, run, facts)
         check = None
         if paths.evaluate_every:
             check = TeacherCheck(run, facts, paths.evaluate_data, tokenizer)
-        engine = build_engine(run, facts, config, device, guide, paths)
+        engine = build_engine(run, facts, config, device, guide, paths, start if folder is None else None)
         engine.guard.left_out |= skipped
         if rank() == 0:
-            _write_inputs(run, paths)
+            _write_inputs(run, paths, start)
         saver = Saver(engine, paths.kept, facts, tokenizer, require)
         job = Job(run, paths, engine, saver, journal, signals, watchdog, window, check)
         speed = speed_of(run, facts, engine, paths.price)
@@ -121,6 +124,8 @@ def _train(
                 monitor.say(f"{machine}, {engine.chosen}{compiled}; {started}")
                 monitor.say(speed.told(hardware(device)))
                 if line := left_out(run, facts):
+                    monitor.say(line)
+                for line in start.told() if start is not None and folder is None else ():
                     monitor.say(line)
                 if folder is None:  # a place that cannot be written to ends the run in its first minute
                     saver.save(wait=True)
@@ -154,11 +159,14 @@ def build_engine(
     device: torch.device,
     guide: Guide | None,
     paths: Paths,
+    start: Start | None = None,
 ) -> Engine:
-    """The run before its first step, equal on all ranks."""
+    """The run before its first step, equal on all ranks; the teacher begins as the student."""
     torch.manual_seed(run.seed)
     with torch.device(device):
         model, teacher = Pretrainer(run, facts, paths.micro_batches), Towers(run, facts)
+    if start is not None:
+        start.fill(model.student)
     if paths.compile:
         compile_blocks(model)
         compile_blocks(teacher)
@@ -189,11 +197,14 @@ def open_loader(
     )
 
 
-def _write_inputs(run: Run, paths: Paths) -> None:
+def _write_inputs(run: Run, paths: Paths, start: Start | None) -> None:
     """What this start was given, for those who read the run's folder."""
     write_text(paths.out / "recipe.json", run.to_json())
-    places = {name: str(p.resolve()) if isinstance(p, Path) else p for name, p in paths.data.items()}
+    places = {name: place_name(place) for name, place in paths.data.items()}
     write_text(paths.out / "data.json", json.dumps(places, indent=1))
+    write_text(paths.out / PLACE_RECORD, json.dumps({"checkpoints": place_name(paths.kept)}, indent=1))
+    if start is not None:
+        write_text(paths.out / "init.json", json.dumps(start.record(), indent=1))
 
 
 def speed_of(run: Run, facts: DataFacts, engine: Engine, price: float | None) -> Speed:
@@ -243,6 +254,13 @@ def with_guide(facts: DataFacts, guide: Guide | None) -> DataFacts:
         return facts
     sha256 = facts.sha256 | {"guide": guide.sha256}
     return dataclasses.replace(facts, guide_width=guide.width, guide_codes=guide.num_codes, sha256=sha256)
+
+
+def with_start(facts: DataFacts, start: Start | None) -> DataFacts:
+    """The facts, and by which bytes the weights are known that the run started from."""
+    if start is None:
+        return facts
+    return dataclasses.replace(facts, sha256=facts.sha256 | {"init": start.sha256})
 
 
 def is_told_by_this_rank(error: Exception) -> bool:

@@ -17,10 +17,13 @@ later broke it, and `latest` finds that.
 """
 
 from pretrain.checkpoint.names import (
+    PLACE_RECORD,
     checkpoint_folder,
     checkpoints_of,
     folder_in,
+    kept_of,
     latest,
+    place_name,
     step_of,
     steps_in,
 )
@@ -36,16 +39,19 @@ from pretrain.checkpoint.read import (
 from pretrain.checkpoint.saver import Saver
 
 __all__ = [
+    "PLACE_RECORD",
     "WEIGHTS",
     "Saver",
     "checkpoint_folder",
     "checkpoints_of",
     "folder_in",
+    "kept_of",
     "latest",
     "left_out",
     "load_student",
     "load_teacher",
     "load_towers",
+    "place_name",
     "read_json",
     "restore",
     "step_of",

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
 from pretrain.checkpoint.stores import STEP_NAME, store_at
-from pretrain.data.remote import Place
+from pretrain.data.remote import Place, place_of
+
+PLACE_RECORD = "checkpoints.json"  # in a run's folder: where its checkpoints lie
 
 
 def checkpoints_of(out: Path) -> Path:
     """Where a run keeps its checkpoints unless it is told another place."""
     return out / "checkpoints"
+
+
+def kept_of(out: Path) -> Place:
+    """Where the checkpoints of a run lie that has its folder `out`, as its record tells; ValueError if damaged."""
+    record = out / PLACE_RECORD
+    if not record.is_file() or steps_in(checkpoints_of(out)):  # older, or copied there since
+        return checkpoints_of(out)
+    try:
+        return place_of(json.loads(record.read_text())["checkpoints"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{record} is damaged ({error!r}): it must say {{"checkpoints": FOLDER or URL}}'
+        ) from error
+
+
+def place_name(place: Place) -> str:
+    """As a record of a run keeps it."""
+    return str(place.resolve()) if isinstance(place, Path) else place
 
 
 def checkpoint_folder(out: Path, step: int) -> Path:

@@ -19,6 +19,7 @@ LARGEST = 2**25  # bytes of one request
 LARGEST_GAP = 2**18  # bytes that nobody needs, read all the same since another request takes longer
 READERS = 8  # requests at once
 HEADER = "<Q"  # a safetensors file begins with the length of its header
+LARGEST_HEADER = 2**25  # bytes; 10,000 tensors take 2 MB
 ITEM = 4  # bytes of a float32
 
 # Where every parameter lies: {name: {"shape": [...], "parts": [[rank, start, numel], ...]}}
@@ -94,6 +95,11 @@ class Files:
     def _offset(self, file: str, name: str) -> int:
         if file not in self._offsets:
             (length,) = struct.unpack(HEADER, self.store.read(file, 0, 8))
+            if not 0 < length <= LARGEST_HEADER:  # before memory is taken for it
+                raise ValueError(
+                    f"{self.store}/{file} begins with a header of {length} bytes, more than {LARGEST_HEADER}: it is "
+                    "no file of ours, take another checkpoint"
+                )
             header = json.loads(self.store.read(file, 8, 8 + length))
             header.pop("__metadata__", None)
             self._offsets[file] = {key: 8 + length + one["data_offsets"][0] for key, one in header.items()}

@@ -4,37 +4,49 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.checkpoint import checkpoint_folder, checkpoints_of, latest, steps_in
-from pretrain.intact import verify
+from pretrain.checkpoint import folder_in, kept_of, latest, step_of, steps_in
+from pretrain.checkpoint.fetch import fetched
+from pretrain.checkpoint.names import step_name
+from pretrain.checkpoint.stores import store_at
+from pretrain.data.remote import Place
+
+COPIES = "fetched"  # folder of a run: what was copied from the URL where its checkpoints lie
 
 
-def find_checkpoint(run_folder: Path, name: str) -> Path:
+def find_checkpoint(run_folder: Path, name: str, which: str = "teacher") -> Path:
     """Folder of the checkpoint "first" (step 0, before any training), "last" (the newest whole one) or a step.
 
-    Raises FileNotFoundError (no run, no such checkpoint, or not whole) and ValueError (no such name).
+    It is looked for where the run kept its checkpoints; what lies behind a URL is copied as far as `which`,
+    "teacher" or "student", needs it. Raises FileNotFoundError (no run, no such checkpoint, or not whole) and
+    ValueError (no such name).
     """
     if not run_folder.is_dir():
         raise FileNotFoundError(f"{run_folder} is no folder: name the --out folder of a pre-training run")
-    if name == "last":
-        folder = latest(checkpoints_of(run_folder))
-        if folder is None:
-            raise FileNotFoundError(
-                f"{run_folder} holds no whole checkpoint: name the --out folder of `deepspeed pretrain/main.py`, "
-                f"after its first checkpoint was written; those that --checkpoints put elsewhere are copied to "
-                f"{checkpoints_of(run_folder)} first"
-            )
-        return folder
-    if name != "first" and not name.isdecimal():
+    if name not in ("first", "last") and not name.isdecimal():
         raise ValueError(
             f"step {name!r} is unknown; choose from ['first', 'last'] or give a number such as 400"
         )
-    folder = checkpoint_folder(run_folder, 0 if name == "first" else int(name))
-    problem = verify(folder, hashes=False) if folder.is_dir() else "there is none"
-    if problem is not None:
-        steps = sorted(steps_in(checkpoints_of(run_folder)))
-        whole = [step for step in steps if verify(checkpoint_folder(run_folder, step), hashes=False) is None]
-        remedy = (
-            f"choose one of the whole ones, steps {whole}" if whole else "the run holds no whole checkpoint"
-        )
-        raise FileNotFoundError(f"{folder} cannot be used, since {problem}: {remedy}")
-    return folder
+    place = kept_of(run_folder)
+    if name == "last":
+        folder = latest(place)
+        if folder is None:
+            raise FileNotFoundError(
+                f"{run_folder} holds no whole checkpoint: name the --out folder of `deepspeed pretrain/main.py`, "
+                f"after its first checkpoint was written (they are kept in {place})"
+            )
+    else:
+        folder = _whole(place, 0 if name == "first" else int(name))
+    if isinstance(folder, Path):
+        return folder
+    return fetched(folder, which, run_folder / COPIES / step_name(step_of(folder)))
+
+
+def _whole(place: Place, step: int) -> Place:
+    """The checkpoint of a step; FileNotFoundError that names the whole ones unless it is one of them."""
+    folder, steps = folder_in(place, step), steps_in(place)
+    problem = store_at(folder).problem(hashes=False) if step in steps else "there is none"
+    if problem is None:
+        return folder
+    whole = [one for one in sorted(steps) if store_at(folder_in(place, one)).problem(hashes=False) is None]
+    remedy = f"choose one of the whole ones, steps {whole}" if whole else "the run holds no whole checkpoint"
+    raise FileNotFoundError(f"{folder} cannot be used, since {problem}: {remedy}")

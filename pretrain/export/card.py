@@ -66,6 +66,7 @@ def _training(trained: Trained) -> str:
     run, optim, state = trained.run, trained.run.optim, trained.state
     commits = f"{state.get('commit') or 'unknown'}; of export: {provenance.commit() or 'unknown'}"
     versions = ", ".join(f"{name} {version}" for name, version in state.get("versions", {}).items())
+    init = trained.facts.sha256.get("init")
     return _list(
         [
             f"objective: input {run.objective.input}, targets {', '.join(run.objective.targets)}",
@@ -73,6 +74,7 @@ def _training(trained: Trained) -> str:
             f"AdamW, peak learning rate {optim.lr}, weight decay {optim.weight_decay}, betas {optim.betas}",
             f"commit of training: {commits}",
             f"versions: {versions or 'unknown'}",
+            *([f"started from published weights of SHA-256 {init}"] if init else []),
         ]
     )
 

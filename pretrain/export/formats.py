@@ -10,11 +10,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain.config import Run
-from pretrain.export import card, internimage, timm_folder
+from pretrain.export import (
+    card,
+    detectron2_file,
+    internimage,
+    onnx_graph,
+    safetensors_file,
+    timm_folder,
+    torchvision_folder,
+)
 from pretrain.export.agreement import Agreement
 from pretrain.export.keys import Keys
 from pretrain.export.trained import Trained
 from pretrain.intact import flush
+from pretrain.models.backbone import BACKBONES
 
 KEYS = "keys.json"
 
@@ -26,14 +35,53 @@ class Exporter:
     write: Callable[[Trained, Path], dict[str, Keys]]
     prove: Callable[[Trained, Path], list[Agreement]]
     how_to_load: Callable[[Trained], str]
+    parts: tuple[str, ...] | None = None  # modules of the towers that are read for it; None: all
+    unproven: str = ""  # what the proof leaves open, since the toolkit cannot be had
 
 
 EXPORTERS: dict[str, Exporter] = {
     "internimage": Exporter(
-        ("internimage",), 2, internimage.write, internimage.prove, internimage.how_to_load
+        ("internimage",),
+        2,
+        internimage.write,
+        internimage.prove,
+        internimage.how_to_load,
+        ("encoder", "pool", "pool_norm", "norm", "category"),
     ),
     "timm": Exporter(
-        tuple(timm_folder.LAYOUTS), 1, timm_folder.write, timm_folder.prove, timm_folder.how_to_load
+        tuple(timm_folder.LAYOUTS),
+        1,
+        timm_folder.write,
+        timm_folder.prove,
+        timm_folder.how_to_load,
+        ("encoder",),
+    ),
+    "safetensors": Exporter(
+        tuple(BACKBONES),
+        1,
+        safetensors_file.write,
+        safetensors_file.prove,
+        safetensors_file.how_to_load,
+    ),
+    "torchvision": Exporter(
+        tuple(torchvision_folder.NETWORKS),
+        1,
+        torchvision_folder.write,
+        torchvision_folder.prove,
+        torchvision_folder.how_to_load,
+        ("encoder",),
+    ),
+    "onnx": Exporter(
+        tuple(onnx_graph.GRAPHS), 1, onnx_graph.write, onnx_graph.prove, onnx_graph.how_to_load, ("encoder",)
+    ),
+    "detectron2": Exporter(
+        ("vit",),
+        1,
+        detectron2_file.write,
+        detectron2_file.prove,
+        detectron2_file.how_to_load,
+        ("encoder",),
+        unproven=detectron2_file.NO_TOOLKIT,
     ),
 }
 
@@ -43,6 +91,7 @@ class Exported:
     folder: Path
     keys: dict[str, Keys]  # by file
     proof: list[Agreement]
+    unproven: str = ""  # what the proof leaves open
 
 
 def choose(name: str, run: Run) -> Exporter:
@@ -79,6 +128,7 @@ def export(trained: Trained, name: str, folder: Path) -> Exported:
             "format": name,
             "files": {file: told.record() for file, told in keys.items()},
             "proof": [asdict(agreement) for agreement in proof],
+            "unproven": exporter.unproven,
         }
         (partial / KEYS).write_text(json.dumps(record, indent=1) + "\n")
         (partial / "README.md").write_text(
@@ -87,7 +137,7 @@ def export(trained: Trained, name: str, folder: Path) -> Exported:
         publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(folder, keys, proof)
+    return Exported(folder, keys, proof, exporter.unproven)
 
 
 def check_target(folder: Path, num_bytes: int) -> None:

@@ -78,13 +78,14 @@ def prove(trained: Trained, folder: Path) -> list[Agreement]:
     """
     config = INTERNIMAGE[trained.run.backbone.size]
     sizes = (trained.run.views.size, trained.run.views.size + config.strides[-1])
+    ours = {size: our_outputs(trained, random_images(size)) for size in sizes}
     agreements = []
     for name, layout in FILES.items():
         model = reload(folder / name, layout, trained)
         for size in sizes:
-            images = random_images(size)
-            ours, theirs = our_outputs(trained, images), published_outputs(model, images)
-            agreements += [compare(name, key, size, ours[key], theirs[key]) for key in theirs]
+            theirs = published_outputs(model, random_images(size))
+            agreements += [compare(name, key, size, ours[size][key], theirs[key]) for key in theirs]
+        del model  # a size of the backbone
     return agreements
 
 

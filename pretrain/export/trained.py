@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pretrain.towers import Towers
 class Trained:
     run: Run
     facts: DataFacts
-    towers: Towers  # float32, eval mode, CPU
+    towers: Towers  # float32, eval mode, CPU; what the format has no place for on the meta device
     which: str  # "teacher" or "student"
     step: str  # name of the checkpoint, "step_000400"
     state: dict[str, Any]  # state.json of the checkpoint: step, position, commit, versions
@@ -30,12 +31,18 @@ class Trained:
 
     @property
     def num_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.towers.parameters())
+        """Of the weights that were read."""
+        return sum(p.numel() * p.element_size() for p in self.towers.parameters() if not p.is_meta)
 
 
-def read_trained(run_folder: Path, step_folder: Path, which: str) -> Trained:
-    """ValueError and FileNotFoundError when the checkpoint or evaluation.json is damaged."""
-    run, facts, towers = load_towers(step_folder, which)
+def read_trained(
+    run_folder: Path, step_folder: Path, which: str, parts: Collection[str] | None = None
+) -> Trained:
+    """The towers, of which `parts` are read and the others on the meta device (all are read if None).
+
+    ValueError and FileNotFoundError when the checkpoint or evaluation.json is damaged.
+    """
+    run, facts, towers = load_towers(step_folder, which, parts)
     state = json.loads((step_folder / "state.json").read_text())
     evaluation = read_evaluation(run_folder / "evaluation.json") if which == "teacher" else None
     if evaluation is not None and step_folder.name not in evaluation["checkpoints"]:

@@ -7,7 +7,7 @@ Nothing is dropped in silence: each function reports or raises.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ CONTAINERS = ("state_dict", "model", "module")  # under these keys training code
 WRAPPERS = ("module.", "_orig_mod.", "backbone.")  # of DistributedDataParallel, torch.compile, OpenMMLab
 
 
-def detect_layout(state: State) -> str:
+def detect_layout(state: Collection[str]) -> str:
     """Name of the layout that the keys speak of."""
     if "mask_token" in state or any(key.startswith("dcnv3.") for key in state):
         return "pretraining"

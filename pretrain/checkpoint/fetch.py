@@ -1,0 +1,44 @@
+"""How do the weights of a checkpoint behind a URL become files on this machine?"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from pretrain.checkpoint.stores import PIECE, store_at
+from pretrain.intact import COMPLETE, flush
+
+BIG = ("student/", "teacher/", "optimizer/", "random/")
+
+
+def fetched(url: str, which: str, folder: Path) -> Path:
+    """`folder` with what is needed of a checkpoint to read its student or teacher, copied unless it is there.
+
+    A reader compares it with its COMPLETE; OSError when the store or the disk fails.
+    """
+    store, done = store_at(url), folder / which / COMPLETE
+    mark = bytes(store.read(COMPLETE))
+    if done.is_file() and done.read_bytes() == mark:
+        return folder
+    skipped = tuple(name for name in BIG if name != f"{which}/")
+    sizes = {name: size for name, size in store.sizes().items() if not name.startswith(skipped)}
+    free = shutil.disk_usage(_nearest(folder)).free
+    if free < sum(sizes.values()):
+        raise OSError(
+            f"{free / 2**20:.0f} MiB are free for {folder}, where {sum(sizes.values()) / 2**20:.0f} MiB of {url} are "
+            "copied: free space on that disk"
+        )
+    done.unlink(missing_ok=True)
+    for name, size in sizes.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for start in range(0, size, PIECE):
+                file.write(store.read(name, start, min(start + PIECE, size)))
+        flush(path)
+    done.write_bytes(mark)
+    return folder
+
+
+def _nearest(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -1,0 +1,1 @@
+"""How does a run start from weights that others have trained, or that it has trained itself?"""

@@ -1,0 +1,228 @@
+"""How are weights opened that a stranger made, so that they run no code and take no more memory than their bytes?
+
+Sizes are judged from headers, before anything is read. A .pth is a zip archive whose pickle may call what builds
+tensors, and nothing else: `weights_only=True` alone lets it call `bytearray(10**12)`. Tensors stay in the file until
+they are used (mmap).
+"""
+
+from __future__ import annotations
+
+import json
+import pickletools
+import stat
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pretrain.checkpoint.ranges import HEADER, LARGEST_HEADER  # for pickles too
+
+LARGEST_TEXT = 2**22  # bytes of a config.json or an index of files
+MOST_FILES = 512  # that an index may name
+MOST_ENTRIES = 100_000  # of an archive
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+NAMES = ("model.safetensors", INDEX, "pytorch_model.bin", "internimage.pth")  # in a folder, in this order
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+CALLED = {  # what the pickle of a state dict names
+    "collections OrderedDict",
+    "torch Size",
+    "torch device",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_tensor_v2",
+}
+CALLING = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}  # other ways to call
+NOT_READ = "is not read: take the file from its authors again, or another one"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors under the file's own names, and what its folder says of the model."""
+
+    tensors: Mapping[str, Any]  # what a pickle holds may also be containers of such mappings, and numbers
+    files: tuple[Path, ...]  # that they were read from
+    config: Mapping[str, Any] = field(default_factory=dict)  # config.json beside them
+
+
+def open_weights(path: Path) -> Weights:
+    """Of a .safetensors or .pth file, or of a folder that holds one.
+
+    FileNotFoundError when there is none; ValueError for what is damaged, hostile or of another kind.
+    """
+    if path.is_dir():
+        file = weights_in(path)
+        config = _read_json(own_file(path, CONFIG)) if (path / CONFIG).exists() else {}
+    else:
+        file, config = regular(path), {}
+    if file.name == INDEX:
+        tensors, files = _indexed(path, file)
+        return Weights(tensors, files, config)
+    return Weights(read_tensors(file), (file,), config)
+
+
+def weights_in(folder: Path) -> Path:
+    """The file of weights of a folder; FileNotFoundError or ValueError unless there is one that is meant."""
+    for name in NAMES:
+        if (folder / name).exists() or (folder / name).is_symlink():
+            return own_file(folder, name)
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", *PICKLES))
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no weights: there must be one of {', '.join(NAMES)}")
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds {len(found)} files of weights, {found[:5]}: name one of them")
+    return own_file(folder, found[0])
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """A file right in a folder; ValueError for a name or link that leads out of it.
+
+    The links of a Hugging Face cache, from `snapshots/REVISION` to `blobs`, are its own.
+    """
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"{folder} names the file {name!r}, which lies elsewhere: it {NOT_READ}")
+    home, path = folder.resolve(), folder / name
+    homes = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
+    if path.resolve().parent not in homes:
+        raise ValueError(
+            f"{path} is a link that leads out of the folder, to {path.resolve()}: name that file itself if you "
+            "mean it"
+        )
+    return regular(path)
+
+
+def regular(path: Path) -> Path:
+    """Itself; FileNotFoundError or ValueError unless it is a file of bytes."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is no regular file: name a file of weights, or a folder that holds one")
+    return path
+
+
+def read_tensors(path: Path) -> Mapping[str, Any]:
+    """What one file holds, left on the disk until it is used."""
+    if path.suffix in PICKLES:
+        return _read_pickle(path)
+    if path.suffix == ".safetensors" or not path.suffix:  # blobs of a cache have none
+        return _read_safetensors(path)
+    raise ValueError(
+        f"{path} ends in {path.suffix!r}, which is no file of weights: give .safetensors or one of "
+        f"{', '.join(PICKLES)}"
+    )
+
+
+def header_length(path: Path, num_bytes: int, first: bytes) -> int:
+    """Bytes of a safetensors header, from the first 8 of the file; ValueError when it cannot be so long."""
+    length = struct.unpack(HEADER, first)[0] if len(first) == 8 else -1
+    if not 0 < length <= min(LARGEST_HEADER, num_bytes - 8):
+        raise ValueError(
+            f"{path}: a header of {length} bytes is said to lie in {num_bytes} bytes, where at most {LARGEST_HEADER} "
+            f"are allowed: it is no safetensors file, or damaged, and {NOT_READ}"
+        )
+    return length
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        header_length(path, path.stat().st_size, file.read(8))
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:  # checks offsets and shapes
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no sound safetensors file ({error}): it {NOT_READ}") from error
+
+
+def _read_pickle(path: Path) -> Mapping[str, Any]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} is no archive as torch.save writes since version 1.6, so its sizes are not known before it is "
+            "read: where you trust it, load it by torch.load(weights_only=True) and save it again"
+        )
+    _check_archive(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch and pickle raise whatever they stumble over
+        raise ValueError(f"{path} is no sound file of weights ({error}): it {NOT_READ}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, no tensors by name: save model.state_dict()"
+        )
+    return content
+
+
+def _check_archive(path: Path) -> None:
+    """ValueError unless an archive is as large inside as outside, and its pickle calls nothing but CALLED."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            packed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]
+            if (
+                packed
+                or sum(e.file_size for e in entries) > path.stat().st_size
+                or len(entries) > MOST_ENTRIES
+            ):
+                raise ValueError(
+                    f"{path} would grow when it is read: {len(packed)} of {len(entries)} entries are compressed, "
+                    f"{sum(e.file_size for e in entries):,} bytes in a file of {path.stat().st_size:,}, which "
+                    f"torch.save never writes: it {NOT_READ}"
+                )
+            pickles = [e for e in entries if e.filename.endswith(".pkl")]
+            if len(pickles) != 1 or pickles[0].file_size > LARGEST_HEADER:
+                raise ValueError(
+                    f"{path} holds {len(pickles)} pickles of {sum(e.file_size for e in pickles):,} bytes, where one "
+                    f"of at most {LARGEST_HEADER:,} belongs: it {NOT_READ}"
+                )
+            _check_pickle(path, archive.read(pickles[0]))
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error) as error:
+        raise ValueError(f"{path} is a damaged archive ({error}): it {NOT_READ}") from error
+
+
+def _check_pickle(path: Path, content: bytes) -> None:
+    try:
+        for code, argument, _ in pickletools.genops(content):
+            is_storage = str(argument).startswith("torch ") and str(argument).endswith("Storage")
+            if code.name in CALLING or (code.name == "GLOBAL" and not is_storage and argument not in CALLED):
+                raise PermissionError(argument or code.name)
+    except PermissionError as error:
+        raise ValueError(
+            f"{path} would call {str(error)!r} when it is read; a file of weights calls nothing but what builds "
+            f"tensors. It {NOT_READ}; where you trust it, save its state_dict() alone"
+        ) from error
+    except Exception as error:  # pickletools raises whatever it stumbles over
+        raise ValueError(f"{path} holds a damaged pickle ({error}): it {NOT_READ}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > LARGEST_TEXT:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes, more than {LARGEST_TEXT:,}: it {NOT_READ}"
+        )
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}): it {NOT_READ}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is a JSON {type(content).__name__}, no object: it {NOT_READ}")
+    return content
+
+
+def _indexed(folder: Path, index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
+    """The tensors of a folder whose index says in which file each lies."""
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index} has no weight_map of file names: it {NOT_READ}")
+    names = sorted(set(places.values()))
+    if len(names) > MOST_FILES:
+        raise ValueError(f"{index} names {len(names)} files, more than {MOST_FILES}: it {NOT_READ}")
+    files = tuple(own_file(folder, name) for name in names)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= _read_safetensors(file)
+    if tensors.keys() != places.keys():
+        raise ValueError(
+            f"{index} and its files differ: {sorted(tensors.keys() ^ places.keys())[:3]}: copy the folder again"
+        )
+    return tensors, files

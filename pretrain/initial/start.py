@@ -1,0 +1,215 @@
+"""How are the weights that `--init` names found, compared with the run, and put into it?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint import PLACE_RECORD, WEIGHTS, checkpoints_of, kept_of, latest
+from pretrain.checkpoint.names import is_step
+from pretrain.checkpoint.stores import store_at
+from pretrain.config import Run
+from pretrain.data.remote import Place, is_url
+from pretrain.facts import DataFacts
+from pretrain.initial.asked import Init
+from pretrain.initial.files import open_weights
+from pretrain.initial.fit import Fit, fill, fit
+from pretrain.initial.layouts import LAYOUTS, detect
+from pretrain.intact import COMPLETE, sha256
+from pretrain.models.backbone import BACKBONES
+from pretrain.models.internimage_config import InternImageConfig
+from pretrain.models.internimage_layouts import CONTAINERS, WRAPPERS
+from pretrain.towers import Towers
+
+EMA_CONTAINERS = ("state_dict_ema", "model_ema")  # of timm's training script and InternImage's
+MOMENTUM_TEACHER = "mm_dcnv3."  # of InternImage's pre-training layout
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights that fit a run, and where they came from."""
+
+    place: Place
+    which: str  # "student", "teacher" or "weights", where there are no two
+    sha256: str  # of the files
+    fit: Fit
+    notes: tuple[str, ...] = ()  # on how the file's model saw images
+
+    def fill(self, towers: Towers) -> None:
+        """Puts them into towers that are built for the run."""
+        fill(towers, self.fit)
+
+    def told(self) -> list[str]:
+        """Lines for the console."""
+        first = f"starts from the {self.which} of {self.place} (SHA-256 {self.sha256[:12]}), {self.fit}"
+        return [first, *self.fit.told(), *self.notes]
+
+    def record(self) -> dict[str, Any]:
+        """What is kept of it in the run's folder."""
+        place = str(self.place) if is_url(self.place) else str(Path(self.place).resolve())
+        kept = {"place": place, "which": self.which, "sha256": self.sha256, "notes": list(self.notes)}
+        fitted = self.fit
+        return kept | {
+            "layout": fitted.layout,
+            "taken": fitted.taken,
+            "resized": fitted.resized,
+            "left": fitted.left,
+            "kept": fitted.kept,
+        }
+
+
+def open_start(init: Init, run: Run, facts: DataFacts) -> Start:
+    """The weights, compared with what the run builds; nothing of them is copied.
+
+    FileNotFoundError where there are none; ValueError for what is damaged or hostile, and for what does not fit.
+    """
+    with torch.device("meta"):
+        towers = Towers(run, facts)
+    return start_for(init, run, towers)
+
+
+def start_for(init: Init, run: Run, towers: Towers) -> Start:
+    """As `open_start`, for towers of the run, which may lie on the meta device."""
+    if (folder := own_checkpoint(init.place)) is not None:
+        which = init.which or "teacher"
+        state: Mapping[str, Tensor] = WEIGHTS[which](folder)  # ValueError unless the checkpoint is finished
+        digest = hashlib.sha256(bytes(store_at(folder).read(COMPLETE))).hexdigest()
+        layout = "towers of a run"
+        config: Mapping[str, Any] = {}
+    else:
+        opened = open_weights(Path(init.place))
+        state, which = choose(opened.tensors, init)
+        digest, config = hash_of(opened.files), opened.config
+        layout = detect(state, str(init.place))
+    family, place = run.backbone.family, f"--init {init.place}"
+    fitted = fit(state, layout, towers, family, init.heads, place)
+    notes = compare_config(config, layout, run, place)
+    return Start(init.place, which, digest, fitted, tuple(notes))
+
+
+def own_checkpoint(place: Place) -> Place | None:
+    """The checkpoint of ours that a place is, or the newest one in it; None where it is another's file."""
+    if is_url(place):
+        folder: Place | None = place if is_step(place) else latest(place)
+        if folder is None:
+            raise FileNotFoundError(
+                f"--init {place} holds no whole checkpoint: name one, or the place of all"
+            )
+        return folder
+    folder = Path(place)
+    if (folder / "teacher" / "layout.json").is_file():
+        return folder
+    if checkpoints_of(folder).is_dir() or (folder / PLACE_RECORD).is_file():
+        return _newest(place, kept_of(folder))
+    return latest(folder) if folder.is_dir() else None
+
+
+def _newest(named: Place, kept: Place) -> Place:
+    """The newest whole checkpoint in a place; FileNotFoundError without one."""
+    folder = latest(kept)
+    if folder is None:
+        raise FileNotFoundError(
+            f"--init {named} holds no whole checkpoint (looked for in {kept}): wait for its first one, or name "
+            "another"
+        )
+    return folder
+
+
+def hash_of(files: tuple[Path, ...]) -> str:
+    """SHA-256 of one file, or of those of several."""
+    digests = [sha256(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def choose(content: Mapping[str, Any], init: Init) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file, out of containers and wrappers, and whose they are; ValueError for what is none."""
+    which = "weights"
+    while True:
+        averaged = next((name for name in EMA_CONTAINERS if isinstance(content.get(name), Mapping)), None)
+        if averaged is not None and init.which == "teacher":
+            content, which = content[averaged], "teacher"
+        inner = next((name for name in CONTAINERS if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
+            break
+        content, which = content[inner], "student" if averaged and which == "weights" else which
+    for prefix in WRAPPERS if not any(name.startswith("backbone.net.") for name in content) else ():
+        if content and all(name.startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    odd = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if odd or not content:
+        raise ValueError(
+            f"--init {init.place} holds {type(content[odd[0]]).__name__ if odd else 'nothing'} where tensors by name "
+            f"belong (in all {len(content)} entries): save model.state_dict() alone"
+        )
+    if any(name.startswith(MOMENTUM_TEACHER) for name in content):
+        which = init.which or "student"
+        if which == "teacher":
+            content = _momentum_teacher(content)
+    if init.which not in (None, which):
+        raise ValueError(
+            f"--init {init.place} holds one set of weights, no {init.which} beside another: leave out ':{init.which}'"
+        )
+    return dict(content), which
+
+
+def _momentum_teacher(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """InternImage's pre-training layout with the teacher's backbone in place of the student's."""
+    kept = {
+        name: tensor for name, tensor in content.items() if not name.startswith(("dcnv3.", MOMENTUM_TEACHER))
+    }
+    averaged = {
+        f"dcnv3.{name.removeprefix(MOMENTUM_TEACHER)}": tensor
+        for name, tensor in content.items()
+        if name.startswith(MOMENTUM_TEACHER)
+    }
+    return kept | averaged
+
+
+def compare_config(config: Mapping[str, Any], layout: str, run: Run, place: str) -> list[str]:
+    """What a config.json tells that no shape does; ValueError where the same weights would compute otherwise."""
+    size, notes = BACKBONES[run.backbone.family].sizes[run.backbone.size], []
+    differing = []
+    if layout.startswith("Hugging Face ViT"):
+        told = {"num_attention_heads": size.heads, "hidden_act": "gelu", "qkv_bias": True}
+        differing = [(k, config[k], want) for k, want in told.items() if config.get(k, want) != want]
+        if (eps := config.get("layer_norm_eps", 1e-6)) != 1e-6:
+            notes.append(f"its layer_norm_eps is {eps:g}, ours 1e-06: features differ a little")
+    elif layout == "timm ViT" and (heads := timm_heads(config)) not in (None, size.heads):
+        differing = [("num_heads", heads, size.heads)]
+    elif LAYOUTS[layout].family == "internimage":
+        # Nothing that the backbone computes with.
+        ignored = ("drop_path_rate", "drop_path_type", "layer_scale", "use_clip_projector")
+        told = {f.name: getattr(size, f.name) for f in fields(InternImageConfig) if f.name not in ignored}
+        there = {k: tuple(v) if isinstance(v := config[k], list) else v for k in told if k in config}
+        differing = [(k, v, told[k]) for k, v in there.items() if (v or None) != (told[k] or None)]
+    if differing:
+        words = ", ".join(f"{name} is {there!r}, here {here!r}" for name, there, here in differing)
+        raise ValueError(f"{place} was trained as another model ({words}): choose the backbone that it holds")
+    seen = config.get("pretrained_cfg", config)
+    seen = seen if isinstance(seen, Mapping) else {}
+    for name, ours in (("mean", run.views.mean), ("std", run.views.std)):
+        theirs = seen.get(name)
+        if isinstance(theirs, list) and [float(v) for v in theirs] != list(ours):
+            notes.append(
+                f"its pixels have {name} {theirs}, this run's {list(ours)}: set --views.{name} to these"
+            )
+    return notes
+
+
+def timm_heads(config: Mapping[str, Any]) -> int | None:
+    """Attention heads of the model that a config.json of timm names; None where it names none."""
+    name, arguments = config.get("architecture"), config.get("model_args") or {}
+    if not isinstance(name, str) or not timm.is_model(name):
+        return None
+    if isinstance(heads := arguments.get("num_heads"), int):
+        return heads
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    return model.blocks[0].attn.num_heads if hasattr(model, "blocks") else None

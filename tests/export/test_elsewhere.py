@@ -1,0 +1,118 @@
+"""Are checkpoints found that a run keeps elsewhere, and is no more of them read than the format holds?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from pretrain.checkpoint import PLACE_RECORD, load_towers
+from pretrain.evaluate.checkpoints import find_checkpoint
+from pretrain.export.__main__ import export_run, main
+from pretrain.export.formats import EXPORTERS
+from pretrain.export.trained import read_trained
+from pretrain.intact import files_in, sha256
+from tests.export.conftest import last
+
+
+def kept_at(run: Path, place: Path | str) -> Path:
+    """A run's folder whose record tells that its checkpoints lie elsewhere."""
+    run.mkdir()
+    (run / PLACE_RECORD).write_text(json.dumps({"checkpoints": str(place)}))
+    return run
+
+
+@pytest.fixture
+def url(vit_run: Path) -> str:
+    """The checkpoints of a run in a store."""
+    memory = fsspec.filesystem("memory")
+    memory.rm("/bucket", recursive=True) if memory.exists("/bucket") else None
+    for name in files_in(vit_run / "checkpoints"):
+        memory.pipe_file(f"/bucket/vit/{name}", (vit_run / "checkpoints" / name).read_bytes())
+    return "memory://bucket/vit"
+
+
+def test_checkpoints_in_another_folder_are_found(vit_run: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(vit_run / "checkpoints", elsewhere)
+    run = kept_at(tmp_path / "run", elsewhere)
+    assert find_checkpoint(run, "last") == elsewhere / "step_000003"
+    assert find_checkpoint(run, "first") == elsewhere / "step_000000"
+    with pytest.raises(
+        FileNotFoundError, match=r"there is none: choose one of the whole ones, steps \[0, 3\]"
+    ):
+        find_checkpoint(run, "2")
+
+
+def test_checkpoints_behind_a_url_are_exported(vit_run: Path, url: str, tmp_path: Path) -> None:
+    run = kept_at(tmp_path / "run", url)
+    there = export_run([str(run), "--to", "timm", "--step", "3", "--which", "student"]).folder
+    here = export_run(
+        [str(vit_run), "--to", "timm", "--which", "student", "--out", str(tmp_path / "here")]
+    ).folder
+    assert sha256(there / "model.safetensors") == sha256(here / "model.safetensors")
+    copied = {path.name for path in (run / "fetched" / "step_000003").iterdir()}
+    assert "student" in copied and not copied & {"teacher", "optimizer", "random"}
+
+
+def test_what_was_copied_is_copied_again_only_when_the_store_has_another(url: str, tmp_path: Path) -> None:
+    run = kept_at(tmp_path / "run", url)
+    layout = find_checkpoint(run, "last") / "teacher" / "layout.json"
+    layout.touch()
+    before = layout.stat().st_mtime_ns
+    find_checkpoint(run, "last")
+    assert layout.stat().st_mtime_ns == before
+    memory = fsspec.filesystem("memory")
+    mark = "/bucket/vit/step_000003/COMPLETE"
+    memory.pipe_file(mark, memory.cat_file(mark) + b" ")
+    find_checkpoint(run, "last")
+    assert layout.stat().st_mtime_ns > before
+
+
+def test_damaged_record_of_the_place_is_told(tmp_path: Path) -> None:
+    run = kept_at(tmp_path / "run", "x")
+    (run / PLACE_RECORD).write_text("{}")
+    with pytest.raises(ValueError, match=r"checkpoints\.json is damaged .* it must say"):
+        find_checkpoint(run, "last")
+
+
+def test_only_what_the_format_holds_is_read(internimage_run: Path, vit_run: Path) -> None:
+    for run, name in ((vit_run, "timm"), (internimage_run, "internimage")):
+        step = find_checkpoint(run, "last")
+        towers = read_trained(run, step, "teacher", EXPORTERS[name].parts).towers
+        whole = last(run).towers.state_dict()
+        real = {key: value for key, value in towers.state_dict().items() if not value.is_meta}
+        assert all(value.equal(whole[key]) for key, value in real.items())
+        assert {key.split(".")[0] for key in real} <= set(EXPORTERS[name].parts or ())
+        assert towers.state_dict().keys() == whole.keys() and len(real) < len(whole)
+
+
+def test_a_header_that_is_too_long_is_not_taken_memory_for(vit_run: Path, tmp_path: Path) -> None:
+    step = tmp_path / "step_000003"
+    shutil.copytree(vit_run / "checkpoints" / "step_000003", step)
+    file = step / "teacher" / "rank_00000.safetensors"
+    file.write_bytes(struct.pack("<Q", 2**62) + file.read_bytes()[8:])
+    mark = json.loads((step / "COMPLETE").read_text())
+    mark["files"]["teacher/rank_00000.safetensors"]["sha256"] = sha256(file)
+    (step / "COMPLETE").write_text(json.dumps(mark))
+    with pytest.raises(ValueError, match=r"begins with a header of 4611686018427387904 bytes, more than"):
+        load_towers(step)
+
+
+def test_an_unfinished_checkpoint_is_not_exported(
+    vit_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = tmp_path / "checkpoints" / "step_000003"
+    shutil.copytree(vit_run / "checkpoints" / "step_000003", step)
+    (step / "teacher" / "buffers.safetensors").unlink()
+    assert main([str(tmp_path), "--to", "timm", "--step", "3"]) == 1
+    told = capsys.readouterr().err
+    assert (
+        "cannot be used, since teacher/buffers.safetensors is missing: the run holds no whole checkpoint"
+        in told
+    )
+    assert not (tmp_path / "export").exists()

@@ -1,0 +1,214 @@
+"""Can a file of weights run code, or take more memory than its bytes are worth?"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.initial.files import LARGEST_HEADER, open_weights
+
+SAID = r"is not read: take the file from its authors again|name that file itself|no regular file"
+
+
+def header(fields: dict[str, Any], data: bytes = b"", length: int | None = None) -> bytes:
+    text = json.dumps(fields).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def one(shape: list[int], offsets: list[int]) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+
+
+SAFETENSORS = {
+    "a header longer than memory": header({}, length=2**62),
+    "a header longer than the file": header({}, length=1000),
+    "a header of nothing": header({}, length=0),
+    "a header that may be, of a file that ends": struct.pack("<Q", LARGEST_HEADER),
+    "no header at all": b"\x01",
+    "tensors that overlap": header({"a": one([2], [0, 8]), "b": one([2], [4, 12])}, bytes(12)),
+    "a negative shape": header({"a": one([-1], [0, 4])}, bytes(4)),
+    "a shape larger than its bytes": header({"a": one([10**12], [0, 4])}, bytes(4)),
+    "a shape whose product overflows": header({"a": one([2**40, 2**40], [0, 4])}, bytes(4)),
+    "bytes that lie behind the end": header({"a": one([2**40], [0, 2**42])}, bytes(4)),
+    "no JSON": struct.pack("<Q", 8) + b"{{{{{{{{",
+}
+
+
+@pytest.mark.parametrize("name", SAFETENSORS)
+def test_hostile_safetensors_header_is_told(name: str, tmp_path: Path, peak: Callable[[], int]) -> None:
+    (tmp_path / "model.safetensors").write_bytes(SAFETENSORS[name])
+    with pytest.raises(ValueError, match=SAID):
+        open_weights(tmp_path)
+    assert peak() < 2**24
+
+
+class Calls:
+    """A pickle that calls a function when it is read."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "named"),
+    [(os.mkdir, "harm", r"posix mkdir"), (bytearray, 2**33, r"(builtins|__builtin__) bytearray")],
+)
+def test_a_pickle_that_calls_is_not_read(
+    function: Callable[..., Any], argument: Any, named: str, tmp_path: Path, peak: Callable[[], int]
+) -> None:
+    harm = tmp_path / "harm"
+    path = tmp_path / "weights.pth"
+    called = Calls(function, str(harm) if argument == "harm" else argument)
+    torch.save({"model": {"a": torch.zeros(1)}, "x": called}, path)
+    with pytest.raises(
+        ValueError, match=rf"would call '{named}' when it is read.*save its state_dict\(\) alone"
+    ):
+        open_weights(path)
+    assert not harm.exists() and peak() < 2**24
+
+
+def rewritten(path: Path, change: Callable[[bytes], bytes], how: int = zipfile.ZIP_STORED) -> Path:
+    """An archive of torch.save with another pickle, or packed."""
+    torch.save({"a": torch.zeros(4)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", how) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, change(content) if name.endswith(".pkl") else content)
+    return path
+
+
+def larger(content: bytes) -> bytes:
+    """A tensor of 2^30 numbers in a storage of 4."""
+    assert content.count(b"K\x04\x85") == 1
+    return content.replace(b"K\x04\x85", b"J\x00\x00\x00\x40\x85")
+
+
+def test_a_tensor_larger_than_its_storage_is_told(tmp_path: Path, peak: Callable[[], int]) -> None:
+    with pytest.raises(ValueError, match="is no sound file of weights.*" + SAID):
+        open_weights(rewritten(tmp_path / "weights.pth", larger))
+    assert peak() < 2**26
+
+
+def test_a_pickle_by_another_way_to_call_is_not_read(tmp_path: Path) -> None:
+    path = rewritten(tmp_path / "weights.pth", lambda _: pickle.dumps(Calls(os.getcwd), protocol=4))
+    with pytest.raises(ValueError, match=r"would call 'STACK_GLOBAL'"):
+        open_weights(path)
+    path = rewritten(tmp_path / "weights.pth", lambda _: b"\xffnonsense")
+    with pytest.raises(ValueError, match=r"holds a damaged pickle"):
+        open_weights(path)
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, peak: Callable[[], int]) -> None:
+    path = rewritten(tmp_path / "weights.pth", lambda content: content, zipfile.ZIP_DEFLATED)
+    with (
+        zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("weights/data/9", "w") as bomb,
+    ):
+        for _ in range(64):
+            bomb.write(bytes(2**20))
+    assert path.stat().st_size < 2**18
+    with pytest.raises(ValueError, match=r"would grow when it is read: \d+ of \d+ entries are compressed"):
+        open_weights(path)
+    assert peak() < 2**24
+
+
+def test_an_archive_that_lies_about_its_sizes_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.zeros(64)}, path)
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\x01\x02", 0, content.rindex(b"weights/data/0"))
+    content[at + 20 : at + 28] = struct.pack("<II", 2**31, 2**31)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"would grow when it is read|damaged archive"):
+        open_weights(path)
+
+
+def test_a_pickle_outside_an_archive_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.zeros(1)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        ValueError, match=r"no archive as torch\.save writes since version 1\.6.*save it again"
+    ):
+        open_weights(path)
+
+
+def test_an_index_leads_to_no_other_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "other.safetensors").write_bytes(header({}))
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
+    with pytest.raises(ValueError, match=r"names the file '\.\./other\.safetensors', which lies elsewhere"):
+        open_weights(folder)
+    index.write_text(json.dumps({"weight_map": {"a": f"{tmp_path}/other.safetensors"}}))
+    with pytest.raises(ValueError, match=r"which lies elsewhere"):
+        open_weights(folder)
+    index.write_text("[" * 10**6)
+    with pytest.raises(ValueError, match=r"is no JSON"):
+        open_weights(folder)
+
+
+def test_a_link_leads_to_no_other_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "other").write_bytes(header({}))
+    (folder / "model.safetensors").symlink_to(tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"is a link that leads out of the folder, to .*: name that file itself"
+    ):
+        open_weights(folder)
+
+
+def test_links_of_a_hugging_face_cache_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "12ab").write_bytes(header({"a": one([1], [0, 4])}, bytes(4)))
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to("../../blobs/12ab")
+    assert torch.equal(open_weights(snapshot).tensors["a"], torch.zeros(1))
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"is no regular file"):
+        open_weights(tmp_path)
+    with pytest.raises(ValueError, match=r"ends in '\.zip', which is no file of weights: give \.safetensors"):
+        (tmp_path / "weights.zip").write_bytes(b"")
+        open_weights(tmp_path / "weights.zip")
+
+
+def test_a_config_that_is_no_config_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(header({}))
+    (tmp_path / "config.json").write_text(" " * 2**23)
+    with pytest.raises(ValueError, match=r"config\.json has 8,388,608 bytes, more than"):
+        open_weights(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"is a JSON list, no object"):
+        open_weights(tmp_path)
+
+
+@pytest.fixture
+def peak() -> Callable[[], int]:
+    """Bytes by which the process's highest use of memory has grown since the test began."""
+    reset = Path("/proc/self/clear_refs")
+    reset.write_text("5")
+    before = highest()
+    return lambda: highest() - before
+
+
+def highest() -> int:
+    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
