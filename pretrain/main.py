@@ -3,7 +3,8 @@
 deepspeed pretrain/main.py --recipe m3i.demo --data NAME=DIR [NAME=DIR ...] --out DIR [--ds-config FILE]
     [--tokenizer DIR] [--guide DIR] [--init PATH[:teacher] [--init-heads]] [--workers N] [--micro-batches N]
     [--checkpoints DIR|URL] [--timeout SECONDS] [--wandb] [--tensorboard] [--price P] [--profile FIRST:LAST]
-    [--compile] [--evaluate-every N --evaluate-data DIR] [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
+    [--compile] [--evaluate-every N --evaluate-data DIR]
+    [overrides of the recipe: --optim.lr 5e-4 --data.NAME.weight 2]
 
 deepspeed pretrain/main.py --replay OUT/replay/BUNDLE
 
