@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import UInt8
 from torch import Tensor
@@ -26,6 +26,7 @@ class Example:
     ] = ()  # annotations in COCO's format, pixels of this image; for detection
 
 
+@runtime_checkable
 class AnnotatedSet(Protocol):
     """A data set with random access. `example` raises BadSample for what cannot be used."""
 

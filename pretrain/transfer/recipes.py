@@ -114,11 +114,11 @@ def ade20k() -> Segment:
 
 
 def small_segment() -> Segment:
-    """A few minutes of two cores on the embedded scenes."""
+    """A minute or two of two cores on the embedded scenes (`benchmarks/dense_transfer.py`)."""
     return Segment(
-        Optimisation(steps=300, batch=16, lr=1e-3, warmup=20, layer_decay=0.8),
-        size=96,
-        scales=(0.75, 1.5),
+        Optimisation(steps=200, batch=16, lr=1e-3, warmup=20, layer_decay=0.8),
+        size=64,
+        scales=(0.8, 1.5),
         head_width=48,
         auxiliary_width=32,
         pyramid_width=48,
@@ -126,11 +126,11 @@ def small_segment() -> Segment:
 
 
 def small_detect() -> Detect:
-    """A few minutes of two cores on the embedded scenes, or on a few hundred small photographs."""
+    """A few minutes of two cores on the embedded scenes, or on a few hundred photographs (the same)."""
     return Detect(
-        Optimisation(steps=300, batch=8, lr=1e-3, warmup=20, layer_decay=0.8, clip=10.0),
-        size=128,
-        scales=(0.75, 1.33),
+        Optimisation(steps=200, batch=8, lr=1e-3, warmup=20, layer_decay=0.8, clip=10.0),
+        size=96,
+        scales=(0.8, 1.25),
         width=64,
         anchor=4,
         options={
@@ -138,7 +138,7 @@ def small_detect() -> Detect:
             "rpn_pre_nms_top_n_train": 200,
             "rpn_pre_nms_top_n_test": 200,
             "rpn_post_nms_top_n_train": 100,
-            "rpn_post_nms_top_n_test": 100,
+            "rpn_post_nms_top_n_test": 50,
             "box_batch_size_per_image": 64,
         },
     )

@@ -171,9 +171,15 @@ def _batches(
     draws: Draws, optimisation: Optimisation, begun: int, machine: Machine
 ) -> Iterator[Sequence[Any]]:
     positions = range(begun * optimisation.batch, optimisation.steps * optimisation.batch)
-    return iter(
-        DataLoader(draws, optimisation.batch, sampler=positions, num_workers=machine.workers, collate_fn=list)
+    loader = DataLoader(
+        draws,
+        optimisation.batch,
+        sampler=positions,
+        num_workers=machine.workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # its own: the model's draws go on as they were saved
     )
+    return iter(loader)
 
 
 def _save(

@@ -1,0 +1,138 @@
+"""Does pre-training help to segment and to detect?
+
+    OMP_NUM_THREADS=2 python benchmarks/dense_transfer.py --run RUN --scenes DIR [--bccd DIR] --work DIR
+
+RUN is an m3i.demo run, DIR/train and DIR/heldout are scenes, and --bccd holds annotations/instances_{train,val}.json
+beside images/. From the untrained first and the last checkpoint of RUN, with the same seeds, the small recipes are
+trained: UperNet on the scenes, with the backbone trained too and frozen, Mask R-CNN on the scenes, Faster R-CNN on
+bccd. The command again goes on where it stopped. Writes benchmarks/results/dense_transfer.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.record import RESULTS, keep
+from pretrain.evaluate.checkpoints import find_checkpoint
+from pretrain.transfer.examples import MAX_BAD, AnnotatedSet, Example
+from pretrain.transfer.places import Named, open_sets
+from pretrain.transfer.recipes import recipe
+from pretrain.transfer.training import Machine
+from pretrain.transfer.work import RESULT, Work, transfer
+
+BACKBONES = {"untrained": "first", "pre-trained": "last"}
+NAME = "dense_transfer"
+
+
+@dataclass(frozen=True)
+class Case:
+    task: str
+    data: str  # an option of this script
+    recipe: str = "small"
+    is_frozen: bool = False
+    steps: int | None = None  # in place of the recipe's
+
+
+CASES = {
+    "segment_frozen": Case("segment", "scenes", is_frozen=True),
+    "segment": Case("segment", "scenes"),
+    "detect": Case("detect", "scenes"),
+    "detect_bccd": Case("detect", "bccd"),
+}
+
+
+class Some:
+    """An AnnotatedSet of the first `most` examples of another."""
+
+    def __init__(self, whole: AnnotatedSet, most: int) -> None:
+        self.whole, self.most = whole, min(most, len(whole))
+        self.names, self.category_ids = whole.names, whole.category_ids
+        self.image_ids, self.dropped = whole.image_ids[: self.most], whole.dropped
+        self.has_masks, self.is_federated = whole.has_masks, whole.is_federated
+
+    def __len__(self) -> int:
+        return self.most
+
+    def example(self, index: int) -> Example:
+        return self.whole.example(index)
+
+
+def measure(name: str, case: Case, options: argparse.Namespace, which: str, seed: int) -> dict[str, Any]:
+    """The result of one training, or of an earlier run of this script."""
+    out = options.work / f"{name}-{which}-{seed}"
+    if (out / RESULT).is_file():
+        return json.loads((out / RESULT).read_text())
+    numbers = recipe(case.task, case.recipe)
+    if case.steps is not None:
+        numbers = replace(numbers, optimisation=replace(numbers.optimisation, steps=case.steps))
+    train_set, heldout = open_sets(case.task, Named(getattr(options, case.data)), MAX_BAD)
+    step = find_checkpoint(options.run, BACKBONES[which])
+    work = Work(step, numbers, case.recipe, out, case.is_frozen, seed)
+    return transfer(work, train_set, Some(heldout, options.heldout), Machine(torch.device("cpu")))
+
+
+def rows_of(result: dict[str, Any]) -> dict[str, float]:
+    """Metric -> score in per cent."""
+    scores = result["scores"]
+    rows = [scores] if "accuracy" in scores else list(scores.values())
+    return {row["metric"]: 100 * row["accuracy"] for row in rows}
+
+
+def table(measured: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """Mean and standard deviation over the seeds."""
+    lines = ["| training | metric | " + " | ".join(BACKBONES) + " | seeds |", "|---|---|---|---|---|"]
+    for name, by_backbone in measured.items():
+        scores = {which: [rows_of(result) for result in results] for which, results in by_backbone.items()}
+        for metric in scores["untrained"][0]:
+            cells = []
+            for which in BACKBONES:
+                values = [row[metric] for row in scores[which]]
+                spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.1f}{spread}")
+            lines.append(f"| {name} | {metric} | {' | '.join(cells)} | {len(values)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--scenes", type=Path, required=True)
+    parser.add_argument("--bccd", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the trainings")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--heldout", type=int, default=200, help="images that test, at most (%(default)s)")
+    options = parser.parse_args()
+    measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for name in options.cases:
+        case = CASES[name]
+        if getattr(options, case.data) is None:
+            continue
+        for seed in options.seeds:
+            for which in BACKBONES:
+                result = measure(name, case, options, which, seed)
+                print(name, which, seed, rows_of(result), flush=True)
+                measured.setdefault(name, {}).setdefault(which, []).append(result)
+    print(table(measured))
+    (RESULTS / f"{NAME}.md").write_text(table(measured) + "\n")
+    keep(
+        NAME,
+        "a pre-trained backbone segments and detects better than an untrained one after the same training",
+        torch.device("cpu"),
+        seeds=options.seeds,
+        measured=measured,
+    )
+
+
+if __name__ == "__main__":
+    main()
