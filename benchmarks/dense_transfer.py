@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=2 python benchmarks/dense_transfer.py --run RUN --scenes DIR [--bccd DIR] --work DIR
 
 RUN is an m3i.demo run, DIR/train and DIR/heldout are scenes, and --bccd holds annotations/instances_{train,val}.json
-beside images/. From the untrained first and the last checkpoint of RUN, with the same seeds, the small recipes are
-trained: UperNet on the scenes, with the backbone trained too and frozen, Mask R-CNN on the scenes, Faster R-CNN on
-bccd. The command again goes on where it stopped. Writes benchmarks/results/dense_transfer.json and .md.
+beside images/. On the untrained first and on the last checkpoint of RUN, with the same seeds, the small recipes are
+trained in short: UperNet and Mask R-CNN on the scenes, Faster R-CNN on bccd, on a frozen backbone and on one that is
+trained too (`_tuned`). The command again goes on where it stopped. Writes benchmarks/results/dense_transfer.json, .md.
 """
 
 from __future__ import annotations
@@ -39,15 +39,17 @@ class Case:
     task: str
     data: str  # an option of this script
     recipe: str = "small"
-    is_frozen: bool = False
-    steps: int | None = None  # in place of the recipe's
+    is_frozen: bool = True
+    steps: int = 150
+    size: int = 64  # pixels
 
 
 CASES = {
-    "segment_frozen": Case("segment", "scenes", is_frozen=True),
-    "segment": Case("segment", "scenes"),
+    "segment": Case("segment", "scenes", steps=200),
     "detect": Case("detect", "scenes"),
-    "detect_bccd": Case("detect", "bccd"),
+    "detect_bccd": Case("detect", "bccd", steps=100, size=128),
+    "segment_tuned": Case("segment", "scenes", is_frozen=False, steps=200),
+    "detect_tuned": Case("detect", "scenes", is_frozen=False),
 }
 
 
@@ -73,8 +75,8 @@ def measure(name: str, case: Case, options: argparse.Namespace, which: str, seed
     if (out / RESULT).is_file():
         return json.loads((out / RESULT).read_text())
     numbers = recipe(case.task, case.recipe)
-    if case.steps is not None:
-        numbers = replace(numbers, optimisation=replace(numbers.optimisation, steps=case.steps))
+    optimisation = replace(numbers.optimisation, steps=case.steps)
+    numbers = replace(numbers, optimisation=optimisation, size=case.size)
     train_set, heldout = open_sets(case.task, Named(getattr(options, case.data)), MAX_BAD)
     step = find_checkpoint(options.run, BACKBONES[which])
     work = Work(step, numbers, case.recipe, out, case.is_frozen, seed)
@@ -111,14 +113,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the trainings")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--heldout", type=int, default=200, help="images that test, at most (%(default)s)")
+    parser.add_argument("--heldout", type=int, default=100, help="images that test, at most (%(default)s)")
     options = parser.parse_args()
     measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for name in options.cases:
-        case = CASES[name]
-        if getattr(options, case.data) is None:
-            continue
-        for seed in options.seeds:
+    cases = {name: CASES[name] for name in options.cases if getattr(options, CASES[name].data)}
+    for seed in options.seeds:
+        for name, case in cases.items():
             for which in BACKBONES:
                 result = measure(name, case, options, which, seed)
                 print(name, which, seed, rows_of(result), flush=True)

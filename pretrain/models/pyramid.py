@@ -46,10 +46,10 @@ class Pyramid(nn.Module):
         if len(stages.widths) == 1:
             self.neck: nn.Module = SimpleFeaturePyramid(stages.widths[0], width)
             self.widths = (width,) * len(SCALES)
-            self.strides = tuple(round(stages.strides[0] / scale) for scale in SCALES)
         else:
             self.neck = StageNorms(stages)
-            self.widths, self.strides = stages.widths, stages.strides
+            self.widths = stages.widths
+        self.strides = strides_of(stages)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
         height, width = images.shape[2:]
@@ -59,6 +59,13 @@ class Pyramid(nn.Module):
                 "coarsest stride of the pyramid: pad them"
             )
         return self.neck(self.encoder.maps(images))
+
+
+def strides_of(stages: Stages) -> tuple[int, ...]:
+    """Pixels along one side of a position of each map of the pyramid."""
+    if len(stages.strides) > 1:
+        return stages.strides
+    return tuple(round(stages.strides[0] / scale) for scale in SCALES)
 
 
 class SimpleFeaturePyramid(nn.Module):

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BackboneOutput
 from pretrain.config import Backbone, Run
 from pretrain.evaluate.layers import layer_order
 from pretrain.models.backbone import build_encoder
-from pretrain.models.pyramid import SCALES, Pyramid
+from pretrain.models.pyramid import Pyramid, strides_of
 from pretrain.towers import Towers
 
 MODEL_TYPE = "m3i_pyramid"
@@ -77,8 +77,7 @@ AutoBackbone.register(PyramidConfig, PyramidBackbone)
 
 def pyramid_config(run: Run, towers: Towers, drop_path: float, width: int, most: int = 4) -> PyramidConfig:
     """That of a run's backbone with the last `most` of its maps, fewer when it has fewer."""
-    stages = len(towers.encoder.stages.widths)
-    num_maps = len(SCALES) if stages == 1 else stages
+    num_maps = len(strides_of(towers.encoder.stages))
     backbone = replace(run.backbone, drop_path=drop_path, drop_path_schedule="linear", token_norm="none")
     indices = list(range(num_maps))[-most:]
     return PyramidConfig(asdict(backbone), run.views.size, width, num_maps, out_indices=indices)

@@ -23,7 +23,7 @@ from pretrain.transfer.things import Shown, Things
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchor boxes
 ROI_SIZE, MASK_SIZE = 7, 14  # positions a side of what the box head and the mask head see
-MASK_LAYERS = 4  # 3x3 convolutions of the mask head
+MASK_LAYERS = 4  # 3x3 convolutions of the mask head, unless options say so
 REPRESENTATION = 1024  # width of the box head, unless options say so
 THRESHOLD = 0.5  # of a mask's probability
 
@@ -60,6 +60,7 @@ class MaskRCNNHead(nn.Module):
         sizes = tuple((recipe.anchor * stride,) for stride in (*strides, 2 * strides[-1]))
         options = dict(recipe.options)
         width = options.pop("representation", REPRESENTATION)
+        mask_layers = options.pop("mask_layers", MASK_LAYERS)
         roi = {"featmap_names": maps.names, "sampling_ratio": 2}
         shared: dict[str, Any] = {
             "min_size": recipe.size,
@@ -76,7 +77,7 @@ class MaskRCNNHead(nn.Module):
         }
         if has_masks:
             pool = MultiScaleRoIAlign(output_size=MASK_SIZE, **roi)
-            head = MaskRCNNHeads(recipe.width, (recipe.width,) * MASK_LAYERS, dilation=1)
+            head = MaskRCNNHeads(recipe.width, (recipe.width,) * mask_layers, dilation=1)
             predictor = MaskRCNNPredictor(recipe.width, recipe.width, num_classes + 1)
             shared |= {"mask_roi_pool": pool, "mask_head": head, "mask_predictor": predictor}
         self.net = (MaskRCNN if has_masks else FasterRCNN)(maps, **shared)

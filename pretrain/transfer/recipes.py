@@ -21,13 +21,15 @@ class Optimisation:
     milestones: tuple[float, ...] = ()  # of "step": shares of the steps after which the rate is a tenth
     weight_decay: float = 0.05
     layer_decay: float = 1.0  # rate of a layer of the backbone / rate of the next one, in (0, 1]
+    backbone_rate: float = 1.0  # factor of all rates of the backbone, in (0, 1]
     drop_path: float = 0.0  # of the backbone, where it is trained
     clip: float = 0.0  # norm of the gradient; 0: not clipped
     betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
-        positive("optimisation", steps=self.steps, batch=self.batch, lr=self.lr, layer_decay=self.layer_decay)
-        fraction("optimisation", layer_decay=self.layer_decay, drop_path=self.drop_path)
+        rates = {"layer_decay": self.layer_decay, "backbone_rate": self.backbone_rate}
+        positive("optimisation", steps=self.steps, batch=self.batch, lr=self.lr, **rates)
+        fraction("optimisation", drop_path=self.drop_path, **rates)
         if not 0 <= self.warmup < self.steps:
             raise ValueError(
                 f"optimisation.warmup={self.warmup} must lie in [0, {self.steps}), the steps: lower it"
@@ -116,7 +118,7 @@ def ade20k() -> Segment:
 def small_segment() -> Segment:
     """A minute or two of two cores on the embedded scenes (`benchmarks/dense_transfer.py`)."""
     return Segment(
-        Optimisation(steps=200, batch=16, lr=1e-3, warmup=20, layer_decay=0.8),
+        Optimisation(steps=300, batch=16, lr=5e-3, warmup=20, layer_decay=0.8, backbone_rate=0.1),
         size=64,
         scales=(0.8, 1.5),
         head_width=48,
@@ -128,18 +130,19 @@ def small_segment() -> Segment:
 def small_detect() -> Detect:
     """A few minutes of two cores on the embedded scenes, or on a few hundred photographs (the same)."""
     return Detect(
-        Optimisation(steps=200, batch=8, lr=1e-3, warmup=20, layer_decay=0.8, clip=10.0),
-        size=96,
+        Optimisation(steps=200, batch=8, lr=4e-3, warmup=20, layer_decay=0.8, backbone_rate=0.2, clip=10.0),
+        size=64,
         scales=(0.8, 1.25),
         width=64,
         anchor=4,
         options={
             "representation": 128,
+            "mask_layers": 2,
             "rpn_pre_nms_top_n_train": 200,
             "rpn_pre_nms_top_n_test": 200,
             "rpn_post_nms_top_n_train": 100,
             "rpn_post_nms_top_n_test": 50,
-            "box_batch_size_per_image": 64,
+            "box_batch_size_per_image": 32,
         },
     )
 

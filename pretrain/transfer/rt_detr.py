@@ -11,6 +11,7 @@ from torchvision.ops import box_convert
 from transformers import RTDetrConfig, RTDetrForObjectDetection
 
 from pretrain.config import Run
+from pretrain.models.pyramid import strides_of
 from pretrain.towers import Towers
 from pretrain.transfer.backbone import pyramid_config
 from pretrain.transfer.recipes import Detect
@@ -27,7 +28,8 @@ class RTDetrHead(nn.Module):
     def __init__(self, run: Run, towers: Towers, recipe: Detect, num_classes: int, has_masks: bool) -> None:
         super().__init__()
         config = pyramid_config(run, towers, recipe.optimisation.drop_path, recipe.width, most=MAPS)
-        channels = len(config.out_indices)
+        strides = strides_of(towers.encoder.stages)[-MAPS:]
+        channels = len(strides)
         self.net = RTDetrForObjectDetection(
             RTDetrConfig(
                 backbone_config=config,
@@ -38,15 +40,13 @@ class RTDetrHead(nn.Module):
                 decoder_in_channels=[recipe.width] * channels,
                 num_feature_levels=channels,
                 encode_proj_layers=[channels - 1],
-                feat_strides=[8] * channels,
+                feat_strides=list(strides),
                 num_queries=recipe.detections,
                 freeze_backbone_batch_norms=False,
                 **recipe.options,
             )
         )
-        stride = self.net.model.backbone.model.strides[-1]
-        side = -(-recipe.size // stride) * stride
-        self.canvas = (side, side)
+        side = -(-recipe.size // strides[-1]) * strides[-1]
         self.transform = GeneralizedRCNNTransform(
             recipe.size, recipe.size, run.views.mean, run.views.std, size_divisible=side
         )

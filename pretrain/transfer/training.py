@@ -71,7 +71,12 @@ class Layered(nn.Module):
     def groups(self, optimisation: Optimisation) -> list[dict[str, Any]]:
         """Parameter groups with `lr_scale`, the rate of a layer / that of the head."""
         decay = {"layer_decay": optimisation.layer_decay}
-        return param_groups_layer_decay(self, optimisation.weight_decay, self._exempt, **decay)
+        groups = param_groups_layer_decay(self, optimisation.weight_decay, self._exempt, **decay)
+        backbone = {id(weight) for name, weight in self.named_parameters() if name in self._order}
+        for group in groups:
+            if id(group["params"][0]) in backbone:  # a group holds one layer
+                group["lr_scale"] *= optimisation.backbone_rate
+        return groups
 
 
 class Draws(Dataset):
@@ -134,7 +139,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
         begun, dropped = state["step"], Counter(state["dropped"])
-    saved = time.monotonic()
+    saved, loss = time.monotonic(), torch.zeros(())
     is_frozen = not any(parameter.requires_grad for parameter in encoder.parameters())
     with tqdm(total=optimisation.steps, initial=begun, desc=title, unit=" step", mininterval=1.0) as bar:
         for step, found in enumerate(_batches(draws, optimisation, begun, machine), begun):
