@@ -5,7 +5,8 @@
 RUN is an m3i.demo run, DIR/train and DIR/heldout are scenes, and --bccd holds annotations/instances_{train,val}.json
 beside images/. On the untrained first and on the last checkpoint of RUN, with the same seeds, the small recipes are
 trained in short: UperNet and Mask R-CNN on the scenes, Faster R-CNN on bccd, on a frozen backbone and on one that is
-trained too (`_tuned`). The command again goes on where it stopped. Writes benchmarks/results/dense_transfer.json, .md.
+trained too (`_tuned`). The command again goes on where it stopped. Writes dense_transfer.json and .md into
+benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -104,9 +104,8 @@ def test_a_frozen_backbone_stays_and_its_head_learns(
 def test_layers_further_from_the_head_learn_slower(runs: dict[str, Path], shards: Path) -> None:
     run, _, towers = load_towers(find_checkpoint(runs["vit"], "last"))
     train_set, _ = open_sets("segment", Named(shards), 0.0)
-    numbers = replace(
-        tiny("segment", "small"), optimisation=replace(recipe("segment", "ade20k").optimisation)
-    )
+    optimisation = replace(recipe("segment", "ade20k").optimisation, backbone_rate=0.1)
+    numbers = replace(tiny("segment", "small"), optimisation=optimisation)
     model, _, _ = TASKS["segment"](run, towers, numbers, train_set)
     layered = Layered(model, load_trunk(model, towers, is_frozen=False))
     scales = {
