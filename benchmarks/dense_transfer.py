@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +91,43 @@ def rows_of(result: dict[str, Any]) -> dict[str, float]:
     return {row["metric"]: 100 * row["accuracy"] for row in rows}
 
 
-def table(measured: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    """Mean and standard deviation over the seeds."""
-    lines = ["| training | metric | " + " | ".join(BACKBONES) + " | seeds |", "|---|---|---|---|---|"]
-    for name, by_backbone in measured.items():
-        scores = {which: [rows_of(result) for result in results] for which, results in by_backbone.items()}
+def of_record(result: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a result: no places of this machine, no scores by class."""
+    scores = result["scores"]
+    rows = [scores] if "accuracy" in scores else list(scores.values())
+    left_out = ("iou", "by_category")
+    return {row["metric"]: {k: v for k, v in row.items() if k not in left_out} for row in rows} | {
+        "numbers": result["numbers"],
+        "train_images": result["train_images"],
+        "step": Path(result["checkpoint"]).name,
+    }
+
+
+def collected(work: Path) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+    """All finished trainings: case -> backbone -> seed -> result."""
+    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for name in CASES:
+        for which in BACKBONES:
+            for path in sorted(work.glob(f"{name}-{which}-*/{RESULT}")):
+                seed = int(path.parent.name.rpartition("-")[2])
+                result = json.loads(path.read_text())
+                found.setdefault(name, {}).setdefault(which, {})[seed] = result
+    return {name: by for name, by in found.items() if by.keys() == BACKBONES.keys()}
+
+
+def table(found: dict[str, dict[str, dict[int, dict[str, Any]]]]) -> str:
+    """Mean and standard deviation over the seeds that both backbones have."""
+    lines = ["| training | % | " + " | ".join(BACKBONES) + " | seeds |", "|---|---|---|---|---|"]
+    for name, by_backbone in found.items():
+        seeds = sorted(set.intersection(*(set(results) for results in by_backbone.values())))
+        scores = {which: [rows_of(results[seed]) for seed in seeds] for which, results in by_backbone.items()}
         for metric in scores["untrained"][0]:
             cells = []
             for which in BACKBONES:
                 values = [row[metric] for row in scores[which]]
                 spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.1f}{spread}")
-            lines.append(f"| {name} | {metric} | {' | '.join(cells)} | {len(values)} |")
+            lines.append(f"| {name} | {metric} | {' | '.join(cells)} | {', '.join(map(str, seeds))} |")
     return "\n".join(lines)
 
 
@@ -116,22 +141,27 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--heldout", type=int, default=100, help="images that test, at most (%(default)s)")
     options = parser.parse_args()
-    measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
     cases = {name: CASES[name] for name in options.cases if getattr(options, CASES[name].data)}
     for seed in options.seeds:
         for name, case in cases.items():
             for which in BACKBONES:
                 result = measure(name, case, options, which, seed)
                 print(name, which, seed, rows_of(result), flush=True)
-                measured.setdefault(name, {}).setdefault(which, []).append(result)
-    print(table(measured))
-    (RESULTS / f"{NAME}.md").write_text(table(measured) + "\n")
+    found = collected(options.work)
+    print(table(found))
+    (RESULTS / f"{NAME}.md").write_text(table(found) + "\n")
     keep(
         NAME,
         "a pre-trained backbone segments and detects better than an untrained one after the same training",
         torch.device("cpu"),
-        seeds=options.seeds,
-        measured=measured,
+        cases={name: asdict(case) for name, case in CASES.items() if name in found},
+        measured={
+            name: {
+                which: {seed: of_record(result) for seed, result in results.items()}
+                for which, results in by_backbone.items()
+            }
+            for name, by_backbone in found.items()
+        },
     )
 
 
