@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle
 
-from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample
-from pretrain.transfer.examples import Drops, Example
+from pretrain.transfer.examples import Drops, Example, read_image
 
 LISTS = ("images", "annotations", "categories")
 FORMAT = "https://cocodataset.org/#format-data"
@@ -58,11 +57,7 @@ class CocoSet:
 
     def example(self, index: int) -> Example:
         entry = self._entries[self.image_ids[index]]
-        try:
-            content = self._file(entry).read_bytes()
-        except OSError as error:
-            raise BadSample("unreadable", str(error)) from error
-        image = decode_image(content)
+        image = read_image(self._file(entry))
         if tuple(image.shape[:2]) != (entry["height"], entry["width"]):
             raise BadSample(
                 "image_size",

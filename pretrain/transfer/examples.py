@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import UInt8
 from torch import Tensor
+
+from pretrain.data.decode import decode_image
+from pretrain.data.faults import BadSample
 
 IGNORED = 255  # number of pixels that are neither taught nor judged
 MAX_BAD = 0.01  # share of annotations or images that may be left out, unless told otherwise
@@ -40,6 +44,16 @@ class AnnotatedSet(Protocol):
     def __len__(self) -> int: ...
 
     def example(self, index: int) -> Example: ...
+
+
+def read_image(path: Path) -> UInt8[Tensor, "h w 3"]:
+    """RGB pixels of a file; BadSample names it."""
+    try:
+        return decode_image(path.read_bytes())
+    except OSError as error:
+        raise BadSample("unreadable", f"{path}: {error}") from error
+    except BadSample as error:
+        raise BadSample(error.reason, f"{path}: {error}") from error
 
 
 @dataclass

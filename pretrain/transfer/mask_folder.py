@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample
-from pretrain.transfer.examples import IGNORED, Drops, Example
+from pretrain.transfer.examples import IGNORED, Drops, Example, read_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ONE_CHANNEL = ("1", "L", "P", "I", "I;16")
@@ -70,7 +69,7 @@ class MaskFolder:
 
     def example(self, index: int) -> Example:
         image_path, mask_path = self._pairs[index]
-        image = decode_image(image_path.read_bytes())
+        image = read_image(image_path)
         try:
             with Image.open(io.BytesIO(mask_path.read_bytes())) as mask:
                 numbers = np.array(mask).astype(np.int64)

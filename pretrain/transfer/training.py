@@ -6,7 +6,6 @@ import json
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data_prep.schema import fsync_folder, write_atomic
-from pretrain.data.faults import BadSample, check_bad_share
+from pretrain.data.faults import BadSample
 from pretrain.evaluate.layers import layer_order, names_without_decay
 from pretrain.optim import warm_cosine
+from pretrain.transfer.examples import Drops
 from pretrain.transfer.recipes import Optimisation
 
 STATE = "training.pt"  # of an unfinished or finished training, in its folder
@@ -125,36 +125,39 @@ def train(
     """Trains `model` in place to the last step and returns how many examples were left out, by reason.
 
     The state is kept in `folder` every SAVE_SECONDS and at the end; the same call goes on from it with the same
-    numbers, bit for bit on a CPU. Float32. Raises ValueError when the loss is not finite and DataError when too
-    many examples are bad.
+    numbers, bit for bit on a CPU. Float32. Raises ValueError when the loss is not finite or too many
+    examples cannot be used.
     """
     optimizer = torch.optim.AdamW(
         Layered(model, encoder).groups(optimisation), lr=optimisation.lr, betas=optimisation.betas
     )
-    begun, dropped = 0, Counter[str]()
+    begun, drops = 0, Drops()
     path = folder / STATE
     if path.is_file():
         state = torch.load(path, weights_only=True, map_location="cpu")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
-        begun, dropped = state["step"], Counter(state["dropped"])
+        begun, drops = state["step"], Drops(state["dropped"])
     saved, loss = time.monotonic(), torch.zeros(())
     is_frozen = not any(parameter.requires_grad for parameter in encoder.parameters())
     with tqdm(total=optimisation.steps, initial=begun, desc=title, unit=" step", mininterval=1.0) as bar:
         for step, found in enumerate(_batches(draws, optimisation, begun, machine), begun):
             good = [example for example in found if not isinstance(example, tuple)]
             bad = [example for example in found if isinstance(example, tuple)]
-            dropped.update(reason for reason, _ in bad)
-            if bad:
-                check_bad_share(dropped, (step + 1) * optimisation.batch, machine.max_bad, bad[-1][1])
+            for reason, message in bad:
+                drops.add(reason, message)
+            drops.require_few(f"examples of {title}", (step + 1) * optimisation.batch, machine.max_bad)
             model.train()
             if is_frozen:
                 encoder.eval()
             for group in optimizer.param_groups:
                 group["lr"] = rate(step, optimisation) * group["lr_scale"]
             if good:
-                loss = loss_of(model, good)
+                whole = [
+                    good[place % len(good)] for place in range(len(found))
+                ]  # batch norms want more than one
+                loss = loss_of(model, whole)
                 optimizer.zero_grad()
                 loss.backward()
                 if optimisation.clip:
@@ -167,9 +170,9 @@ def train(
                 if not math.isfinite(value):
                     raise ValueError(f"the loss was {value} at step {step}: lower the rate, or set clip")
             if time.monotonic() - saved > SAVE_SECONDS or step + 1 == optimisation.steps:
-                _save(path, model, optimizer, step + 1, dropped)
+                _save(path, model, optimizer, step + 1, drops.counts)
                 saved = time.monotonic()
-    return dict(dropped)
+    return drops.counts
 
 
 def _batches(
@@ -188,14 +191,14 @@ def _batches(
 
 
 def _save(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, dropped: Counter
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, dropped: dict[str, int]
 ) -> None:
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
         "step": step,
-        "dropped": dict(dropped),
+        "dropped": dropped,
     }
     temporary = path.with_suffix(".part")
     torch.save(state, temporary)

@@ -152,6 +152,21 @@ def test_the_command_writes_scores_and_detections_and_refuses_other_numbers(
     )
 
 
+def test_an_image_that_breaks_later_is_counted_or_stops_the_training(
+    runs: dict[str, Path], coco: Path, tmp_path: Path
+) -> None:
+    sets = open_sets("detect", Named(coco), 0.0)
+    (coco / "images" / "3.png").write_bytes(b"nothing")
+    bad = Machine(CPU.device, max_bad=0.0)
+    with pytest.raises(
+        ValueError, match=r"examples of step_000000 detect: 1 of 4 .*not_an_image 1.*3.png.*--max-bad"
+    ):
+        transfer(work(runs["vit"], tmp_path / "strict", "detect", "small_detr"), *sets, bad)
+    result = transfer(work(runs["vit"], tmp_path / "mild", "detect", "small_detr"), *sets, CPU)
+    assert result["dropped"] == {"train": {"not_an_image": 1}, "heldout": {"not_an_image": 1}}
+    assert result["scores"]["box"]["n"] == 3
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
