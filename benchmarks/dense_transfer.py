@@ -152,7 +152,7 @@ def main() -> None:
     (RESULTS / f"{NAME}.md").write_text(table(found) + "\n")
     keep(
         NAME,
-        "on scenes a pre-trained backbone segments and detects better than an untrained one; on blood cells it does not",
+        "a pre-trained backbone segments and detects scenes better than an untrained one; blood cells it does not",
         torch.device("cpu"),
         cases={name: asdict(case) for name, case in CASES.items() if name in found},
         measured={
