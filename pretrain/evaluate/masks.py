@@ -20,14 +20,23 @@ MASK, RECORD = "mask.png", "json"  # members of a sample; the record names the t
 
 @dataclass(frozen=True)
 class Mask:
-    """The things of one center view."""
+    """The things of one image, or of a center view of it."""
 
-    numbers: Int[Tensor, "s s"]  # int16; 0 = ground, i = kinds[i - 1]
+    numbers: Int[Tensor, "h w"]  # int16; 0 = ground, i = kinds[i - 1]
     kinds: tuple[str, ...]  # of thing i + 1; things of one kind may be several
 
 
 def read_mask(members: dict[str, bytes], height: int, width: int, size: int) -> Mask | None:
     """The mask of an image of height x width pixels in its center view of `size`; None when it has none.
+
+    Raises what `read_numbers` does.
+    """
+    found = read_numbers(members, height, width)
+    return None if found is None else Mask(center_mask(found.numbers, size), found.kinds)
+
+
+def read_numbers(members: dict[str, bytes], height: int, width: int) -> Mask | None:
+    """The mask of a whole image of height x width pixels; None when it has none.
 
     Raises BadSample `bad_mask` when the mask does not decode, fits another image, or numbers a thing that the
     record does not name.
@@ -46,4 +55,4 @@ def read_mask(members: dict[str, bytes], height: int, width: int, size: int) -> 
             f"mask of shape {pixels.shape} with numbers up to {pixels.max()} must have the image's "
             f"{height} x {width} pixels and its {len(kinds)} objects",
         )
-    return Mask(center_mask(torch.from_numpy(pixels.astype(np.int16)), size), kinds)
+    return Mask(torch.from_numpy(pixels.astype(np.int16)), kinds)

@@ -33,11 +33,13 @@ def iou(counts: Float[Tensor, "*b 3 k"]) -> Float[Tensor, "*b k"]:
     return right / (said + true - right)
 
 
-def score_regions(counts: Int[Tensor, "n 3 k"], names: Sequence[str]) -> dict[str, Any]:
+def score_regions(
+    counts: Int[Tensor, "n 3 k"], names: Sequence[str], everywhere: int = GROUND
+) -> dict[str, Any]:
     """Mean IoU over the classes that are predicted or true somewhere, with a bootstrap interval over images.
 
     Pixels are summed over the images before the division, as usual. The 95 % interval is that of the percentiles
-    of DRAWS samples of n images with replacement. `chance` and `majority` both say ground everywhere.
+    of DRAWS samples of n images with replacement. `chance` and `majority` both say class `everywhere` everywhere.
     """
     n = len(counts)
     exact = counts.double()
@@ -46,23 +48,23 @@ def score_regions(counts: Int[Tensor, "n 3 k"], names: Sequence[str]) -> dict[st
     weights = torch.zeros(DRAWS, n).scatter_add_(1, weights, torch.ones(DRAWS, n)).double()
     drawn = (weights @ exact.flatten(1)).unflatten(1, exact.shape[1:])
     interval = iou(drawn).nanmean(-1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    ground = _ground_only(total)
+    constant = _one_class(total, everywhere)
     return {
         "accuracy": float(iou(total).nanmean()),
         "metric": "mIoU",
         "interval": interval.tolist(),
         "n": n,
         "pixel_accuracy": float(total[0].sum() / total[2].sum()),
-        "chance": ground,
-        "majority": ground,
+        "chance": constant,
+        "majority": constant,
         "iou": {
             name: value for name, value in zip(names, iou(total).tolist(), strict=True) if value == value
         },
     }
 
 
-def _ground_only(total: Float[Tensor, "3 k"]) -> float:
-    """Mean IoU of the prediction that every pixel is ground."""
+def _one_class(total: Float[Tensor, "3 k"], said: int) -> float:
+    """Mean IoU of the prediction that every pixel is of class `said`."""
     only = torch.zeros_like(total)
-    only[0, GROUND], only[1, GROUND], only[2] = total[2, GROUND], total[2].sum(), total[2]
+    only[0, said], only[1, said], only[2] = total[2, said], total[2].sum(), total[2]
     return float(iou(only).nanmean())

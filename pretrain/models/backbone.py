@@ -16,6 +16,7 @@ from pretrain.models.feature_norm import FEATURE_NORMS, FeatureNorm
 from pretrain.models.internimage import InternImage, StrideTokens
 from pretrain.models.internimage_config import INTERNIMAGE, InternImageConfig
 from pretrain.models.pooling import prepend_mean
+from pretrain.models.pyramid import Stages
 from pretrain.models.timm_encoders import SWIN, VIT, SwinEncoder, ViTEncoder
 
 
@@ -31,6 +32,7 @@ class Encoder(Protocol):
     width: int
     stride: int  # pixels along one side of a token
     patch: int  # pixels along one side of what the first layer embeds as one; InternImage, which overlaps: stride
+    stages: Stages  # of `maps`
 
     def __call__(self, images: Float[Tensor, "b 3 s s"], summary: bool = False) -> Float[Tensor, "b n d"]: ...
 
@@ -39,6 +41,8 @@ class Encoder(Protocol):
     ) -> Float[Tensor, "b m d"]: ...
 
     def finish(self, features: Float[Tensor, "b m d"], summary: bool) -> Float[Tensor, "b n d"]: ...
+
+    def maps(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]: ...
 
     def fold_norm(self) -> None: ...
 
@@ -54,6 +58,7 @@ class InternImageEncoder(nn.Module):
         self.norm = FEATURE_NORMS[backbone.token_norm](backbone.token_width)
         self.drop_paths = DropPaths(self)
         self.width, self.stride, self.patch = backbone.token_width, self.heads.stride, self.heads.stride
+        self.stages = Stages(config.widths, config.strides, (False,) * config.num_stages)
         if image_size % config.strides[-1]:
             raise ValueError(
                 f"views.size={image_size} must be a multiple of {config.strides[-1]}, "
@@ -72,6 +77,11 @@ class InternImageEncoder(nn.Module):
     def finish(self, features: Float[Tensor, "b l d"], summary: bool) -> Float[Tensor, "b n d"]:
         tokens = self.norm(features)
         return prepend_mean(tokens) if summary else tokens
+
+    def maps(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
+        """As published for detection: each stage after its own norm, where it has one."""
+        self.drop_paths.draw(None)
+        return [stage.permute(0, 3, 1, 2) for stage in self.dcnv3(images)]
 
     def fold_norm(self) -> None:
         """Hands what FeatureNorm does in eval mode to the two 1x1 convolutions before it; outputs stay."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 def normalise(
     views: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
-) -> Float[Tensor, "n 3 s s"]:
-    """Views [n, 3, s, s] with levels 0 to 255 as (value / 255 - mean) / std, computed in float32, in `dtype`."""
+) -> Float[Tensor, "n 3 h w"]:
+    """Views [n, 3, h, w] with levels 0 to 255 as (value / 255 - mean) / std, computed in float32, in `dtype`."""
     pixels = views.float() / 255
     # Plain numbers: a tensor of them, made on a GPU, would wait for the work that is queued there.
     channels = [

@@ -17,6 +17,7 @@ from pretrain.models.activations import CHECKPOINTS
 from pretrain.models.drop_path import DropPaths, replace_timm
 from pretrain.models.feature_norm import FEATURE_NORMS, FeatureNorm
 from pretrain.models.pooling import prepend_mean
+from pretrain.models.pyramid import Stages
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class ViTEncoder(nn.Module):
         _checkpoint(self.vit.blocks, backbone)
         self.norm = FEATURE_NORMS[backbone.token_norm](size.width)
         self.width, self.stride, self.patch = size.width, size.patch, size.patch
+        self.stages = Stages((size.width,), (size.patch,), (False,))
 
     def forward(self, images: Float[Tensor, "b 3 s s"], summary: bool = False) -> Float[Tensor, "b n d"]:
         return self.finish(self.features(images), summary)
@@ -117,6 +119,12 @@ class ViTEncoder(nn.Module):
 
     def finish(self, features: Float[Tensor, "b m d"], summary: bool) -> Float[Tensor, "b n d"]:
         return self.norm(features if summary else features[:, self.vit.num_prefix_tokens :])
+
+    def maps(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b d h16 w16"]]:
+        """The grid of patch tokens after the last norm; every block attends to all of it."""
+        self.drop_paths.draw(None)
+        tokens = self.vit(images)[:, self.vit.num_prefix_tokens :]
+        return [tokens.transpose(1, 2).unflatten(2, (-1, images.shape[3] // self.patch))]
 
     def fold_norm(self) -> None:
         """Hands what FeatureNorm does in eval mode to ViT's last LayerNorm; class and patch tokens stay."""
@@ -152,6 +160,12 @@ class SwinEncoder(nn.Module):
         _checkpoint((block for stage in self.swin.layers for block in stage.blocks), backbone)
         self.norm = FEATURE_NORMS[backbone.token_norm](size.width)
         self.width, self.stride, self.patch = size.width, size.stride, size.patch
+        count = len(size.depths)
+        self.stages = Stages(
+            tuple(size.embed * 2**i for i in range(count)),
+            tuple(size.patch * 2**i for i in range(count)),
+            (True,) * (count - 1) + (False,),
+        )
 
     def forward(self, images: Float[Tensor, "b 3 s s"], summary: bool = False) -> Float[Tensor, "b n d"]:
         return self.finish(self.features(images), summary)
@@ -165,6 +179,11 @@ class SwinEncoder(nn.Module):
     def finish(self, features: Float[Tensor, "b l d"], summary: bool) -> Float[Tensor, "b n d"]:
         tokens = self.norm(features)
         return prepend_mean(tokens) if summary else tokens
+
+    def maps(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
+        """Each stage before it is merged, the last one after the last norm."""
+        self.drop_paths.draw(None)
+        return self.swin.forward_intermediates(images, norm=True, intermediates_only=True)
 
     def fold_norm(self) -> None:
         """Hands what FeatureNorm does in eval mode to Swin's last LayerNorm; the tokens stay."""

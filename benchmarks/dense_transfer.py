@@ -1,0 +1,169 @@
+"""Does pre-training help to segment and to detect?
+
+    OMP_NUM_THREADS=2 python benchmarks/dense_transfer.py --run RUN --scenes DIR [--bccd DIR] --work DIR
+
+RUN is an m3i.demo run, DIR/train and DIR/heldout are scenes, and --bccd holds annotations/instances_{train,val}.json
+beside images/. On the untrained first and on the last checkpoint of RUN, with the same seeds, the small recipes are
+trained in short: UperNet and Mask R-CNN on the scenes, Faster R-CNN on bccd, on a frozen backbone and on one that is
+trained too (`_tuned`). The command again goes on where it stopped. Writes dense_transfer.json and .md into
+benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.record import RESULTS, keep
+from pretrain.evaluate.checkpoints import find_checkpoint
+from pretrain.transfer.examples import MAX_BAD, AnnotatedSet, Example
+from pretrain.transfer.places import Named, open_sets
+from pretrain.transfer.recipes import recipe
+from pretrain.transfer.training import Machine
+from pretrain.transfer.work import RESULT, Work, transfer
+
+BACKBONES = {"untrained": "first", "pre-trained": "last"}
+NAME = "dense_transfer"
+
+
+@dataclass(frozen=True)
+class Case:
+    task: str
+    data: str  # an option of this script
+    recipe: str = "small"
+    is_frozen: bool = True
+    steps: int = 150
+    size: int = 64  # pixels
+
+
+CASES = {
+    "segment": Case("segment", "scenes", steps=200),
+    "detect": Case("detect", "scenes"),
+    "detect_bccd": Case("detect", "bccd", steps=100, size=128),
+    "segment_tuned": Case("segment", "scenes", is_frozen=False, steps=200),
+    "detect_tuned": Case("detect", "scenes", is_frozen=False),
+}
+
+
+class Some:
+    """An AnnotatedSet of the first `most` examples of another."""
+
+    def __init__(self, whole: AnnotatedSet, most: int) -> None:
+        self.whole, self.most = whole, min(most, len(whole))
+        self.names, self.category_ids = whole.names, whole.category_ids
+        self.image_ids, self.dropped = whole.image_ids[: self.most], whole.dropped
+        self.has_masks, self.is_federated = whole.has_masks, whole.is_federated
+
+    def __len__(self) -> int:
+        return self.most
+
+    def example(self, index: int) -> Example:
+        return self.whole.example(index)
+
+
+def measure(name: str, case: Case, options: argparse.Namespace, which: str, seed: int) -> dict[str, Any]:
+    """The result of one training, or of an earlier run of this script."""
+    out = options.work / f"{name}-{which}-{seed}"
+    if (out / RESULT).is_file():
+        return json.loads((out / RESULT).read_text())
+    numbers = recipe(case.task, case.recipe)
+    optimisation = replace(numbers.optimisation, steps=case.steps)
+    numbers = replace(numbers, optimisation=optimisation, size=case.size)
+    train_set, heldout = open_sets(case.task, Named(getattr(options, case.data)), MAX_BAD)
+    step = find_checkpoint(options.run, BACKBONES[which])
+    work = Work(step, numbers, case.recipe, out, case.is_frozen, seed)
+    return transfer(work, train_set, Some(heldout, options.heldout), Machine(torch.device("cpu")))
+
+
+def rows_of(result: dict[str, Any]) -> dict[str, float]:
+    """Metric -> score in per cent."""
+    scores = result["scores"]
+    rows = [scores] if "accuracy" in scores else list(scores.values())
+    return {row["metric"]: 100 * row["accuracy"] for row in rows}
+
+
+def of_record(result: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a result: no places of this machine, no scores by class."""
+    scores = result["scores"]
+    rows = [scores] if "accuracy" in scores else list(scores.values())
+    left_out = ("iou", "by_category")
+    return {row["metric"]: {k: v for k, v in row.items() if k not in left_out} for row in rows} | {
+        "numbers": result["numbers"],
+        "train_images": result["train_images"],
+        "step": Path(result["checkpoint"]).name,
+    }
+
+
+def collected(work: Path) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+    """All finished trainings: case -> backbone -> seed -> result."""
+    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for name in CASES:
+        for which in BACKBONES:
+            for path in sorted(work.glob(f"{name}-{which}-*/{RESULT}")):
+                seed = int(path.parent.name.rpartition("-")[2])
+                result = json.loads(path.read_text())
+                found.setdefault(name, {}).setdefault(which, {})[seed] = result
+    return {name: by for name, by in found.items() if by.keys() == BACKBONES.keys()}
+
+
+def table(found: dict[str, dict[str, dict[int, dict[str, Any]]]]) -> str:
+    """Mean and standard deviation over the seeds that both backbones have."""
+    lines = ["| training | % | " + " | ".join(BACKBONES) + " | seeds |", "|---|---|---|---|---|"]
+    for name, by_backbone in found.items():
+        seeds = sorted(set.intersection(*(set(results) for results in by_backbone.values())))
+        scores = {which: [rows_of(results[seed]) for seed in seeds] for which, results in by_backbone.items()}
+        for metric in scores["untrained"][0]:
+            cells = []
+            for which in BACKBONES:
+                values = [row[metric] for row in scores[which]]
+                spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.1f}{spread}")
+            lines.append(f"| {name} | {metric} | {' | '.join(cells)} | {', '.join(map(str, seeds))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--scenes", type=Path, required=True)
+    parser.add_argument("--bccd", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the trainings")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--heldout", type=int, default=100, help="images that test, at most (%(default)s)")
+    options = parser.parse_args()
+    cases = {name: CASES[name] for name in options.cases if getattr(options, CASES[name].data)}
+    for seed in options.seeds:
+        for name, case in cases.items():
+            for which in BACKBONES:
+                result = measure(name, case, options, which, seed)
+                print(name, which, seed, rows_of(result), flush=True)
+    found = collected(options.work)
+    print(table(found))
+    (RESULTS / f"{NAME}.md").write_text(table(found) + "\n")
+    keep(
+        NAME,
+        "a pre-trained backbone segments and detects scenes better than an untrained one; blood cells it does not",
+        torch.device("cpu"),
+        cases={name: asdict(case) for name, case in CASES.items() if name in found},
+        measured={
+            name: {
+                which: {seed: of_record(result) for seed, result in results.items()}
+                for which, results in by_backbone.items()
+            }
+            for name, by_backbone in found.items()
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

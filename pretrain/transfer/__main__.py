@@ -1,0 +1,80 @@
+"""What is a run's backbone worth for segmentation and detection?
+
+python -m pretrain.transfer segment RUN --data DIR     UperNet: mean IoU
+python -m pretrain.transfer detect RUN --data DIR      Mask R-CNN or RT-DETR: box and mask AP
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pretrain.command import exit_code, require_place
+from pretrain.evaluate.checkpoints import find_checkpoint
+from pretrain.evaluate.protocols import best_device
+from pretrain.transfer.examples import MAX_BAD
+from pretrain.transfer.places import FORMATS, Named, open_sets
+from pretrain.transfer.recipes import RECIPES, recipe
+from pretrain.transfer.training import Machine
+from pretrain.transfer.work import RESULT, Work, table, transfer
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m pretrain.transfer", description=__doc__.split("\n")[0])
+    tasks = parser.add_subparsers(dest="task", required=True)
+    for task, recipes in RECIPES.items():
+        of = tasks.add_parser(task, help=FORMATS[task])
+        of.add_argument("run", type=Path, metavar="RUN", help="the --out folder of a pre-training run")
+        of.add_argument("--data", type=Path, help=f"folder of both sets: {FORMATS[task]}")
+        of.add_argument("--train", type=Path, help="the set that teaches, in place of one in DATA")
+        of.add_argument("--heldout", type=Path, help="the set that tests, in place of one in DATA")
+        of.add_argument("--recipe", default="small", help=f"one of {sorted(recipes)} (%(default)s)")
+        of.add_argument("--step", default="last", help="checkpoint: first, last or a number (%(default)s)")
+        of.add_argument("--frozen", action="store_true", help="train the head alone")
+        of.add_argument("--seed", type=int, default=0, help="of head, order and crops (%(default)s)")
+        of.add_argument("--train-steps", type=int, help="steps of the training, in place of the recipe's")
+        of.add_argument("--out", type=Path, help="folder of result and state (RUN/transfer/TASK-RECIPE-STEP)")
+        of.add_argument("--workers", type=int, default=0, help="processes that read images (0: this one)")
+        of.add_argument(
+            "--max-bad", type=float, default=MAX_BAD, help="share that may be unusable (%(default)s)"
+        )
+        if task == "detect":
+            of.add_argument("--images", type=Path, help="folder of the images that a .json file names")
+    return parser.parse_args(arguments)
+
+
+def run(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Trains and tests, writes the JSON result and prints the table; returns the result.
+
+    Raises FileNotFoundError and ValueError for what the user can mend, before the first step.
+    """
+    options = parse(arguments)
+    numbers = recipe(options.task, options.recipe)
+    if options.train_steps is not None:
+        changed = replace(numbers.optimisation, steps=options.train_steps)
+        numbers = replace(numbers, optimisation=changed)
+    if not 0 <= options.max_bad < 1:
+        raise ValueError(f"--max-bad {options.max_bad} must lie in [0, 1): it is a share")
+    step = find_checkpoint(options.run, options.step)
+    out = options.out or options.run / "transfer" / f"{options.task}-{options.recipe}-{step.name}"
+    require_place("--out", out / RESULT)
+    named = Named(options.data, options.train, options.heldout, getattr(options, "images", None))
+    train_set, heldout = open_sets(options.task, named, options.max_bad)
+    work = Work(step, numbers, options.recipe, out, options.frozen, options.seed)
+    machine = Machine(best_device(), options.workers, options.max_bad)
+    result = transfer(work, train_set, heldout, machine)
+    print(table(result))
+    print(f"written to {out / RESULT}")
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code. A mistake of the user's is told in one message."""
+    return exit_code(run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

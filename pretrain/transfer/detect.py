@@ -1,0 +1,147 @@
+"""How well does a backbone with a detector find and outline things?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from pycocotools import mask as rle
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from pretrain.config import Run
+from pretrain.towers import Towers
+from pretrain.transfer.average_precision import average_precision, truth_of
+from pretrain.transfer.coco import compressed, outline_of
+from pretrain.transfer.examples import AnnotatedSet, Example
+from pretrain.transfer.mask_rcnn import MaskRCNNHead
+from pretrain.transfer.recipes import Detect
+from pretrain.transfer.rt_detr import RTDetrHead
+from pretrain.transfer.things import Shown, Things
+
+FEDERATED = (
+    "absent categories of an image are unknown in this set (LVIS), and the federated AP that it asks for is not "
+    "built: score detections.json with the lvis package"
+)
+
+
+class Detector(Protocol):
+    """Images uint8 of any sizes -> losses, or things in the pixels of the images."""
+
+    def loss(self, shown: list[Shown]) -> Float[Tensor, ""]: ...
+
+    def find(self, images: list[UInt8[Tensor, "3 _ _"]]) -> list[Things]: ...
+
+
+HEADS: dict[str, Callable[[Run, Towers, Detect, int, bool], nn.Module]] = {
+    "mask_rcnn": MaskRCNNHead,
+    "rt_detr": RTDetrHead,
+}
+
+
+def loss_of(model: nn.Module, shown: list[Shown]) -> Float[Tensor, ""]:
+    """What `train` asks for."""
+    return model.loss(shown)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """An example's canvas for training: large-scale jitter, arXiv 2012.07177, and a mirror."""
+
+    examples: AnnotatedSet
+    recipe: Detect
+
+    def __call__(self, index: int) -> Shown:
+        """Draws from torch's global generator, as torchvision does."""
+        example = self.examples.example(index)
+        things = things_of(example, self.examples)
+        side = (self.recipe.size, self.recipe.size)
+        change = v2.Compose(
+            [
+                v2.ScaleJitter(side, self.recipe.scales, antialias=True),
+                v2.RandomCrop(side, pad_if_needed=True, fill={tv_tensors.Mask: 0, tv_tensors.Image: 0}),
+                v2.RandomHorizontalFlip(self.recipe.flip),
+                v2.SanitizeBoundingBoxes(min_size=1.0, labels_getter=_of_each_box),
+            ]
+        )
+        size = tuple(example.image.shape[1:])
+        target = {"boxes": tv_tensors.BoundingBoxes(things.boxes, format="XYXY", canvas_size=size)}
+        target["labels"] = things.labels
+        if things.masks is not None:
+            target["masks"] = tv_tensors.Mask(things.masks)
+        image, target = change(tv_tensors.Image(example.image), target)
+        masks = target["masks"].as_subclass(Tensor) if "masks" in target else None
+        return Shown(
+            image.as_subclass(Tensor),
+            Things(target["boxes"].as_subclass(Tensor).float(), target["labels"], None, masks),
+        )
+
+
+def _of_each_box(inputs: Any) -> tuple[Tensor, ...]:
+    """What goes with a box when it is left out."""
+    target = inputs[1]
+    return tuple(target[name] for name in ("labels", "masks") if name in target)
+
+
+def things_of(example: Example, examples: AnnotatedSet) -> Things:
+    """What an example's annotations teach: all but crowds, boxes inside of the image."""
+    height, width = example.image.shape[1:]
+    taught = [thing for thing in example.things if not thing.get("iscrowd")]
+    number = {category: place for place, category in enumerate(examples.category_ids)}
+    boxes = torch.tensor([thing["bbox"] for thing in taught], dtype=torch.float32).view(-1, 4)
+    corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+    limits = torch.tensor([width, height, width, height], dtype=torch.float32)
+    labels = torch.tensor([number[thing["category_id"]] for thing in taught], dtype=torch.long)
+    masks = None
+    if examples.has_masks:
+        outlines = [compressed(thing["segmentation"], height, width) for thing in taught]
+        decoded = rle.decode(outlines) if outlines else np.zeros((height, width, 0), np.uint8)
+        masks = torch.from_numpy(np.ascontiguousarray(decoded.transpose(2, 0, 1)))
+    return Things(corners.clamp(min=0).minimum(limits), labels, None, masks)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, heldout: AnnotatedSet, found: Iterable[Example], device: torch.device
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """COCO's measures of boxes, and of masks where there are any, and the detections in COCO's format.
+
+    With federated annotations the accuracy is None, with the reason.
+    """
+    model.eval()
+    sizes, truth, detections = {}, [], []
+    for example in found:
+        image_id = heldout.image_ids[example.index]
+        sizes[image_id] = tuple(example.image.shape[1:])
+        truth += [{**thing, "image_id": image_id} for thing in example.things]
+        (things,) = model.find([example.image.to(device)])
+        detections += list(as_results(things, image_id, heldout.category_ids))
+    if heldout.is_federated:
+        return {
+            "accuracy": None,
+            "reason": FEDERATED,
+            "n": len(sizes),
+            "detections": len(detections),
+        }, detections
+    judge = truth_of(sizes, truth, dict(zip(heldout.category_ids, heldout.names, strict=True)))
+    scores = {"box": average_precision(judge, detections, "bbox")}
+    if heldout.has_masks and all("segmentation" in found for found in detections):
+        scores["mask"] = average_precision(judge, detections, "segm")
+    return scores, detections
+
+
+def as_results(things: Things, image_id: int, category_ids: tuple[int, ...]) -> Iterable[dict[str, Any]]:
+    """Detections in COCO's format of results."""
+    outlines = [None] * len(things.labels) if things.masks is None else things.masks.cpu().numpy()
+    boxes = torch.cat([things.boxes[:, :2], things.boxes[:, 2:] - things.boxes[:, :2]], dim=1)
+    for box, label, score, outline in zip(
+        boxes.tolist(), things.labels.tolist(), things.scores.tolist(), outlines, strict=True
+    ):
+        found = {"image_id": image_id, "category_id": category_ids[label]}
+        found |= {"bbox": [round(side, 2) for side in box], "score": round(score, 5)}
+        yield found if outline is None else found | {"segmentation": outline_of(outline)}

@@ -1,0 +1,82 @@
+"""What is one annotated image, and when are too many of them left out?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from pretrain.data.decode import decode_image
+from pretrain.data.faults import BadSample
+
+IGNORED = 255  # number of pixels that are neither taught nor judged
+MAX_BAD = 0.01  # share of annotations or images that may be left out, unless told otherwise
+FEW = 100  # the share is taken over at least this many
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image as it is stored, and what is said of it."""
+
+    image: UInt8[Tensor, "3 h w"]
+    index: int  # in its set
+    classes: UInt8[Tensor, "h w"] | None = None  # number of a name, or IGNORED; for segmentation
+    things: tuple[
+        Mapping[str, Any], ...
+    ] = ()  # annotations in COCO's format, pixels of this image; for detection
+
+
+@runtime_checkable
+class AnnotatedSet(Protocol):
+    """A data set with random access. `example` raises BadSample for what cannot be used."""
+
+    names: tuple[str, ...]  # of the classes, in the order of their numbers
+    category_ids: tuple[int, ...]  # of the annotations, in the order of the names; for detection
+    image_ids: tuple[int, ...]  # as the set numbers its images
+    has_masks: bool  # do all things have outlines?
+    is_federated: bool  # are absent categories of an image unknown, as in LVIS?
+    dropped: Mapping[str, int]  # what was left out when it was opened, by reason
+
+    def __len__(self) -> int: ...
+
+    def example(self, index: int) -> Example: ...
+
+
+def read_image(path: Path) -> UInt8[Tensor, "h w 3"]:
+    """RGB pixels of a file; BadSample names it."""
+    try:
+        return decode_image(path.read_bytes())
+    except OSError as error:
+        raise BadSample("unreadable", f"{path}: {error}") from error
+    except BadSample as error:
+        raise BadSample(error.reason, f"{path}: {error}") from error
+
+
+@dataclass
+class Drops:
+    """What is left out of one set: counts and the first message by reason."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, message: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.first.setdefault(reason, message)
+
+    def require_few(self, what: str, total: int, limit: float) -> None:
+        """ValueError when more than a share of `limit` of `total` is left out."""
+        num_bad = sum(self.counts.values())
+        allowed = int(limit * max(total, FEW))
+        if num_bad <= allowed:
+            return
+        reasons = "; ".join(
+            f"{reason} {self.counts[reason]}, first: {self.first[reason]}" for reason in sorted(self.counts)
+        )
+        raise ValueError(
+            f"{what}: {num_bad} of {total} cannot be used ({reasons}), and --max-bad {limit} allows {allowed}: mend "
+            "them, or raise --max-bad"
+        )

@@ -1,0 +1,108 @@
+"""How does torchvision's Mask R-CNN find things on our backbones?"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from pretrain.config import Run
+from pretrain.towers import Towers
+from pretrain.transfer.backbone import PyramidBackbone, pyramid_config
+from pretrain.transfer.recipes import Detect
+from pretrain.transfer.things import Shown, Things
+
+RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchor boxes
+ROI_SIZE, MASK_SIZE = 7, 14  # positions a side of what the box head and the mask head see
+MASK_LAYERS = 4  # 3x3 convolutions of the mask head, unless options say so
+REPRESENTATION = 1024  # width of the box head, unless options say so
+THRESHOLD = 0.5  # of a mask's probability
+
+
+class MapsWithFPN(nn.Module):
+    """What torchvision asks of a backbone: images -> maps by name, all `out_channels` wide, one coarser by pooling.
+
+    FPN (arXiv 1612.03144) joins the maps of stages; those of a simple feature pyramid are taken as they are.
+    """
+
+    def __init__(self, backbone: PyramidBackbone, width: int) -> None:
+        super().__init__()
+        self.backbone, self.out_channels = backbone, width
+        is_even = set(backbone.channels) == {width}
+        self.fpn = None if is_even else FeaturePyramidNetwork(backbone.channels, width, LastLevelMaxPool())
+        self.names = [str(place) for place in range(len(backbone.channels))]
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
+        maps = OrderedDict(zip(self.names, self.backbone(images).feature_maps, strict=True))
+        if self.fpn is not None:
+            return self.fpn(maps)
+        maps["pool"] = nn.functional.max_pool2d(maps[self.names[-1]], 1, 2)
+        return maps
+
+
+class MaskRCNNHead(nn.Module):
+    """Mask R-CNN (arXiv 1703.06870), or Faster R-CNN where the data has no outlines."""
+
+    def __init__(self, run: Run, towers: Towers, recipe: Detect, num_classes: int, has_masks: bool) -> None:
+        super().__init__()
+        config = pyramid_config(run, towers, recipe.optimisation.drop_path, recipe.width)
+        maps = MapsWithFPN(PyramidBackbone(config), recipe.width)
+        strides = maps.backbone.strides
+        sizes = tuple((recipe.anchor * stride,) for stride in (*strides, 2 * strides[-1]))
+        options = dict(recipe.options)
+        width = options.pop("representation", REPRESENTATION)
+        mask_layers = options.pop("mask_layers", MASK_LAYERS)
+        roi = {"featmap_names": maps.names, "sampling_ratio": 2}
+        shared: dict[str, Any] = {
+            "min_size": recipe.size,
+            "max_size": recipe.size,
+            "image_mean": run.views.mean,
+            "image_std": run.views.std,
+            "size_divisible": strides[-1],
+            "box_detections_per_img": recipe.detections,
+            "rpn_anchor_generator": AnchorGenerator(sizes, (RATIOS,) * len(sizes)),
+            "box_roi_pool": MultiScaleRoIAlign(output_size=ROI_SIZE, **roi),
+            "box_head": TwoMLPHead(recipe.width * ROI_SIZE**2, width),
+            "box_predictor": FastRCNNPredictor(width, num_classes + 1),
+            **options,
+        }
+        if has_masks:
+            pool = MultiScaleRoIAlign(output_size=MASK_SIZE, **roi)
+            head = MaskRCNNHeads(recipe.width, (recipe.width,) * mask_layers, dilation=1)
+            predictor = MaskRCNNPredictor(recipe.width, recipe.width, num_classes + 1)
+            shared |= {"mask_roi_pool": pool, "mask_head": head, "mask_predictor": predictor}
+        self.net = (MaskRCNN if has_masks else FasterRCNN)(maps, **shared)
+
+    def loss(self, shown: list[Shown]) -> Float[Tensor, ""]:
+        """Sum of torchvision's losses, nats but for the boxes' smooth L1."""
+        device = next(self.parameters()).device
+        images, targets = [], []
+        for one in shown:
+            target = {"boxes": one.things.boxes.to(device), "labels": one.things.labels.to(device) + 1}
+            if one.things.masks is not None:
+                target["masks"] = one.things.masks.to(device)
+            images.append(one.image.to(device) / 255)
+            targets.append(target)
+        return torch.stack(list(self.net(images, targets).values())).sum()
+
+    def find(self, images: list[UInt8[Tensor, "3 _ _"]]) -> list[Things]:
+        """Things by falling score; torchvision keeps scores above its `box_score_thresh`."""
+        found = self.net([image / 255 for image in images])
+        return [
+            Things(
+                one["boxes"],
+                one["labels"] - 1,
+                one["scores"],
+                (one["masks"][:, 0] >= THRESHOLD).to(torch.uint8) if "masks" in one else None,
+            )
+            for one in found
+        ]

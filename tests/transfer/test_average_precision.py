@@ -1,0 +1,89 @@
+"""Is the precision that is told that of pycocotools?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from pretrain.transfer.average_precision import MEASURES, average_precision, truth_of
+from pretrain.transfer.coco import outline_of
+
+NAMES = {3: "cat", 7: "dog"}
+SIZES = {number: (100, 120) for number in (11, 12, 13)}
+
+
+def thing(image_id: int, category_id: int, box: list[float], **more: float) -> dict:
+    mask = np.zeros((100, 120), np.uint8)
+    left, top, width, height = map(int, box)
+    mask[top : top + height, left : left + width] = 1
+    about = {"image_id": image_id, "category_id": category_id, "bbox": box, "segmentation": outline_of(mask)}
+    return about | {"area": width * height} | more
+
+
+TRUTH = [
+    thing(11, 3, [10, 10, 20, 30], iscrowd=0),
+    thing(11, 7, [50, 40, 40, 40], iscrowd=0),
+    thing(12, 3, [0, 0, 60, 50], iscrowd=0),
+    thing(12, 3, [70, 60, 30, 30], iscrowd=1),
+    thing(13, 7, [20, 20, 10, 10], iscrowd=0),
+]
+FOUND = [
+    thing(11, 3, [12, 10, 20, 30], score=0.9),
+    thing(11, 7, [45, 40, 40, 45], score=0.6),
+    thing(11, 7, [0, 80, 15, 15], score=0.7),
+    thing(12, 3, [0, 0, 50, 50], score=0.8),
+    thing(12, 3, [75, 60, 20, 30], score=0.75),
+    thing(13, 7, [20, 22, 10, 10], score=0.3),
+    thing(13, 3, [20, 22, 10, 10], score=0.5),
+]
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_measures_are_those_of_pycocotools_on_the_files(kind: str, tmp_path: Path) -> None:
+    images = [{"id": number, "height": h, "width": w} for number, (h, w) in SIZES.items()]
+    numbered = [{**one, "id": 100 + place} for place, one in enumerate(TRUTH)]
+    categories = [{"id": number, "name": name} for number, name in NAMES.items()]
+    (tmp_path / "truth.json").write_text(
+        json.dumps({"images": images, "annotations": numbered, "categories": categories})
+    )
+    (tmp_path / "found.json").write_text(json.dumps(FOUND))
+    truth = COCO(str(tmp_path / "truth.json"))
+    judge = COCOeval(truth, truth.loadRes(str(tmp_path / "found.json")), kind)
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    told = average_precision(truth_of(SIZES, TRUTH, NAMES), FOUND, kind)
+    assert [told[name] for name in MEASURES] == [None if value < 0 else value for value in judge.stats]
+    assert told["accuracy"] == told["AP"] and 0 < told["AP"] < 1
+
+
+def test_a_hand_computed_precision() -> None:
+    """Two things, found at 0.9 and at 0.5 with a false one at 0.7 between: 1 up to recall 1/2, then 2/3."""
+    truth = [thing(11, 3, [10, 10, 20, 20], iscrowd=0), thing(12, 3, [10, 10, 20, 20], iscrowd=0)]
+    found = [
+        thing(11, 3, [10, 10, 20, 20], score=0.9),
+        thing(12, 3, [80, 60, 20, 20], score=0.7),
+        thing(12, 3, [10, 10, 20, 20], score=0.5),
+    ]
+    told = average_precision(truth_of(SIZES, truth, {3: "cat"}), found, "bbox")
+    assert told["AP"] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101)
+    assert told["by_category"] == {"cat": pytest.approx(told["AP"])}
+
+
+def test_the_interval_holds_the_precision_and_repeats() -> None:
+    truth = truth_of(SIZES, TRUTH, NAMES)
+    low, high = average_precision(truth, FOUND, "bbox")["interval"]
+    told = average_precision(truth, FOUND, "bbox")
+    assert low < told["AP"] < high and told["interval"] == [low, high]
+    exact = average_precision(truth, [{**one, "score": 1.0} for one in TRUTH if not one["iscrowd"]], "bbox")
+    assert exact["interval"] == [exact["AP"], exact["AP"]] == [pytest.approx(1), pytest.approx(1)]
+
+
+def test_no_detections_are_no_precision() -> None:
+    told = average_precision(truth_of(SIZES, TRUTH, NAMES), [], "segm")
+    assert told["AP"] == 0 and told["interval"] == [0, 0]

@@ -1,0 +1,188 @@
+"""Is what cannot be used counted and told, with value, rule and remedy, before anything is trained?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+
+from pretrain.data.faults import BadSample
+from pretrain.transfer.coco import CocoSet, outline_of
+from pretrain.transfer.detect import things_of
+from pretrain.transfer.mask_folder import MaskFolder, MaskPlaces
+from pretrain.transfer.masked_shards import MaskedShards
+from pretrain.transfer.places import Named, open_sets
+
+# pycocotools (https://github.com/ppwwyyxx/cocoapi) hands arrays to numpy in a way that is to end.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+MANY = 0.5  # share of bad ones that is let pass
+
+
+def change(coco: Path, edit: Callable[[dict[str, Any]], object], split: str = "train") -> Path:
+    path = coco / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def of_first(**fields: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda content: content["annotations"][0].update(fields)
+
+
+BROKEN = {
+    "unknown_image": (of_first(image_id=99), "image 99, which is not listed"),
+    "unknown_category": (of_first(category_id=30), r"category 30, and the listed ones are \[10, 20\]"),
+    "bad_box": (of_first(bbox=[3, 4, 0, 5]), r"\[3, 4, 0, 5\], it must be"),
+    "box_outside": (of_first(bbox=[64, 4, 5, 5]), "outside of image 1 of 64 x 48 pixels"),
+    "mask_size": (
+        of_first(segmentation={"size": [9, 9], "counts": "0"}),
+        r"\[9, 9\], its image has \[48, 64\]",
+    ),
+    "bad_mask": (of_first(segmentation=[[1, 2, 3]]), "polygons or RLE"),
+    "missing_image": (
+        lambda content: content["images"][0].update(file_name="none.png"),
+        "none.png of image 1",
+    ),
+    "bad_image_entry": (lambda content: content["images"][0].pop("width"), "height and width"),
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_an_annotation_that_cannot_be_used_is_counted_or_refused(reason: str, coco: Path) -> None:
+    edit, message = BROKEN[reason]
+    path = change(coco, edit)
+    with pytest.raises(
+        ValueError, match=rf"1 of 4 cannot be used \({reason} 1.*{message}.*--max-bad 0.*mend"
+    ):
+        CocoSet(path, coco / "images", 0.0)
+    found = CocoSet(path, coco / "images", MANY)
+    assert found.dropped == {reason: 1}
+    kept = [thing["id"] for index in range(len(found)) for thing in found.example(index).things]
+    assert sorted(kept) == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON"),
+        ('[{"image_id": 1}]', r"holds list, but COCO's format has the lists .*results of a detector"),
+        ('{"images": [], "annotations": []}', "lists"),
+        ('{"images": [], "annotations": [], "categories": []}', "0 images must each have an integer `id`"),
+    ],
+)
+def test_another_format_is_told(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        CocoSet(path, tmp_path, 0.0)
+
+
+def test_an_image_of_another_size_is_a_bad_sample(coco: Path) -> None:
+    Image.new("RGB", (10, 12)).save(coco / "images" / "2.png")
+    found = CocoSet(coco / "annotations" / "instances_train.json", coco / "images", 0.0)
+    with pytest.raises(BadSample, match=r"12 x 10 pixels.*says 48 x 64"):
+        found.example(1)
+
+
+def test_polygons_and_both_kinds_of_rle_are_the_same_mask(coco: Path) -> None:
+    folder = coco / "images"
+    mask = np.zeros((48, 64), np.uint8)
+    mask[8:24, 4:20] = 1
+    counts = [4 * 48 + 8, *[16, 32] * 15, 16, 64 * 48 - 4 * 48 - 8 - 15 * 48 - 16]
+    outlines = (outline_of(mask), {"size": [48, 64], "counts": counts})
+    masks = []
+    for outline in (None, *outlines):
+        if outline:
+            change(coco, of_first(segmentation=outline))
+        found = CocoSet(coco / "annotations" / "instances_train.json", folder, 0.0)
+        masks.append(things_of(found.example(0), found).masks[0])
+    assert all(torch.equal(one, torch.from_numpy(mask)) for one in masks)
+    assert rle.area(outlines[0]) == 256
+
+
+def test_crowds_are_not_taught_and_boxes_end_at_the_edge(coco: Path) -> None:
+    change(coco, of_first(bbox=[-3, 8, 20, 90]))
+    path = change(coco, lambda content: content["annotations"][1].update(iscrowd=1))
+    found = CocoSet(path, coco / "images", 0.0)
+    assert things_of(found.example(0), found).boxes.tolist() == [[0, 8, 17, 48]]
+    assert things_of(found.example(0), found).labels.tolist() == [1]  # category 20 is the second name
+    assert len(things_of(found.example(1), found).labels) == 0
+
+
+def test_lvis_is_known_by_its_fields(coco: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        for image in content["images"]:
+            name = image.pop("file_name")
+            image |= {"coco_url": f"http://x/images/{name}", "neg_category_ids": []}
+
+    found = CocoSet(change(coco, edit), coco / "images", 0.0)
+    assert found.is_federated and found.example(3).image.shape == (3, 48, 64)
+
+
+def mask_places(root: Path) -> MaskPlaces:
+    """Two images with masks of the numbers 0, 1, 2 and 255."""
+    for name in ("images", "masks"):
+        (root / name).mkdir()
+    (root / "classes.txt").write_text("-\nsky\nsea\n")
+    for stem in "ab":
+        Image.new("RGB", (8, 6)).save(root / "images" / f"{stem}.jpg")
+        numbers = np.repeat(np.array([[0, 1, 2, 255, 0, 1, 2, 255]], np.uint8), 6, axis=0)
+        Image.fromarray(numbers).save(root / "masks" / f"{stem}.png")
+    return MaskPlaces(root / "images", root / "masks", root / "classes.txt")
+
+
+def test_numbers_of_masks_become_classes(tmp_path: Path) -> None:
+    found = MaskFolder(mask_places(tmp_path), 0.0)
+    assert found.names == ("sky", "sea")
+    assert found.example(0).classes[0].tolist() == [255, 0, 1, 255] * 2
+
+
+def test_masks_that_do_not_fit_are_counted_or_refused(tmp_path: Path) -> None:
+    places = mask_places(tmp_path)
+    Image.new("L", (5, 5)).save(places.masks / "a.png")
+    with pytest.raises(ValueError, match=r"1 of 2 cannot be used \(mask_size 1.*\(5, 5\) pixels.*\(8, 6\)"):
+        MaskFolder(places, 0.0)
+    Image.new("RGB", (8, 6)).save(places.masks / "a.png")
+    Image.new("L", (8, 6)).save(places.masks / "c.png")
+    found = MaskFolder(places, MANY)
+    assert found.dropped == {"missing_image": 1, "mask_colours": 1} and len(found) == 1
+    Image.new("L", (8, 6), 7).save(places.masks / "b.png")
+    with pytest.raises(BadSample, match=r"number 7.*names 3"):
+        found.example(0)
+    places.classes.unlink()
+    with pytest.raises(FileNotFoundError, match=r"classes.txt is missing: write the names"):
+        MaskFolder(places, 0.0)
+
+
+def test_things_of_shards_are_what_their_masks_show(shards: Path) -> None:
+    found = MaskedShards(shards / "train", with_ground=False)
+    (thing,) = found.example(1).things
+    assert (thing["bbox"], thing["area"], found.names[thing["category_id"] - 1]) == (
+        [20, 0, 36, 40],
+        1440,
+        "green",
+    )
+    classes = MaskedShards(shards / "train", with_ground=True).example(1).classes
+    assert classes[0].tolist() == [0] * 20 + [2] * 36
+
+
+def test_sets_are_found_by_their_layout(coco: Path, shards: Path, tmp_path: Path) -> None:
+    train, heldout = open_sets("detect", Named(coco), 0.0)
+    assert len(train) == len(heldout) == 4
+    assert len(open_sets("segment", Named(shards), 0.0)[1]) == 4
+    with pytest.raises(FileNotFoundError, match="`segment` reads shards with masks"):
+        open_sets("segment", Named(train=coco / "annotations", heldout=coco), 0.0)
+    with pytest.raises(ValueError, match="no train data set is named: give --data"):
+        open_sets("detect", Named(), 0.0)
+    change(coco, lambda content: content["categories"][0].update(name="blue"), "val")
+    with pytest.raises(ValueError, match="must be the same"):
+        open_sets("detect", Named(coco), 0.0)

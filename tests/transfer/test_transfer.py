@@ -1,0 +1,187 @@
+"""Do all backbones learn under all heads, and does a training go on where it stopped?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint import load_towers
+from pretrain.evaluate.checkpoints import find_checkpoint
+from pretrain.transfer import __main__ as command
+from pretrain.transfer import training
+from pretrain.transfer.backbone import load_trunk
+from pretrain.transfer.places import Named, open_sets
+from pretrain.transfer.recipes import RECIPES, Detect, Optimisation, recipe
+from pretrain.transfer.training import STATE, Layered, Machine, rate
+from pretrain.transfer.work import TASKS, Work, transfer
+
+# pycocotools (https://github.com/ppwwyyxx/cocoapi) hands arrays to numpy in a way that is to end.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+CPU = Machine(torch.device("cpu"))
+TINY = {"segment": ("small",), "detect": ("small", "small_detr")}
+CASES = [(task, name) for task, names in TINY.items() for name in names]
+
+
+def tiny(task: str, name: str, steps: int = 2):
+    numbers = recipe(task, name)
+    optimisation = replace(numbers.optimisation, steps=steps, batch=2, warmup=1, drop_path=0.1)
+    small = replace(numbers, size=32, optimisation=optimisation)
+    return replace(small, detections=8) if isinstance(small, Detect) else small
+
+
+def work(run: Path, out: Path, task: str, name: str, **more) -> Work:
+    return Work(find_checkpoint(run, "last"), tiny(task, name, more.pop("steps", 2)), name, out, **more)
+
+
+@pytest.mark.parametrize("family", ["internimage", "swin", "vit"])
+@pytest.mark.parametrize(("task", "name"), CASES)
+def test_every_backbone_learns_under_every_head(
+    family: str, task: str, name: str, runs: dict[str, Path], shards: Path
+) -> None:
+    """The trunk begins as pre-trained, and every weight of it that the maps need gets a gradient."""
+    numbers = tiny(task, name)
+    run, _, towers = load_towers(find_checkpoint(runs[family], "last"))
+    train_set, _ = open_sets(task, Named(shards), 0.0)
+    torch.manual_seed(0)
+    model, draw, loss_of = TASKS[task](
+        run, towers, replace(numbers, optimisation=replace(numbers.optimisation, drop_path=0.0)), train_set
+    )
+    encoder = load_trunk(model, towers, is_frozen=False)
+    trained = towers.encoder.state_dict()
+    learning = {name: weight for name, weight in encoder.named_parameters() if weight.requires_grad}
+    assert learning and all(torch.equal(weight, trained[name]) for name, weight in learning.items())
+    loss_of(model.train(), [draw(0), draw(1)]).backward()
+    without = [name for name, weight in learning.items() if weight.grad is None or not weight.grad.any()]
+    assert [name for name in without if not name.endswith(("offset.weight", "mask.weight"))] == []
+
+
+@pytest.mark.parametrize(("task", "name"), CASES)
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(
+    task: str, name: str, runs: dict[str, Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = open_sets(task, Named(shards), 0.0)
+    straight = transfer(work(runs["vit"], tmp_path / "straight", task, name), *sets, CPU)
+    monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)
+    saves = []
+
+    def stop(*arguments) -> None:
+        save(*arguments)
+        saves.append(arguments)
+        raise KeyboardInterrupt
+
+    save = training._save
+    monkeypatch.setattr(training, "_save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        transfer(work(runs["vit"], tmp_path / "stopped", task, name), *sets, CPU)
+    monkeypatch.setattr(training, "_save", save)
+    resumed = transfer(work(runs["vit"], tmp_path / "stopped", task, name), *sets, CPU)
+    states = [torch.load(tmp_path / out / STATE, weights_only=True) for out in ("straight", "stopped")]
+    assert states[0]["step"] == states[1]["step"] == 2 and len(saves) == 1
+    for key, weight in states[0]["model"].items():
+        assert torch.equal(weight, states[1]["model"][key]), key
+    assert resumed["scores"] == straight["scores"]
+
+
+def test_a_frozen_backbone_stays_and_its_head_learns(
+    runs: dict[str, Path], shards: Path, tmp_path: Path
+) -> None:
+    sets = open_sets("segment", Named(shards), 0.0)
+    _, _, towers = load_towers(find_checkpoint(runs["swin"], "last"))
+    transfer(work(runs["swin"], tmp_path, "segment", "small", is_frozen=True), *sets, CPU)
+    after = torch.load(tmp_path / STATE, weights_only=True)["model"]
+    prefix = "net.backbone.pyramid.encoder."
+    trunk = {name: w for name, w in towers.encoder.state_dict().items() if name.startswith("swin.")}
+    assert all(torch.equal(after[f"{prefix}{name}"], weight) for name, weight in trunk.items())
+    assert after["net.decode_head.classifier.bias"].any()
+
+
+def test_layers_further_from_the_head_learn_slower(runs: dict[str, Path], shards: Path) -> None:
+    run, _, towers = load_towers(find_checkpoint(runs["vit"], "last"))
+    train_set, _ = open_sets("segment", Named(shards), 0.0)
+    optimisation = replace(recipe("segment", "ade20k").optimisation, backbone_rate=0.1)
+    numbers = replace(tiny("segment", "small"), optimisation=optimisation)
+    model, _, _ = TASKS["segment"](run, towers, numbers, train_set)
+    layered = Layered(model, load_trunk(model, towers, is_frozen=False))
+    scales = {
+        id(weight): group["lr_scale"]
+        for group in layered.groups(numbers.optimisation)
+        for weight in group["params"]
+    }
+    vit = model.net.backbone.pyramid.encoder.vit
+    decay = numbers.optimisation.layer_decay
+    assert scales[id(model.net.decode_head.classifier.weight)] == 1.0
+    depth = [scales[id(vit.patch_embed.proj.weight)], *(scales[id(b.norm1.weight)] for b in vit.blocks)]
+    ratios = [below / above for below, above in pairwise(depth)]
+    assert ratios == pytest.approx([decay] * len(ratios))
+    assert depth[-1] == pytest.approx(0.1 * decay)
+
+
+def test_rates_of_the_schedules() -> None:
+    steps = Optimisation(steps=90, batch=1, lr=2.0, warmup=4, schedule="step", milestones=(8 / 9, 17 / 18))
+    assert [rate(step, steps) for step in (0, 3, 79, 80, 85)] == pytest.approx([0.5, 2, 2, 0.2, 0.02])
+    linear = Optimisation(steps=100, batch=1, lr=1.0, warmup=0)
+    assert [rate(step, linear) for step in (0, 50, 99)] == pytest.approx([1, 0.5, 0.01])
+
+
+def test_the_command_writes_scores_and_detections_and_refuses_other_numbers(
+    runs: dict[str, Path],
+    coco: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["detect", str(runs["internimage"]), "--data", str(coco), "--out", str(out)]
+    small = tiny("detect", "small")
+    monkeypatch.setitem(RECIPES["detect"], "small", lambda: small)
+    assert command.main([*arguments, "--train-steps", "2"]) == 0
+    assert command.main([*arguments, "--train-steps", "3"]) == 1
+    said = capsys.readouterr()
+    assert "bbox AP" in said.out and "segm AP" in said.out
+    assert "holds a training with numbers=" in said.err and "name another --out" in said.err
+    result = json.loads((out / "result.json").read_text())
+    assert result["scores"]["box"]["n"] == 4 and result["recipe"] == "small"
+    assert all(
+        found["image_id"] in (1, 2, 3, 4) for found in json.loads((out / "detections.json").read_text())
+    )
+
+
+def test_an_image_that_breaks_later_is_counted_or_stops_the_training(
+    runs: dict[str, Path], coco: Path, tmp_path: Path
+) -> None:
+    sets = open_sets("detect", Named(coco), 0.0)
+    (coco / "images" / "3.png").write_bytes(b"nothing")
+    bad = Machine(CPU.device, max_bad=0.0)
+    with pytest.raises(
+        ValueError, match=r"examples of step_000000 detect: 1 of 4 .*not_an_image 1.*3.png.*--max-bad"
+    ):
+        transfer(work(runs["vit"], tmp_path / "strict", "detect", "small_detr"), *sets, bad)
+    result = transfer(work(runs["vit"], tmp_path / "mild", "detect", "small_detr"), *sets, CPU)
+    assert result["dropped"] == {"train": {"not_an_image": 1}, "heldout": {"not_an_image": 1}}
+    assert result["scores"]["box"]["n"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            ["--recipe", "large"],
+            r"--recipe 'large' is unknown for `segment`; choose from \['ade20k', 'small'\]",
+        ),
+        (["--max-bad", "1.5"], r"--max-bad 1.5 must lie in \[0, 1\)"),
+        (["--step", "7"], "cannot be used, since there is none"),
+        (["--train-steps", "20"], "warmup=20 must lie in"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_done(
+    changed: list[str], message: str, runs: dict[str, Path], shards: Path, tmp_path: Path
+) -> None:
+    arguments = ["segment", str(runs["vit"]), "--data", str(shards), "--out", str(tmp_path / "out"), *changed]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        command.run(arguments)
