@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain.config import Run
-from pretrain.export import card, internimage, timm_folder
+from pretrain.export import card, huggingface, internimage, timm_folder
 from pretrain.export.agreement import Agreement
 from pretrain.export.keys import Keys
 from pretrain.export.trained import Trained
@@ -29,6 +29,9 @@ class Exporter:
 
 
 EXPORTERS: dict[str, Exporter] = {
+    "huggingface": Exporter(
+        tuple(huggingface.FAMILIES), 1, huggingface.write, huggingface.prove, huggingface.how_to_load
+    ),
     "internimage": Exporter(
         ("internimage",), 2, internimage.write, internimage.prove, internimage.how_to_load
     ),

@@ -60,7 +60,7 @@ def test_second_export_replaces_the_first(internimage_run: Path, tmp_path: Path)
 def test_wrong_weights_are_not_proven_and_leave_no_file(
     format_name: str, internimage_run: Path, vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_folder = {"internimage": internimage_run, "timm": vit_run}[format_name]
+    run_folder = internimage_run if format_name == "internimage" else vit_run
     exporter = EXPORTERS[format_name]
 
     def write_wrongly(trained, folder):
@@ -78,7 +78,7 @@ def test_wrong_weights_are_not_proven_and_leave_no_file(
 def test_missing_tensor_is_not_proven(
     format_name: str, internimage_run: Path, vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_folder = {"internimage": internimage_run, "timm": vit_run}[format_name]
+    run_folder = internimage_run if format_name == "internimage" else vit_run
     exporter = EXPORTERS[format_name]
 
     def write_less(trained, folder):
@@ -168,17 +168,19 @@ def test_card_says_when_nothing_was_evaluated(vit_run: Path, tmp_path: Path) -> 
 
 def test_format_for_another_backbone_is_refused(internimage_run: Path, vit_run: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"timm holds backbones of the families .*choose from \['internimage'\]"
+        ValueError,
+        match=r"timm holds backbones of the families .*choose from \[.*'internimage'",
     ):
         export_run([str(internimage_run), "--to", "timm"])
     with pytest.raises(
-        ValueError, match=r"internimage holds backbones of the families.*choose from \['timm'\]"
+        ValueError,
+        match=r"internimage holds backbones of the families.*choose from \[.*'timm'",
     ):
         export_run([str(vit_run), "--to", "internimage"])
 
 
 def test_unknown_format_names_those_that_fit(vit_run: Path) -> None:
-    with pytest.raises(ValueError, match=r"'onnx' is unknown; choose from .* \(this run fits \['timm'\]\)"):
+    with pytest.raises(ValueError, match=r"'onnx' is unknown; choose from .* \(this run fits \[.*'timm'"):
         export_run([str(vit_run), "--to", "onnx"])
 
 
