@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from pretrain.export import huggingface_vit
+from pretrain.export import huggingface_internimage, huggingface_vit
 from pretrain.export.agreement import Agreement
 from pretrain.export.keys import Keys
 from pretrain.export.trained import Trained
 
-FAMILIES: dict[str, ModuleType] = {"vit": huggingface_vit}
+FAMILIES: dict[str, ModuleType] = {"internimage": huggingface_internimage, "vit": huggingface_vit}
 
 
 def write(trained: Trained, folder: Path) -> dict[str, Keys]:
