@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pretrain.export.agreement import Agreement, NotProven, compare, random_images
+from pretrain.export.fresh_process import FreshProcessError, run_fresh
 from pretrain.export.internimage import in_layout, our_outputs
 from pretrain.export.keys import Keys
 from pretrain.export.preprocessor import write_preprocessor
@@ -102,25 +98,14 @@ def prove(trained: Trained, folder: Path) -> list[Agreement]:
 
 def probe(folder: Path, images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Outputs of the folder by transformers in a fresh process; NotProven unless every class loads strictly."""
-    with tempfile.TemporaryDirectory() as place:
-        inputs, outputs = Path(place) / "images.safetensors", Path(place) / "outputs.safetensors"
-        save_file(images, inputs)
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= {"HF_MODULES_CACHE": str(Path(place) / "modules"), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [sys.executable, "-I", str(PROBE), str(folder.resolve()), str(inputs), str(outputs)],
-            cwd=place,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise NotProven(f"transformers does not load the folder: {done.stderr.strip()[-2000:]}")
-        with safe_open(outputs, framework="pt") as file:
-            wrong = {name: told for name, told in json.loads(file.metadata()["told"]).items() if told}
-            if wrong:
-                raise NotProven(f"transformers does not load the folder strictly: {wrong}")
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+    try:
+        outputs, told = run_fresh(PROBE, images, str(folder.resolve()))
+    except FreshProcessError as error:
+        raise NotProven(f"transformers does not load the folder: {error}") from error
+    wrong = {name: keys for name, keys in told.items() if keys}
+    if wrong:
+        raise NotProven(f"transformers does not load the folder strictly: {wrong}")
+    return outputs
 
 
 def how_to_load(trained: Trained) -> str:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pretrain.export.agreement import Agreement, NotProven, compare, random_images
 from pretrain.export.keys import Keys
+from pretrain.export.layer_scale import FOLDED, folded
 from pretrain.export.preprocessor import write_preprocessor
+from pretrain.export.resized_positions import with_resized_positions
 from pretrain.export.trained import Trained
 from pretrain.models.backbone import BACKBONES
 
@@ -38,7 +38,6 @@ RENAMED = {  # module of ours -> of ViTModel
     "mlp.fc2": "output.dense",
 }
 WHOLE = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
-SCALED = {"attn.proj": "ls1", "mlp.fc2": "ls2"}  # projection -> the LayerScale behind it
 
 
 def write(trained: Trained, folder: Path) -> dict[str, Keys]:
@@ -61,20 +60,20 @@ def write(trained: Trained, folder: Path) -> dict[str, Keys]:
             written[f"{PREFIX}{origin}"] = key
     for key in state.keys() - written.keys():
         is_scale = key.startswith(PREFIX) and ".ls" in key
-        skipped[key] = "LayerScale, multiplied into the projection before it" if is_scale else NO_PLACE
+        skipped[key] = FOLDED if is_scale else NO_PLACE
     return {WEIGHTS: Keys(written, skipped, added).require_whole(state, tensors)}
 
 
 def classic_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """timm's tensors of a ViT under ViTModel's names, and by those the name that each comes from."""
     tensors, origins = {}, {}
-    for key, tensor in state.items():
-        for name, part in _renamed(key, tensor, state):
+    for key, tensor in folded(state).items():
+        for name, part in _renamed(key, tensor):
             tensors[name], origins[name] = part, key
     return tensors, origins
 
 
-def _renamed(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+def _renamed(key: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     if key in WHOLE:
         return [(WHOLE[key], tensor)]
     module, kind = key.rsplit(".", 1)
@@ -82,11 +81,6 @@ def _renamed(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> list[tupl
     if module.startswith("blocks."):
         _, index, module = module.split(".", 2)
         prefix = f"encoder.layer.{index}."
-        if module in SCALED.values():
-            return []
-        gamma = state.get(f"blocks.{index}.{SCALED.get(module)}.gamma")
-        if gamma is not None:
-            tensor = tensor * (gamma[:, None] if kind == "weight" else gamma)
     if module in SPLIT:
         parts = zip(SPLIT[module], tensor.chunk(3), strict=True)
         return [(f"{prefix}{name}.{kind}", part) for name, part in parts]
@@ -151,27 +145,6 @@ def load(folder: Path) -> nn.Module:
     if wrong:
         raise NotProven(f"transformers does not load the folder strictly: {wrong}")
     return model.eval()
-
-
-def with_resized_positions(encoder: nn.Module, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n d"]:
-    """Class token and tokens of our encoder, its position embedding resized as transformers does."""
-    vit, grid = encoder.vit, images.shape[-1] // encoder.stride
-    before, resized = vit.patch_embed.grid_size, {"vit.pos_embed": resize_positions(vit.pos_embed, grid)}
-    vit.patch_embed.grid_size = (grid, grid)  # what timm takes the position embedding to be made for
-    try:
-        return torch.func.functional_call(encoder, resized, (images,), {"summary": True})
-    finally:
-        vit.patch_embed.grid_size = before
-
-
-def resize_positions(positions: Float[Tensor, "1 l d"], grid: int) -> Float[Tensor, "1 m d"]:
-    """As transformers: bicubic without antialias; the class token's position stays."""
-    side = round((positions.shape[1] - 1) ** 0.5)
-    if grid == side:
-        return positions
-    patches = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], patches.flatten(2).mT], dim=1)
 
 
 def how_to_load(trained: Trained) -> str:

@@ -4,7 +4,6 @@ python -I transformers_probe.py FOLDER IMAGES OUTPUTS: loads the folder by trans
 images of a safetensors file, all outputs to another; the metadata says what each class reported on loading.
 """
 
-import importlib.util
 import json
 import sys
 
@@ -59,9 +58,8 @@ def main(folder: str, images_file: str, outputs_file: str) -> None:
     for name, pixels in images.items():
         maps = model.eval()(pixels).feature_maps
         outputs |= {f"{name}/backbone {stage}": m for stage, m in zip(names, maps, strict=True)}
-    is_alone = importlib.util.find_spec("pretrain") is None
-    metadata = {"told": json.dumps(told), "is_alone": json.dumps(is_alone)}
-    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, outputs_file, metadata)
+    tensors = {name: tensor.contiguous() for name, tensor in outputs.items()}
+    save_file(tensors, outputs_file, {"told": json.dumps(told)})
 
 
 if __name__ == "__main__":
