@@ -1,11 +1,12 @@
 """How does a run become a file that another toolkit loads?
 
-python -m pretrain.export RUN --to internimage|timm
+python -m pretrain.export RUN --to FORMAT
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from pretrain.export.agreement import NotProven, summary
 from pretrain.export.formats import EXPORTERS, Exported, check_target, choose, export
 from pretrain.export.trained import read_trained
 
+NOT_PROVEN_IN_TOOLKITS = 3  # exit code
+
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m pretrain.export", description=__doc__.split("\n")[0])
@@ -22,6 +25,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", required=True, help=f"format: {', '.join(EXPORTERS)}")
     parser.add_argument("--out", type=Path, help="folder of the export (RUN/export/FORMAT)")
     parser.add_argument("--which", default="teacher", help="teacher (default) or student")
+    parser.add_argument(
+        "--python",
+        default=sys.executable,
+        help="interpreter that has the toolkits, where they prove a format (openmmlab); default: this one",
+    )
     parser.add_argument("--step", default="last", help="checkpoint: first, last or a number (last)")
     return parser.parse_args(arguments)
 
@@ -29,6 +37,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def export_run(arguments: list[str] | None = None) -> Exported:
     """Exports, proves and reports. Raises NotProven, ValueError and OSError; the target folder is then as it was."""
     options = parse(arguments)
+    if shutil.which(options.python) is None:
+        raise FileNotFoundError(
+            f"--python {options.python} is no program: give the path of a Python interpreter"
+        )
     step_folder = find_checkpoint(options.run, options.step)
     choose(options.to, Run.from_json((step_folder / "run.json").read_text()))
     suffix = "" if options.which == "teacher" else f"-{options.which}"
@@ -37,7 +49,7 @@ def export_run(arguments: list[str] | None = None) -> Exported:
     print(f"reads the {options.which} of {step_folder}")
     trained = read_trained(options.run, step_folder, options.which)
     print(f"writes and proves {options.to}: {trained.num_bytes / 2**20:,.0f} MiB of weights in the towers")
-    exported = export(trained, options.to, folder)
+    exported = export(trained, options.to, folder, options.python)
     for file, told in exported.keys.items():
         print(f"{file}: {told}")
     for line in summary(exported.proof):
@@ -47,15 +59,22 @@ def export_run(arguments: list[str] | None = None) -> Exported:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code. A mistake of the user's, and an export that is not proven, are told in one message."""
+    """Exit code. A mistake of the user's, and an export that is not proven, are told in one message.
+
+    NOT_PROVEN_IN_TOOLKITS: the export is kept, and proven as far as this project can without the toolkits.
+    """
     try:
-        export_run(arguments)
+        exported = export_run(arguments)
     except NotProven as error:
         print(f"error: the export is not proven and was not kept: {error}", file=sys.stderr)
         return 1
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if exported.unproven is not None:
+        print(f"not proven: {exported.unproven}", file=sys.stderr)
+        print("kept; to prove it, give --python an interpreter that has the toolkits", file=sys.stderr)
+        return NOT_PROVEN_IN_TOOLKITS
     return 0
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain.config import Run
-from pretrain.export import card, huggingface, internimage, timm_folder
-from pretrain.export.agreement import Agreement
+from pretrain.export import card, huggingface, internimage, openmmlab, timm_folder
+from pretrain.export.agreement import Agreement, NoToolkits
 from pretrain.export.keys import Keys
 from pretrain.export.trained import Trained
 from pretrain.intact import flush
@@ -26,6 +27,8 @@ class Exporter:
     write: Callable[[Trained, Path], dict[str, Keys]]
     prove: Callable[[Trained, Path], list[Agreement]]
     how_to_load: Callable[[Trained], str]
+    # What only the toolkits themselves can prove, by the interpreter that has them; NoToolkits without them.
+    prove_in_toolkits: Callable[[Trained, Path, str], list[Agreement]] | None = None
 
 
 EXPORTERS: dict[str, Exporter] = {
@@ -34,6 +37,14 @@ EXPORTERS: dict[str, Exporter] = {
     ),
     "internimage": Exporter(
         ("internimage",), 2, internimage.write, internimage.prove, internimage.how_to_load
+    ),
+    "openmmlab": Exporter(
+        tuple(openmmlab.FAMILIES),
+        2,
+        openmmlab.write,
+        openmmlab.prove,
+        openmmlab.how_to_load,
+        openmmlab.prove_in_toolkits,
     ),
     "timm": Exporter(
         tuple(timm_folder.LAYOUTS), 1, timm_folder.write, timm_folder.prove, timm_folder.how_to_load
@@ -46,6 +57,7 @@ class Exported:
     folder: Path
     keys: dict[str, Keys]  # by file
     proof: list[Agreement]
+    unproven: str | None = None  # what was not proven and why, of what only the toolkits can prove
 
 
 def choose(name: str, run: Run) -> Exporter:
@@ -63,8 +75,11 @@ def choose(name: str, run: Run) -> Exporter:
     return EXPORTERS[name]
 
 
-def export(trained: Trained, name: str, folder: Path) -> Exported:
+def export(trained: Trained, name: str, folder: Path, python: str = sys.executable) -> Exported:
     """Writes a format into `folder`, proven; an earlier export there is replaced only then.
+
+    `python` is the interpreter that has the toolkits, where a format is proven by them too. Where it has none,
+    the export is kept and says what is not proven.
 
     Raises NotProven when the written files do not give the towers' features, ValueError for a format that
     does not fit, FileExistsError when `folder` holds anything but an export, OSError when the disk is full.
@@ -77,20 +92,26 @@ def export(trained: Trained, name: str, folder: Path) -> Exported:
     partial.mkdir(parents=True)
     try:
         keys = exporter.write(trained, partial)
-        proof = exporter.prove(trained, partial)
+        proof, unproven = exporter.prove(trained, partial), None
+        if exporter.prove_in_toolkits is not None:
+            try:
+                proof += exporter.prove_in_toolkits(trained, partial, python)
+            except NoToolkits as error:
+                unproven = f"nothing was loaded in the toolkits: {error}"
         record = {
             "format": name,
             "files": {file: told.record() for file, told in keys.items()},
             "proof": [asdict(agreement) for agreement in proof],
+            "unproven": unproven,
         }
         (partial / KEYS).write_text(json.dumps(record, indent=1) + "\n")
         (partial / "README.md").write_text(
-            card.text(trained, name, keys, proof, exporter.how_to_load(trained))
+            card.text(trained, name, keys, proof, exporter.how_to_load(trained), unproven)
         )
         publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(folder, keys, proof)
+    return Exported(folder, keys, proof, unproven)
 
 
 def check_target(folder: Path, num_bytes: int) -> None:

@@ -16,7 +16,11 @@ from torch import Tensor
 
 
 class FreshProcessError(Exception):
-    """The process ended with an error, whose last lines are the message."""
+    """The process ended with an error, whose last lines are the message, and this exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def run_fresh(
@@ -38,7 +42,7 @@ def run_fresh(
             text=True,
         )
         if done.returncode:
-            raise FreshProcessError(done.stderr.strip()[-2000:])
+            raise FreshProcessError(done.stderr.strip()[-2000:], done.returncode)
         with safe_open(outputs, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
             return tensors, json.loads(file.metadata()["told"])

@@ -1,4 +1,4 @@
-"""How does a run become what mmsegmentation and mmdetection 3.x train on? Weights, their modules, complete configs."""
+"""How does a run become what mmsegmentation and mmdetection 3.x train on? Weights, modules, complete configs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pretrain.export import openmmlab_vit
-from pretrain.export.agreement import Agreement, NotProven, compare, random_images
+from pretrain.export.agreement import Agreement, NoToolkits, NotProven, compare, random_images
 from pretrain.export.fresh_process import FreshProcessError, run_fresh
 from pretrain.export.keys import Keys
 from pretrain.export.layer_scale import FOLDED
 from pretrain.export.openmmlab_configs import INTERNIMAGE_FILE, VIT_FILES, write_configs
 from pretrain.export.openmmlab_keys import vit_tensors
+from pretrain.export.openmmlab_probe import MISSING
 from pretrain.export.resized_positions import with_resized_positions
 from pretrain.export.trained import Trained
 from pretrain.models.internimage import INTERNIMAGE
@@ -69,11 +70,16 @@ def prove(trained: Trained, folder: Path) -> list[Agreement]:
 def prove_in_toolkits(trained: Trained, folder: Path, python: str) -> list[Agreement]:
     """By the toolkits of another interpreter: every configuration file builds, loads and gives our maps.
 
-    Raises NotProven, and FreshProcessError when `python` has no such toolkits.
+    Raises NotProven, and NoToolkits when `python` lacks them.
     """
     family = FAMILIES[trained.run.backbone.family]
     images = {str(size): random_images(size) for size in family.sizes(trained)}
-    outputs, _ = run_fresh(PROBE, images, "toolkit", str(folder.resolve()), python=python)
+    try:
+        outputs, _ = run_fresh(PROBE, images, "toolkit", str(folder.resolve()), python=python)
+    except FreshProcessError as error:
+        if error.code == MISSING:
+            raise NoToolkits(f"in {python} {str(error).splitlines()[-1]}") from error
+        raise NotProven(f"the toolkits do not build the folder: {error}") from error
     return _compared(trained, outputs)
 
 
@@ -141,9 +147,9 @@ def how_to_load(trained: Trained) -> str:
     """For the model card."""
     family = trained.run.backbone.family
     lines = [
-        "Configuration files for mmsegmentation 1.2 and mmdetection 3.3 lie beside the weights, complete: UperNet and "
-        "Mask2Former for ADE20K, Mask R-CNN and DINO for COCO and LVIS, with layer-wise decay. Data are read below "
-        "`data/`, as the toolkits lay them out. Train with FOLDER as this folder's path:",
+        "Complete configuration files for mmsegmentation 1.2 and mmdetection 3.3 lie beside the weights: UperNet "
+        "and Mask2Former for ADE20K, Mask R-CNN and DINO for COCO and LVIS, with layer-wise decay. Data are read "
+        "below `data/`, as the toolkits lay them out. Train with FOLDER as this folder's path:",
         "",
         "```bash",
         "PYTHONPATH=FOLDER mim train mmsegmentation FOLDER/upernet_ade20k.py --gpus 8 --launcher pytorch",

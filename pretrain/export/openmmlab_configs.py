@@ -69,7 +69,7 @@ def internimage(trained: Trained, first: int = 0) -> Body:
 def vit_in_mmseg(trained: Trained) -> Body:
     """mmsegmentation's VisionTransformer, four of its layers as a pyramid."""
     size = BACKBONES["vit"].sizes[trained.run.backbone.size]
-    num_maps = min(4, size.depth)
+    num_maps = min(4, size.depth)  # one for every level of the pyramid, or all levels take the last
     backbone = {
         "type": "VisionTransformer",
         "img_size": (trained.run.views.size,) * 2,
@@ -78,6 +78,7 @@ def vit_in_mmseg(trained: Trained) -> Body:
         "num_layers": size.depth,
         "num_heads": size.heads,
         "mlp_ratio": mlp_ratio(trained),
+        "patch_bias": True,
         "drop_path_rate": 0.1,
         "out_indices": [size.depth * (index + 1) // num_maps - 1 for index in range(num_maps)],
         "norm_cfg": {"type": "LN", "eps": 1e-6},
@@ -85,8 +86,7 @@ def vit_in_mmseg(trained: Trained) -> Body:
         "interpolate_mode": "bicubic",
         "init_cfg": pretrained(VIT_FILES["mmseg"]),
     }
-    neck = {"type": "Feature2Pyramid", "embed_dim": size.width, "rescales": [4, 2, 1, 0.5][:num_maps]}
-    return Body((), backbone, neck, (size.width,) * num_maps)
+    return Body(("simple_pyramid_openmmlab",), backbone, pyramid(size.width, 0, 4), (heads.WIDTH,) * 4)
 
 
 def vit_in_mmdet(trained: Trained, first: int, num_outs: int) -> Body:
@@ -107,14 +107,13 @@ def vit_in_mmdet(trained: Trained, first: int, num_outs: int) -> Body:
         "out_indices": [size.depth - 1],
         "init_cfg": pretrained(VIT_FILES["mmpretrain"]),
     }
-    neck = {
-        "type": "SimplePyramid",
-        "in_channels": size.width,
-        "out_channels": heads.WIDTH,
-        "num_outs": num_outs,
-        "first": first,
-    }
-    return Body(("simple_pyramid_openmmlab", "mmpretrain.models"), backbone, neck, (heads.WIDTH,) * num_outs)
+    imports, neck = ("simple_pyramid_openmmlab", "mmpretrain.models"), pyramid(size.width, first, num_outs)
+    return Body(imports, backbone, neck, (heads.WIDTH,) * num_outs)
+
+
+def pyramid(width: int, first: int, num_outs: int) -> Config:
+    sizes = {"in_channels": width, "out_channels": heads.WIDTH, "num_outs": num_outs, "first": first}
+    return {"type": "SimplePyramid", **sizes}
 
 
 def mlp_ratio(trained: Trained) -> int:

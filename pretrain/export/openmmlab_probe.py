@@ -1,9 +1,9 @@
 """What do mmsegmentation and mmdetection, or the shipped module alone, make of an exported folder?
 
 python -I openmmlab_probe.py alone|toolkit FOLDER IMAGES OUTPUTS, in a process that has nothing of this project.
-`alone` builds the backbone of every configuration file without any toolkit. `toolkit` builds every model whole, by the
-toolkits' registries, with optimizer and all data classes found. Both write the backbone's maps to OUTPUTS, for the
-images of a safetensors file; the metadata says what was done, and what is missing.
+`alone` builds the backbone of every configuration file without any toolkit. `toolkit` builds every model whole, by
+the toolkits' registries, with its optimizer, and finds all data classes. Both write the backbone's maps to OUTPUTS,
+for the images of a safetensors file; the metadata says what was done, and what is missing.
 """
 
 import importlib
@@ -13,10 +13,23 @@ import sys
 import types
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+TOOLKITS = ("mmengine", "mmcv", "mmseg", "mmdet")
+MISSING = 4  # exit code: this interpreter has no such toolkits
 
-TOOLKITS = ("mmengine", "mmcv", "mmseg", "mmdet", "mmpretrain")
+
+def require(names: tuple[str, ...]) -> None:
+    """Ends the process, quickly, when one of the toolkits is not there."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            print(f"{name} is missing", file=sys.stderr)
+            sys.exit(MISSING)
+
+
+if __name__ == "__main__" and sys.argv[1] == "toolkit":
+    require(TOOLKITS)
+
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 class NoOperators(types.ModuleType):
@@ -52,18 +65,21 @@ def alone(folder: Path, images: dict, outputs: dict) -> dict:
 def keep(backbone: torch.nn.Module, name: str, images: dict, outputs: dict) -> None:
     """The maps of the backbone with the weights that its `init_cfg` names."""
     backbone.init_weights()
+    backbone.eval()
     for size, pixels in images.items():
-        maps = backbone.eval()(pixels)
+        maps = backbone(pixels)
         outputs |= {f"{size}/{name}/{index - len(maps)}": m for index, m in enumerate(maps)}
 
 
 def toolkit(folder: Path, images: dict, outputs: dict) -> dict:
     """Every configuration file by the toolkits."""
-    told = {"versions": {}, "has_operators": importlib.util.find_spec("mmcv._ext") is not None, "configs": []}
+    told: dict = {"configs": []}
+    names = (*TOOLKITS, "mmpretrain") if (folder / "vit_mmpretrain.pth").exists() else TOOLKITS
+    require(names)
+    told["versions"] = {name: importlib.import_module(name).__version__ for name in names}
+    told["has_operators"] = importlib.util.find_spec("mmcv._ext") is not None
     if not told["has_operators"]:
         sys.modules["mmcv._ext"] = NoOperators("mmcv._ext")
-    for name in TOOLKITS:
-        told["versions"][name] = importlib.import_module(name).__version__
     from mmengine.config import Config
 
     for file in sorted(folder.glob("*_ade20k.py")) + sorted(folder.glob("*_coco.py")):
@@ -92,8 +108,9 @@ def build(config, file: Path, images: dict, outputs: dict) -> None:
     build_optim_wrapper(model, config.optim_wrapper)
     require_equal(model.backbone, config.model.backbone.init_cfg.checkpoint)
     keep(model.backbone, file.stem, images, outputs)
+    model.eval()
     for pixels in images.values():
-        model.eval().extract_feat(pixels)
+        model.extract_feat(pixels)
         if file.stem.startswith("upernet"):
             assert model(pixels).shape[:2] == (len(pixels), config.model.decode_head.num_classes)
 

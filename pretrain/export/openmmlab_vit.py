@@ -21,7 +21,10 @@ PACKED = {  # weight and bias of the query, key and value projection, then of th
 def compute(
     state: Mapping[str, Tensor], toolkit: str, num_heads: int, images: Float[Tensor, "b 3 s s"]
 ) -> Float[Tensor, "b n d"]:
-    """Class token and tokens behind the last norm; KeyError for a tensor that is missing, ValueError for one too many."""
+    """Class token and tokens behind the last norm.
+
+    KeyError for a tensor that is missing, ValueError for one too many.
+    """
     state = dict(state)
     kernel = state.pop("patch_embed.projection.weight")
     patches = F.conv2d(images, kernel, state.pop("patch_embed.projection.bias"), stride=kernel.shape[-1])

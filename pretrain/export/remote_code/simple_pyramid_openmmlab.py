@@ -1,4 +1,4 @@
-"""How does the one map of a ViT become a pyramid for a detector? mmdetection 3.x: `custom_imports`.
+"""How do the maps of a ViT become a pyramid? For mmsegmentation and mmdetection 3.x: `custom_imports`.
 
 Source: "Exploring Plain Vision Transformer Backbones for Object Detection" (arXiv 2203.16527), section 3.
 """
@@ -22,10 +22,11 @@ except ImportError:  # the module alone serves too
 
 @register
 class SimplePyramid(nn.Module):
-    """Maps of which the last is used, [b, in_channels, h, w] at stride 16 -> `num_outs` maps of `out_channels`.
+    """Maps [b, in_channels, h, w] at stride 16 -> `num_outs` maps of `out_channels`.
 
-    Strides 4, 8, 16, 32 (from `first` on), each by its own deconvolutions or pooling and two convolutions with
-    LayerNorm; further ones by pooling the last.
+    As many maps as levels serve one each; else the last serves all, as published. Strides are 4, 8, 16, 32 (from
+    `first` on), each made by its own deconvolutions or pooling and two convolutions with LayerNorm; further ones by
+    pooling the last.
     """
 
     def __init__(self, in_channels: int, out_channels: int = 256, num_outs: int = 5, first: int = 0):
@@ -56,7 +57,9 @@ class SimplePyramid(nn.Module):
         self.num_outs = num_outs
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        outputs = [level(maps[-1]) for level in self.levels]
+        if len(maps) != len(self.levels):
+            maps = [maps[-1]] * len(self.levels)
+        outputs = [level(own) for level, own in zip(self.levels, maps, strict=True)]
         while len(outputs) < self.num_outs:
             outputs.append(F.max_pool2d(outputs[-1], 1, stride=2))
         return tuple(outputs)
