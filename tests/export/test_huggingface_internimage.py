@@ -41,7 +41,8 @@ without = [name for name, p in segmenter.backbone.named_parameters() if p.grad i
 with patch.object(HfApi, "repo_exists", lambda *_, **__: True):  # as for a name on a hub
     from_hub = AutoBackbone.from_pretrained("FOLDER", trust_remote_code=True, out_indices=[1, 3])
 classifier = AutoModelForImageClassification.from_pretrained("FOLDER", trust_remote_code=True)
-torch.save({"pixels": inputs["pixel_values"], "tokens": tokens, "embedding": embedding,
+torch.save({"vit_tokens": vit_tokens, "vit_pixels": vit_pixels,
+    "pixels": inputs["pixel_values"], "tokens": tokens, "embedding": embedding,
     "maps": from_hub.eval()(inputs["pixel_values"]).feature_maps}, sys.argv[1])
 print(json.dumps({"logits": list(output.logits.shape), "loss": output.loss.item(), "without": without,
     "features": from_hub.out_features, "channels": from_hub.channels, "labels": classifier.config.id2label}))
@@ -54,10 +55,12 @@ def exported(internimage_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def by_card(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What the card's own code gives in a process of its own, and a UperNet on it."""
+def by_card(exported: Exported, vit_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the code of both cards gives in a process of its own, and a UperNet on InternImage."""
     place = tmp_path_factory.mktemp("card")
-    code = TRAINED + code_of(exported.folder) + THEN.replace("FOLDER", str(exported.folder))
+    vit = export(last(vit_run), "huggingface", place / "vit").folder
+    code = TRAINED + code_of(vit) + "\nvit_tokens, vit_pixels = tokens, inputs['pixel_values']\n"
+    code += code_of(exported.folder) + THEN.replace("FOLDER", str(exported.folder))
     printed = run_alone(code, place, str(place / "tensors.pt"))
     return json.loads(printed) | torch.load(place / "tensors.pt", weights_only=True)
 
@@ -79,6 +82,12 @@ def test_card_gives_our_features_without_this_package(by_card: dict, internimage
         maps = towers.encoder.dcnv3(by_card["pixels"])
     for found, ours in zip(by_card["maps"], (maps[1], maps[3]), strict=True):
         torch.testing.assert_close(found, ours.permute(0, 3, 1, 2), rtol=1e-4, atol=1e-4)
+
+
+def test_card_of_a_vit_gives_our_tokens_without_this_package(by_card: dict, vit_run: Path) -> None:
+    with torch.inference_mode():
+        ours = last(vit_run).towers.encoder(by_card["vit_pixels"], summary=True)
+    torch.testing.assert_close(by_card["vit_tokens"], ours, rtol=1e-4, atol=1e-4)
 
 
 def test_backbone_gives_the_stages_that_are_asked_for(by_card: dict) -> None:
