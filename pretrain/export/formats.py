@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pretrain.config import Run
@@ -29,11 +29,19 @@ class Exporter:
     how_to_load: Callable[[Trained], str]
     # What only the toolkits themselves can prove, by the interpreter that has them; NoToolkits without them.
     prove_in_toolkits: Callable[[Trained, Path, str], list[Agreement]] | None = None
+    instead: dict[str, str] = field(
+        default_factory=dict
+    )  # by family that it cannot hold: what serves in its place
 
 
 EXPORTERS: dict[str, Exporter] = {
     "huggingface": Exporter(
-        tuple(huggingface.FAMILIES), 1, huggingface.write, huggingface.prove, huggingface.how_to_load
+        tuple(huggingface.FAMILIES),
+        1,
+        huggingface.write,
+        huggingface.prove,
+        huggingface.how_to_load,
+        instead=huggingface.INSTEAD,
     ),
     "internimage": Exporter(
         ("internimage",), 2, internimage.write, internimage.prove, internimage.how_to_load
@@ -71,6 +79,7 @@ def choose(name: str, run: Run) -> Exporter:
         raise ValueError(
             f"--to {name} holds backbones of the families {EXPORTERS[name].families}, this run trained "
             f"{run.backbone.family!r} ({run.backbone.size}); choose from {fitting}"
+            + EXPORTERS[name].instead.get(run.backbone.family, "")
         )
     return EXPORTERS[name]
 

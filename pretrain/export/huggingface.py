@@ -12,6 +12,11 @@ from pretrain.export.trained import Trained
 
 FAMILIES: dict[str, ModuleType] = {"internimage": huggingface_internimage, "vit": huggingface_vit}
 
+INSTEAD = {
+    "swin": ". transformers' SwinModel chooses its windows by each image's size, other ones than were trained; the "
+    "folder of --to timm loads there as it is: AutoModel.from_pretrained(FOLDER) makes a TimmWrapperModel"
+}
+
 
 def write(trained: Trained, folder: Path) -> dict[str, Keys]:
     return FAMILIES[trained.run.backbone.family].write(trained, folder)

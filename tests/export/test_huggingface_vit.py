@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
-from transformers import AutoImageProcessor, ViTConfig, ViTModel
+from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTModel
 
 from pretrain.data.views import center_view
 from pretrain.export.formats import Exported, export
@@ -104,3 +104,17 @@ def test_processor_makes_the_pixels_of_our_evaluation(exported: Exported, vit_ru
     assert theirs.shape == ours.shape
     assert (theirs - ours).abs().max() < 5 / 255 / 0.22  # ours resizes in 8-bit fixed point: within 5 levels
     assert (theirs - ours).abs().mean() < 0.02
+
+
+def test_swin_is_refused_with_what_serves_instead(swin_run: Path) -> None:
+    with pytest.raises(ValueError, match=r"choose from .*'timm'.*folder of --to timm loads there"):
+        export(last(swin_run), "huggingface", swin_run / "out")
+
+
+def test_what_serves_instead_gives_the_tokens_of_a_swin(swin_run: Path, tmp_path: Path) -> None:
+    trained = last(swin_run)
+    model = AutoModel.from_pretrained(export(trained, "timm", tmp_path / "out").folder).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        ours = trained.towers.encoder(images)
+        torch.testing.assert_close(model(images).last_hidden_state.reshape(ours.shape), ours)
