@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/openmmlab_loads.py --make DIR      # makes the environment by pip, 0.5 GB
     OMP_NUM_THREADS=1 python benchmarks/openmmlab_loads.py --python PATH   # or uses the one of this interpreter
 
-Exports random InternImage-T and ViT-B/16, builds every configuration file by the toolkits in an environment of their
-own (mmcv-lite: its compiled operators are missing, so Mask R-CNN is built and not run), compares the backbones' maps
-at two sizes and makes one training step. Writes benchmarks/results/openmmlab_loads.json.
+Exports backbones with random weights (`--sizes`, InternImage-T and ViT-B/16), builds every configuration file
+by the toolkits in an environment of their own (mmcv-lite: its compiled operators are missing, so Mask R-CNN is built
+and not run), compares the backbones' maps at two sizes and makes one training step. Writes benchmarks/results/openmmlab_loads.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from tests.fakes import shrink
 STEP = Path(__file__).resolve().parent / "openmmlab_step.py"
 FACTS = DataFacts(categories=("apple", "boat", "cat", "door", "egg"), vocab_size=100)
 RECIPES = {"internimage": "m3i.internimage_h", "vit": "m3i.vit_b16"}
-SIZES = ("internimage_t", "vit_b16")
 # Newer ones do not fit together: mmsegmentation wants mmcv below 2.2, mmpretrain transformers 4 and an importlib
 # metadata without further needs. All without their own requirements, which name versions of numpy and torch.
 REQUIREMENTS = (
@@ -103,10 +102,11 @@ def main() -> None:
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--make", type=Path, metavar="DIR", help="folder of a new environment")
     place.add_argument("--python", type=Path, help="interpreter that has the toolkits")
+    parser.add_argument("--sizes", nargs="+", default=["internimage_t", "vit_b16"], help="backbone.size")
     options = parser.parse_args()
     python = options.python or make(options.make)
     with tempfile.TemporaryDirectory() as scratch:
-        found = {size: measure(size, python, Path(scratch)) for size in SIZES}
+        found = {size: measure(size, python, Path(scratch)) for size in options.sizes}
     keep(
         "openmmlab_loads",
         "mmsegmentation and mmdetection build every exported configuration file, load its weights bit by bit, give "
