@@ -5,7 +5,8 @@
 
 Exports backbones with random weights (`--sizes`, InternImage-T and ViT-B/16), builds every configuration file
 by the toolkits in an environment of their own (mmcv-lite: its compiled operators are missing, so Mask R-CNN is built
-and not run), compares the backbones' maps at two sizes and makes one training step. Writes benchmarks/results/openmmlab_loads.json.
+and not run), compares the backbones' maps at two sizes and makes one training step. Writes
+benchmarks/results/openmmlab_loads.json.
 """
 
 from __future__ import annotations
