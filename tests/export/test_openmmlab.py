@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 from pathlib import Path
 
 import pytest
@@ -248,8 +249,7 @@ def test_module_loads_strictly_and_gives_the_stages_asked_for(
     internimage: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.syspath_prepend(str(REMOTE_CODE))
-    from internimage_openmmlab import InternImage
-
+    InternImage = importlib.import_module("internimage_openmmlab").InternImage
     arguments = dict(read_config(internimage.folder / "dino_coco.py")["model"]["backbone"], type=None)
     del arguments["type"]
     state = torch.load(internimage.folder / "internimage.pth", weights_only=True)["state_dict"]
