@@ -6,6 +6,7 @@ python -m pretrain.export RUN --to FORMAT
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", required=True, help=f"format: {', '.join(EXPORTERS)}")
     parser.add_argument("--out", type=Path, help="folder of the export (RUN/export/FORMAT)")
     parser.add_argument("--which", default="teacher", help="teacher (default) or student")
+    parser.add_argument(
+        "--python",
+        default=sys.executable,
+        help="interpreter that has the toolkits, where they prove a format (openmmlab); default: this one",
+    )
     parser.add_argument("--step", default="last", help="checkpoint: first, last or a number (last)")
     return parser.parse_args(arguments)
 
@@ -34,6 +40,10 @@ def export_run(arguments: list[str] | None = None) -> Exported:
     options = parse(arguments)
     if options.which not in WEIGHTS:
         raise ValueError(f"--which {options.which!r} is unknown; choose from {sorted(WEIGHTS)}")
+    if shutil.which(options.python) is None:
+        raise FileNotFoundError(
+            f"--python {options.python} is no program: give the path of a Python interpreter"
+        )
     step_folder = find_checkpoint(options.run, options.step, options.which)
     exporter = choose(options.to, Run.from_json((step_folder / "run.json").read_text()))
     suffix = "" if options.which == "teacher" else f"-{options.which}"
@@ -42,7 +52,7 @@ def export_run(arguments: list[str] | None = None) -> Exported:
     print(f"reads the {options.which} of {step_folder}")
     trained = read_trained(options.run, step_folder, options.which, exporter.parts)
     print(f"writes and proves {options.to}: {trained.num_bytes / 2**20:,.0f} MiB of weights in the towers")
-    exported = export(trained, options.to, folder)
+    exported = export(trained, options.to, folder, options.python)
     for file, told in exported.keys.items():
         print(f"{file}: {told}")
     for line in summary(exported.proof):

@@ -18,6 +18,10 @@ class NotProven(Exception):
     """The exported file does not load as it must, or gives other features than the towers it was made from."""
 
 
+class NoToolkits(Exception):
+    """The interpreter that was to prove an export lacks the toolkits that the export is for."""
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How one output of the exported model compares with ours."""

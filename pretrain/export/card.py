@@ -13,7 +13,14 @@ from pretrain.export.trained import Trained
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def text(trained: Trained, name: str, keys: dict[str, Keys], proof: list[Agreement], how_to_load: str) -> str:
+def text(
+    trained: Trained,
+    name: str,
+    keys: dict[str, Keys],
+    proof: list[Agreement],
+    how_to_load: str,
+    unproven: str = "",
+) -> str:
     """The model card in Markdown."""
     run = trained.run
     sections = {
@@ -26,7 +33,7 @@ def text(trained: Trained, name: str, keys: dict[str, Keys], proof: list[Agreeme
         "Files and tensors": _list([f"`{file}`: {told}" for file, told in keys.items()])
         + "\n\nEvery tensor by name: `keys.json`.",
         "Proof": "The files were loaded strictly into fresh models and compared with the towers they came from, on "
-        f"random images, in float32:\n\n{_list(summary(proof))}",
+        f"random images, in float32:\n\n{_list(summary(proof))}" + _unproven(unproven),
         "Licence": _licence(),
     }
     blocks = [
@@ -38,6 +45,10 @@ def text(trained: Trained, name: str, keys: dict[str, Keys], proof: list[Agreeme
 
 def _list(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _unproven(unproven: str) -> str:
+    return "" if not unproven else f"\n\nNot proven: {unproven.splitlines()[0]}"
 
 
 def _summary(trained: Trained) -> str:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pretrain.config import Run
 from pretrain.export import (
     card,
     detectron2_file,
+    huggingface,
     internimage,
     onnx_graph,
+    openmmlab,
     safetensors_file,
     timm_folder,
     torchvision_folder,
 )
-from pretrain.export.agreement import Agreement
+from pretrain.export.agreement import Agreement, NoToolkits
 from pretrain.export.keys import Keys
 from pretrain.export.trained import Trained
 from pretrain.intact import flush
@@ -37,16 +40,41 @@ class Exporter:
     how_to_load: Callable[[Trained], str]
     parts: tuple[str, ...] | None = None  # modules of the towers that are read for it; None: all
     unproven: str = ""  # what the proof leaves open, since the toolkit cannot be had
+    # What only the toolkits themselves can prove, by the interpreter that has them; NoToolkits without them.
+    prove_in_toolkits: Callable[[Trained, Path, str], list[Agreement]] | None = None
+    instead: dict[str, str] = field(
+        default_factory=dict
+    )  # by family that it cannot hold: what serves in its place
 
+
+HEADED = ("encoder", "pool", "pool_norm", "norm", "category")  # what a classifier of images is made of
 
 EXPORTERS: dict[str, Exporter] = {
+    "huggingface": Exporter(
+        tuple(huggingface.FAMILIES),
+        1,
+        huggingface.write,
+        huggingface.prove,
+        huggingface.how_to_load,
+        HEADED,
+        instead=huggingface.INSTEAD,
+    ),
     "internimage": Exporter(
         ("internimage",),
         2,
         internimage.write,
         internimage.prove,
         internimage.how_to_load,
-        ("encoder", "pool", "pool_norm", "norm", "category"),
+        HEADED,
+    ),
+    "openmmlab": Exporter(
+        tuple(openmmlab.FAMILIES),
+        2,
+        openmmlab.write,
+        openmmlab.prove,
+        openmmlab.how_to_load,
+        ("encoder",),
+        prove_in_toolkits=openmmlab.prove_in_toolkits,
     ),
     "timm": Exporter(
         tuple(timm_folder.LAYOUTS),
@@ -91,7 +119,7 @@ class Exported:
     folder: Path
     keys: dict[str, Keys]  # by file
     proof: list[Agreement]
-    unproven: str = ""  # what the proof leaves open
+    unproven: str = ""  # what the proof leaves open, and why
 
 
 def choose(name: str, run: Run) -> Exporter:
@@ -105,12 +133,16 @@ def choose(name: str, run: Run) -> Exporter:
         raise ValueError(
             f"--to {name} holds backbones of the families {EXPORTERS[name].families}, this run trained "
             f"{run.backbone.family!r} ({run.backbone.size}); choose from {fitting}"
+            + EXPORTERS[name].instead.get(run.backbone.family, "")
         )
     return EXPORTERS[name]
 
 
-def export(trained: Trained, name: str, folder: Path) -> Exported:
+def export(trained: Trained, name: str, folder: Path, python: str = sys.executable) -> Exported:
     """Writes a format into `folder`, proven; an earlier export there is replaced only then.
+
+    `python` is the interpreter that has the toolkits, where a format is proven by them too. Where it has none,
+    the export is kept and says what is not proven.
 
     Raises NotProven when the written files do not give the towers' features, ValueError for a format that
     does not fit, FileExistsError when `folder` holds anything but an export, OSError when the disk is full.
@@ -123,21 +155,26 @@ def export(trained: Trained, name: str, folder: Path) -> Exported:
     partial.mkdir(parents=True)
     try:
         keys = exporter.write(trained, partial)
-        proof = exporter.prove(trained, partial)
+        proof, unproven = exporter.prove(trained, partial), exporter.unproven
+        if exporter.prove_in_toolkits is not None:
+            try:
+                proof += exporter.prove_in_toolkits(trained, partial, python)
+            except NoToolkits as error:
+                unproven = f"nothing was loaded in the toolkits: {error}"
         record = {
             "format": name,
             "files": {file: told.record() for file, told in keys.items()},
             "proof": [asdict(agreement) for agreement in proof],
-            "unproven": exporter.unproven,
+            "unproven": unproven,
         }
         (partial / KEYS).write_text(json.dumps(record, indent=1) + "\n")
         (partial / "README.md").write_text(
-            card.text(trained, name, keys, proof, exporter.how_to_load(trained))
+            card.text(trained, name, keys, proof, exporter.how_to_load(trained), unproven)
         )
         publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(folder, keys, proof, exporter.unproven)
+    return Exported(folder, keys, proof, unproven)
 
 
 def check_target(folder: Path, num_bytes: int) -> None:

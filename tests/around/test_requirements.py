@@ -17,9 +17,13 @@ from packaging.utils import canonicalize_name
 from tests.paths import ROOT
 
 CODE_FOLDERS = ("pretrain", "data_prep", "tests", "benchmarks", "jobs")
-ELSEWHERE = ROOT / "benchmarks" / "peers"  # scripts that run in environments of their own
+# Scripts that run in environments of their own, and what is copied into exports.
+ELSEWHERE = (ROOT / "benchmarks" / "peers", ROOT / "pretrain" / "export" / "remote_code")
 LINE = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!]+)( +# (?P<purpose>.+))?$")
-OPTIONAL = {"ray", "pyspark"}  # engines of data_prep, which says what to install where they are missing
+OPTIONAL = {
+    *("ray", "pyspark"),  # engines of data_prep, which says what to install where they are missing
+    *("mmcv", "mmdet", "mmengine", "mmseg"),  # of an interpreter that an export is given with --python
+}
 USED_WITHOUT_IMPORT = {
     "ruff",  # a command of `make lint`
     "onnxscript",  # what torch.onnx.export writes graphs with
@@ -58,7 +62,7 @@ def third_party_distributions() -> dict[str, str]:
     found: dict[str, str] = {}
     for folder in CODE_FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            for module in imports(path) if path.parent != ELSEWHERE else ():
+            for module in imports(path) if path.parent not in ELSEWHERE else ():
                 if module in sys.stdlib_module_names or module in CODE_FOLDERS or module == "__future__":
                     continue
                 if module in OPTIONAL:

@@ -236,9 +236,10 @@ def test_command_exits_non_zero_when_nothing_is_proven(
 def spoil(path: Path, lose: bool = False) -> None:
     """Change one weight matrix of a written file, or take it out."""
     is_pickle = path.suffix == ".pth"
-    state = torch.load(path, weights_only=True)["model"] if is_pickle else load_file(path)
+    content = torch.load(path, weights_only=True) if is_pickle else {None: load_file(path)}
+    container, state = next(iter(content.items()))
     key = next(key for key, value in state.items() if value.ndim == 4)
     value = state.pop(key)
     if not lose:
         state[key] = value.flip(0)
-    torch.save({"model": state}, path) if is_pickle else save_file(state, path)
+    torch.save({container: state}, path) if is_pickle else save_file(state, path)

@@ -1,0 +1,33 @@
+"""Does the how-to-load of a model card run, in a process that has nothing of this project?"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ALONE = "import importlib.util, sys\nassert importlib.util.find_spec('pretrain') is None\n"
+
+
+def code_of(folder: Path) -> str:
+    """The Python blocks of the card, for this folder."""
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks, f"{folder}/README.md shows no code"
+    return "\n".join(blocks).replace("FOLDER", str(folder))
+
+
+def run_alone(code: str, place: Path, *arguments: str, python: str = sys.executable) -> str:
+    """What the code prints, run in `place` without this project on the path; its error otherwise."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["HF_MODULES_CACHE"] = str(place / "modules")
+    done = subprocess.run(
+        [python, "-I", "-c", ALONE + code, *arguments],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
