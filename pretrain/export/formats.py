@@ -160,7 +160,9 @@ def export(trained: Trained, name: str, folder: Path, python: str = sys.executab
             try:
                 proof += exporter.prove_in_toolkits(trained, partial, python)
             except NoToolkits as error:
-                unproven = f"nothing was loaded in the toolkits: {error}"
+                unproven = (
+                    f"nothing was loaded in the toolkits: {error}; give --python an interpreter that has them"
+                )
         record = {
             "format": name,
             "files": {file: told.record() for file, told in keys.items()},

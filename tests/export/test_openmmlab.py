@@ -106,7 +106,7 @@ def test_exit_code_tells_proven_open_and_wrong_apart(
 
     assert answers(NotProven("other maps")) == 1 and not (tmp_path / "out").exists()
     assert answers(NoToolkits("mmengine is missing")) == UNPROVEN != 1
-    assert "give --python an interpreter that has the toolkits" in capsys.readouterr().err
+    assert "give --python an interpreter that has them" in capsys.readouterr().err
     assert (tmp_path / "out" / "upernet_ade20k.py").exists()
     assert answers(None) == 0
 
