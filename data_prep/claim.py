@@ -35,6 +35,10 @@ SETTLE = 1.0  # seconds in which a store that obeys no `If-None-Match` shows who
 Require = Callable[[], None]  # raises OSError when the claim was lost; can be sent to any process
 
 
+class ClaimLost(OSError):
+    """Another process has taken the place over."""
+
+
 @dataclass(frozen=True)
 class _Claim:
     """An object of the store that says whose a place is."""
@@ -51,7 +55,7 @@ class _Claim:
 
     def __call__(self) -> None:
         if not self.is_ours():
-            raise OSError(
+            raise ClaimLost(
                 f"{self.place} was taken over by another process, since this one gave no sign for {STALE:g} seconds: "
                 "let that one finish"
             )

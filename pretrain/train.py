@@ -14,12 +14,13 @@ import torch.distributed as dist
 
 from data_prep.claim import Require, unclaimed
 from pretrain import checkpoint, resume
-from pretrain.checkpoint import PLACE_RECORD, Saver, place_name, step_of
+from pretrain.checkpoint import PLACE_RECORD, Saver, place_name, read_json, record_place, step_of
 from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.compiled import check_compile, compile_blocks
 from pretrain.config import Run
 from pretrain.data import drops
 from pretrain.data.loader import Loader
+from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_beside
 from pretrain.distributed import start_distributed
 from pretrain.ds_config import describe, read_ds_config, resolve_config
@@ -28,7 +29,7 @@ from pretrain.evaluate.in_training import TeacherCheck
 from pretrain.evidence import Journal
 from pretrain.exits import RankLost
 from pretrain.facts import DataFacts
-from pretrain.initial.start import Start, open_start
+from pretrain.initial.start import Start, found, open_start
 from pretrain.intact import write_text
 from pretrain.lock import only_saver, only_writer
 from pretrain.loop import Job, run_steps
@@ -45,6 +46,8 @@ from pretrain.pretrainer import Pretrainer
 from pretrain.provenance import hardware
 from pretrain.towers import Towers, targets_without_labels
 from pretrain.watchdog import FIRST, REMEDY, Watchdog
+
+INIT_RECORD = "init.json"  # in a run's folder: the weights that it began with
 
 
 def train(run: Run, paths: Paths) -> None:
@@ -95,17 +98,18 @@ def _train(
         loader = open_loader(run, paths, tokenizer, device, first_step, skipped, dropped)
         held.enter_context(closing(loader))
         facts = with_guide(loader.facts, guide)
-        start = None if paths.init is None else open_start(paths.init, run, facts)
-        facts = with_start(facts, start)
+        start, facts = beginning(run, paths, facts, folder)
         if folder is not None:  # refuses another recipe before minutes of building
             resume.check_resumable(folder, run, facts)
         check = None
         if paths.evaluate_every:
             check = TeacherCheck(run, facts, paths.evaluate_data, tokenizer)
-        engine = build_engine(run, facts, config, device, guide, paths, start if folder is None else None)
+        engine = build_engine(run, facts, config, device, guide, paths, start)
         engine.guard.left_out |= skipped
         if rank() == 0:
             _write_inputs(run, paths, start)
+        origin = start.told() if start is not None else []
+        start = None  # the weights of a file, which the model has now
         saver = Saver(engine, paths.kept, facts, tokenizer, require)
         job = Job(run, paths, engine, saver, journal, signals, watchdog, window, check)
         speed = speed_of(run, facts, engine, paths.price)
@@ -125,7 +129,7 @@ def _train(
                 monitor.say(speed.told(hardware(device)))
                 if line := left_out(run, facts):
                     monitor.say(line)
-                for line in start.told() if start is not None and folder is None else ():
+                for line in origin if folder is None else ():
                     monitor.say(line)
                 if folder is None:  # a place that cannot be written to ends the run in its first minute
                     saver.save(wait=True)
@@ -140,16 +144,16 @@ def _train(
 
 def _sole(held: ExitStack, paths: Paths) -> Require:
     """The first rank holds what the run writes; Busy on all ranks when another process does. For the Saver."""
-    found = unclaimed
+    require = unclaimed
 
     def hold() -> None:
-        nonlocal found
+        nonlocal require
         held.enter_context(only_writer(paths.out))
-        if paths.checkpoints is not None:
-            found = held.enter_context(only_saver(paths.checkpoints))
+        if paths.checkpoints is not None and paths.checkpoints != paths.out:  # that one is held already
+            require = held.enter_context(only_saver(paths.checkpoints))
 
     from_first_rank(hold)
-    return found
+    return require
 
 
 def build_engine(
@@ -202,9 +206,10 @@ def _write_inputs(run: Run, paths: Paths, start: Start | None) -> None:
     write_text(paths.out / "recipe.json", run.to_json())
     places = {name: place_name(place) for name, place in paths.data.items()}
     write_text(paths.out / "data.json", json.dumps(places, indent=1))
-    write_text(paths.out / PLACE_RECORD, json.dumps({"checkpoints": place_name(paths.kept)}, indent=1))
+    write_text(paths.out / PLACE_RECORD, record_place(paths.out, paths.kept))
     if start is not None:
-        write_text(paths.out / "init.json", json.dumps(start.record(), indent=1))
+        told = {"named": place_name(paths.init.place)} | start.record()
+        write_text(paths.out / INIT_RECORD, json.dumps(told, indent=1))
 
 
 def speed_of(run: Run, facts: DataFacts, engine: Engine, price: float | None) -> Speed:
@@ -256,11 +261,34 @@ def with_guide(facts: DataFacts, guide: Guide | None) -> DataFacts:
     return dataclasses.replace(facts, guide_width=guide.width, guide_codes=guide.num_codes, sha256=sha256)
 
 
-def with_start(facts: DataFacts, start: Start | None) -> DataFacts:
-    """The facts, and by which bytes the weights are known that the run started from."""
-    if start is None:
-        return facts
-    return dataclasses.replace(facts, sha256=facts.sha256 | {"init": start.sha256})
+def beginning(
+    run: Run, paths: Paths, facts: DataFacts, folder: Place | None
+) -> tuple[Start | None, DataFacts]:
+    """The weights of `--init`, on all ranks the same, and the facts with the bytes by which they are known.
+
+    None without them, and where a run goes on: the bytes that it began with are known by their place then, as a
+    run that they came from may have other checkpoints now.
+    """
+    if paths.init is None:
+        return None, facts
+    digest = from_first_rank(lambda: _known_start(paths, folder))
+    start = None
+    if digest is None:
+        init = dataclasses.replace(paths.init, place=from_first_rank(lambda: found(paths.init.place)))
+        start = open_start(init, run, facts)
+        digest = start.sha256
+    facts = dataclasses.replace(facts, sha256=facts.sha256 | {"init": digest})
+    return (start if folder is None else None), facts
+
+
+def _known_start(paths: Paths, folder: Place | None) -> str | None:
+    """SHA-256 of the weights that a run began with which goes on from `folder`; None if others are named now."""
+    record = paths.out / INIT_RECORD
+    if folder is None or not record.is_file():
+        return None
+    if json.loads(record.read_text()).get("named") != place_name(paths.init.place):
+        return None
+    return read_json(folder, "facts.json").get("sha256", {}).get("init")
 
 
 def is_told_by_this_rank(error: Exception) -> bool:

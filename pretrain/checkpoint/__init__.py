@@ -24,6 +24,7 @@ from pretrain.checkpoint.names import (
     kept_of,
     latest,
     place_name,
+    record_place,
     step_of,
     steps_in,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "load_towers",
     "place_name",
     "read_json",
+    "record_place",
     "restore",
     "step_of",
     "steps_in",

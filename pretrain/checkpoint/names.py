@@ -18,16 +18,31 @@ def checkpoints_of(out: Path) -> Path:
 
 
 def kept_of(out: Path) -> Place:
-    """Where the checkpoints of a run lie that has its folder `out`, as its record tells; ValueError if damaged."""
-    record = out / PLACE_RECORD
-    if not record.is_file() or steps_in(checkpoints_of(out)):  # older, or copied there since
-        return checkpoints_of(out)
+    """Where the checkpoints of a run lie that has its folder `out`, as its record tells.
+
+    ValueError for a damaged record, and where the folder itself holds some that the record does not mean.
+    """
+    record, own = out / PLACE_RECORD, checkpoints_of(out)
+    if not record.is_file():  # of an older run
+        return own
     try:
-        return place_of(json.loads(record.read_text())["checkpoints"])
+        told = json.loads(record.read_text())["checkpoints"]
+        place = own if told is None else place_of(told)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f'{record} is damaged ({error!r}): it must say {{"checkpoints": FOLDER or URL}}'
+            f'{record} is damaged ({error!r}): it must say {{"checkpoints": null, FOLDER or URL}}'
         ) from error
+    if place != own and steps_in(own):
+        raise ValueError(
+            f"{own} holds checkpoints, and {record} says that the run keeps them in {place}: delete that folder, or "
+            "the record, whichever is not meant"
+        )
+    return place
+
+
+def record_place(out: Path, kept: Place) -> str:
+    """What PLACE_RECORD says of a run: null for its own folder, which may be moved with it."""
+    return json.dumps({"checkpoints": None if kept == checkpoints_of(out) else place_name(kept)}, indent=1)
 
 
 def place_name(place: Place) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data_prep.claim import Require, unclaimed
+from data_prep.claim import ClaimLost, Require, unclaimed
 from pretrain import intact
 from pretrain.checkpoint.names import folder_in, step_name, steps_in
 from pretrain.checkpoint.snapshot import Snapshot, Trainable
@@ -38,7 +38,7 @@ class Saver:
     `place` holds one folder a checkpoint: a folder on a file system that all ranks see, or a URL. Step 0 is kept,
     from which evaluation tells what pre-training changed, with the newest `run.keep_last` and, where
     `run.keep_every` is not 0, every checkpoint whose step is a multiple of it. All ranks make one, and call `save`
-    and `finish` alike; `require` raises OSError once another process has taken the place over. ValueError for a URL
+    and `finish` alike; `require` raises ClaimLost once another process has taken the place over. ValueError for a URL
     that nothing here opens; OSError when the place cannot be used.
     """
 
@@ -59,6 +59,7 @@ class Saver:
         self._attempts = 0
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # of the last save that ended
+        self._is_lost = False  # the place, to another process
         self.saved_step: int | None = None  # of the newest checkpoint that this process wrote
         self._news: list[str] = []
 
@@ -86,7 +87,12 @@ class Saver:
             self.finish()
 
     def poll(self) -> list[str]:
-        """Lines to say about saves that ended since the last call; on the first rank, the others have none."""
+        """Lines to say about saves that ended since the last call; on the first rank, the others have none.
+
+        ClaimLost once the place is another process's: nothing of this run would ever be saved again.
+        """
+        if self._is_lost:
+            raise ClaimLost(self._problem)
         told, self._news = self._news, []
         return told if rank() == 0 else []
 
@@ -101,7 +107,11 @@ class Saver:
     def _write(self, step: int, attempt: str, files: dict[str, Content]) -> None:
         """The thread: what became of the attempt, for `poll` and `finish`."""
         begun, folder = time.monotonic(), folder_in(self.place, step)
-        error = _tried(lambda: self._attempt(step_name(step), attempt, files))["error"]
+        tried = _tried(lambda: self._attempt(step_name(step), attempt, files))
+        error = tried["error"]
+        if tried["is_lost"]:
+            self._problem, self._is_lost = f"checkpoint {folder} was not written: {error}", True
+            return
         self._problem = error and (
             f"checkpoint {folder} could not be written ({error}); earlier ones are untouched: free space there, mend "
             "the place, or name another"
@@ -147,6 +157,7 @@ class Saver:
 
     def _prune(self, newest: int) -> None:
         """Deletes what is older than the checkpoints that are kept; only whole ones count."""
+        self._require()
         run, num_kept = self._engine.run, 0
         for step in sorted((s for s in steps_in(self.place) if 0 < s <= newest), reverse=True):
             if num_kept < run.keep_last and self._store.child(step_name(step)).problem(hashes=False) is None:
@@ -158,8 +169,9 @@ class Saver:
         """The first rank does `work`, the others wait for it; OSError on all of them when it fails."""
         if rank() == 0:
             self._tell(key, _tried(work))
-        if error := self._heard(key)["error"]:
-            raise OSError(error)
+        heard = self._heard(key)
+        if heard["error"]:
+            raise (ClaimLost if heard["is_lost"] else OSError)(heard["error"])
 
     def _tell(self, key: str, told: dict[str, Any]) -> None:
         self._board.set(f"checkpoint/{key}", json.dumps(told))
@@ -169,15 +181,19 @@ class Saver:
         key, begun, pause = f"checkpoint/{key}", time.monotonic(), 0.002
         while not self._board.check([key]):  # not `wait`, during which no other thread may use the store
             if time.monotonic() - begun > PATIENCE:
-                return {"error": f"a rank did not answer within {PATIENCE:g} s", "value": None}
+                return _told(OSError(f"a rank did not answer within {PATIENCE:g} s"))
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         return json.loads(self._board.get(key))
 
 
 def _tried(work: Callable[[], Any]) -> dict[str, Any]:
-    """{"error", "value"} of work in a thread, whose exceptions nobody would see: every one is told."""
+    """{"error", "is_lost", "value"} of work in a thread, whose exceptions nobody would see: every one is told."""
     try:
-        return {"error": None, "value": work()}
+        return {"error": None, "is_lost": False, "value": work()}
     except Exception as error:
-        return {"error": str(error) or repr(error), "value": None}
+        return _told(error)
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    return {"error": str(error) or repr(error), "is_lost": isinstance(error, ClaimLost), "value": None}

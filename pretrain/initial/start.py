@@ -94,6 +94,11 @@ def start_for(init: Init, run: Run, towers: Towers) -> Start:
     return Start(init.place, which, digest, fitted, tuple(notes))
 
 
+def found(place: Place) -> Place:
+    """The checkpoint that a run's place means now, which another moment may change; other places as they are."""
+    return own_checkpoint(place) or place
+
+
 def own_checkpoint(place: Place) -> Place | None:
     """The checkpoint of ours that a place is, or the newest one in it; None where it is another's file."""
     if is_url(place):

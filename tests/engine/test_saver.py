@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from data_prep.claim import ClaimLost
 from pretrain import checkpoint, intact
 from pretrain.checkpoint import stores
 from pretrain.checkpoint.__main__ import main
@@ -249,6 +250,24 @@ def test_a_store_that_stays_away_is_told_and_training_goes_on(
     assert checkpoint.latest(place) == f"{place}/step_000001"
     save_at(saver, engine, 3)
     assert checkpoint.latest(place) == f"{place}/step_000003"
+
+
+def test_a_place_that_another_process_took_over_ends_the_run(engine: Untrained, tmp_path: Path) -> None:
+    lost = False
+
+    def require() -> None:
+        if lost:
+            raise ClaimLost("was taken over")
+
+    saver = checkpoint.Saver(engine, tmp_path, FACTS, None, require)
+    save_at(saver, engine, 1)
+    lost = True
+    engine.steps_done = 2
+    saver.save()
+    saver._thread.join()
+    with pytest.raises(ClaimLost, match=r"step_000002 was not written: was taken over"):
+        saver.poll()
+    assert checkpoint.steps_in(tmp_path) == {1}
 
 
 def test_one_file_that_finds_no_room_is_told_and_leaves_nothing(

@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from pretrain.checkpoint import PLACE_RECORD, load_towers
+from pretrain.checkpoint import PLACE_RECORD, load_towers, record_place
 from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.export.__main__ import export_run, main
 from pretrain.export.formats import EXPORTERS
@@ -71,6 +71,18 @@ def test_what_was_copied_is_copied_again_only_when_the_store_has_another(url: st
     memory.pipe_file(mark, memory.cat_file(mark) + b" ")
     find_checkpoint(run, "last")
     assert layout.stat().st_mtime_ns > before
+
+
+def test_own_checkpoints_that_the_record_does_not_mean_are_told(
+    vit_run: Path, url: str, tmp_path: Path
+) -> None:
+    run = kept_at(tmp_path / "run", url)
+    shutil.copytree(vit_run / "checkpoints", run / "checkpoints")
+    with pytest.raises(ValueError, match=r"holds checkpoints, and .* keeps them in memory://.*: delete"):
+        find_checkpoint(run, "last")
+    (run / PLACE_RECORD).write_text(record_place(run, run / "checkpoints"))
+    moved = run.rename(tmp_path / "moved")
+    assert find_checkpoint(moved, "last") == moved / "checkpoints" / "step_000003"
 
 
 def test_damaged_record_of_the_place_is_told(tmp_path: Path) -> None:
