@@ -20,6 +20,7 @@ from pretrain.evaluate.knn import nearest
 from pretrain.evaluate.zero_shot import class_vectors
 from pretrain.facts import DataFacts
 from pretrain.models.pixels import normalise
+from pretrain.report.gaze import watched
 from pretrain.towers import Towers
 
 IMAGES_AT_ONCE = 64
@@ -49,6 +50,9 @@ class Look:
     similarity: Float[Tensor, "n k"]  # cosine of mean tokens to the nearest training images, best first
     neighbours: Int[Tensor, "n k"]  # their places among the training images
     names: Mapping[str, Float[Tensor, " n"]] | None  # cosines to class names; None without text or categories
+    gaze: (
+        Float[Tensor, "n g g"] | None
+    )  # what the middle draws from each place; None where a block sees a window
 
 
 def read_images(folder: Path, size: int, count: int) -> Shown:
@@ -102,7 +106,10 @@ def look(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run, facts, towers = load_towers(folder)
     towers = towers.to(device)
-    tokens = torch.cat([_tokens(towers, run, part, device) for part in heldout.views.split(IMAGES_AT_ONCE)])
+    with watched(towers.encoder) as gazes:
+        tokens = torch.cat(
+            [_tokens(towers, run, part, device) for part in heldout.views.split(IMAGES_AT_ONCE)]
+        )
     candidates = [
         _tokens(towers, run, part, device).mean(dim=1) for part in train.views.split(IMAGES_AT_ONCE)
     ]
@@ -114,7 +121,7 @@ def look(
         chosen = some_names(heldout)
         scores = _name_scores(towers, run, facts, tokens.to(device), chosen, tokenizer).cpu()
         names = dict(zip(chosen, scores.T, strict=True))
-    return Look(step, tokens, similarity, neighbours, names)
+    return Look(step, tokens, similarity, neighbours, names, torch.cat(gazes) if gazes else None)
 
 
 def _tokens(

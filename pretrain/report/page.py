@@ -36,6 +36,7 @@ def page(record: Record, heldout: Path | None, settings: Settings, say: Callable
         ("curves", "Curves", None, lambda: _curves(record)),
         ("pairs", "What the network sees", PAIRS_LEAD, lambda: _pairs(record, settings)),
         ("features", "Token features", FEATURES_LEAD, views.components),
+        ("gaze", "Where the middle looks", GAZE_LEAD, views.gazes),
         ("neighbours", "Nearest training images", None, views.neighbours),
         ("confusion", "Confusions", None, lambda: _confusion(record)),
         ("zero-shot", "Zero-shot by class names", ZERO_SHOT_LEAD, views.zero_shot),
@@ -58,6 +59,7 @@ def page(record: Record, heldout: Path | None, settings: Settings, say: Callable
 NAV = {
     "pairs": "Inputs",
     "features": "Features",
+    "gaze": "Gaze",
     "neighbours": "Neighbours",
     "zero-shot": "Zero-shot",
 }  # short
@@ -69,6 +71,10 @@ PAIRS_LEAD = (
 FEATURES_LEAD = (
     "The teacher's tokens, projected to their first three principal components, fitted for each checkpoint over "
     "all images shown: equal colours within a row mean similar features; rows cannot be compared by colour."
+)
+GAZE_LEAD = (
+    "What the teacher's last block writes in the middle of the image comes from the bright places: the attention of "
+    "all heads, or the points that all groups of a deformable convolution sample, with their weights."
 )
 ZERO_SHOT_LEAD = (
     "The class names whose text lies nearest to the image after training, with their cosines, by the text tower: "
@@ -137,6 +143,13 @@ class _Teacher:
             return teacher.components(heldout, looks)
         except ValueError as error:
             raise Missing(f"The features cannot be shown: {error}") from error
+
+    def gazes(self) -> Html:
+        heldout, _, looks = self._get()
+        content = teacher.gazes(heldout, looks)
+        if content is None:
+            raise Missing("Swin's last block sees a window alone, so nothing is drawn for it.")
+        return content
 
     def neighbours(self) -> Html:
         heldout, train, looks = self._get()

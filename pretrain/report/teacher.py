@@ -1,12 +1,13 @@
-"""Which pictures show what the teacher learned? Neighbours, principal components and best class names."""
+"""Which pictures show what the teacher learned? Neighbours, principal components, gazes and best class names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
+from pretrain.report import gaze
 from pretrain.report.looks import Look, Shown
 from pretrain.visualize.features import principal_rgb
 from pretrain.visualize.markup import Child, Html, element, figure
@@ -76,17 +77,28 @@ def _marked(name: str | None, mark: bool | None) -> Child:
 
 def components(heldout: Shown, looks: Sequence[Look]) -> Html:
     """Images above their token features as colours, one row of colours a checkpoint."""
-    grids = {when(look): principal_rgb(look.tokens) for look in looks}
+    return _grids(heldout, {when(look): list(principal_rgb(look.tokens)) for look in looks}, "token features")
+
+
+def gazes(heldout: Shown, looks: Sequence[Look]) -> Html | None:
+    """Images above the places that their middle draws from, one row a checkpoint; None where nothing was seen."""
+    if any(look.gaze is None for look in looks):
+        return None
+    pictures = {when(look): [gaze.picture(shares) for shares in look.gaze] for look in looks}
+    return _grids(heldout, pictures, "where the middle looks")
+
+
+def _grids(heldout: Shown, grids: Mapping[str, Sequence[np.ndarray]], what: str) -> Html:
     columns = []
     for place in range(len(heldout.views)):
         name = heldout.name(place) or "image"
         parts = [_photo(heldout.views[place], name)]
-        parts += [pixels(grid[place], f"token features of {name}, {title}") for title, grid in grids.items()]
+        parts += [pixels(grid[place], f"{what} of {name}, {title}") for title, grid in grids.items()]
         columns.append(element("div", parts, element("span", heldout.name(place) or ""), class_="column"))
     names = element(
         "div", element("span", "image"), [element("span", t) for t in grids], class_="column names"
     )
-    return element("div", names, columns, class_=f"components rows-{len(looks)}", tabindex="0")
+    return element("div", names, columns, class_=f"components rows-{len(grids)}", tabindex="0")
 
 
 def zero_shot(heldout: Shown, looks: Sequence[Look]) -> Html | None:

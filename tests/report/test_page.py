@@ -20,7 +20,7 @@ from pretrain.report.record import Record, read_record
 from tests.report.conftest import CATEGORIES, small_run
 from tests.report.fake_run import write_checkpoint, write_log
 
-SECTIONS = ["verdict", "accuracy", "curves", "pairs", "features", "neighbours"]
+SECTIONS = ["verdict", "accuracy", "curves", "pairs", "features", "gaze", "neighbours"]
 SECTIONS += ["confusion", "zero-shot", "data", "recipe", "environment"]
 VOID = {"img", "br", "meta", "hr", "col"}
 
