@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.checkpoint import folder_in, kept_of, latest, step_of, steps_in
+from pretrain.checkpoint import folder_in, kept_of, step_of, steps_in
 from pretrain.checkpoint.fetch import fetched
 from pretrain.checkpoint.names import step_name
 from pretrain.checkpoint.stores import store_at
 from pretrain.data.remote import Place
+from pretrain.intact import COMPLETE
 
 COPIES = "fetched"  # folder of a run: what was copied from the URL where its checkpoints lie
 
@@ -16,9 +17,9 @@ COPIES = "fetched"  # folder of a run: what was copied from the URL where its ch
 def find_checkpoint(run_folder: Path, name: str, which: str = "teacher") -> Path:
     """Folder of the checkpoint "first" (step 0, before any training), "last" (the newest whole one) or a step.
 
-    It is looked for where the run kept its checkpoints; what lies behind a URL is copied as far as `which`,
-    "teacher" or "student", needs it. Raises FileNotFoundError (no run, no such checkpoint, or not whole) and
-    ValueError (no such name).
+    The last is the newest that was written to its end; where that is damaged, no older one passes for it. It is looked
+    for where the run kept its checkpoints; what lies behind a URL is copied as far as `which`, "teacher" or "student",
+    needs it. Raises FileNotFoundError (no run, no such checkpoint, or not whole) and ValueError (no such name).
     """
     if not run_folder.is_dir():
         raise FileNotFoundError(f"{run_folder} is no folder: name the --out folder of a pre-training run")
@@ -28,17 +29,24 @@ def find_checkpoint(run_folder: Path, name: str, which: str = "teacher") -> Path
         )
     place = kept_of(run_folder)
     if name == "last":
-        folder = latest(place)
-        if folder is None:
+        finished = [step for step in steps_in(place) if _is_finished(folder_in(place, step))]
+        if not finished:
             raise FileNotFoundError(
                 f"{run_folder} holds no whole checkpoint: name the --out folder of `deepspeed pretrain/main.py`, "
                 f"after its first checkpoint was written (they are kept in {place})"
             )
+        step = max(finished)  # an older one in its place would pass for it
     else:
-        folder = _whole(place, 0 if name == "first" else int(name))
+        step = 0 if name == "first" else int(name)
+    folder = _whole(place, step)
     if isinstance(folder, Path):
         return folder
     return fetched(folder, which, run_folder / COPIES / step_name(step_of(folder)))
+
+
+def _is_finished(folder: Place) -> bool:
+    """Whether a checkpoint was written to its end, whatever became of it since."""
+    return COMPLETE in store_at(folder).sizes()
 
 
 def _whole(place: Place, step: int) -> Place:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from pretrain.checkpoint import WEIGHTS
+from pretrain.command import require_place
 from pretrain.config import Run
 from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.export.agreement import NotProven, summary
@@ -48,7 +49,12 @@ def export_run(arguments: list[str] | None = None) -> Exported:
     exporter = choose(options.to, Run.from_json((step_folder / "run.json").read_text()))
     suffix = "" if options.which == "teacher" else f"-{options.which}"
     folder = options.out or options.run / "export" / f"{options.to}{suffix}"
-    check_target(folder, 0)
+    if options.python != sys.executable and exporter.prove_in_toolkits is None:
+        raise ValueError(
+            f"--python {options.python} would be ignored: no other interpreter proves {options.to}; leave it out"
+        )
+    require_place("--out", folder)
+    check_target(folder, options.to, 0)
     print(f"reads the {options.which} of {step_folder}")
     trained = read_trained(options.run, step_folder, options.which, exporter.parts)
     print(f"writes and proves {options.to}: {trained.num_bytes / 2**20:,.0f} MiB of weights in the towers")

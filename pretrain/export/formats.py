@@ -149,7 +149,7 @@ def export(trained: Trained, name: str, folder: Path, python: str = sys.executab
     In all these cases `folder` is as it was.
     """
     exporter = choose(name, trained.run)
-    check_target(folder, exporter.num_copies * trained.num_bytes)
+    check_target(folder, name, exporter.num_copies * trained.num_bytes)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -179,12 +179,18 @@ def export(trained: Trained, name: str, folder: Path, python: str = sys.executab
     return Exported(folder, keys, proof, unproven)
 
 
-def check_target(folder: Path, num_bytes: int) -> None:
-    """FileExistsError or OSError before anything is written."""
+def check_target(folder: Path, name: str, num_bytes: int) -> None:
+    """FileExistsError or OSError before anything is written; an export of the same format is no obstacle."""
     if folder.exists() and not (folder / KEYS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
             f"{folder} exists and is no export ({KEYS} is missing): give an empty or new folder as --out"
         )
+    if (folder / KEYS).is_file():
+        there = json.loads((folder / KEYS).read_text()).get("format", name)
+        if there != name:
+            raise FileExistsError(
+                f"{folder} holds an export to {there}: name another --out for {name}, or delete it"
+            )
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if free < num_bytes:
@@ -196,7 +202,12 @@ def check_target(folder: Path, num_bytes: int) -> None:
 
 def publish(partial: Path, folder: Path) -> None:
     """Gives `partial` its name, in place of an earlier export."""
+    for cache in [*partial.rglob("__pycache__")]:  # of the proof, which ran the shipped modules
+        shutil.rmtree(cache)
     for path in (*partial.iterdir(), partial):
+        path.chmod(
+            path.stat().st_mode | 0o044 | (0o011 if path.is_dir() else 0)
+        )  # safetensors writes for one user
         flush(path)
     earlier = folder.with_name(f".{folder.name}.earlier")
     shutil.rmtree(earlier, ignore_errors=True)

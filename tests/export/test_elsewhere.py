@@ -85,6 +85,18 @@ def test_own_checkpoints_that_the_record_does_not_mean_are_told(
     assert find_checkpoint(moved, "last") == moved / "checkpoints" / "step_000003"
 
 
+def test_the_newest_checkpoint_is_no_older_one_when_it_is_damaged(vit_run: Path, tmp_path: Path) -> None:
+    run = kept_at(tmp_path / "run", tmp_path / "kept")
+    shutil.copytree(vit_run / "checkpoints", tmp_path / "kept")
+    newest = tmp_path / "kept" / "step_000003"
+    shutil.copytree(newest, tmp_path / "kept" / "step_000004")
+    (tmp_path / "kept" / "step_000004" / "COMPLETE").unlink()  # it is being written
+    assert find_checkpoint(run, "last") == newest
+    (newest / "facts.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"facts\.json has 2 bytes .* whole ones, steps \[0\]"):
+        find_checkpoint(run, "last")
+
+
 def test_damaged_record_of_the_place_is_told(tmp_path: Path) -> None:
     run = kept_at(tmp_path / "run", "x")
     (run / PLACE_RECORD).write_text("{}")

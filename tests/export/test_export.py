@@ -181,6 +181,19 @@ def test_format_for_another_backbone_is_refused(internimage_run: Path, vit_run: 
         export_run([str(vit_run), "--to", "internimage"])
 
 
+def test_another_format_in_the_folder_and_an_interpreter_without_use_are_refused(
+    vit_run: Path, tmp_path: Path
+) -> None:
+    folder = export_run([str(vit_run), "--to", "timm", "--out", str(tmp_path / "out")]).folder
+    assert {path.stat().st_mode & 0o044 for path in folder.iterdir()} == {0o044}
+    with pytest.raises(FileExistsError, match="holds an export to timm: name another --out for safetensors"):
+        export_run([str(vit_run), "--to", "safetensors", "--out", str(folder)])
+    with pytest.raises(ValueError, match="--python /bin/ls would be ignored"):
+        export_run([str(vit_run), "--to", "timm", "--python", "/bin/ls"])
+    with pytest.raises(ValueError, match=r"--out .*model\.safetensors/x cannot be written"):
+        export_run([str(vit_run), "--to", "timm", "--out", str(folder / "model.safetensors" / "x")])
+
+
 def test_unknown_format_names_those_that_fit(vit_run: Path) -> None:
     with pytest.raises(
         ValueError, match=r"'caffe' is unknown; choose from .* \(this run fits \[.*'timm'.*\]\)"
