@@ -17,8 +17,8 @@ COPIES = "fetched"  # folder of a run: what was copied from the URL where its ch
 def find_checkpoint(run_folder: Path, name: str, which: str = "teacher") -> Path:
     """Folder of the checkpoint "first" (step 0, before any training), "last" (the newest whole one) or a step.
 
-    The last is the newest that was written to its end; where that is damaged, no older one passes for it. It is looked
-    for where the run kept its checkpoints; what lies behind a URL is copied as far as `which`, "teacher" or "student",
+    The last is the newest that was written to its end; where that is damaged, no older one passes for it. They are
+    looked for where the run kept them; what lies behind a URL is copied as far as `which`, "teacher" or "student",
     needs it. Raises FileNotFoundError (no run, no such checkpoint, or not whole) and ValueError (no such name).
     """
     if not run_folder.is_dir():
