@@ -54,7 +54,11 @@ def run(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     numbers = recipe(options.task, options.recipe)
     if options.train_steps is not None:
-        changed = replace(numbers.optimisation, steps=options.train_steps)
+        changed = replace(
+            numbers.optimisation,
+            steps=options.train_steps,
+            warmup=min(numbers.optimisation.warmup, options.train_steps // 2),
+        )
         numbers = replace(numbers, optimisation=changed)
     if not 0 <= options.max_bad < 1:
         raise ValueError(f"--max-bad {options.max_bad} must lie in [0, 1): it is a share")

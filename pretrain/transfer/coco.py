@@ -123,6 +123,8 @@ def _check_thing(
             "unknown_category",
             f"{who} is of category {thing.get('category_id')!r}, and the listed ones are {list(categories)[:10]}",
         )
+    if thing.get("iscrowd", 0) not in (0, 1):
+        raise BadSample("bad_crowd", f"{who} has iscrowd {thing['iscrowd']!r}, it must be 0 or 1")
     box = thing.get("bbox")
     is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
     if not is_box or not all(map(math.isfinite, box)) or min(box[2:]) <= 0:
@@ -147,6 +149,7 @@ def _check_outline(who: str, outline: Any, image: dict[str, Any]) -> None:
         case {"size": found, "counts": str() | list()}:
             if list(found) != size:
                 raise BadSample("mask_size", f"{who} has a mask of {found}, its image has {size}")
+            _check_runs(who, outline)
         case [*polygons] if polygons and all(
             isinstance(p, list) and len(p) >= 6 and not len(p) % 2 for p in polygons
         ):
@@ -155,6 +158,24 @@ def _check_outline(who: str, outline: Any, image: dict[str, Any]) -> None:
             raise BadSample(
                 "bad_mask", f"{who} has segmentation {str(outline)[:60]}: it must be polygons or RLE"
             )
+
+
+def _check_runs(who: str, outline: dict[str, Any]) -> None:
+    """Raises BadSample unless the runs of an RLE are whole numbers that cover the image once."""
+    counts, pixels = outline["counts"], math.prod(outline["size"])
+    if isinstance(counts, list):
+        if not all(type(run) is int and run >= 0 for run in counts) or sum(counts) != pixels:
+            raise BadSample(
+                "bad_mask",
+                f"{who} has an RLE of {str(counts)[:40]}, whose runs must sum to its {pixels} pixels",
+            )
+        return
+    try:
+        if not counts:  # which the decoder takes, and reads beyond
+            raise ValueError("it is empty")
+        rle.decode(outline)
+    except (ValueError, UnicodeError) as error:
+        raise BadSample("bad_mask", f"{who} has a broken RLE {str(counts)[:40]!r}: {error}") from error
 
 
 def compressed(outline: Any, height: int, width: int) -> dict[str, Any]:

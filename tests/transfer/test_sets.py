@@ -56,6 +56,24 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"segmentation": {"size": [48, 64], "counts": [10]}}, "must sum to its 3072 pixels"),
+        ({"segmentation": {"size": [48, 64], "counts": [-1, 3073]}}, "must sum to its 3072 pixels"),
+        ({"segmentation": {"size": [48, 64], "counts": "!!!!bad"}}, "broken RLE '!!!!bad'"),
+        ({"segmentation": {"size": [48, 64], "counts": ""}}, "it is empty"),
+        ({"iscrowd": "no"}, "iscrowd 'no', it must be 0 or 1"),
+    ],
+)
+def test_runs_and_crowds_that_mean_nothing_are_refused(
+    fields: dict[str, Any], message: str, coco: Path
+) -> None:
+    path = change(coco, of_first(**fields))
+    with pytest.raises(ValueError, match=rf"1 of 4 cannot be used .*{message}"):
+        CocoSet(path, coco / "images", 0.0)
+
+
 @pytest.mark.parametrize("reason", BROKEN)
 def test_an_annotation_that_cannot_be_used_is_counted_or_refused(reason: str, coco: Path) -> None:
     edit, message = BROKEN[reason]
