@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from pretrain.data.faults import BadSample
-from pretrain.transfer.examples import IGNORED, Drops, Example, read_image
+from pretrain.transfer.examples import IGNORED, Drops, Example, read_image, resolved
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ONE_CHANNEL = ("1", "L", "P", "I", "I;16")
@@ -63,6 +63,7 @@ class MaskFolder:
         drops.require_few(f"pairs of {places.images}", len(images), max_bad)
         self.dropped = drops.counts
         self.image_ids = tuple(range(len(self._pairs)))
+        self.files = resolved(image for image, _ in self._pairs)
 
     def __len__(self) -> int:
         return len(self._pairs)

@@ -148,7 +148,7 @@ def test_the_command_writes_scores_and_detections_and_refuses_other_numbers(
     result = json.loads((out / "result.json").read_text())
     assert result["scores"]["box"]["n"] == 4 and result["recipe"] == "small"
     assert all(
-        found["image_id"] in (1, 2, 3, 4) for found in json.loads((out / "detections.json").read_text())
+        found["image_id"] in (5, 6, 7, 8) for found in json.loads((out / "detections.json").read_text())
     )
 
 
@@ -156,7 +156,8 @@ def test_an_image_that_breaks_later_is_counted_or_stops_the_training(
     runs: dict[str, Path], coco: Path, tmp_path: Path
 ) -> None:
     sets = open_sets("detect", Named(coco), 0.0)
-    (coco / "images" / "3.png").write_bytes(b"nothing")
+    for name in ("3.png", "7.png"):
+        (coco / "images" / name).write_bytes(b"nothing")
     bad = Machine(CPU.device, max_bad=0.0)
     with pytest.raises(
         ValueError, match=r"examples of step_000000 detect: 1 of 4 .*not_an_image 1.*3.png.*--max-bad"
