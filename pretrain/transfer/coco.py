@@ -12,6 +12,7 @@ import numpy as np
 from pycocotools import mask as rle
 
 from pretrain.data.faults import BadSample
+from pretrain.intact import sha256
 from pretrain.transfer.examples import Drops, Example, read_image, resolved
 
 LISTS = ("images", "annotations", "categories")
@@ -27,7 +28,8 @@ class CocoSet:
     """
 
     def __init__(self, path: Path, images: Path, max_bad: float) -> None:
-        self.path, self.images = path, images
+        self.path = self.place = path
+        self.images, self.sha256 = images, sha256(path)
         content = read_lists(path)
         categories = {category["id"]: str(category["name"]) for category in content["categories"]}
         self.category_ids, self.names = tuple(categories), tuple(categories.values())

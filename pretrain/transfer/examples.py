@@ -39,6 +39,8 @@ class AnnotatedSet(Protocol):
     image_ids: tuple[int, ...]  # as the set numbers its images
     has_masks: bool  # do all things have outlines?
     is_federated: bool  # are absent categories of an image unknown, as in LVIS?
+    place: Path  # as it was named
+    sha256: str  # of what tells its images and annotations apart from others
     files: frozenset[Path]  # that hold its images, without links
     dropped: Mapping[str, int]  # what was left out when it was opened, by reason
 

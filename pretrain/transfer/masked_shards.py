@@ -28,7 +28,8 @@ class MaskedShards:
     has_masks, is_federated = True, False
 
     def __init__(self, folder: Path, *, with_ground: bool) -> None:
-        self.shards = ShardFolder(folder)
+        self.shards, self.place = ShardFolder(folder), folder
+        self.sha256 = self.shards.sha256  # of the manifest, which has those of the shards
         categories = tuple(self.shards.manifest.categories)
         if not 1 <= len(categories) < IGNORED:
             raise ValueError(

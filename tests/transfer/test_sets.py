@@ -200,3 +200,16 @@ def test_images_that_teach_and_test_are_refused(coco: Path, shards: Path, tmp_pa
     mask_places(folder)
     with pytest.raises(ValueError, match="2 image files in common"):
         open_sets("segment", Named(train=folder, heldout=folder), 0.0)
+
+
+def test_a_set_that_changed_is_another_one(coco: Path, shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "masked").mkdir()
+    places = mask_places(tmp_path / "masked")
+    path = coco / "annotations" / "instances_train.json"
+    before = MaskFolder(places, 0.0).sha256, CocoSet(path, coco / "images", 0.0).sha256
+    Image.new("L", (8, 6), 1).save(places.masks / "b.png")
+    change(coco, of_first(bbox=[4, 8, 16, 15]))
+    after = MaskFolder(places, 0.0).sha256, CocoSet(path, coco / "images", 0.0).sha256
+    assert before[0] != after[0] and before[1] != after[1]
+    one, other = (MaskedShards(shards / split, with_ground=True) for split in ("train", "heldout"))
+    assert one.sha256 != other.sha256

@@ -142,9 +142,13 @@ def test_the_command_writes_scores_and_detections_and_refuses_other_numbers(
     monkeypatch.setitem(RECIPES["detect"], "small", lambda: small)
     assert command.main([*arguments, "--train-steps", "2"]) == 0
     assert command.main([*arguments, "--train-steps", "3"]) == 1
+    changed = coco / "annotations" / "instances_val.json"
+    changed.write_text(changed.read_text().replace('"area": 256', '"area": 255'))
+    assert command.main([*arguments, "--train-steps", "2"]) == 1
     said = capsys.readouterr()
     assert "bbox AP" in said.out and "segm AP" in said.out
-    assert "holds a training with numbers=" in said.err and "name another --out" in said.err
+    assert "holds a training with numbers=" in said.err and "(differing: ['heldout_set'])" in said.err
+    assert "name another --out" in said.err
     result = json.loads((out / "result.json").read_text())
     assert result["scores"]["box"]["n"] == 4 and result["recipe"] == "small"
     assert all(
