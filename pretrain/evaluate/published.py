@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isqrt
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretrain.config import Views
+from pretrain.initial.files import open_weights
 from pretrain.models import internimage_layouts as layouts
 from pretrain.models.guides import open_guide
 from pretrain.models.internimage import InternImage, StrideTokens
@@ -92,8 +92,13 @@ def _open_timm(folder: Path, config: Mapping[str, Any], size: int | None) -> Pub
 
     told = config.get("pretrained_cfg", {})
     options = {} if size is None else {"img_size": size}
+    # Not timm's own reading of the folder, which checks no file; without a source it takes these tensors, strictly.
+    given = {"source": "", "state_dict": _tensors(folder)}
     try:
-        trunk = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **options)
+        trunk = timm.create_model(
+            f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=given, **options
+        )
+        trunk.reset_classifier(0)
     except (RuntimeError, TypeError, FileNotFoundError) as error:
         raise ValueError(f"timm does not open {folder}: {error}; export or save it again") from error
     mean, std = (tuple(told.get(name, getattr(Views, name))) for name in ("mean", "std"))
@@ -132,14 +137,8 @@ def _open_internimage(file: Path, fields: Mapping[str, Any], size: int | None) -
         raise FileNotFoundError(
             f"{file} is missing: name a folder of `python -m pretrain.export --to internimage`"
         )
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"{file} holds no weights that can be read safely ({error}): export it again"
-        ) from error
+    state = _tensors(file)
     config = layouts.config_from_published(fields)
-    state = state.get("model", state)
     layout = layouts.detect_layout(state)
     model, head = nn.Module(), "dcnv3_head_x3.weight"
     dcnv3 = InternImage(config)
@@ -156,6 +155,19 @@ def _open_internimage(file: Path, fields: Mapping[str, Any], size: int | None) -
     model.load_state_dict(tensors, strict=True)
     views = Views(size=size or _proven_size(file.parent))
     return Published(PublishedEncoder(_InternImageTrunk(dcnv3, heads), _of_internimage, views.size), views)
+
+
+def _tensors(place: Path) -> dict[str, Tensor]:
+    """The tensors by name of a file, or of the one in a folder, also under "model"; ValueError for anything else."""
+    content = open_weights(place).tensors
+    content = content.get("model", content)
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+    ):
+        raise ValueError(f"{place} holds no tensors by name: export it again, or save model.state_dict()")
+    return dict(content)
 
 
 def _proven_size(folder: Path) -> int:

@@ -11,9 +11,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import pytest
+import timm
+import torch
 
 from pretrain.data.shards import ShardFolder
 from pretrain.evaluate.__main__ import evaluate, main
+from pretrain.evaluate.published import open_published
 from pretrain.export.__main__ import export_run
 from pretrain.facts import DataFacts
 from pretrain.recipes import load
@@ -103,8 +106,6 @@ def test_damaged_models_are_told(data: Path, tmp_path: Path, capsys: pytest.Capt
         (folder / "config.json").write_text(config)
         assert main(where) == 1
         assert told in capsys.readouterr().err
-    import torch
-
     (folder / "config.json").write_text(
         json.dumps(
             {"channels": 16, "depths": [1, 1, 1, 1], "groups": [1, 2, 4, 8], "use_clip_projector": True}
@@ -113,7 +114,50 @@ def test_damaged_models_are_told(data: Path, tmp_path: Path, capsys: pytest.Capt
     torch.save({"model": {"levels.0.norm.0.weight": torch.ones(16)}}, folder / "internimage.pth")
     assert main(where) == 1 and "does not fit its config.json" in capsys.readouterr().err
     (folder / "internimage.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    assert main(where) == 1 and "can be read safely" in capsys.readouterr().err
+    assert main(where) == 1 and "is no archive as torch.save writes" in capsys.readouterr().err
+
+
+class Greedy:
+    """Reserves memory when it is read, which `weights_only=True` allows."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bytearray, (10**12,)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"architecture": "vit_tiny_patch16_224"}, "pytorch_model.bin"),
+        ({"channels": 16, "depths": [1, 1, 1, 1], "groups": [1, 2, 4, 8]}, "internimage.pth"),
+    ],
+)
+def test_hostile_weights_are_not_read(config: dict[str, Any], name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save({"weight": Greedy()}, tmp_path / name)
+    with pytest.raises(ValueError, match=r"would call '.*bytearray' when it is read"):
+        open_published(tmp_path)
+    torch.save({"model": {"weight": 3}}, tmp_path / name)
+    with pytest.raises(ValueError, match="holds no tensors by name"):
+        open_published(tmp_path)
+
+
+def test_timm_weights_are_loaded_whole(tmp_path: Path) -> None:
+    arguments = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **arguments).eval()
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 3, "model_args": arguments}
+    config["pretrained_cfg"] = {"input_size": [3, 32, 32]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model.forward_features(images)
+        assert torch.equal(open_published(tmp_path, 32).encoder(images, summary=True), expected)
+    assert open_published(tmp_path, 64).encoder(torch.randn(1, 3, 64, 64)).shape == (1, 16, 24)
+    torch.save(
+        {k: v for k, v in model.state_dict().items() if k != "norm.bias"}, tmp_path / "pytorch_model.bin"
+    )
+    with pytest.raises(ValueError, match=r"(?s)timm does not open .*Missing key.*norm\.bias"):
+        open_published(tmp_path, 32)
 
 
 def test_two_ranks_measure_what_one_does(
