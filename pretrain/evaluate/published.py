@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretrain.config import Views
+from pretrain.export.preprocessor import read_preprocessor
 from pretrain.initial.files import open_weights
 from pretrain.models import internimage_layouts as layouts
 from pretrain.models.guides import open_guide
@@ -153,7 +154,8 @@ def _open_internimage(file: Path, fields: Mapping[str, Any], size: int | None) -
             f"have another shape, first {(*report.missing, *report.reshaped)[0]!r}: export it again"
         )
     model.load_state_dict(tensors, strict=True)
-    views = Views(size=size or _proven_size(file.parent))
+    pixels = read_preprocessor(file.parent)  # exports of before have none
+    views = replace(pixels or Views(), size=size or (pixels.size if pixels else _proven_size(file.parent)))
     return Published(PublishedEncoder(_InternImageTrunk(dcnv3, heads), _of_internimage, views.size), views)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import torch
 from pretrain.data.shards import ShardFolder
 from pretrain.evaluate.__main__ import evaluate, main
 from pretrain.evaluate.published import open_published
+from pretrain.export import internimage
 from pretrain.export.__main__ import export_run
+from pretrain.export.trained import Trained
 from pretrain.facts import DataFacts
 from pretrain.recipes import load
+from pretrain.towers import Towers
 from tests.engine.launch import start
 from tests.evaluate.runs import write_run
 from tests.evaluate.sets import COLORS
@@ -138,6 +142,21 @@ def test_hostile_weights_are_not_read(config: dict[str, Any], name: str, tmp_pat
         open_published(tmp_path)
     torch.save({"model": {"weight": 3}}, tmp_path / name)
     with pytest.raises(ValueError, match="holds no tensors by name"):
+        open_published(tmp_path)
+
+
+def test_an_export_is_shown_the_pixels_of_its_run(tmp_path: Path) -> None:
+    run = shrink(load("m3i.internimage_h"))
+    run = replace(run, views=replace(run.views, mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 0.5)))
+    torch.manual_seed(0)
+    towers = Towers(run, DataFacts(tuple(COLORS), 0)).requires_grad_(False).eval()
+    trained = Trained(run, DataFacts(tuple(COLORS), 0), towers, "teacher", "step_000003", {}, None, {})
+    internimage.write(trained, tmp_path)
+    views = open_published(tmp_path).views
+    assert (views.mean, views.std, views.size) == (run.views.mean, run.views.std, run.views.size)
+    assert open_published(tmp_path, 96).views.size == 96
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
+    with pytest.raises(ValueError, match="does not tell crop_size"):
         open_published(tmp_path)
 
 
