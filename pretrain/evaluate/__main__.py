@@ -115,8 +115,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         evaluated["checkpoints"][subject.name] = result.of_checkpoint(evidence, outcomes)
         evaluated["confusion"] = result.confusion(subject.name, evidence, outcomes)
         evaluated["neighbours"] = result.neighbours(subject.name, evidence)
+        result.write(out, evaluated)  # what is measured is kept, whatever becomes of the next subject
     if rank() == 0:
-        result.write(out, evaluated)
         print(result.table(evaluated))
         print(f"written to {out}")
     return evaluated
