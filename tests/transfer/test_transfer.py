@@ -15,6 +15,7 @@ from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.transfer import __main__ as command
 from pretrain.transfer import training
 from pretrain.transfer.backbone import load_trunk
+from pretrain.transfer.examples import Drops
 from pretrain.transfer.places import Named, open_sets
 from pretrain.transfer.recipes import RECIPES, Detect, Optimisation, recipe
 from pretrain.transfer.training import STATE, Layered, Machine, rate
@@ -190,3 +191,14 @@ def test_mistakes_are_told_before_anything_is_done(
     arguments = ["segment", str(runs["vit"]), "--data", str(shards), "--out", str(tmp_path / "out"), *changed]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         command.run(arguments)
+
+
+def test_a_resumed_training_tells_what_it_left_out_before(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    drops = Drops()
+    drops.add("unreadable", "a.png: nothing")
+    training._save(tmp_path / STATE, model, optimizer, 1, drops)
+    resumed = Drops(**torch.load(tmp_path / STATE, weights_only=True)["drops"])
+    with pytest.raises(ValueError, match=r"unreadable 1, first: a\.png: nothing"):
+        resumed.require_few("examples", 4, 0.0)
