@@ -4,7 +4,8 @@ python -m pretrain.evaluate RUN --data DIR        DIR/train gives the probes the
     --probes all --few-shot                       everything that reads frozen features
     --fine-tune [EPOCHS]                          the whole encoder too, trained on the categories: costs a training
 
-RUN is a run, one of its checkpoints, or an exported or published model (timm, internimage, Hugging Face, open_clip).
+RUN is a run, one of its checkpoints, or an exported or published model (timm, internimage,
+safetensors, Hugging Face, open_clip).
 DIR/train and DIR/heldout are data sets of `data_prep`, or folders with one folder of images a class. Several ranks
 share the images: torchrun --nproc-per-node 8 -m pretrain.evaluate RUN --data DIR
 """

@@ -21,7 +21,9 @@ from pretrain.models.guides import open_guide
 from pretrain.models.internimage import InternImage, StrideTokens
 from pretrain.models.pooling import prepend_mean
 
-CONFIG, PLAIN_FILE, PROOF = "config.json", "internimage.pth", "keys.json"
+CONFIG, PLAIN_FILE = "config.json", "internimage.pth"
+KEYS = "keys.json"  # of an export: its format, and how it was proven
+SERVED = ("timm", "internimage", "safetensors")  # formats that every run fits one of
 DEFAULT_SIZE = 224  # pixels, where no file tells the size of the images
 
 
@@ -72,7 +74,8 @@ def open_published(place: Path, size: int | None = None) -> Published:
     out. ValueError for a folder of no known kind and for weights that do not fit, FileNotFoundError without files.
     """
     folder = place if place.is_dir() else place.parent
-    config = _config(folder)
+    config = _read_json(folder / CONFIG)
+    _require_served(folder, config)
     if "architecture" in config:
         return _open_timm(folder, config, size)
     if "channels" in config and "model_type" not in config:
@@ -80,6 +83,19 @@ def open_published(place: Path, size: int | None = None) -> Published:
     guide = open_guide(folder)
     views = Views(size=size or guide.patch * guide.grid, mean=tuple(guide.mean), std=tuple(guide.std))
     return Published(PublishedEncoder(guide.tower, _of_tower, views.size), views)
+
+
+def _require_served(folder: Path, config: Mapping[str, Any]) -> None:
+    """ValueError for our exports that only other programs read."""
+    name = _read_json(folder / KEYS).get("format")
+    if config.get("model_type") == "internimage":
+        name = "huggingface"
+    elif name in (None, *SERVED, "huggingface"):
+        return
+    raise ValueError(
+        f"{folder} is an export --to {name}, which is not evaluated here: name the run itself, or export it --to one "
+        f"of {', '.join(SERVED)} that holds it"
+    )
 
 
 def is_published(place: Path) -> bool:
@@ -174,14 +190,12 @@ def _tensors(place: Path) -> dict[str, Tensor]:
 
 def _proven_size(folder: Path) -> int:
     """The smallest size at which the export was proven: that of the run's views."""
-    if not (folder / PROOF).is_file():
-        return DEFAULT_SIZE
-    proof = json.loads((folder / PROOF).read_text()).get("proof", [])
+    proof = _read_json(folder / KEYS).get("proof", [])
     return min((agreement["size"] for agreement in proof if "size" in agreement), default=DEFAULT_SIZE)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
+def _read_json(path: Path) -> dict[str, Any]:
+    """Empty without the file."""
     try:
         found = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:

@@ -18,7 +18,8 @@ import torch
 from pretrain.data.shards import ShardFolder
 from pretrain.evaluate.__main__ import evaluate, main
 from pretrain.evaluate.published import open_published
-from pretrain.export import internimage
+from pretrain.evaluate.subjects import find_subjects
+from pretrain.export import internimage, safetensors_file
 from pretrain.export.__main__ import export_run
 from pretrain.export.trained import Trained
 from pretrain.facts import DataFacts
@@ -142,6 +143,34 @@ def test_hostile_weights_are_not_read(config: dict[str, Any], name: str, tmp_pat
         open_published(tmp_path)
     torch.save({"model": {"weight": 3}}, tmp_path / name)
     with pytest.raises(ValueError, match="holds no tensors by name"):
+        open_published(tmp_path)
+
+
+def test_an_export_of_all_towers_is_opened_whole(tmp_path: Path) -> None:
+    run, facts = shrink(load("m3i.vit_b16")), DataFacts(tuple(COLORS), 0)
+    towers = Towers(run, facts).requires_grad_(False).eval()
+    towers.fold_norms()
+    safetensors_file.write(Trained(run, facts, towers, "teacher", "step_000003", {}, None, {}), tmp_path)
+    (named,) = find_subjects(tmp_path, [])
+    found = named.open()
+    assert (found.run, found.facts.categories) == (run, facts.categories)
+    state = found.towers.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in towers.state_dict().items())
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"does not fit its config\.json .*: export it again"):
+        named.open()
+
+
+def test_exports_that_are_not_evaluated_say_which_are(tmp_path: Path) -> None:
+    told = (
+        r"an export --to {}, .*name the run itself, or export it --to one of timm, internimage, safetensors"
+    )
+    (tmp_path / "keys.json").write_text('{"format": "onnx"}')
+    with pytest.raises(ValueError, match=told.format("onnx")):
+        open_published(tmp_path)
+    (tmp_path / "keys.json").write_text('{"format": "huggingface"}')
+    (tmp_path / "config.json").write_text('{"model_type": "internimage", "channels": 16}')
+    with pytest.raises(ValueError, match=told.format("huggingface")):
         open_published(tmp_path)
 
 
