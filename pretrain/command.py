@@ -11,15 +11,22 @@ MISTAKE = 1  # exit code for what the user can mend
 INTERRUPTED = 130
 
 
-def exit_code(work: Callable[[list[str] | None], object], arguments: Sequence[str] | None = None) -> int:
-    """0 when `work` is done; a mistake of the user's (ValueError, OSError) is told in one message."""
+def exit_code(
+    work: Callable[[list[str] | None], object],
+    arguments: Sequence[str] | None = None,
+    interrupted: str = "nothing was written",
+) -> int:
+    """0 when `work` is done; a mistake of the user's (ValueError, OSError) is told in one message.
+
+    `interrupted` says what is left when the user ends it (Ctrl-C).
+    """
     try:
         work(None if arguments is None else list(arguments))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written", file=sys.stderr)
+        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -4,9 +4,9 @@ python -m pretrain.evaluate RUN --data DIR        DIR/train gives the probes the
     --probes all --few-shot                       everything that reads frozen features
     --fine-tune [EPOCHS]                          the whole encoder too, trained on the categories: costs a training
 
-RUN is a run, one of its checkpoints, or an exported or published model (timm, internimage, Hugging Face, open_clip).
-DIR/train and DIR/heldout are data sets of `data_prep`, or folders with one folder of images a class. Several ranks
-share the images: torchrun --nproc-per-node 8 -m pretrain.evaluate RUN --data DIR
+RUN is a run, one of its checkpoints, or an exported or published model (timm, internimage, safetensors,
+Hugging Face, open_clip). DIR/train and DIR/heldout are data sets of `data_prep`, or folders with one folder of images
+a class. Several ranks share the images: torchrun --nproc-per-node 8 -m pretrain.evaluate RUN --data DIR
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from pretrain.evaluate.templates import AUTO, TEMPLATES
 from pretrain.main import silence
 
 RESULT = "evaluation.json"
+INTERRUPTED = "the result holds the checkpoints that were measured before, if any"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -115,8 +116,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         evaluated["checkpoints"][subject.name] = result.of_checkpoint(evidence, outcomes)
         evaluated["confusion"] = result.confusion(subject.name, evidence, outcomes)
         evaluated["neighbours"] = result.neighbours(subject.name, evidence)
+        result.write(out, evaluated)  # what is measured is kept, whatever becomes of the next subject
     if rank() == 0:
-        result.write(out, evaluated)
         print(result.table(evaluated))
         print(f"written to {out}")
     return evaluated
@@ -180,11 +181,11 @@ def split_folders(data: Path | None, train: Path | None, heldout: Path | None) -
 def main(arguments: list[str] | None = None) -> int:
     """Exit code. A mistake of the user's is told in one message, of several ranks by the first."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return exit_code(evaluate, arguments)
+        return exit_code(evaluate, arguments, INTERRUPTED)
     dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         with nullcontext() if rank() == 0 else silence():
-            return exit_code(evaluate, arguments)
+            return exit_code(evaluate, arguments, INTERRUPTED)
     finally:
         dist.destroy_process_group()
 

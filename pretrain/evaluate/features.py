@@ -115,13 +115,27 @@ class Pictures:
         return int(text)
 
 
+class NoneReadable(ValueError):
+    """No picture can be seen; `dropped` has the reasons."""
+
+    def __init__(self, message: str, dropped: Counter[str]) -> None:
+        super().__init__(message)
+        self.dropped = dropped
+
+
 def readable(
-    pictures: Pictures, dropped: Counter[str], *, limit: float, workers: int, title: str
+    pictures: Pictures,
+    dropped: Counter[str],
+    *,
+    limit: float,
+    workers: int,
+    title: str,
+    share_of: int | None = None,
 ) -> Iterator[list[Picture]]:
     """The pictures that can be seen, some at once, with a progress bar named `title`.
 
-    The others are counted in `dropped`, by reason. DataError when they exceed `limit`, ValueError when no picture
-    can be seen.
+    The others are counted in `dropped`, by reason. DataError when they exceed `limit` of those that were read, or of
+    the `share_of` pictures that these are a share of; NoneReadable when no picture can be seen.
     """
     loader = DataLoader(pictures, IMAGES_AT_ONCE, num_workers=workers, collate_fn=list)
     interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds between two states of the bar
@@ -133,12 +147,14 @@ def readable(
             dropped.update(picture.reason for picture in batch if picture.view is None)
             bar.update(len(batch))
             if bad := [picture for picture in batch if picture.view is None]:
-                check_bad_share(dropped, bar.n, limit, f"{pictures.shards.folder}: {bad[-1].message}")
+                told = f"{pictures.shards.folder}: {bad[-1].message}"
+                check_bad_share(dropped, share_of or bar.n, limit, told)
             if good:
                 yield good
     if sum(dropped.values()) == len(pictures):
-        raise ValueError(
-            f"{pictures.shards.folder} has no readable image ({dict(dropped)}): build the data set again"
+        raise NoneReadable(
+            f"{pictures.shards.folder} has no readable image ({dict(dropped)}): build the data set again",
+            dropped,
         )
 
 
@@ -170,7 +186,9 @@ def extract(
     vectors: dict[str, list[Tensor]] = {}
     dropped: Counter[str] = Counter()
     collector = TokenCollector(dense)
-    for good in readable(pictures, dropped, limit=run.max_bad, workers=workers, title=title):
+    share_of = num_images if world_size() > 1 else None
+    options = {"limit": run.max_bad, "workers": workers, "title": title, "share_of": share_of}
+    for good in readable(pictures, dropped, **options):
         views = torch.stack([picture.view for picture in good]).to(device)
         with layer_means(towers.encoder) if LAYERS in kept else nullcontext({}) as means:
             tokens = towers.encoder(normalise(views, run.views.mean, run.views.std, torch.float32))

@@ -30,7 +30,7 @@ from pretrain.data.views import cut, draw_crop
 from pretrain.evaluate.augment import rand_augment, seeded
 from pretrain.evaluate.evidence import NotMeasured
 from pretrain.evaluate.features import IMAGES_AT_ONCE, Pictures
-from pretrain.evaluate.layers import layer_order, names_without_decay
+from pretrain.evaluate.layers import UnknownOrder, layer_order, names_without_decay
 from pretrain.evaluate.published import PublishedEncoder
 from pretrain.models.backbone import build_encoder
 from pretrain.models.drop_path import DropPath
@@ -156,7 +156,8 @@ def fine_tune(
     """The classifier after the last epoch; nothing is selected by held-out images.
 
     Float32; on a CPU one seed gives the same bits. `towers`, which are on `device`, stay as they are. Raises
-    NotMeasured when the loss is not finite, ValueError with fewer than two training images.
+    NotMeasured when the loss is not finite and for an encoder of unknown layers, ValueError with fewer than two
+    training images.
     """
     num_images = len(train.index)
     if num_images < 2:
@@ -167,7 +168,11 @@ def fine_tune(
     peak = settings.base_lr * math.sqrt(batch / BASE_BATCH)
     encoder = _encoder(towers, run, settings.drop_path)
     model = Classifier(encoder, num_categories, drops=settings.drop_path > 0).to(device).train()
-    optimizer = torch.optim.AdamW(model.groups(settings), lr=peak, betas=settings.betas)
+    try:
+        groups = model.groups(settings)
+    except UnknownOrder as error:
+        raise NotMeasured(f"each layer has a rate of its own, and {error}") from error
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=settings.betas)
     mix = Mixup(
         settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=num_categories
     )

@@ -8,7 +8,7 @@ state.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,12 +20,13 @@ from pretrain import randomness
 from pretrain.collectives import gather_rows, rank, world_size
 from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
+from pretrain.data.faults import BadSample
 from pretrain.data.text import Captions
 from pretrain.evaluate import knn, zero_shot
 from pretrain.evaluate.accuracy import score
 from pretrain.evaluate.features import Pictures
 from pretrain.evaluate.protocols import SPLITS, read_manifests
-from pretrain.evaluate.templates import AUTO, PROMPTS, choose_templates
+from pretrain.evaluate.templates import AUTO, choose_templates
 from pretrain.facts import DataFacts
 from pretrain.models.pixels import normalise
 from pretrain.towers import EMBEDDED, active_targets
@@ -70,6 +71,8 @@ class TeacherCheck:
             )
             for split in SPLITS
         }
+        for split, pictures in self._pictures.items():
+            _require_label(pictures, manifests[split].num_samples, MOST_IMAGES[split])
 
     def __call__(self, engine: Taught) -> dict[str, Any]:
         """Rows of the result by protocol, as `python -m pretrain.evaluate` gives them. A collective call."""
@@ -129,8 +132,21 @@ class TeacherCheck:
             texts = (tokens.to(engine.device), token_mask.to(engine.device))
             return engine.ask_teacher(None, ("texts",), False, texts)["texts"]
 
-        _, _, names = choose_templates(AUTO, self.categories)
-        return zero_shot.class_vectors(names, self._captions.encode, embed, PROMPTS)
+        _, templates, names = choose_templates(AUTO, self.categories)
+        return zero_shot.class_vectors(names, self._captions.encode, embed, templates)
+
+
+def _require_label(pictures: Pictures, num_images: int, most: int) -> None:
+    """ValueError unless one of the images that all ranks together read has a label; no image is decoded."""
+    count = min(num_images, most)
+    for place in range(count):
+        with suppress(BadSample):
+            if pictures.shards.sample(place * num_images // count).get("cls", b"").strip():
+                return
+    raise ValueError(
+        f"none of the {count} images of {pictures.shards.folder} that the teacher would be judged by has a label: "
+        "name another data set"
+    )
 
 
 def _share(num_images: int, most: int) -> list[int | None]:

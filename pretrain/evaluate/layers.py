@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pretrain.models.internimage import InternImage
 
 LAYER = "layer "  # and its number from 1, a name of its mean
+LISTS = ("blocks", "layers", "levels")  # where a trunk has its layers
 NUM_LAYERS = 4  # the last ones, as DINO's linear evaluation has them (arXiv 2104.14294, appendix F)
 
 # Trunks that do not tell it themselves, in timm's notation: group -> patterns of names and what orders them;
@@ -28,10 +29,14 @@ MATCHERS: dict[type[nn.Module], dict[str, Any]] = {
 }
 
 
+class UnknownOrder(ValueError):
+    """An encoder does not tell in which order its layers stand."""
+
+
 def layer_order(encoder: nn.Module) -> dict[str, int]:
     """Name of a parameter -> number of its layer, from 0 at the image; token heads after the trunk are left out.
 
-    Raises ValueError for a trunk whose order is unknown.
+    Raises UnknownOrder for a trunk that does not tell it.
     """
     name, trunk, matcher = _trunk(encoder)
     found = group_parameters(trunk, matcher, reverse=True)
@@ -42,10 +47,15 @@ def layer_order(encoder: nn.Module) -> dict[str, int]:
 def layer_means(encoder: nn.Module) -> Iterator[dict[str, Float[Tensor, "b _"]]]:
     """What is filled, while inside, with the mean over the positions of each of the last NUM_LAYERS layers.
 
-    Layers are a ViT's blocks, without its class token, and the stages of Swin and InternImage.
+    Layers are a ViT's blocks, without its class token, and the stages of Swin and InternImage. Nothing is filled
+    for an encoder of unknown order.
     """
-    _, trunk, _ = _trunk(encoder)
-    layers = next(getattr(trunk, name) for name in ("blocks", "layers", "levels") if hasattr(trunk, name))
+    try:
+        _, trunk, _ = _trunk(encoder)
+    except UnknownOrder:
+        yield {}
+        return
+    layers = next((getattr(trunk, name) for name in LISTS if hasattr(trunk, name)), ())
     prefix = getattr(trunk, "num_prefix_tokens", 0)
     means: dict[str, Tensor] = {}
 
@@ -82,7 +92,7 @@ def _trunk(encoder: nn.Module) -> tuple[str, nn.Module, Any]:
         if type(child) in MATCHERS:
             return name, child, MATCHERS[type(child)]
     known = sorted(kind.__name__ for kind in MATCHERS)
-    raise ValueError(
+    raise UnknownOrder(
         f"{type(encoder).__name__} has neither a timm model nor one of {known} in it, so the order of its layers is "
         "unknown: add it to MATCHERS in pretrain/evaluate/layers.py"
     )

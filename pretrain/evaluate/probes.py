@@ -189,6 +189,8 @@ def measure(evidence: Evidence, names: Sequence[str] = DEFAULT) -> dict[str, Out
 
 
 def _encoder(evidence: Evidence) -> zero_shot.Encode:
+    if evidence.encode is None and evidence.facts.vocab_size:
+        raise NotMeasured("an export holds no tokenizer: name the run")
     if evidence.encode is None:
         raise NotMeasured("the run has no text tower: none of its sources has captions")
     return evidence.encode

@@ -33,6 +33,8 @@ def linear_paper(evidence: Evidence) -> Outcome:
 def linear_sweep(evidence: Evidence) -> Outcome:
     """The best of all features and rates, as chosen by a part of the training images and trained again on all."""
     truth, num_categories = heldout_labels(evidence), len(evidence.categories)
+    if not evidence.train.layers:
+        raise NotMeasured("the model does not tell the order of its layers, among which this probe chooses")
     train, labels = _labelled(choices(evidence.train), evidence.train)
     heldout, _ = _labelled(choices(evidence.heldout), evidence.heldout)
     fit, chosen_by = heads.selection_split(labels)

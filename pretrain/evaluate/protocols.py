@@ -110,7 +110,7 @@ def measure_subject(
             dense=samplings[split],
             kept=kept,
         )
-        features[split] = gathered(work)
+        features[split] = gathered(work, run.max_bad, folders[split])
     if rank() > 0:
         return None
     evidence = Evidence(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretrain.config import Views
+from pretrain.export.preprocessor import read_preprocessor
+from pretrain.initial.files import open_weights
 from pretrain.models import internimage_layouts as layouts
 from pretrain.models.guides import open_guide
 from pretrain.models.internimage import InternImage, StrideTokens
 from pretrain.models.pooling import prepend_mean
 
-CONFIG, PLAIN_FILE, PROOF = "config.json", "internimage.pth", "keys.json"
+CONFIG, PLAIN_FILE = "config.json", "internimage.pth"
+KEYS = "keys.json"  # of an export: its format, and how it was proven
+SERVED = ("timm", "internimage", "safetensors")  # formats that every run fits one of
 DEFAULT_SIZE = 224  # pixels, where no file tells the size of the images
 
 
@@ -71,7 +74,8 @@ def open_published(place: Path, size: int | None = None) -> Published:
     out. ValueError for a folder of no known kind and for weights that do not fit, FileNotFoundError without files.
     """
     folder = place if place.is_dir() else place.parent
-    config = _config(folder)
+    config = _read_json(folder / CONFIG)
+    _require_served(folder, config)
     if "architecture" in config:
         return _open_timm(folder, config, size)
     if "channels" in config and "model_type" not in config:
@@ -79,6 +83,19 @@ def open_published(place: Path, size: int | None = None) -> Published:
     guide = open_guide(folder)
     views = Views(size=size or guide.patch * guide.grid, mean=tuple(guide.mean), std=tuple(guide.std))
     return Published(PublishedEncoder(guide.tower, _of_tower, views.size), views)
+
+
+def _require_served(folder: Path, config: Mapping[str, Any]) -> None:
+    """ValueError for our exports that only other programs read."""
+    name = _read_json(folder / KEYS).get("format")
+    if config.get("model_type") == "internimage":
+        name = "huggingface"
+    elif name in (None, *SERVED, "huggingface"):
+        return
+    raise ValueError(
+        f"{folder} is an export --to {name}, which is not evaluated here: name the run itself, or export it --to one "
+        f"of {', '.join(SERVED)} that holds it"
+    )
 
 
 def is_published(place: Path) -> bool:
@@ -92,8 +109,13 @@ def _open_timm(folder: Path, config: Mapping[str, Any], size: int | None) -> Pub
 
     told = config.get("pretrained_cfg", {})
     options = {} if size is None else {"img_size": size}
+    # Not timm's own reading of the folder, which checks no file; without a source it takes these tensors, strictly.
+    given = {"source": "", "state_dict": _tensors(folder)}
     try:
-        trunk = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **options)
+        trunk = timm.create_model(
+            f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=given, **options
+        )
+        trunk.reset_classifier(0)
     except (RuntimeError, TypeError, FileNotFoundError) as error:
         raise ValueError(f"timm does not open {folder}: {error}; export or save it again") from error
     mean, std = (tuple(told.get(name, getattr(Views, name))) for name in ("mean", "std"))
@@ -132,14 +154,8 @@ def _open_internimage(file: Path, fields: Mapping[str, Any], size: int | None) -
         raise FileNotFoundError(
             f"{file} is missing: name a folder of `python -m pretrain.export --to internimage`"
         )
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"{file} holds no weights that can be read safely ({error}): export it again"
-        ) from error
+    state = _tensors(file)
     config = layouts.config_from_published(fields)
-    state = state.get("model", state)
     layout = layouts.detect_layout(state)
     model, head = nn.Module(), "dcnv3_head_x3.weight"
     dcnv3 = InternImage(config)
@@ -154,20 +170,32 @@ def _open_internimage(file: Path, fields: Mapping[str, Any], size: int | None) -
             f"have another shape, first {(*report.missing, *report.reshaped)[0]!r}: export it again"
         )
     model.load_state_dict(tensors, strict=True)
-    views = Views(size=size or _proven_size(file.parent))
+    pixels = read_preprocessor(file.parent)  # exports of before have none
+    views = replace(pixels or Views(), size=size or (pixels.size if pixels else _proven_size(file.parent)))
     return Published(PublishedEncoder(_InternImageTrunk(dcnv3, heads), _of_internimage, views.size), views)
+
+
+def _tensors(place: Path) -> dict[str, Tensor]:
+    """The tensors by name of a file, or of the one in a folder, also under "model"; ValueError for anything else."""
+    content = open_weights(place).tensors
+    content = content.get("model", content)
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+    ):
+        raise ValueError(f"{place} holds no tensors by name: export it again, or save model.state_dict()")
+    return dict(content)
 
 
 def _proven_size(folder: Path) -> int:
     """The smallest size at which the export was proven: that of the run's views."""
-    if not (folder / PROOF).is_file():
-        return DEFAULT_SIZE
-    proof = json.loads((folder / PROOF).read_text()).get("proof", [])
+    proof = _read_json(folder / KEYS).get("proof", [])
     return min((agreement["size"] for agreement in proof if "size" in agreement), default=DEFAULT_SIZE)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
+def _read_json(path: Path) -> dict[str, Any]:
+    """Empty without the file."""
     try:
         found = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,33 +14,74 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.collectives import rank, world_size
+from pretrain.data.faults import check_bad_share
 from pretrain.evaluate import dense
 from pretrain.evaluate.cached import CachedTokens
-from pretrain.evaluate.features import Features
+from pretrain.evaluate.features import Features, NoneReadable
 
 TIMEOUT = timedelta(days=1)  # ranks that have nothing left to do wait for the first, which trains probes
 
 
-def gathered(work: Callable[[], Features]) -> Features | None:
-    """What `work` gives on all ranks, in the order of the ranks, on the first; None on the others.
+@dataclass(frozen=True)
+class Share:
+    """What became of one rank's images."""
 
-    A collective call. An error (ValueError, OSError) of one rank is raised by all.
+    features: Features | None  # None: none of them is readable, or there is none
+    dropped: Counter[str]
+    problem: Exception | None = None
+
+    @property
+    def counts(self) -> tuple[str | None, Counter[str], int]:
+        """Problem, samples left out by reason, samples seen: what all ranks are told."""
+        num_seen = 0 if self.features is None else len(self.features.index)
+        return None if self.problem is None else str(self.problem), self.dropped, num_seen
+
+
+def share_of(work: Callable[[], Features]) -> Share:
+    """What `work` gives, or why it gives nothing."""
+    try:
+        found = work()
+    except NoneReadable as error:
+        return Share(None, error.dropped)
+    except (ValueError, OSError) as error:
+        return Share(None, Counter(), error)
+    return Share(found, Counter(found.dropped))
+
+
+def judge(
+    counts: Sequence[tuple[str | None, Counter[str], int]], max_bad: float, folder: Path
+) -> Counter[str]:
+    """The samples left out of the whole data set; ValueError for a problem of one rank and for too many of them."""
+    if told := [problem for problem, _, _ in counts if problem is not None]:
+        raise ValueError(told[0])
+    dropped = sum((dropped for _, dropped, _ in counts), Counter())
+    num_seen = sum(num_seen for _, _, num_seen in counts)
+    check_bad_share(dropped, num_seen + dropped.total(), max_bad, f"one of {folder}")
+    if not num_seen:
+        raise ValueError(f"{folder} has no readable image ({dict(dropped)}): build the data set again")
+    return dropped
+
+
+def gathered(work: Callable[[], Features], max_bad: float, folder: Path) -> Features | None:
+    """What `work` gives of `folder` on all ranks, in the order of the ranks, on the first; None on the others.
+
+    A collective call. An error (ValueError, OSError) of one rank is raised by all; whether more than a share of
+    `max_bad` is unreadable is judged of all images together.
     """
     if world_size() == 1:
         return work()
-    part, problem = None, None
+    share = share_of(work)
+    counts: list[Any] = [None] * world_size()
+    dist.all_gather_object(counts, share.counts)
     try:
-        part = work()
-    except (ValueError, OSError) as error:
-        problem = error
-    problems: list[Any] = [None] * world_size()
-    dist.all_gather_object(problems, None if problem is None else str(problem))
-    told = [text for text in problems if text is not None]
-    if told:
-        raise ValueError(told[0]) from problem
-    parts = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(part, parts)
-    return None if parts is None else join(parts)
+        dropped = judge(counts, max_bad, folder)
+    except ValueError as error:
+        raise error from share.problem
+    parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(share.features, parts)
+    if parts is None:
+        return None
+    return replace(join([part for part in parts if part is not None]), dropped=dict(dropped))
 
 
 def join(parts: Sequence[Features]) -> Features:

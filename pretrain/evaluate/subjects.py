@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,11 +15,14 @@ from pretrain.checkpoint import load_towers
 from pretrain.config import Mask, Run
 from pretrain.data.text import Captions
 from pretrain.evaluate.checkpoints import find_checkpoint
-from pretrain.evaluate.published import EncoderAlone, is_published, open_published
+from pretrain.evaluate.published import CONFIG, EncoderAlone, is_published, open_published
 from pretrain.evaluate.zero_shot import Encode
+from pretrain.export.safetensors_file import WEIGHTS
 from pretrain.facts import DataFacts
+from pretrain.initial.files import open_weights
 from pretrain.intact import verify
 from pretrain.recipes import load
+from pretrain.towers import Towers
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ def open_checkpoint(step: Path) -> Subject:
 
 
 def open_model(place: Path, size: int | None) -> Subject:
+    folder = place if place.is_dir() else place.parent
+    if (folder / WEIGHTS).is_file():
+        return _open_towers(folder, size)
     found = open_published(place, size)
     base = load("m3i.vit_b16")
     mask = Mask(patch=max(found.views.size // 2, 1))  # nothing is masked
@@ -71,6 +78,25 @@ def open_model(place: Path, size: int | None) -> Subject:
         base, name=f"none, published as {place.name}", views=found.views, mask=replace(mask, min_block=1)
     )
     return Subject(place.name, run, DataFacts(categories=(), vocab_size=0), EncoderAlone(found.encoder), None)
+
+
+def _open_towers(folder: Path, size: int | None) -> Subject:
+    """An export --to safetensors: all of a run's towers, without its tokenizer. ValueError for what does not fit."""
+    if size is not None:
+        raise ValueError(f"--image-size {size} is of published models: {folder} tells its own, leave it out")
+    try:
+        told = json.loads((folder / CONFIG).read_text())
+        run, facts = (
+            kind.from_json(json.dumps(told[key])) for kind, key in ((Run, "run"), (DataFacts, "facts"))
+        )
+        towers = Towers(run, facts).requires_grad_(False).eval()
+        towers.fold_norms()
+        towers.load_state_dict(dict(open_weights(folder / WEIGHTS).tensors), strict=True)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{WEIGHTS} of {folder} does not fit its {CONFIG} ({error!r}): export it again"
+        ) from error
+    return Subject(folder.name, run, facts, towers, None)
 
 
 def embed_with(

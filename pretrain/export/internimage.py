@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.export.agreement import Agreement, NotProven, compare, random_images
 from pretrain.export.keys import Keys
+from pretrain.export.preprocessor import write_preprocessor
 from pretrain.export.trained import Trained
 from pretrain.models import internimage_layouts as layouts
 from pretrain.models.internimage import INTERNIMAGE, InternImage, StrideTokens, stage_maps, stride_tokens
@@ -37,7 +38,10 @@ MASK_TOKEN = "zeros: readers know the layout by this first key; the decoder's ow
 
 
 def write(trained: Trained, folder: Path) -> dict[str, Keys]:
-    """Writes FILES and config.json, the published constructor's arguments; tells what became of every tensor."""
+    """Writes FILES, config.json, the published constructor's arguments, and preprocessor_config.json, the pixels.
+
+    Tells what became of every tensor.
+    """
     config = INTERNIMAGE[trained.run.backbone.size]
     told = {}
     for name, layout in FILES.items():
@@ -45,6 +49,7 @@ def write(trained: Trained, folder: Path) -> dict[str, Keys]:
         torch.save({"model": tensors}, folder / name)
     fields = layouts.config_to_published(config)
     (folder / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
+    write_preprocessor(trained.run.views, folder)
     return told
 
 
@@ -160,7 +165,8 @@ def how_to_load(trained: Trained) -> str:
     lines = [
         "`internimage.pth` is for InternImage's code: classification reads it as a checkpoint, its detection and",
         'segmentation code as `backbone=dict(init_cfg=dict(type="Pretrained", checkpoint="internimage.pth"))`.',
-        "`config.json` holds the constructor's arguments. Detection and segmentation load non-strictly, so compare",
+        "`config.json` holds the constructor's arguments, `preprocessor_config.json` the size and the statistics of",
+        "the pixels. Detection and segmentation load non-strictly, so compare",
         "what they report with `keys.json`. `internimage_pretraining.pth` is the layout of the released",
         "pre-training checkpoints.",
         "",

@@ -77,7 +77,7 @@ def run(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code. A mistake of the user's is told in one message."""
-    return exit_code(run, arguments)
+    return exit_code(run, arguments, "the same command goes on from the last state that was kept, if any")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,11 @@ def average_precision(truth: COCO, detections: Sequence[Annotation], kind: str) 
     the images with replacement, to both sides of it, inside [0, 1]: percentiles of such samples lie too high, since
     AP rises where images come twice. A measure that nothing in the truth asks for is None. Source: cocodataset.org.
     """
+    # Of a detection with a box, loadRes takes the area of the box, by which a mask would be sorted into s, m and l.
+    left_out = {"bbox"} if kind == "segm" else set()
+    judged = [{k: copy.deepcopy(v) for k, v in one.items() if k not in left_out} for one in detections]
     with contextlib.redirect_stdout(io.StringIO()):
-        found = truth.loadRes(copy.deepcopy(list(detections))) if detections else _nothing(truth)
+        found = truth.loadRes(judged) if judged else _nothing(truth)
         judge = COCOeval(truth, found, kind)
         judge.evaluate()
         judge.accumulate()

@@ -12,7 +12,8 @@ import numpy as np
 from pycocotools import mask as rle
 
 from pretrain.data.faults import BadSample
-from pretrain.transfer.examples import Drops, Example, read_image
+from pretrain.intact import sha256
+from pretrain.transfer.examples import Drops, Example, read_image, resolved
 
 LISTS = ("images", "annotations", "categories")
 FORMAT = "https://cocodataset.org/#format-data"
@@ -27,7 +28,8 @@ class CocoSet:
     """
 
     def __init__(self, path: Path, images: Path, max_bad: float) -> None:
-        self.path, self.images = path, images
+        self.path = self.place = path
+        self.images, self.sha256 = images, sha256(path)
         content = read_lists(path)
         categories = {category["id"]: str(category["name"]) for category in content["categories"]}
         self.category_ids, self.names = tuple(categories), tuple(categories.values())
@@ -36,6 +38,7 @@ class CocoSet:
         self._entries = self._readable(content["images"], bad_images)
         bad_images.require_few(f"images of {path}", len(content["images"]), max_bad)
         self.image_ids = tuple(self._entries)
+        self.files = resolved(map(self._file, self._entries.values()))
         self.has_masks = any(thing.get("segmentation") for thing in content["annotations"])
         self._things: dict[int, list[dict[str, Any]]] = defaultdict(list)
         missing = {image["id"] for image in content["images"]} - self._entries.keys()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -39,6 +39,9 @@ class AnnotatedSet(Protocol):
     image_ids: tuple[int, ...]  # as the set numbers its images
     has_masks: bool  # do all things have outlines?
     is_federated: bool  # are absent categories of an image unknown, as in LVIS?
+    place: Path  # as it was named
+    sha256: str  # of what tells its images and annotations apart from others
+    files: frozenset[Path]  # that hold its images, without links
     dropped: Mapping[str, int]  # what was left out when it was opened, by reason
 
     def __len__(self) -> int: ...
@@ -54,6 +57,13 @@ def read_image(path: Path) -> UInt8[Tensor, "h w 3"]:
         raise BadSample("unreadable", f"{path}: {error}") from error
     except BadSample as error:
         raise BadSample(error.reason, f"{path}: {error}") from error
+
+
+def resolved(paths: Iterable[Path]) -> frozenset[Path]:
+    """The same files with the links of their folders followed, each folder's once."""
+    paths = list(paths)
+    homes = {home: home.resolve() for home in {path.parent for path in paths}}
+    return frozenset(homes[path.parent] / path.name for path in paths)
 
 
 @dataclass

@@ -6,6 +6,7 @@ number i, a line `-` one that is neither taught nor judged (ADE20k's 0), as is 2
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from PIL import Image
 
 from pretrain.data.faults import BadSample
-from pretrain.transfer.examples import IGNORED, Drops, Example, read_image
+from pretrain.intact import sha256
+from pretrain.transfer.examples import IGNORED, Drops, Example, read_image, resolved
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ONE_CHANNEL = ("1", "L", "P", "I", "I;16")
@@ -63,6 +65,8 @@ class MaskFolder:
         drops.require_few(f"pairs of {places.images}", len(images), max_bad)
         self.dropped = drops.counts
         self.image_ids = tuple(range(len(self._pairs)))
+        self.files = resolved(image for image, _ in self._pairs)
+        self.place, self.sha256 = places.images, _fingerprint(places.classes, self._pairs)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -89,6 +93,14 @@ class MaskFolder:
         table = np.full(IGNORED + 1, IGNORED, np.uint8)
         table[: len(self._numbers)] = self._numbers
         return Example(image.permute(2, 0, 1), index, classes=torch.from_numpy(table[numbers]))
+
+
+def _fingerprint(classes: Path, pairs: list[tuple[Path, Path]]) -> str:
+    """SHA-256 of the names of the classes, the masks, and name and size of each image, which are too many to read."""
+    found = hashlib.sha256(classes.read_bytes())
+    for image, mask in pairs:
+        found.update(f"{image.name} {image.stat().st_size} {sha256(mask)}\n".encode())
+    return found.hexdigest()
 
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], list[int]]:

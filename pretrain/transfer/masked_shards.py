@@ -14,7 +14,7 @@ from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
 from pretrain.evaluate.masks import Mask, read_numbers
 from pretrain.transfer.coco import outline_of
-from pretrain.transfer.examples import IGNORED, Example
+from pretrain.transfer.examples import IGNORED, Example, resolved
 
 GROUND = "ground"  # of pixels that belong to no thing
 
@@ -28,7 +28,8 @@ class MaskedShards:
     has_masks, is_federated = True, False
 
     def __init__(self, folder: Path, *, with_ground: bool) -> None:
-        self.shards = ShardFolder(folder)
+        self.shards, self.place = ShardFolder(folder), folder
+        self.sha256 = self.shards.sha256  # of the manifest, which has those of the shards
         categories = tuple(self.shards.manifest.categories)
         if not 1 <= len(categories) < IGNORED:
             raise ValueError(
@@ -40,6 +41,7 @@ class MaskedShards:
         self.names = (GROUND, *categories) if with_ground else categories
         self.category_ids = tuple(range(1, len(categories) + 1))
         self.image_ids = tuple(range(len(self.shards)))
+        self.files = resolved(self.shards.folder / shard.name for shard in self.shards.manifest.shards)
         self.dropped: dict[str, int] = {}
         try:
             self.example(0)

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
-        begun, drops = state["step"], Drops(state["dropped"])
+        begun, drops = state["step"], Drops(**state["drops"])
     saved, loss = time.monotonic(), torch.zeros(())
     is_frozen = not any(parameter.requires_grad for parameter in encoder.parameters())
     with tqdm(total=optimisation.steps, initial=begun, desc=title, unit=" step", mininterval=1.0) as bar:
@@ -170,7 +170,7 @@ def train(
                 if not math.isfinite(value):
                     raise ValueError(f"the loss was {value} at step {step}: lower the rate, or set clip")
             if time.monotonic() - saved > SAVE_SECONDS or step + 1 == optimisation.steps:
-                _save(path, model, optimizer, step + 1, drops.counts)
+                _save(path, model, optimizer, step + 1, drops)
                 saved = time.monotonic()
     return drops.counts
 
@@ -190,15 +190,13 @@ def _batches(
     return iter(loader)
 
 
-def _save(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, dropped: dict[str, int]
-) -> None:
+def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, drops: Drops) -> None:
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
         "step": step,
-        "dropped": dropped,
+        "drops": asdict(drops),
     }
     temporary = path.with_suffix(".part")
     torch.save(state, temporary)

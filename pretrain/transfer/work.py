@@ -57,6 +57,8 @@ def transfer(work: Work, train_set: AnnotatedSet, heldout: AnnotatedSet, machine
         "seed": work.seed,
         "train_images": len(train_set),
         "heldout_images": len(heldout),
+        "train_set": _identity(train_set),
+        "heldout_set": _identity(heldout),
         "classes": list(heldout.names),
     }
     require_same(work.out, settings)
@@ -88,6 +90,11 @@ def transfer(work: Work, train_set: AnnotatedSet, heldout: AnnotatedSet, machine
     }
     write_atomic(work.out / RESULT, (json.dumps(result, indent=1) + "\n").encode())
     return result
+
+
+def _identity(examples: AnnotatedSet) -> dict[str, str]:
+    """Which data it is: a set that was built anew under its old name is another one."""
+    return {"path": str(examples.place.resolve()), "sha256": examples.sha256}
 
 
 Built = tuple[nn.Module, Callable[[int], Any], Callable]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import block_memory, dcnv3_gpu, internimage_h_gpu
+from benchmarks import block_memory, dcnv3_gpu, internimage_h_gpu, transfer
 from pretrain.kernels.dcnv3 import dcnv3
 from pretrain.models.internimage_block import Block
 from pretrain.models.internimage_config import INTERNIMAGE
@@ -85,3 +85,10 @@ def test_the_published_operator_is_called_as_its_extension_wants(monkeypatch):
 
 def test_without_the_package_there_is_no_published_operator():
     assert dcnv3_gpu.published_operator() is None
+
+
+def test_a_claim_names_what_it_does_not_hold_for() -> None:
+    found = {"knn": {"is_clear": True}, "zero_shot": {"is_clear": False}}
+    told = transfer.claim(found, [0, 1])
+    assert "in 1 of 2 protocols" in told and "seeds 0, 1" in told
+    assert told.endswith("not in: zero-shot by class names")

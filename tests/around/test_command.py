@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.command import INTERRUPTED, MISTAKE, exit_code, require_place
+from pretrain.transfer import __main__ as transfer
 
 
 def failing(error: BaseException) -> int:
@@ -33,6 +34,17 @@ def test_mistakes_are_told_and_others_are_not_hidden(capsys: pytest.CaptureFixtu
     )
     with pytest.raises(ZeroDivisionError):
         failing(ZeroDivisionError())
+
+
+def test_an_interrupted_command_says_what_is_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(arguments: list[str] | None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transfer, "run", interrupt)
+    assert transfer.main([]) == INTERRUPTED
+    assert capsys.readouterr().err.startswith("\ninterrupted: the same command goes on from the last state")
 
 
 def test_a_place_that_takes_no_file_is_refused_before_the_work(tmp_path: Path) -> None:

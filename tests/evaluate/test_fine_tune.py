@@ -16,8 +16,11 @@ from pretrain.evaluate.augment import rand_augment
 from pretrain.evaluate.evidence import NotMeasured
 from pretrain.evaluate.fine_tune import RECIPES, Classifier, Examples, FineTune, _encoder, fine_tune, predict
 from pretrain.evaluate.layers import layer_order
-from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
+from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint, measure_subject, read_manifests
+from pretrain.evaluate.published import EncoderAlone, PublishedEncoder
+from pretrain.evaluate.subjects import Subject
 from pretrain.facts import DataFacts
+from pretrain.models.pooling import prepend_mean
 from pretrain.recipes import load
 from tests.evaluate.runs import write_run
 from tests.evaluate.sets import COLORS
@@ -125,6 +128,23 @@ def test_layers_are_numbered_from_the_stem_through_the_blocks(steps: dict[str, P
 def test_encoder_without_known_layers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"order of its layers is unknown: add it to MATCHERS"):
         layer_order(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_layers_of_unknown_order_are_no_reason_to_end(run_folder: Path, data: Path) -> None:
+    """Of a model that does not tell them their means are not measured, nor is it fine-tuned; the rest is."""
+    run, facts, _ = load_towers(run_folder / "checkpoints" / "step_000003")
+    trunk = nn.Conv2d(3, 8, 32, 32)
+    encoder = PublishedEncoder(trunk, lambda trunk, images: prepend_mean(trunk(images).flatten(2).mT), 64)
+    subject = Subject("plain", run, facts, EncoderAlone(encoder), None)
+    folders = {split: data / split for split in ("train", "heldout")}
+    protocols = Protocols(probes=("knn", "linear_sweep"), ks=(5,), fine_tune=FineTune(epochs=1))
+    measured = measure_subject(subject, folders, read_manifests(folders), protocols, torch.device("cpu"))
+    rows = {name: outcome.record for name, outcome in measured.outcomes.items()}
+    assert rows["knn"]["accuracy"] is not None
+    assert rows["linear_sweep"]["accuracy"] is rows["fine_tune"]["accuracy"] is None
+    assert (
+        "order of its layers" in rows["linear_sweep"]["reason"] and "MATCHERS" in rows["fine_tune"]["reason"]
+    )
 
 
 def test_divergence_is_told_as_not_measured(steps: dict[str, Path], data: Path) -> None:

@@ -19,8 +19,10 @@ from pretrain.evaluate.evidence import Evidence
 from pretrain.evaluate.features import LAYERS, MASKED, TOKENS, Features, extract
 from pretrain.evaluate.probes import PROBES, measure
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
-from pretrain.evaluate.shares import join
+from pretrain.evaluate.shares import Share, join, judge, share_of
 from pretrain.facts import DataFacts
+from tests.evaluate.sets import write_set
+from tests.evaluate.test_evaluate import damage
 from tests.evaluate.test_probes import NUM_CATEGORIES, clusters
 
 SHORT = replace(heads.PAPER, epochs=20, warmup=2)
@@ -193,6 +195,31 @@ def test_shares_of_a_data_set_join_to_the_whole(
     pairs += [(parts.cached.tokens.float(), whole.cached.tokens.float())]
     for ours, expected in pairs:  # batches of other sizes sum in another order; half precision for the last
         torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_ranks_without_a_readable_image_end_nothing(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4 images 8 ranks get none or one, and the one that is damaged is judged among all."""
+    run, _, towers = load_towers(run_folder / "checkpoints" / "step_000003")
+    folder = write_set(tmp_path / "set", "heldout", 1)
+    damage(folder, sample=1)
+    monkeypatch.setattr(features, "world_size", lambda: 8)
+
+    def of_rank(number: int) -> Share:
+        monkeypatch.setattr(features, "rank", lambda: number)
+        options = {"device": torch.device("cpu"), "workers": 0, "title": "test"}
+        return share_of(lambda: extract(towers, replace(run, max_bad=0.5), folder, **options))
+
+    shares = [of_rank(number) for number in range(8)]
+    assert [share.counts[2] for share in shares] == [0, 1, 0, 0, 0, 1, 0, 1]
+    counts = [share.counts for share in shares]
+    assert judge(counts, 0.5, folder).total() == 1
+    assert join([s.features for s in shares if s.features is not None]).index.tolist() == [0, 2, 3]
+    with pytest.raises(ValueError, match=r"1 of the 4 samples read so far are bad.*max_bad=0\.001 allows 0"):
+        judge(counts, 0.001, folder)
+    with pytest.raises(ValueError, match="has no readable image"):
+        judge([share.counts for share in shares if not share.counts[2]], 1.0, folder)
 
 
 def test_every_slow_probe_is_measured_on_a_run(

@@ -9,6 +9,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -18,6 +19,7 @@ import torch
 
 from pretrain.checkpoint import load_towers
 from pretrain.data.shards import ShardFolder
+from pretrain.evaluate import zero_shot
 from pretrain.evaluate.features import extract
 from pretrain.evaluate.in_training import TeacherCheck
 from pretrain.facts import DataFacts
@@ -106,6 +108,36 @@ def test_unreadable_and_missing_images_are_passed_over(
     assert len(check.features(Engine(), "train")["labels"]) == 39
     rows = check(Engine())
     assert list(rows) == ["knn"] and rows["knn"]["accuracy"] > 0.9
+
+
+def test_sets_without_labels_are_refused_before_the_training(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = ShardFolder.sample
+
+    def unlabelled(self: ShardFolder, index: int) -> dict[str, bytes]:
+        members = sample(self, index)
+        return members if self.folder.name == "train" else {k: v for k, v in members.items() if k != "cls"}
+
+    monkeypatch.setattr(ShardFolder, "sample", unlabelled)
+    with pytest.raises(ValueError, match=r"none of the 20 images of .*heldout .* has a label: name another"):
+        TeacherCheck(RUN, DataFacts(categories=("a", "b"), vocab_size=0), data, None)
+
+
+def test_imagenets_classes_get_their_templates(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from open_clip import IMAGENET_CLASSNAMES
+
+    check = TeacherCheck(RUN, DataFacts(categories=("a", "b"), vocab_size=0), data, None)
+    check.categories, check._captions = tuple(IMAGENET_CLASSNAMES), SimpleNamespace(encode=None)
+    given = {}
+
+    def vectors(names: tuple, encode: None, embed: object, templates: tuple) -> torch.Tensor:
+        given.update(names=names, templates=templates)
+        return torch.zeros(len(names), 2)
+
+    monkeypatch.setattr(zero_shot, "class_vectors", vectors)
+    check._classes(SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"), ask_teacher=print))
+    assert given["names"] == check.categories and len(given["templates"]) == 80
 
 
 if __name__ == "__main__":

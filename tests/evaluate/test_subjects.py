@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,19 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import pytest
+import timm
+import torch
 
 from pretrain.data.shards import ShardFolder
 from pretrain.evaluate.__main__ import evaluate, main
+from pretrain.evaluate.published import open_published
+from pretrain.evaluate.subjects import find_subjects
+from pretrain.export import internimage, safetensors_file
 from pretrain.export.__main__ import export_run
+from pretrain.export.trained import Trained
 from pretrain.facts import DataFacts
 from pretrain.recipes import load
+from pretrain.towers import Towers
 from tests.engine.launch import start
 from tests.evaluate.runs import write_run
 from tests.evaluate.sets import COLORS
@@ -103,8 +111,6 @@ def test_damaged_models_are_told(data: Path, tmp_path: Path, capsys: pytest.Capt
         (folder / "config.json").write_text(config)
         assert main(where) == 1
         assert told in capsys.readouterr().err
-    import torch
-
     (folder / "config.json").write_text(
         json.dumps(
             {"channels": 16, "depths": [1, 1, 1, 1], "groups": [1, 2, 4, 8], "use_clip_projector": True}
@@ -113,7 +119,93 @@ def test_damaged_models_are_told(data: Path, tmp_path: Path, capsys: pytest.Capt
     torch.save({"model": {"levels.0.norm.0.weight": torch.ones(16)}}, folder / "internimage.pth")
     assert main(where) == 1 and "does not fit its config.json" in capsys.readouterr().err
     (folder / "internimage.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    assert main(where) == 1 and "can be read safely" in capsys.readouterr().err
+    assert main(where) == 1 and "is no archive as torch.save writes" in capsys.readouterr().err
+
+
+class Greedy:
+    """Reserves memory when it is read, which `weights_only=True` allows."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bytearray, (10**12,)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"architecture": "vit_tiny_patch16_224"}, "pytorch_model.bin"),
+        ({"channels": 16, "depths": [1, 1, 1, 1], "groups": [1, 2, 4, 8]}, "internimage.pth"),
+    ],
+)
+def test_hostile_weights_are_not_read(config: dict[str, Any], name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save({"weight": Greedy()}, tmp_path / name)
+    with pytest.raises(ValueError, match=r"would call '.*bytearray' when it is read"):
+        open_published(tmp_path)
+    torch.save({"model": {"weight": 3}}, tmp_path / name)
+    with pytest.raises(ValueError, match="holds no tensors by name"):
+        open_published(tmp_path)
+
+
+def test_an_export_of_all_towers_is_opened_whole(tmp_path: Path) -> None:
+    run, facts = shrink(load("m3i.vit_b16")), DataFacts(tuple(COLORS), 0)
+    towers = Towers(run, facts).requires_grad_(False).eval()
+    towers.fold_norms()
+    safetensors_file.write(Trained(run, facts, towers, "teacher", "step_000003", {}, None, {}), tmp_path)
+    (named,) = find_subjects(tmp_path, [])
+    found = named.open()
+    assert (found.run, found.facts.categories) == (run, facts.categories)
+    state = found.towers.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in towers.state_dict().items())
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"does not fit its config\.json .*: export it again"):
+        named.open()
+
+
+def test_exports_that_are_not_evaluated_say_which_are(tmp_path: Path) -> None:
+    told = (
+        r"an export --to {}, .*name the run itself, or export it --to one of timm, internimage, safetensors"
+    )
+    (tmp_path / "keys.json").write_text('{"format": "onnx"}')
+    with pytest.raises(ValueError, match=told.format("onnx")):
+        open_published(tmp_path)
+    (tmp_path / "keys.json").write_text('{"format": "huggingface"}')
+    (tmp_path / "config.json").write_text('{"model_type": "internimage", "channels": 16}')
+    with pytest.raises(ValueError, match=told.format("huggingface")):
+        open_published(tmp_path)
+
+
+def test_an_export_is_shown_the_pixels_of_its_run(tmp_path: Path) -> None:
+    run = shrink(load("m3i.internimage_h"))
+    run = replace(run, views=replace(run.views, mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 0.5)))
+    torch.manual_seed(0)
+    towers = Towers(run, DataFacts(tuple(COLORS), 0)).requires_grad_(False).eval()
+    trained = Trained(run, DataFacts(tuple(COLORS), 0), towers, "teacher", "step_000003", {}, None, {})
+    internimage.write(trained, tmp_path)
+    views = open_published(tmp_path).views
+    assert (views.mean, views.std, views.size) == (run.views.mean, run.views.std, run.views.size)
+    assert open_published(tmp_path, 96).views.size == 96
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
+    with pytest.raises(ValueError, match="does not tell crop_size"):
+        open_published(tmp_path)
+
+
+def test_timm_weights_are_loaded_whole(tmp_path: Path) -> None:
+    arguments = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **arguments).eval()
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 3, "model_args": arguments}
+    config["pretrained_cfg"] = {"input_size": [3, 32, 32]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model.forward_features(images)
+        assert torch.equal(open_published(tmp_path, 32).encoder(images, summary=True), expected)
+    assert open_published(tmp_path, 64).encoder(torch.randn(1, 3, 64, 64)).shape == (1, 16, 24)
+    torch.save(
+        {k: v for k, v in model.state_dict().items() if k != "norm.bias"}, tmp_path / "pytorch_model.bin"
+    )
+    with pytest.raises(ValueError, match=r"(?s)timm does not open .*Missing key.*norm\.bias"):
+        open_published(tmp_path, 32)
 
 
 def test_two_ranks_measure_what_one_does(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,15 +42,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    """ROOT with images/ and annotations/instances_{train,val}.json: 4 images of one square each, in two classes."""
+    """ROOT with images/ and annotations/instances_{train,val}.json: images 1 to 4, and 5 to 8, with a square."""
     (tmp_path / "images").mkdir()
     (tmp_path / "annotations").mkdir()
+    for split, numbers in (("train", range(1, 5)), ("val", range(5, 9))):
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(
+            json.dumps(_squares(tmp_path / "images", numbers))
+        )
+    return tmp_path
+
+
+def _squares(folder: Path, numbers: Iterable[int]) -> dict[str, Any]:
     images, things = [], []
-    for number in range(1, 5):
+    for number in numbers:
         left, size = 4 * number, 16
         pixels = np.zeros((48, 64, 3), np.uint8)
         pixels[8 : 8 + size, left : left + size, number % 2] = 255
-        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+        Image.fromarray(pixels).save(folder / f"{number}.png")
         images.append({"id": number, "file_name": f"{number}.png", "height": 48, "width": 64})
         right = left + size
         things.append(
@@ -62,11 +72,8 @@ def coco(tmp_path: Path) -> Path:
                 "segmentation": [[left, 8, right, 8, right, 8 + size, left, 8 + size]],
             }
         )
-    content = {
+    return {
         "images": images,
         "annotations": things,
         "categories": [{"id": 10, "name": "red"}, {"id": 20, "name": "green"}],
     }
-    for split in ("train", "val"):
-        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-    return tmp_path

@@ -87,3 +87,12 @@ def test_the_interval_holds_the_precision_and_repeats() -> None:
 def test_no_detections_are_no_precision() -> None:
     told = average_precision(truth_of(SIZES, TRUTH, NAMES), [], "segm")
     assert told["AP"] == 0 and told["interval"] == [0, 0]
+
+
+def test_masks_are_small_or_large_by_their_own_area() -> None:
+    """A wrong diagonal is small, though its box is large: it costs no precision among the large ones."""
+    truth = truth_of(SIZES, [thing(11, 3, [0, 0, 100, 100], iscrowd=0)], NAMES)
+    diagonal = {"segmentation": outline_of(np.eye(100, 120, dtype=np.uint8)), "score": 0.9}
+    found = [{**thing(12, 3, [0, 0, 100, 100]), **diagonal}, thing(11, 3, [0, 0, 100, 100], score=0.5)]
+    told = average_precision(truth, found, "segm")
+    assert (told["APl"], told["AP"]) == (pytest.approx(1), pytest.approx(0.5))

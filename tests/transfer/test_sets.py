@@ -204,3 +204,30 @@ def test_sets_are_found_by_their_layout(coco: Path, shards: Path, tmp_path: Path
     change(coco, lambda content: content["categories"][0].update(name="blue"), "val")
     with pytest.raises(ValueError, match="must be the same"):
         open_sets("detect", Named(coco), 0.0)
+
+
+def test_images_that_teach_and_test_are_refused(coco: Path, shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(shards / "train")
+    with pytest.raises(ValueError, match=r"1 image files in common, such as .*000000\.tar: scores on"):
+        open_sets("segment", Named(train=shards / "train", heldout=tmp_path / "link"), 0.0)
+    change(coco, lambda content: content["images"][2].update(file_name="4.png"), "val")
+    with pytest.raises(ValueError, match=r"1 image files in common, such as .*4\.png.*name two sets"):
+        open_sets("detect", Named(coco), 0.0)
+    folder = tmp_path / "masked"
+    folder.mkdir()
+    mask_places(folder)
+    with pytest.raises(ValueError, match="2 image files in common"):
+        open_sets("segment", Named(train=folder, heldout=folder), 0.0)
+
+
+def test_a_set_that_changed_is_another_one(coco: Path, shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "masked").mkdir()
+    places = mask_places(tmp_path / "masked")
+    path = coco / "annotations" / "instances_train.json"
+    before = MaskFolder(places, 0.0).sha256, CocoSet(path, coco / "images", 0.0).sha256
+    Image.new("L", (8, 6), 1).save(places.masks / "b.png")
+    change(coco, of_first(bbox=[4, 8, 16, 15]))
+    after = MaskFolder(places, 0.0).sha256, CocoSet(path, coco / "images", 0.0).sha256
+    assert before[0] != after[0] and before[1] != after[1]
+    one, other = (MaskedShards(shards / split, with_ground=True) for split in ("train", "heldout"))
+    assert one.sha256 != other.sha256

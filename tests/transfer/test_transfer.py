@@ -15,6 +15,7 @@ from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.transfer import __main__ as command
 from pretrain.transfer import training
 from pretrain.transfer.backbone import load_trunk
+from pretrain.transfer.examples import Drops
 from pretrain.transfer.places import Named, open_sets
 from pretrain.transfer.recipes import RECIPES, Detect, Optimisation, recipe
 from pretrain.transfer.training import STATE, Layered, Machine, rate
@@ -142,13 +143,17 @@ def test_the_command_writes_scores_and_detections_and_refuses_other_numbers(
     monkeypatch.setitem(RECIPES["detect"], "small", lambda: small)
     assert command.main([*arguments, "--train-steps", "2"]) == 0
     assert command.main([*arguments, "--train-steps", "3"]) == 1
+    changed = coco / "annotations" / "instances_val.json"
+    changed.write_text(changed.read_text().replace('"area": 256', '"area": 255'))
+    assert command.main([*arguments, "--train-steps", "2"]) == 1
     said = capsys.readouterr()
     assert "bbox AP" in said.out and "segm AP" in said.out
-    assert "holds a training with numbers=" in said.err and "name another --out" in said.err
+    assert "holds a training with numbers=" in said.err and "(differing: ['heldout_set'])" in said.err
+    assert "name another --out" in said.err
     result = json.loads((out / "result.json").read_text())
     assert result["scores"]["box"]["n"] == 4 and result["recipe"] == "small"
     assert all(
-        found["image_id"] in (1, 2, 3, 4) for found in json.loads((out / "detections.json").read_text())
+        found["image_id"] in (5, 6, 7, 8) for found in json.loads((out / "detections.json").read_text())
     )
 
 
@@ -156,7 +161,8 @@ def test_an_image_that_breaks_later_is_counted_or_stops_the_training(
     runs: dict[str, Path], coco: Path, tmp_path: Path
 ) -> None:
     sets = open_sets("detect", Named(coco), 0.0)
-    (coco / "images" / "3.png").write_bytes(b"nothing")
+    for name in ("3.png", "7.png"):
+        (coco / "images" / name).write_bytes(b"nothing")
     bad = Machine(CPU.device, max_bad=0.0)
     with pytest.raises(
         ValueError, match=r"examples of step_000000 detect: 1 of 4 .*not_an_image 1.*3.png.*--max-bad"
@@ -185,3 +191,14 @@ def test_mistakes_are_told_before_anything_is_done(
     arguments = ["segment", str(runs["vit"]), "--data", str(shards), "--out", str(tmp_path / "out"), *changed]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         command.run(arguments)
+
+
+def test_a_resumed_training_tells_what_it_left_out_before(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    drops = Drops()
+    drops.add("unreadable", "a.png: nothing")
+    training._save(tmp_path / STATE, model, optimizer, 1, drops)
+    resumed = Drops(**torch.load(tmp_path / STATE, weights_only=True)["drops"])
+    with pytest.raises(ValueError, match=r"unreadable 1, first: a\.png: nothing"):
+        resumed.require_few("examples", 4, 0.0)
