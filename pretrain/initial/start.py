@@ -30,6 +30,7 @@ from pretrain.towers import Towers
 
 EMA_CONTAINERS = ("state_dict_ema", "model_ema")  # of timm's training script and InternImage's
 MOMENTUM_TEACHER = "mm_dcnv3."  # of InternImage's pre-training layout
+MOST_NESTED = 8  # containers in one another; a pickle may hold itself
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def hash_of(files: tuple[Path, ...]) -> str:
 def choose(content: Mapping[str, Any], init: Init) -> tuple[dict[str, Tensor], str]:
     """The tensors of a file, out of containers and wrappers, and whose they are; ValueError for what is none."""
     which = "weights"
-    while True:
+    for _ in range(MOST_NESTED):
         averaged = next((name for name in EMA_CONTAINERS if isinstance(content.get(name), Mapping)), None)
         if averaged is not None and init.which == "teacher":
             content, which = content[averaged], "teacher"
@@ -139,6 +140,16 @@ def choose(content: Mapping[str, Any], init: Init) -> tuple[dict[str, Tensor], s
         if inner is None:
             break
         content, which = content[inner], "student" if averaged and which == "weights" else which
+    else:
+        raise ValueError(
+            f"--init {init.place} holds more than {MOST_NESTED} containers in one another, or one that holds itself: "
+            "save model.state_dict() alone"
+        )
+    if nameless := [name for name in content if not isinstance(name, str)]:
+        raise ValueError(
+            f"--init {init.place} has the {type(nameless[0]).__name__} {nameless[0]!r} where the name of a "
+            "tensor belongs: save model.state_dict() alone"
+        )
     for prefix in WRAPPERS if not any(name.startswith("backbone.net.") for name in content) else ():
         if content and all(name.startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
@@ -204,8 +215,14 @@ def compare_config(config: Mapping[str, Any], layout: str, run: Run, place: str)
 
 
 def timm_heads(config: Mapping[str, Any]) -> int | None:
-    """Attention heads of the model that a config.json of timm names; None where it names none."""
+    """Attention heads of the model that a config.json of timm names; None where it names none; ValueError for what
+    is no such file."""
     name, arguments = config.get("architecture"), config.get("model_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise ValueError(
+            f"config.json has model_args {arguments!r}, where arguments by name belong: take the file from its "
+            "authors again, or remove the entry"
+        )
     if not isinstance(name, str) or not timm.is_model(name):
         return None
     if isinstance(heads := arguments.get("num_heads"), int):
