@@ -21,15 +21,13 @@ from pretrain.export.openmmlab_probe import MISSING
 from pretrain.export.resized_positions import with_resized_positions
 from pretrain.export.trained import Trained
 from pretrain.models.internimage import INTERNIMAGE
-from pretrain.export.layer_scale import FOLDED
+from pretrain.models.layer_scale import FOLDED
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
 PROBE = Path(__file__).parent / "openmmlab_probe.py"
 NO_PLACE = "no part of the backbone"
-BUILT_ALONE = (
-    "mask_rcnn_lvis.py",
-    "dino_lvis.py",
-)  # by the toolkits: of their maps those for COCO are compared
+# By the toolkits: their backbones are those for COCO, whose maps are compared.
+BUILT_ALONE = ("mask_rcnn_lvis.py", "dino_lvis.py")
 
 Maps = dict[str, Float[Tensor, "b h w c"]]  # by position from the last: "-1", "-2", ...
 

@@ -166,6 +166,18 @@ def test_layer_scale_is_folded_into_what_it_scales(tmp_path: Path) -> None:
     assert set(start.fit.left) == {"head.weight", "head.bias"}
 
 
+@pytest.mark.parametrize("change", ["gone", "other length"])
+def test_factors_that_scale_nothing_are_refused(change: str, vit: Towers, tmp_path: Path) -> None:
+    state = timm_state(vit, "vit")
+    state["blocks.1.ls2.gamma"] = torch.ones(48 if change == "gone" else 47)
+    if change == "gone":
+        del state["blocks.1.mlp.fc2.weight"], state["blocks.1.mlp.fc2.bias"]
+    with pytest.raises(
+        ValueError, match=r"--init .*: blocks\.1\.ls2\.gamma has \(4[78],\) factors for the rows of blocks"
+    ):
+        started(saved(tmp_path / "vit.safetensors", state), VIT)
+
+
 # timm/layers/interpolate.py, lines 47 and 65
 @pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")
 @pytest.mark.parametrize(("family", "run"), [("vit", VIT), ("swin", SWIN)])
