@@ -84,14 +84,15 @@ def start_for(init: Init, run: Run, towers: Towers) -> Start:
         digest = hashlib.sha256(bytes(store_at(folder).read(COMPLETE))).hexdigest()
         layout = "towers of a run"
         config: Mapping[str, Any] = {}
+        pixels: Mapping[str, Any] = {}
     else:
         opened = open_weights(Path(init.place))
         state, which = choose(opened.tensors, init)
-        digest, config = hash_of(opened.files), opened.config
+        digest, config, pixels = hash_of(opened.files), opened.config, opened.pixels
         layout = detect(state, str(init.place))
     family, place = run.backbone.family, f"--init {init.place}"
     fitted = fit(state, layout, towers, family, init.heads, place)
-    notes = compare_config(config, layout, run, place)
+    notes = compare_config(config, layout, run, place) + compare_pixels(config, pixels, run)
     return Start(init.place, which, digest, fitted, tuple(notes))
 
 
@@ -191,7 +192,7 @@ def compare_config(config: Mapping[str, Any], layout: str, run: Run, place: str)
         told = {"num_attention_heads": size.heads, "hidden_act": "gelu", "qkv_bias": True}
         differing = [(k, config[k], want) for k, want in told.items() if config.get(k, want) != want]
         if (eps := config.get("layer_norm_eps", 1e-6)) != 1e-6:
-            notes.append(f"its layer_norm_eps is {eps:g}, ours 1e-06: features differ a little")
+            notes.append(f"its layer_norm_eps is {eps}, ours 1e-06: features differ a little")
     elif layout == "timm ViT" and (heads := timm_heads(config)) not in (None, size.heads):
         differing = [("num_heads", heads, size.heads)]
     elif LAYOUTS[layout].family == "internimage":
@@ -203,11 +204,21 @@ def compare_config(config: Mapping[str, Any], layout: str, run: Run, place: str)
     if differing:
         words = ", ".join(f"{name} is {there!r}, here {here!r}" for name, there, here in differing)
         raise ValueError(f"{place} was trained as another model ({words}): choose the backbone that it holds")
+    return notes
+
+
+def compare_pixels(config: Mapping[str, Any], preprocessor: Mapping[str, Any], run: Run) -> list[str]:
+    """How the pixels of timm's config.json or transformers' preprocessor_config.json differ from the run's."""
     seen = config.get("pretrained_cfg", config)
     seen = seen if isinstance(seen, Mapping) else {}
+    processor = preprocessor.get("image_processor", preprocessor)  # where one of images and texts was saved
+    processor = processor if isinstance(processor, Mapping) else {}
+    if processor.get("do_normalize") is False:
+        processor = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    notes = []
     for name, ours in (("mean", run.views.mean), ("std", run.views.std)):
-        theirs = seen.get(name)
-        if isinstance(theirs, list) and [float(v) for v in theirs] != list(ours):
+        theirs = processor.get(f"image_{name}", seen.get(name))
+        if isinstance(theirs, list) and theirs != list(ours):
             notes.append(
                 f"its pixels have {name} {theirs}, this run's {list(ours)}: set --views.{name} to these"
             )

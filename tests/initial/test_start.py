@@ -285,6 +285,27 @@ def test_pixels_that_the_model_saw_otherwise_are_told(vit: Towers, tmp_path: Pat
     assert start.record()["sha256"] and start.record()["layout"] in LAYOUTS
 
 
+@pytest.mark.parametrize(
+    ("told", "noted"),
+    [
+        ({"image_mean": [0.5] * 3, "image_std": list(VIT.views.std)}, [("mean", [0.5] * 3)]),
+        ({"image_processor": {"image_std": [0.25] * 3}}, [("std", [0.25] * 3)]),
+        ({"do_normalize": False, "image_mean": [0.5] * 3}, [("mean", [0.0] * 3), ("std", [1.0] * 3)]),
+        ({"image_mean": list(VIT.views.mean), "image_std": list(VIT.views.std)}, []),
+        ({"image_processor": 3}, []),
+    ],
+)
+def test_pixels_of_transformers_are_compared(
+    told: dict, noted: list[tuple[str, list[float]]], vit: Towers, tmp_path: Path
+) -> None:
+    saved(tmp_path / "model.safetensors", timm_state(vit, "vit"))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    notes = started(tmp_path, VIT)[0].notes
+    assert len(notes) == len(noted)
+    for note, (name, values) in zip(notes, noted, strict=True):
+        assert note.startswith(f"its pixels have {name} {values}, this run's")
+
+
 @pytest.mark.filterwarnings("ignore:.*is skipped, since")
 def test_an_unfinished_checkpoint_is_no_start(vit_run: Path, tmp_path: Path) -> None:
     step = tmp_path / "checkpoints" / "step_000003"
