@@ -158,7 +158,7 @@ def measure(folder: Path, formats: list[str]) -> dict[str, Any]:
             [sys.executable, "-m", "pretrain.export", str(folder), "--to", name, "--out", str(out)]
         )
         told, row["loaded_back"] = row.pop("lines"), {}
-        row["proof"] = [line for line in told if line.startswith("proven: ")] or told[-3:]
+        row["proof"] = [line for line in told if line.startswith(("proven: ", "compared: "))] or told[-3:]
         files = json.loads((out / "keys.json").read_text())["files"] if row["exit_code"] == 0 else {}
         for file in files if name not in GRAPHS else ():
             found = measured([sys.executable, __file__, "--check", str(out / file)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pretrain.checkpoint.stores import PIECE, store_at
 from pretrain.intact import COMPLETE, flush
@@ -14,7 +14,8 @@ BIG = ("student/", "teacher/", "optimizer/", "random/")
 def fetched(url: str, which: str, folder: Path) -> Path:
     """`folder` with what is needed of a checkpoint to read its student or teacher, copied unless it is there.
 
-    A reader compares it with its COMPLETE; OSError when the store or the disk fails.
+    A reader compares it with its COMPLETE; OSError when the store or the disk fails, ValueError for a name that leads
+    out of the folder.
     """
     store, done = store_at(url), folder / which / COMPLETE
     mark = bytes(store.read(COMPLETE))
@@ -22,6 +23,11 @@ def fetched(url: str, which: str, folder: Path) -> Path:
         return folder
     skipped = tuple(name for name in BIG if name != f"{which}/")
     sizes = {name: size for name, size in store.sizes().items() if not name.startswith(skipped)}
+    if outside := [name for name in sizes if _leads_out(name)]:
+        raise ValueError(
+            f"{url} holds {outside[0]!r}, which would be written outside {folder}: nothing is copied; remove that "
+            "object, or take the checkpoint from those who wrote it"
+        )
     free = shutil.disk_usage(_nearest(folder)).free
     if free < sum(sizes.values()):
         raise OSError(
@@ -38,6 +44,11 @@ def fetched(url: str, which: str, folder: Path) -> Path:
         flush(path)
     done.write_bytes(mark)
     return folder
+
+
+def _leads_out(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def _nearest(folder: Path) -> Path:

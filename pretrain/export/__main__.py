@@ -57,12 +57,12 @@ def export_run(arguments: list[str] | None = None) -> Exported:
     check_target(folder, options.to, 0)
     print(f"reads the {options.which} of {step_folder}")
     trained = read_trained(options.run, step_folder, options.which, exporter.parts)
-    print(f"writes and proves {options.to}: {trained.num_bytes / 2**20:,.0f} MiB of weights in the towers")
+    print(f"writes and compares {options.to}: {trained.num_bytes / 2**20:,.0f} MiB of weights in the towers")
     exported = export(trained, options.to, folder, options.python)
     for file, told in exported.keys.items():
         print(f"{file}: {told}")
     for line in summary(exported.proof):
-        print(f"proven: {line}")
+        print(f"{'compared' if exported.unproven else 'proven'}: {line}")
     print(f"written to {exported.folder}; every tensor by name in keys.json")
     return exported
 

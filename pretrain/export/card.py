@@ -85,7 +85,7 @@ def _training(trained: Trained) -> str:
             f"AdamW, peak learning rate {optim.lr}, weight decay {optim.weight_decay}, betas {optim.betas}",
             f"commit of training: {commits}",
             f"versions: {versions or 'unknown'}",
-            *([f"started from published weights of SHA-256 {init}"] if init else []),
+            *([f"started from weights of SHA-256 {init}"] if init else []),
         ]
     )
 

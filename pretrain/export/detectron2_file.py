@@ -23,7 +23,11 @@ NO_TOOLKIT = (
     "detectron2 itself is on no package registry and was not there: names and features were compared through the "
     "names that its ViTDet gives them, its own loader has not read the file"
 )
+CHECKOUT = "DETECTRON2"  # environment variable: the folder of detectron2's repository
+BASE = "projects/ViTDet/configs/COCO/mask_rcnn_vitdet_b_100ep.py"  # there; model_zoo has no ViTDet
 DEPTH_BETWEEN_GLOBAL = 4  # ViTDet: four blocks see the whole image, the last of each quarter
+# By depth: layer-wise decay of the rate, drop path. projects/ViTDet/configs/COCO/mask_rcnn_vitdet_{b,l}_100ep.py.
+SCHEDULES = {12: (0.7, 0.1), 24: (0.8, 0.4)}
 
 
 def write(trained: Trained, folder: Path) -> dict[str, Keys]:
@@ -43,25 +47,39 @@ def config(trained: Trained) -> str:
     quarter = max(size.depth // DEPTH_BETWEEN_GLOBAL, 1)
     is_global = [index % quarter == quarter - 1 for index in range(size.depth)]
     mean, std = ([round(255 * value, 4) for value in values] for values in (views.mean, views.std))
-    return f'''"""ViTDet from these weights, in detectron2: `tools/lazyconfig_train_net.py --config-file {CONFIG}`."""
+    decay, drop_path = SCHEDULES.get(size.depth, SCHEDULES[12])
+    return f'''"""ViTDet from these weights: `tools/lazyconfig_train_net.py --config-file FOLDER/{CONFIG}`.
 
-from detectron2.model_zoo import get_config
+Elsewhere than in the folder of detectron2's repository, {CHECKOUT}=PATH names that.
+"""
 
-base = get_config("../../projects/ViTDet/configs/COCO/mask_rcnn_vitdet_b_100ep.py")
-dataloader, lr_multiplier, model, optimizer, train = (
-    getattr(base, name) for name in ("dataloader", "lr_multiplier", "model", "optimizer", "train")
+import os
+from functools import partial
+
+from detectron2.config import LazyConfig
+from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
+
+_base_file = os.path.join(os.environ.get("{CHECKOUT}", "."), "{BASE}")
+if not os.path.isfile(_base_file):
+    raise FileNotFoundError(
+        f"{{_base_file}} is no file: set {CHECKOUT} to the folder of detectron2's repository, which has projects/"
+    )
+dataloader, lr_multiplier, model, optimizer, train = LazyConfig.load(
+    _base_file, ("dataloader", "lr_multiplier", "model", "optimizer", "train")
 )
 model.backbone.net.embed_dim = {size.width}
 model.backbone.net.depth = {size.depth}
 model.backbone.net.num_heads = {size.heads}
 model.backbone.net.patch_size = {size.patch}
+model.backbone.net.drop_path_rate = {drop_path}
 model.backbone.net.window_block_indexes = {[i for i, one in enumerate(is_global) if not one]}
 model.backbone.net.pretrain_img_size = {views.size}
 model.backbone.net.pretrain_use_cls_token = True
 model.pixel_mean = {mean}
 model.pixel_std = {std}
 model.input_format = "RGB"
-train.init_checkpoint = "{WEIGHTS}"
+optimizer.params.lr_factor_func = partial(get_vit_lr_decay_rate, lr_decay_rate={decay}, num_layers={size.depth})
+train.init_checkpoint = os.path.join(os.path.dirname(os.path.abspath(__file__)), "{WEIGHTS}")
 '''
 
 
@@ -104,9 +122,10 @@ def how_to_load(trained: Trained) -> str:
             "pixels' mean and deviation (RGB, 0 to 255) in its ViTDet configuration.",
             "",
             "```bash",
-            f"tools/lazyconfig_train_net.py --config-file {CONFIG}",
+            f"{CHECKOUT}=PATH_OF_DETECTRON2 tools/lazyconfig_train_net.py --config-file FOLDER/{CONFIG}",
             "```",
             "",
+            f"It goes out from {BASE}, which detectron2's repository holds and its package does not.",
             "It reports `rel_pos_h`, `rel_pos_w` and `simfp_*` as missing, which are new in ViTDet, and `cls_token`",
             "and `norm` as unused.",
             "",

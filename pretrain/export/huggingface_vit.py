@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from pretrain.export.agreement import Agreement, NotProven, compare, random_images
 from pretrain.export.keys import Keys
-from pretrain.export.layer_scale import FOLDED, folded
 from pretrain.export.preprocessor import write_preprocessor
 from pretrain.export.resized_positions import with_resized_positions
 from pretrain.export.trained import Trained
 from pretrain.models.backbone import BACKBONES
+from pretrain.models.layer_scale import FOLDED, folded
 
 WEIGHTS = "model.safetensors"
 PREFIX = "encoder.vit."  # of the model's tensors in our towers

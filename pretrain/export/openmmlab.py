@@ -15,17 +15,19 @@ from pretrain.export import openmmlab_vit
 from pretrain.export.agreement import Agreement, NoToolkits, NotProven, compare, random_images
 from pretrain.export.fresh_process import FreshProcessError, run_fresh
 from pretrain.export.keys import Keys
-from pretrain.export.layer_scale import FOLDED
-from pretrain.export.openmmlab_configs import INTERNIMAGE_FILE, VIT_FILES, write_configs
+from pretrain.export.openmmlab_configs import INTERNIMAGE_FILE, VIT_FILES, all_configs, write_configs
 from pretrain.export.openmmlab_keys import vit_tensors
 from pretrain.export.openmmlab_probe import MISSING
 from pretrain.export.resized_positions import with_resized_positions
 from pretrain.export.trained import Trained
 from pretrain.models.internimage import INTERNIMAGE
+from pretrain.models.layer_scale import FOLDED
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
 PROBE = Path(__file__).parent / "openmmlab_probe.py"
 NO_PLACE = "no part of the backbone"
+# By the toolkits: their backbones are those for COCO, whose maps are compared.
+BUILT_ALONE = ("mask_rcnn_lvis.py", "dino_lvis.py")
 
 Maps = dict[str, Float[Tensor, "b h w c"]]  # by position from the last: "-1", "-2", ...
 
@@ -80,10 +82,11 @@ def prove_in_toolkits(trained: Trained, folder: Path, python: str) -> list[Agree
         if error.code == MISSING:
             raise NoToolkits(f"in {python} {str(error).splitlines()[-1]}") from error
         raise NotProven(f"the toolkits do not build the folder: {error}") from error
-    return _compared(trained, outputs)
+    return _compared(trained, outputs, [name for name in all_configs(trained) if name not in BUILT_ALONE])
 
 
-def _compared(trained: Trained, outputs: dict[str, Tensor]) -> list[Agreement]:
+def _compared(trained: Trained, outputs: dict[str, Tensor], configs: list[str]) -> list[Agreement]:
+    """What the maps of all configuration files agree in; NotProven where one of them gave none of ours."""
     family, agreements = FAMILIES[trained.run.backbone.family], []
     for size in family.sizes(trained):
         ours = family.maps(trained, random_images(size))
@@ -92,6 +95,10 @@ def _compared(trained: Trained, outputs: dict[str, Tensor]) -> list[Agreement]:
             if pixels == str(size) and position in ours:
                 where, theirs = f"map {position}", theirs.permute(0, 2, 3, 1)
                 agreements.append(compare(f"{config}.py", where, size, ours[position], theirs))
+    found = {(agreement.file, agreement.size) for agreement in agreements}
+    for size in family.sizes(trained):
+        if without := [name for name in configs if (name, size) not in found]:
+            raise NotProven(f"at {size} px no map of {', '.join(without)} could be compared with ours")
     return agreements
 
 
@@ -114,7 +121,7 @@ def _prove_internimage(trained: Trained, folder: Path) -> list[Agreement]:
         outputs, _ = run_fresh(PROBE, images, "alone", str(folder.resolve()))
     except FreshProcessError as error:
         raise NotProven(f"the shipped module does not load the file: {error}") from error
-    return _compared(trained, outputs)
+    return _compared(trained, outputs, list(all_configs(trained)))
 
 
 def _vit_sizes(trained: Trained) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from pretrain.export.layer_scale import folded
+from pretrain.models.layer_scale import folded
 
 RENAMED = {  # module of timm's -> of both toolkits
     "norm": "ln1",

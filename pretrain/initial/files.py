@@ -27,6 +27,7 @@ LARGEST_TEXT = 2**22  # bytes of a config.json or an index of files
 MOST_FILES = 512  # that an index may name
 MOST_ENTRIES = 100_000  # of an archive
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+PIXELS = "preprocessor_config.json"  # of transformers
 NAMES = ("model.safetensors", INDEX, "pytorch_model.bin", "internimage.pth")  # in a folder, in this order
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 CALLED = {  # what the pickle of a state dict names
@@ -47,6 +48,7 @@ class Weights:
     tensors: Mapping[str, Any]  # what a pickle holds may also be containers of such mappings, and numbers
     files: tuple[Path, ...]  # that they were read from
     config: Mapping[str, Any] = field(default_factory=dict)  # config.json beside them
+    pixels: Mapping[str, Any] = field(default_factory=dict)  # preprocessor_config.json beside them
 
 
 def open_weights(path: Path) -> Weights:
@@ -56,13 +58,15 @@ def open_weights(path: Path) -> Weights:
     """
     if path.is_dir():
         file = weights_in(path)
-        config = _read_json(own_file(path, CONFIG)) if (path / CONFIG).exists() else {}
+        config, pixels = (
+            _read_json(own_file(path, name)) if (path / name).exists() else {} for name in (CONFIG, PIXELS)
+        )
     else:
-        file, config = regular(path), {}
+        file, config, pixels = regular(path), {}, {}
     if file.name == INDEX:
         tensors, files = _indexed(path, file)
-        return Weights(tensors, files, config)
-    return Weights(read_tensors(file), (file,), config)
+        return Weights(tensors, files, config, pixels)
+    return Weights(read_tensors(file), (file,), config, pixels)
 
 
 def weights_in(folder: Path) -> Path:

@@ -70,7 +70,10 @@ def fit(state: Mapping[str, Tensor], name: str, towers: Towers, family: str, hea
             f"{place} holds a backbone of the family {layout.family!r} ({name}), this run trains {family!r}: take "
             f"other weights, or a recipe whose backbone.family is {layout.family!r}"
         )
-    state, ours = dict(layout.prepare(state)), towers.state_dict()
+    try:
+        state, ours = dict(layout.prepare(state)), towers.state_dict()
+    except ValueError as error:
+        raise ValueError(f"{place} ({name}): {error}") from error
     sources: dict[str, tuple[str, ...]] = {}
     kept, missing, above = {}, [], set()
     for our in ours:

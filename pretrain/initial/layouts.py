@@ -15,6 +15,7 @@ from functools import partial
 from torch import Tensor
 
 from pretrain.models import internimage_layouts
+from pretrain.models.layer_scale import folded
 
 Names = Collection[str]
 State = Mapping[str, Tensor]
@@ -69,19 +70,6 @@ def _is_internimage(layout: str, names: Names) -> bool:
 
 def _timm(prefix: str, name: str) -> tuple[str, ...]:
     return (name.removeprefix(prefix),) if name.startswith(prefix) else ()
-
-
-def _fold_layer_scale(state: State) -> State:
-    """LayerScale multiplies what a projection gives: its rows do the same."""
-    folded = dict(state)
-    for scale, layer in (("ls1.gamma", "attn.proj"), ("ls2.gamma", "mlp.fc2")):
-        for name in [name for name in state if name.endswith(f".{scale}")]:
-            gamma, stem = folded.pop(name).float(), name.removesuffix(scale) + layer
-            for kind in ("weight", "bias"):
-                if (values := folded.get(f"{stem}.{kind}")) is not None and len(values) == len(gamma):
-                    shape = (-1, *[1] * (values.ndim - 1))
-                    folded[f"{stem}.{kind}"] = values.float() * gamma.view(shape)
-    return folded
 
 
 def _swin_downsampling(state: State) -> State:
@@ -247,7 +235,7 @@ LAYOUTS: dict[str, Layout] = {  # the first that speaks is taken
         _has(".blocks.0.attn.qkv.", ".patch_embed.proj."),
         partial(_timm, VIT),
         {r"(head|head_dist|pre_logits|fc_norm)\.": HEAD, r"mask_token$": DECODER},
-        _fold_layer_scale,
+        folded,
     ),
 }
 

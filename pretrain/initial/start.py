@@ -30,6 +30,7 @@ from pretrain.towers import Towers
 
 EMA_CONTAINERS = ("state_dict_ema", "model_ema")  # of timm's training script and InternImage's
 MOMENTUM_TEACHER = "mm_dcnv3."  # of InternImage's pre-training layout
+MOST_NESTED = 8  # containers in one another; a pickle may hold itself
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,15 @@ def start_for(init: Init, run: Run, towers: Towers) -> Start:
         digest = hashlib.sha256(bytes(store_at(folder).read(COMPLETE))).hexdigest()
         layout = "towers of a run"
         config: Mapping[str, Any] = {}
+        pixels: Mapping[str, Any] = {}
     else:
         opened = open_weights(Path(init.place))
         state, which = choose(opened.tensors, init)
-        digest, config = hash_of(opened.files), opened.config
+        digest, config, pixels = hash_of(opened.files), opened.config, opened.pixels
         layout = detect(state, str(init.place))
     family, place = run.backbone.family, f"--init {init.place}"
     fitted = fit(state, layout, towers, family, init.heads, place)
-    notes = compare_config(config, layout, run, place)
+    notes = compare_config(config, layout, run, place) + compare_pixels(config, pixels, run)
     return Start(init.place, which, digest, fitted, tuple(notes))
 
 
@@ -136,7 +138,7 @@ def hash_of(files: tuple[Path, ...]) -> str:
 def choose(content: Mapping[str, Any], init: Init) -> tuple[dict[str, Tensor], str]:
     """The tensors of a file, out of containers and wrappers, and whose they are; ValueError for what is none."""
     which = "weights"
-    while True:
+    for _ in range(MOST_NESTED):
         averaged = next((name for name in EMA_CONTAINERS if isinstance(content.get(name), Mapping)), None)
         if averaged is not None and init.which == "teacher":
             content, which = content[averaged], "teacher"
@@ -144,6 +146,16 @@ def choose(content: Mapping[str, Any], init: Init) -> tuple[dict[str, Tensor], s
         if inner is None:
             break
         content, which = content[inner], "student" if averaged and which == "weights" else which
+    else:
+        raise ValueError(
+            f"--init {init.place} holds more than {MOST_NESTED} containers in one another, or one that holds itself: "
+            "save model.state_dict() alone"
+        )
+    if nameless := [name for name in content if not isinstance(name, str)]:
+        raise ValueError(
+            f"--init {init.place} has the {type(nameless[0]).__name__} {nameless[0]!r} where the name of a "
+            "tensor belongs: save model.state_dict() alone"
+        )
     for prefix in WRAPPERS if not any(name.startswith("backbone.net.") for name in content) else ():
         if content and all(name.startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
@@ -185,7 +197,7 @@ def compare_config(config: Mapping[str, Any], layout: str, run: Run, place: str)
         told = {"num_attention_heads": size.heads, "hidden_act": "gelu", "qkv_bias": True}
         differing = [(k, config[k], want) for k, want in told.items() if config.get(k, want) != want]
         if (eps := config.get("layer_norm_eps", 1e-6)) != 1e-6:
-            notes.append(f"its layer_norm_eps is {eps:g}, ours 1e-06: features differ a little")
+            notes.append(f"its layer_norm_eps is {eps}, ours 1e-06: features differ a little")
     elif layout == "timm ViT" and (heads := timm_heads(config)) not in (None, size.heads):
         differing = [("num_heads", heads, size.heads)]
     elif LAYOUTS[layout].family == "internimage":
@@ -197,11 +209,21 @@ def compare_config(config: Mapping[str, Any], layout: str, run: Run, place: str)
     if differing:
         words = ", ".join(f"{name} is {there!r}, here {here!r}" for name, there, here in differing)
         raise ValueError(f"{place} was trained as another model ({words}): choose the backbone that it holds")
+    return notes
+
+
+def compare_pixels(config: Mapping[str, Any], preprocessor: Mapping[str, Any], run: Run) -> list[str]:
+    """How the pixels of timm's config.json or transformers' preprocessor_config.json differ from the run's."""
     seen = config.get("pretrained_cfg", config)
     seen = seen if isinstance(seen, Mapping) else {}
+    processor = preprocessor.get("image_processor", preprocessor)  # where one of images and texts was saved
+    processor = processor if isinstance(processor, Mapping) else {}
+    if processor.get("do_normalize") is False:
+        processor = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    notes = []
     for name, ours in (("mean", run.views.mean), ("std", run.views.std)):
-        theirs = seen.get(name)
-        if isinstance(theirs, list) and [float(v) for v in theirs] != list(ours):
+        theirs = processor.get(f"image_{name}", seen.get(name))
+        if isinstance(theirs, list) and theirs != list(ours):
             notes.append(
                 f"its pixels have {name} {theirs}, this run's {list(ours)}: set --views.{name} to these"
             )
@@ -209,8 +231,14 @@ def compare_config(config: Mapping[str, Any], layout: str, run: Run, place: str)
 
 
 def timm_heads(config: Mapping[str, Any]) -> int | None:
-    """Attention heads of the model that a config.json of timm names; None where it names none."""
+    """Attention heads of the model that a config.json of timm names; None where it names none; ValueError for what
+    is no such file."""
     name, arguments = config.get("architecture"), config.get("model_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise ValueError(
+            f"config.json has model_args {arguments!r}, where arguments by name belong: take the file from its "
+            "authors again, or remove the entry"
+        )
     if not isinstance(name, str) or not timm.is_model(name):
         return None
     if isinstance(heads := arguments.get("num_heads"), int):

@@ -11,6 +11,8 @@ import fsspec
 import pytest
 
 from pretrain.checkpoint import PLACE_RECORD, load_towers, record_place
+from pretrain.checkpoint.fetch import fetched
+from pretrain.checkpoint.stores import Remote, store_at
 from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.export.__main__ import export_run, main
 from pretrain.export.formats import EXPORTERS
@@ -57,6 +59,19 @@ def test_checkpoints_behind_a_url_are_exported(vit_run: Path, url: str, tmp_path
     assert sha256(there / "model.safetensors") == sha256(here / "model.safetensors")
     copied = {path.name for path in (run / "fetched" / "step_000003").iterdir()}
     assert "student" in copied and not copied & {"teacher", "optimizer", "random"}
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "teacher/../../escaped", "ABSOLUTE"])
+def test_a_name_that_leads_out_of_the_folder_is_not_copied(
+    name: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, outside = f"{url}/step_000003", tmp_path / "escaped"
+    listed = store_at(step).sizes() | {str(outside) if name == "ABSOLUTE" else name: 3}
+    monkeypatch.setattr(Remote, "sizes", lambda store: listed)  # a file system in memory resolves such names
+    monkeypatch.setattr(Remote, "read", lambda store, *_: bytearray(b"bad"))
+    with pytest.raises(ValueError, match=r"escaped', which would be written outside .*remove that object"):
+        fetched(step, "teacher", tmp_path / "a" / "b")
+    assert not list(tmp_path.rglob("escaped")) and not (tmp_path / "a").exists()
 
 
 def test_what_was_copied_is_copied_again_only_when_the_store_has_another(url: str, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_card_says_what_was_trained_and_measured(vit_run: Path, tmp_path: Path) 
         "[123.675, 116.28, 103.53]",
         "`imagenet1k`: 1,281,167 samples, supervision category",
         "categories: 5",
-        "started from published weights of SHA-256 9f86d0",
+        "started from weights of SHA-256 9f86d0",
         "heldout: `scenes`, 1,000 samples",
         "50.0 [40.0, 60.0]",
         'timm.create_model("local-dir:FOLDER", pretrained=True)',

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.export import openmmlab
 from pretrain.export.__main__ import UNPROVEN, main
-from pretrain.export.agreement import NoToolkits, NotProven
+from pretrain.export.agreement import NoToolkits, NotProven, random_images
 from pretrain.export.formats import EXPORTERS, Exported, export
 from pretrain.export.openmmlab import REMOTE_CODE
 from pretrain.export.openmmlab_configs import all_configs, render
@@ -84,6 +85,28 @@ def test_vit_files_give_our_tokens_at_two_sizes(vit: Exported) -> None:
     found = {(a.file, a.size) for a in vit.proof}
     assert found == {(f"vit_{toolkit}.pth", size) for toolkit in LAYER for size in (64, 128)}
     assert all(agreement.max_difference < 1e-4 for agreement in vit.proof)
+
+
+def test_configs_whose_maps_are_not_there_prove_nothing(
+    vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = last(vit_run)
+    ours = {size: openmmlab._vit_maps(trained, random_images(size))["-1"] for size in (64, 128)}
+
+    def answered(files: set[str], position: str = "-1") -> list[str]:
+        outputs = {
+            f"{size}/{name.removesuffix('.py')}/{position}": m.permute(0, 3, 1, 2)
+            for name in files
+            for size, m in ours.items()
+        }
+        monkeypatch.setattr(openmmlab, "run_fresh", lambda *_, **__: (outputs, {}))
+        return sorted({a.file for a in openmmlab.prove_in_toolkits(trained, tmp_path, "python")})
+
+    built = CONFIGS - set(openmmlab.BUILT_ALONE)
+    assert answered(built) == sorted(built)
+    for files, position in ((built - {"dino_coco.py"}, "-1"), (built, "-9"), (set(), "-1")):
+        with pytest.raises(NotProven, match=r"at 64 px no map of .*dino_coco\.py could be compared"):
+            answered(files, position)
 
 
 def test_what_only_the_toolkits_prove_is_said_to_be_open(exported: Exported) -> None:

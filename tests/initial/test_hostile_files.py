@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.initial.asked import Init
 from pretrain.initial.files import LARGEST_HEADER, open_weights
+from pretrain.initial.start import choose, timm_heads
 
 SAID = r"is not read: take the file from its authors again|name that file itself|no regular file"
 
@@ -198,6 +200,21 @@ def test_a_config_that_is_no_config_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"is a JSON list, no object"):
         open_weights(tmp_path)
+
+
+def test_containers_without_end_and_names_that_are_none_are_told(tmp_path: Path) -> None:
+    endless: dict[str, Any] = {}
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "weights.pth")
+    init = Init(tmp_path / "weights.pth", None, False)
+    with pytest.raises(ValueError, match=r"more than 8 containers in one another, or one that holds itself"):
+        choose(open_weights(tmp_path / "weights.pth").tensors, init)
+    for name in (0, 7, ("a",)):
+        torch.save({"model": {name: torch.zeros(1)}}, tmp_path / "weights.pth")
+        with pytest.raises(ValueError, match=r"has the (int|tuple) .* where the name of a tensor belongs"):
+            choose(open_weights(tmp_path / "weights.pth").tensors, init)
+    with pytest.raises(ValueError, match=r"has model_args \[4\], where arguments by name belong"):
+        timm_heads({"architecture": "vit_tiny_patch16_224", "model_args": [4]})
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from pretrain.checkpoint import WEIGHTS
 from pretrain.config import Run
-from pretrain.export.formats import EXPORTERS, export
+from pretrain.export.formats import EXPORTERS
 from pretrain.initial.asked import init_of
 from pretrain.initial.layouts import INTERNIMAGE_PARTS, LAYOUTS
 from pretrain.initial.start import start_for
@@ -69,10 +69,11 @@ def test_every_export_loads_back_bit_identically(
     fitting = [name for name, exporter in EXPORTERS.items() if family in exporter.families]
     assert fitting
     for name in sorted(set(fitting) - {"onnx"}):  # a graph, not a file of weights
-        folder = export(trained, name, tmp_path / name).folder
-        for told, keys in json.loads((folder / "keys.json").read_text())["files"].items():
+        (folder := tmp_path / name).mkdir()
+        for told, keys in EXPORTERS[name].write(trained, folder).items():
             start, towers = started(folder / told, trained.run, heads=True)
-            assert start.fit.taken == len(keys["written"]), told
+            assert start.fit.left.keys() == keys.added.keys() & {"mask_token"}, told
+            assert start.fit.taken + len(start.fit.left) == len(keys.written) + len(keys.added), told
             state = towers.state_dict()
             assert all(torch.equal(state[key], ours[key]) for key in start.fit.sources), told
 
@@ -164,6 +165,18 @@ def test_layer_scale_is_folded_into_what_it_scales(tmp_path: Path) -> None:
         ours = towers.eval().encoder(images, summary=True)
         torch.testing.assert_close(ours, model.forward_features(images), rtol=1e-4, atol=1e-5)
     assert set(start.fit.left) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("change", ["gone", "other length"])
+def test_factors_that_scale_nothing_are_refused(change: str, vit: Towers, tmp_path: Path) -> None:
+    state = timm_state(vit, "vit")
+    state["blocks.1.ls2.gamma"] = torch.ones(48 if change == "gone" else 47)
+    if change == "gone":
+        del state["blocks.1.mlp.fc2.weight"], state["blocks.1.mlp.fc2.bias"]
+    with pytest.raises(
+        ValueError, match=r"--init .*: blocks\.1\.ls2\.gamma has \(4[78],\) factors for the rows of blocks"
+    ):
+        started(saved(tmp_path / "vit.safetensors", state), VIT)
 
 
 # timm/layers/interpolate.py, lines 47 and 65
@@ -271,6 +284,27 @@ def test_pixels_that_the_model_saw_otherwise_are_told(vit: Towers, tmp_path: Pat
     start, _ = started(tmp_path, VIT)
     assert "its pixels have mean [0.5, 0.5, 0.5]" in start.told()[-1]
     assert start.record()["sha256"] and start.record()["layout"] in LAYOUTS
+
+
+@pytest.mark.parametrize(
+    ("told", "noted"),
+    [
+        ({"image_mean": [0.5] * 3, "image_std": list(VIT.views.std)}, [("mean", [0.5] * 3)]),
+        ({"image_processor": {"image_std": [0.25] * 3}}, [("std", [0.25] * 3)]),
+        ({"do_normalize": False, "image_mean": [0.5] * 3}, [("mean", [0.0] * 3), ("std", [1.0] * 3)]),
+        ({"image_mean": list(VIT.views.mean), "image_std": list(VIT.views.std)}, []),
+        ({"image_processor": 3}, []),
+    ],
+)
+def test_pixels_of_transformers_are_compared(
+    told: dict, noted: list[tuple[str, list[float]]], vit: Towers, tmp_path: Path
+) -> None:
+    saved(tmp_path / "model.safetensors", timm_state(vit, "vit"))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    notes = started(tmp_path, VIT)[0].notes
+    assert len(notes) == len(noted)
+    for note, (name, values) in zip(notes, noted, strict=True):
+        assert note.startswith(f"its pixels have {name} {values}, this run's")
 
 
 @pytest.mark.filterwarnings("ignore:.*is skipped, since")
