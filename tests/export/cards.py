@@ -13,9 +13,14 @@ ALONE = "import importlib.util, sys\nassert importlib.util.find_spec('pretrain')
 
 def code_of(folder: Path) -> str:
     """The Python blocks of the card, for this folder."""
-    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
-    assert blocks, f"{folder}/README.md shows no code"
-    return "\n".join(blocks).replace("FOLDER", str(folder))
+    return blocks_of((folder / "README.md").read_text()).replace("FOLDER", str(folder))
+
+
+def blocks_of(text: str) -> str:
+    """The Python blocks of a card, as they stand there."""
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert blocks, f"no code is shown in {text}"
+    return "\n".join(blocks)
 
 
 def run_alone(code: str, place: Path, *arguments: str, python: str = sys.executable) -> str:

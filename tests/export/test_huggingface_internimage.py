@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pretrain.export import huggingface_internimage, huggingface_vit
 from pretrain.export.formats import Exported, export
 from pretrain.export.huggingface_internimage import FILES, config
 from pretrain.export.remote_code.configuration_internimage import InternImageConfig
@@ -18,15 +19,20 @@ from pretrain.export.remote_code.internimage_network import InternImageNetwork, 
 from pretrain.export.remote_code.modeling_internimage import InternImageForImageClassification
 from pretrain.models import internimage_layouts as layouts
 from pretrain.models.internimage import INTERNIMAGE, InternImage
-from tests.export.cards import code_of, run_alone
+from tests.export.cards import blocks_of
 from tests.export.conftest import FACTS, last
 from tests.models.test_internimage import GOLDEN, PUBLISHED, weight_by_rule
 from tests.paths import needs_shared
 
 STAGES = [f"stage{index}" for index in (1, 2, 3, 4)]
-TRAINED = """
+PROVEN = """
+import importlib.util, runpy, sys
+assert importlib.util.find_spec("pretrain") is None
+runpy.run_path("PROBE", run_name="__main__")
+FOLDER = sys.argv[1]
 import json, numpy as np, torch
 from PIL import Image
+torch.set_grad_enabled(True)
 image = Image.fromarray(np.arange(90 * 70 * 3, dtype=np.uint8).reshape(90, 70, 3))
 """
 THEN = """
@@ -39,30 +45,46 @@ output = segmenter(inputs["pixel_values"].repeat(2, 1, 1, 1), labels=torch.randi
 output.loss.backward()
 without = [name for name, p in segmenter.backbone.named_parameters() if p.grad is None or not p.grad.any()]
 with patch.object(HfApi, "repo_exists", lambda *_, **__: True):  # as for a name on a hub
-    from_hub = AutoBackbone.from_pretrained("FOLDER", trust_remote_code=True, out_indices=[1, 3])
-classifier = AutoModelForImageClassification.from_pretrained("FOLDER", trust_remote_code=True)
+    from_hub = AutoBackbone.from_pretrained(FOLDER, trust_remote_code=True, out_indices=[1, 3])
+classifier = AutoModelForImageClassification.from_pretrained(FOLDER, trust_remote_code=True)
 torch.save({"vit_tokens": vit_tokens, "vit_pixels": vit_pixels,
     "pixels": inputs["pixel_values"], "tokens": tokens, "embedding": embedding,
-    "maps": from_hub.eval()(inputs["pixel_values"]).feature_maps}, sys.argv[1])
-print(json.dumps({"logits": list(output.logits.shape), "loss": output.loss.item(), "without": without,
-    "features": from_hub.out_features, "channels": from_hub.channels, "labels": classifier.config.id2label}))
+    "maps": from_hub.eval()(inputs["pixel_values"]).feature_maps}, "PLACE/tensors.pt")
+told = {"logits": list(output.logits.shape), "loss": output.loss.item(), "without": without,
+    "features": from_hub.out_features, "channels": from_hub.channels, "labels": classifier.config.id2label}
+with open("PLACE/told.json", "w") as file:
+    json.dump(told, file)
 """
 
 
 @pytest.fixture(scope="module")
-def exported(internimage_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export(last(internimage_run), "huggingface", tmp_path_factory.mktemp("huggingface") / "out")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("huggingface")
 
 
 @pytest.fixture(scope="module")
-def by_card(exported: Exported, vit_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What the code of both cards gives in a process of its own, and a UperNet on InternImage."""
-    place = tmp_path_factory.mktemp("card")
-    vit = export(last(vit_run), "huggingface", place / "vit").folder
-    code = TRAINED + code_of(vit) + "\nvit_tokens, vit_pixels = tokens, inputs['pixel_values']\n"
-    code += code_of(exported.folder) + THEN.replace("FOLDER", str(exported.folder))
-    printed = run_alone(code, place, str(place / "tensors.pt"))
-    return json.loads(printed) | torch.load(place / "tensors.pt", weights_only=True)
+def exported(internimage_run: Path, vit_run: Path, place: Path) -> Exported:
+    """An export whose proof, code of both cards and UperNet on InternImage share a process of their own."""
+    trained, vit, folder = last(internimage_run), last(vit_run), place / "vit"
+    folder.mkdir()
+    huggingface_vit.write(vit, folder)
+    code = PROVEN.replace("PROBE", str(huggingface_internimage.PROBE))
+    code += blocks_of(huggingface_vit.how_to_load(vit)).replace("FOLDER", str(folder))
+    code += "\nvit_tokens, vit_pixels = tokens, inputs['pixel_values']\n"
+    code += blocks_of(huggingface_internimage.how_to_load(trained)).replace('"FOLDER"', "FOLDER")
+    (place / "probe.py").write_text(code + THEN.replace("PLACE", str(place)))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(huggingface_internimage, "PROBE", place / "probe.py")
+        return export(trained, "huggingface", place / "out")
+
+
+@pytest.fixture(scope="module")
+def by_card(exported: Exported, place: Path, internimage_run: Path) -> dict:
+    """What the code of both cards gives, and a UperNet on InternImage."""
+    card = (exported.folder / "README.md").read_text()
+    assert huggingface_internimage.how_to_load(last(internimage_run)) in card
+    told = json.loads((place / "told.json").read_text())
+    return told | torch.load(place / "tensors.pt", weights_only=True)
 
 
 def test_proof_is_of_every_output_of_every_class_at_two_sizes(exported: Exported) -> None:
