@@ -185,6 +185,9 @@ def _tensors(place: Path) -> dict[str, Tensor]:
         or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
     ):
         raise ValueError(f"{place} holds no tensors by name: export it again, or save model.state_dict()")
+    for name, value in content.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{place}: {name} holds other than finite numbers: take other weights")
     return dict(content)
 
 

@@ -144,6 +144,9 @@ def test_hostile_weights_are_not_read(config: dict[str, Any], name: str, tmp_pat
     torch.save({"model": {"weight": 3}}, tmp_path / name)
     with pytest.raises(ValueError, match="holds no tensors by name"):
         open_published(tmp_path)
+    torch.save({"weight": torch.tensor([1.0, torch.nan])}, tmp_path / name)
+    with pytest.raises(ValueError, match="weight holds other than finite numbers"):
+        open_published(tmp_path)
 
 
 def test_an_export_of_all_towers_is_opened_whole(tmp_path: Path) -> None:
