@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How do I pre-train on this one machine? On all its GPUs; without any, on the CPU with two ranks.
+# How do I pre-train on this machine? On all its GPUs; without any, on the CPU with two ranks. Alone, or as one of many.
 #
 #   jobs/local/pretrain.sh --recipe m3i.demo --data labelled=DIR captioned=DIR --out DIR [--optim.lr 1e-3 ...]
 #
@@ -7,7 +7,13 @@
 #   ENV              virtual environment; default: the repository's .venv, else the active one
 #   RANKS            processes; default: one a GPU, or 2 on the CPU
 #   OMP_NUM_THREADS  threads of a process; default: cores / ranks
-#   MASTER_PORT      rendezvous on loopback; default: a free port, so that two runs do not meet
+#   MASTER_PORT      rendezvous; default: a free port on loopback, so that two runs do not meet
+#   LOGS             folder that gets one file a rank for what it prints; default: all on this script's output
+#   PREFLIGHT        1 checks the machine, or all machines together, before training; see pretrain/preflight
+#
+# One of many machines, each of which starts this script with the same arguments; cluster scripts beside this set:
+#   NODES            machines; default 1             NODE_RANK    which one this is, from 0
+#   MASTER_ADDR      address of machine 0, which the others reach; with a MASTER_PORT that is free there
 #
 # SIGTERM or SIGUSR1 to this script saves and ends with 75: start the same command again. 76: a rank was lost, also
 # start it again. 65: the guard gave up, look at its evidence. pretrain/exits.py has all codes.
@@ -18,6 +24,21 @@ if (($# == 0)); then
   exit 2
 fi
 root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
+
+nodes=${NODES:-1} hostfile=""
+if ! [[ $nodes =~ ^[1-9][0-9]*$ ]]; then
+  echo "NODES=$nodes is no number of machines: set how many start this script, at least 1" >&2
+  exit 2
+fi
+if ((nodes > 1)); then
+  : "${NODE_RANK:?is not set and NODES=$nodes: say which of the machines this is, from 0 to $((nodes - 1))}"
+  : "${MASTER_ADDR:?is not set and NODES=$nodes: say at which address the others reach machine 0}"
+  : "${MASTER_PORT:?is not set and NODES=$nodes: say a port that is free on machine 0, the same on all}"
+  if ! [[ $NODE_RANK =~ ^[0-9]+$ ]] || ((NODE_RANK >= nodes)); then
+    echo "NODE_RANK=$NODE_RANK is not one of the $nodes machines: they count from 0 to $((nodes - 1))" >&2
+    exit 2
+  fi
+fi
 
 env_folder=${ENV:-}
 if [[ -z $env_folder && -x $root/.venv/bin/deepspeed ]]; then env_folder=$root/.venv; fi
@@ -42,33 +63,47 @@ with socket.socket() as probe:
 PYTHON
 )
 
-# One machine, whatever a cluster left in the default hostfile.
-launcher=(--quiet --hostfile /dev/null --master_addr 127.0.0.1 --master_port "${MASTER_PORT:-$free_port}")
+ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
 if ((gpus == 0)); then
-  ranks=${RANKS:-2}
   export DS_ACCELERATOR=cpu
-  launcher+=(--num_accelerators "$ranks")
+elif ((ranks > gpus)); then
+  echo "RANKS=$ranks is more than the $gpus GPUs that are visible: lower it, or set DS_ACCELERATOR=cpu" >&2
+  exit 1
+fi
+
+launcher=(--quiet --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-$free_port}")
+if ((nodes > 1)); then
+  # Every machine starts its own ranks: DeepSpeed needs no way into the others, only how many there are.
+  hostfile=$(mktemp)
+  for ((node = 0; node < nodes; node++)); do echo "node$node slots=$ranks"; done >"$hostfile"
+  launcher+=(--hostfile "$hostfile" --no_ssh --node_rank "$NODE_RANK")
 else
-  ranks=${RANKS:-$gpus}
-  if ((ranks > gpus)); then
-    echo "RANKS=$ranks is more than the $gpus GPUs that are visible: lower it, or set DS_ACCELERATOR=cpu" >&2
-    exit 1
+  launcher+=(--hostfile /dev/null) # whatever a cluster left in the default hostfile
+  export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
+  if ((gpus == 0)); then
+    launcher+=(--num_accelerators "$ranks")
+  else
+    # DeepSpeed takes what is visible, and would forget a choice of GPUs if it were given a number.
+    visible=${CUDA_VISIBLE_DEVICES:-$(seq --separator=, 0 $((gpus - 1)))}
+    CUDA_VISIBLE_DEVICES=$(cut --delimiter=, --fields="-$ranks" <<<"$visible")
+    export CUDA_VISIBLE_DEVICES
   fi
-  # DeepSpeed takes what is visible, and would forget a choice of GPUs if it were given a number.
-  visible=${CUDA_VISIBLE_DEVICES:-$(seq --separator=, 0 $((gpus - 1)))}
-  CUDA_VISIBLE_DEVICES=$(cut --delimiter=, --fields="-$ranks" <<<"$visible")
-  export CUDA_VISIBLE_DEVICES
 fi
 
 threads=$(($(nproc) / ranks))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+if [[ -n ${LOGS:-} ]]; then
+  mkdir -p -- "$LOGS"
+  launcher+=(--enable_each_rank_log "$LOGS")
+fi
 
-set -m # a process group of its own, in which Ctrl-C still counts
-deepspeed "${launcher[@]}" "$root/pretrain/main.py" "$@" &
-deepspeed=$!
-
+deepspeed=""
+clean_up() {
+  [[ -z $hostfile ]] || rm -f -- "$hostfile"
+  ((asking == 0)) || kill "$asking" 2>/dev/null || true
+}
+trap clean_up EXIT
 children() {
   local pid list=
   for pid in "$@"; do
@@ -77,27 +112,49 @@ children() {
 }
 
 # The ranks alone are asked to stop. The launcher, were it told, would give them 30 s and end the loader's workers first.
+# They are asked every 5 s: a rank that still starts does not hear.
 ask_ranks() {
-  has_asked=1 is_interrupted=1
   local ranks
   # shellcheck disable=SC2046 # words are wanted: process numbers
   ranks=$(children $(children "$deepspeed"))
   # shellcheck disable=SC2086
   kill -s USR1 $ranks 2>/dev/null || true
 }
+stop() {
+  is_interrupted=1
+  ask_ranks
+  ((asking)) && return
+  while sleep 5; do ask_ranks; done &
+  asking=$!
+}
 interrupt() {
   is_interrupted=1
   kill -s INT -- "-$deepspeed" 2>/dev/null || true
 }
-has_asked=0
-trap ask_ranks TERM USR1
+asking=0
+trap stop TERM USR1
 trap interrupt INT
 
-while true; do
-  is_interrupted=0 code=0
-  wait "$deepspeed" || code=$?
-  ((is_interrupted)) || break
-done
-# What the launcher makes of a rank that a signal ended, 256 minus its number.
-if ((code > 192)); then code=$((has_asked ? 75 : 76)); fi
+# A process group of its own, in which Ctrl-C still counts. A cluster sends SIGUSR1 to every process of a job: the
+# launcher lets it pass, the ranks hear it.
+start_and_wait() {
+  set -m
+  (trap '' USR1; exec deepspeed "${launcher[@]}" "$@") &
+  deepspeed=$!
+  set +m
+  while true; do
+    is_interrupted=0 code=0
+    wait "$deepspeed" || code=$?
+    ((is_interrupted)) || break
+  done
+  # What the launcher makes of a rank that a signal ended, 256 minus its number.
+  if ((code > 192)); then code=$((asking ? 75 : 76)); fi
+}
+
+if [[ ${PREFLIGHT:-0} == 1 ]]; then
+  start_and_wait --module pretrain.preflight "$@"
+  ((code == 0)) || exit "$code"
+  ((asking == 0)) || exit 75
+fi
+start_and_wait "$root/pretrain/main.py" "$@"
 exit "$code"

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -166,10 +167,15 @@ def test_image_leaves_root_and_keeps_data_out() -> None:
     assert {".git", "data", "runs", ".venv"} <= set((ROOT / ".dockerignore").read_text().split())
 
 
-LAUNCHER = """# What `deepspeed` starts: a launcher that starts ranks, and gives the first code that is not 0.
-bash -c 'for rank in 0 1; do
-  bash -c "trap \\"exit 75\\" USR1; echo \\$\\$ > $FOLDER/rank_$rank; while true; do sleep 0.05; done" &
-done; trap "exit 1" TERM; code=0; wait -n || code=$?; kill $(jobs -p); exit $code' &
+# A rank: the job lets SIGUSR1 pass by all that does not ask for it, so bash could not hear it.
+RANK = """import os, pathlib, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(60)
+"""
+LAUNCHER = f"""# What `deepspeed` starts: a launcher that starts ranks, and gives the first code that is not 0.
+bash -c 'for rank in 0 1; do {sys.executable} $FOLDER/rank.py $FOLDER/rank_$rank & done
+trap "exit 1" TERM; code=0; wait -n || code=$?; kill $(jobs -p); exit $code' &
 wait $!
 """
 
@@ -185,6 +191,7 @@ def _write_stubs(folder: Path, launcher: str) -> None:
 def _job_with_two_ranks(folder: Path) -> subprocess.Popen[bytes]:
     """jobs/local/pretrain.sh with a launcher whose ranks wait to be asked; both ranks are there."""
     _write_stubs(folder, LAUNCHER)
+    (folder / "rank.py").write_text(RANK)
     job = subprocess.Popen(
         [str(ROOT / "jobs/local/pretrain.sh"), "--recipe", "m3i.demo"],
         env=os.environ | {"ENV": str(folder), "FOLDER": str(folder)},
