@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from datetime import timedelta
@@ -18,6 +19,7 @@ def start_distributed(timeout: float = 1800.0) -> torch.device:
     A collective call that takes longer than `timeout` seconds fails. gloo without CUDA or where DS_ACCELERATOR=cpu
     says so, NCCL otherwise. Returns the device of this rank.
     """
+    gc.freeze()  # what is imported stays: collections, of which DeepSpeed asks for some, need not look at it
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
         with socket.socket() as free:

@@ -28,8 +28,9 @@ from pretrain.evaluate import result
 from pretrain.evaluate.few_shot import SHARES
 from pretrain.evaluate.fine_tune import RECIPES
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, SLOW
-from pretrain.evaluate.protocols import SPLITS, Protocols, best_device, measure_subject, read_manifests
+from pretrain.evaluate.protocols import Protocols, best_device, measure_subject
 from pretrain.evaluate.published import is_published
+from pretrain.evaluate.sets import SPLITS, read_manifests
 from pretrain.evaluate.shares import TIMEOUT
 from pretrain.evaluate.subjects import find_subjects
 from pretrain.evaluate.templates import AUTO, TEMPLATES

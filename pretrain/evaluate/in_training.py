@@ -25,7 +25,7 @@ from pretrain.data.text import Captions
 from pretrain.evaluate import knn, zero_shot
 from pretrain.evaluate.accuracy import score
 from pretrain.evaluate.features import Pictures
-from pretrain.evaluate.protocols import SPLITS, read_manifests
+from pretrain.evaluate.sets import SPLITS, read_manifests
 from pretrain.evaluate.templates import AUTO, choose_templates
 from pretrain.facts import DataFacts
 from pretrain.models.pixels import normalise

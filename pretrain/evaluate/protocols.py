@@ -21,12 +21,10 @@ from pretrain.evaluate.evidence import Evidence, Outcome, heldout_labels, is_lab
 from pretrain.evaluate.features import extract
 from pretrain.evaluate.fine_tune import Examples, FineTune, fine_tune, predict
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, measure
-from pretrain.evaluate.sets import Listing, read_set
+from pretrain.evaluate.sets import SPLITS, Listing, read_manifests
 from pretrain.evaluate.shares import gathered
 from pretrain.evaluate.subjects import Subject, embed_with, open_checkpoint
 from pretrain.evaluate.templates import AUTO, check_templates
-
-SPLITS = ("train", "heldout")
 
 
 @dataclass(frozen=True)
@@ -169,22 +167,3 @@ def _fine_tune(
     seeds = few_shot.SEEDS[: protocols.fine_tune_draws]
     row = few_shot.over_draws(train_labels, share, labels, predicted_after, num_categories, seeds)
     return Outcome(row | {"recipe": asdict(recipe)})
-
-
-def read_manifests(folders: Mapping[str, Path]) -> dict[str, Manifest | Listing]:
-    """Manifests of both data sets; ValueError when they do not fit each other."""
-    manifests = {split: read_set(folder) for split, folder in folders.items()}
-    train, heldout = (manifests[split] for split in SPLITS)
-    if train.categories != heldout.categories:
-        odd = sorted(set(train.categories) ^ set(heldout.categories)) or ["the same names in another order"]
-        raise ValueError(
-            f"{folders['train']} has {len(train.categories)} categories, {folders['heldout']} has "
-            f"{len(heldout.categories)}, and they must be the same (differing: {odd[:5]}): build both splits "
-            "from one source"
-        )
-    if not train.categories and not heldout.has_text:
-        raise ValueError(
-            f"{folders['heldout']} has neither categories nor captions, so there is nothing to measure: "
-            "name another data set"
-        )
-    return manifests

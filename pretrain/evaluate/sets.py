@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from data_prep.schema import MANIFEST_NAME, Manifest
 from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
 
+SPLITS = ("train", "heldout")
 # Suffix of a file -> name of the image in a sample.
 SUFFIXES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 
@@ -62,6 +64,25 @@ def read_set(folder: Path) -> Manifest | Listing:
     if (folder / MANIFEST_NAME).is_file() or not _has_folders(folder):
         return Manifest.read(folder)  # tells what is missing
     return ClassFolders(folder).manifest
+
+
+def read_manifests(folders: Mapping[str, Path]) -> dict[str, Manifest | Listing]:
+    """Manifests of both data sets; ValueError when they do not fit each other."""
+    manifests = {split: read_set(folder) for split, folder in folders.items()}
+    train, heldout = (manifests[split] for split in SPLITS)
+    if train.categories != heldout.categories:
+        odd = sorted(set(train.categories) ^ set(heldout.categories)) or ["the same names in another order"]
+        raise ValueError(
+            f"{folders['train']} has {len(train.categories)} categories, {folders['heldout']} has "
+            f"{len(heldout.categories)}, and they must be the same (differing: {odd[:5]}): build both splits "
+            "from one source"
+        )
+    if not train.categories and not heldout.has_text:
+        raise ValueError(
+            f"{folders['heldout']} has neither categories nor captions, so there is nothing to measure: "
+            "name another data set"
+        )
+    return manifests
 
 
 def _has_folders(folder: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
 
 from pretrain.config import Text
 
@@ -17,6 +16,8 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(self, text: Text, vocab_size: int) -> None:
+        from transformers import BertConfig, BertModel  # takes seconds, and runs without text do not need it
+
         super().__init__()
         self.width = text.width
         self.bert = BertModel(

@@ -16,8 +16,9 @@ from pretrain.evaluate.augment import rand_augment
 from pretrain.evaluate.evidence import NotMeasured
 from pretrain.evaluate.fine_tune import RECIPES, Classifier, Examples, FineTune, _encoder, fine_tune, predict
 from pretrain.evaluate.layers import layer_order
-from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint, measure_subject, read_manifests
+from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint, measure_subject
 from pretrain.evaluate.published import EncoderAlone, PublishedEncoder
+from pretrain.evaluate.sets import read_manifests
 from pretrain.evaluate.subjects import Subject
 from pretrain.facts import DataFacts
 from pretrain.models.pooling import prepend_mean
