@@ -108,6 +108,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     manifests = read_manifests(folders)
     device = best_device()
     evaluated: dict[str, Any] = {"checkpoints": {}}
+    if rank() == 0 and (kept := result.set_aside(out, [s.name for s in subjects], protocols.rows)):
+        print(f"what {out} held of other checkpoints or probes is kept as {kept}")
     for subject in subjects:
         measured = measure_subject(subject.open(), folders, manifests, protocols, device)
         if measured is None:

@@ -53,6 +53,7 @@ def over_draws(
         "chance": 1 / num_categories,
         "majority": int(counts.max()) / len(heldout),
         "share": share / 100,
+        "drawn_share": len(drawn[0]) / len(labels),  # larger where a category has one image at least
         "train_images": len(drawn[0]),
         "seeds": list(seeds),
         "accuracies": accuracies.tolist(),

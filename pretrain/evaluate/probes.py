@@ -192,5 +192,7 @@ def _encoder(evidence: Evidence) -> zero_shot.Encode:
     if evidence.encode is None and evidence.facts.vocab_size:
         raise NotMeasured("an export holds no tokenizer: name the run")
     if evidence.encode is None:
-        raise NotMeasured("the run has no text tower: none of its sources has captions")
+        raise NotMeasured(
+            "no text tower came with the images' one: it takes a run some of whose data has captions"
+        )
     return evidence.encode

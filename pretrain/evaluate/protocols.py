@@ -48,6 +48,12 @@ class Protocols:
             raise ValueError(f"--k {self.ks} must be positive numbers of neighbours, such as 20,10,200")
         check_templates(self.templates)
 
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of what is measured, as they stand in the result."""
+        tuned = () if self.fine_tune is None else ("fine_tune",)
+        return (*self.probes, *tuned, *(f"few_shot_{share}_fine_tune" for share in self.fine_tune_shares))
+
 
 @dataclass(frozen=True)
 class Measured:

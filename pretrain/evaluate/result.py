@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,21 @@ def write(path: Path, result: Mapping[str, Any]) -> None:
     write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
+def set_aside(path: Path, names: Collection[str], probes: Collection[str]) -> Path | None:
+    """Renames the result at `path` if it has rows that these checkpoints and probes would not have; the new path."""
+    try:
+        there = json.loads(path.read_text())["checkpoints"]
+        rows = {(name, probe) for name, measured in there.items() for probe in measured if probe in TITLES}
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    if rows <= {(name, probe) for name in names for probe in probes}:
+        return None
+    written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    kept = path.with_name(f"{path.stem}.{written:%Y%m%dT%H%M%S}{path.suffix}")
+    path.rename(kept)
+    return kept
+
+
 def table(result: Mapping[str, Any]) -> str:
     """The accuracies of all checkpoints side by side, in per cent with their 95 % intervals."""
     steps = list(result["checkpoints"])
@@ -122,8 +137,15 @@ def _others(row: Mapping[str, Any]) -> str:
     told = []
     for sign, name in (("k = ", "by_k"), ("R@", "recall")):
         for number, other in list(row.get(name, {}).items())[1:]:
-            told.append(f"{sign}{number} {_percent(other['accuracy'])}")
+            told.append(f"{sign}{number} {_percent(other['accuracy'])}" + _why(other))
+    share, drawn = row.get("share"), row.get("drawn_share", 0.0)
+    if share and round(100 * drawn) != round(100 * share):
+        told.append(f"one image a category at least, so {100 * drawn:.1f} % of the labels")
     return ", ".join(told)
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    return f" ({row['reason']})" if row["accuracy"] is None else ""
 
 
 def _percent(accuracy: float | None) -> str:

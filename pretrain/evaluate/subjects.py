@@ -49,12 +49,15 @@ def find_subjects(place: Path, steps: Sequence[str], size: int | None = None) ->
 
     Raises FileNotFoundError and ValueError as `find_checkpoint`, and for a checkpoint that is not whole.
     """
+    is_model = place.is_file() or (place.is_dir() and is_published(place))
+    if size is not None and place.is_dir() and not is_model:
+        raise ValueError(f"--image-size {size} is of published models: {place} tells its own, leave it out")
     if (place / "run.json").is_file() and (place / "teacher").is_dir():
         problem = verify(place, hashes=False)
         if problem is not None:
             raise FileNotFoundError(f"{place} cannot be used, since {problem}: name another checkpoint")
         return [Named(place.name, partial(open_checkpoint, place))]
-    if place.is_file() or (place.is_dir() and is_published(place)):
+    if is_model:
         return [Named(place.stem if place.is_file() else place.name, partial(open_model, place, size))]
     found = [find_checkpoint(place, name) for name in steps]
     # Each once: of a run's beginning the first is the last.

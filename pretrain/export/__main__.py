@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,10 +42,6 @@ def export_run(arguments: list[str] | None = None) -> Exported:
     options = parse(arguments)
     if options.which not in WEIGHTS:
         raise ValueError(f"--which {options.which!r} is unknown; choose from {sorted(WEIGHTS)}")
-    if shutil.which(options.python) is None:
-        raise FileNotFoundError(
-            f"--python {options.python} is no program: give the path of a Python interpreter"
-        )
     step_folder = find_checkpoint(options.run, options.step, options.which)
     exporter = choose(options.to, Run.from_json((step_folder / "run.json").read_text()))
     suffix = "" if options.which == "teacher" else f"-{options.which}"
@@ -53,6 +50,7 @@ def export_run(arguments: list[str] | None = None) -> Exported:
         raise ValueError(
             f"--python {options.python} would be ignored: no other interpreter proves {options.to}; leave it out"
         )
+    _require_python(options.python)
     require_place("--out", folder)
     check_target(folder, options.to, 0)
     print(f"reads the {options.which} of {step_folder}")
@@ -65,6 +63,24 @@ def export_run(arguments: list[str] | None = None) -> Exported:
         print(f"{'compared' if exported.unproven else 'proven'}: {line}")
     print(f"written to {exported.folder}; every tensor by name in keys.json")
     return exported
+
+
+def _require_python(program: str) -> None:
+    """FileNotFoundError or ValueError unless it is a Python interpreter."""
+    if shutil.which(program) is None:
+        raise FileNotFoundError(f"--python {program} is no program: give the path of a Python interpreter")
+    if program == sys.executable:
+        return
+    asked = subprocess.run(
+        [program, "-I", "-c", "import sys; print(sys.version_info[0])"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if asked.stdout.strip() != "3":
+        raise ValueError(
+            f"--python {program} does not answer as Python 3 does: give the path of an interpreter"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,12 +25,11 @@ from pretrain.initial.layouts import LAYOUTS, detect
 from pretrain.intact import COMPLETE, sha256
 from pretrain.models.backbone import BACKBONES
 from pretrain.models.internimage_config import InternImageConfig
-from pretrain.models.internimage_layouts import CONTAINERS, WRAPPERS
+from pretrain.models.internimage_layouts import CONTAINERS, MOST_NESTED, WRAPPERS
 from pretrain.towers import Towers
 
 EMA_CONTAINERS = ("state_dict_ema", "model_ema")  # of timm's training script and InternImage's
 MOMENTUM_TEACHER = "mm_dcnv3."  # of InternImage's pre-training layout
-MOST_NESTED = 8  # containers in one another; a pickle may hold itself
 
 
 @dataclass(frozen=True)

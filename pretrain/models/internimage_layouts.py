@@ -85,6 +85,7 @@ PARTS: dict[str, tuple[tuple[str, str], ...]] = {
 
 CONTAINERS = ("state_dict", "model", "module")  # under these keys training codes keep the tensors
 WRAPPERS = ("module.", "_orig_mod.", "backbone.")  # of DistributedDataParallel, torch.compile, OpenMMLab
+MOST_NESTED = 8  # containers in one another; a pickle may hold itself
 
 
 def detect_layout(state: Collection[str]) -> str:
@@ -100,9 +101,16 @@ def _unwrapped(state: Mapping[str, Any]) -> State:
     """The tensors of a checkpoint, out of the containers that training codes put them into; ValueError names
     what is no tensor.
     """
-    for container in CONTAINERS:
-        if isinstance(state.get(container), Mapping):
-            return _unwrapped(state[container])
+    for _ in range(MOST_NESTED):
+        inner = next((name for name in CONTAINERS if isinstance(state.get(name), Mapping)), None)
+        if inner is None:
+            break
+        state = state[inner]
+    else:
+        raise ValueError(
+            f"the checkpoint holds more than {MOST_NESTED} containers in one another, or one that holds itself: "
+            "pass the mapping of tensors"
+        )
     for prefix in WRAPPERS:
         if state and all(key.startswith(prefix) for key in state):
             return _unwrapped({key.removeprefix(prefix): tensor for key, tensor in state.items()})

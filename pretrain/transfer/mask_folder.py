@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +93,10 @@ class MaskFolder:
             )
         table = np.full(IGNORED + 1, IGNORED, np.uint8)
         table[: len(self._numbers)] = self._numbers
-        return Example(image.permute(2, 0, 1), index, classes=torch.from_numpy(table[numbers]))
+        classes = table[numbers]
+        if (classes == IGNORED).all():
+            raise BadSample("nothing_named", f"{mask_path} has no pixel of a class")
+        return Example(image.permute(2, 0, 1), index, classes=torch.from_numpy(classes))
 
 
 def _fingerprint(classes: Path, pairs: list[tuple[Path, Path]]) -> str:
@@ -110,11 +114,17 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], list[int]]:
             f"{path} is missing: write the names of the classes into it, line i for number i of the masks, `-` for "
             "one that is neither taught nor judged"
         )
-    lines = path.read_text().rstrip("\n").split("\n")
+    try:
+        lines = path.read_text("utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 ({error}): save the names of the classes as UTF-8") from error
     names = tuple(line.strip() for line in lines if line.strip() != UNNAMED)
-    if len(set(names)) < len(names) or len(names) < 2 or "" in names or len(lines) > IGNORED:
+    if len(names) < 2 or "" in names or len(lines) > IGNORED:
+        empty = ", an empty one among them" if "" in names else ""
+        raise ValueError(f"{path} has {len(names)} names{empty}: 2 to {IGNORED} are needed, a line each")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(
-            f"{path} has {len(names)} names: 2 to {IGNORED} different ones are needed, a line each"
+            f"{path} names {twice[0]!r} twice: classes are told apart by their names, rename one"
         )
     numbers = [IGNORED if line.strip() == UNNAMED else names.index(line.strip()) for line in lines]
     return names, numbers

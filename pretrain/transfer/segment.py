@@ -54,11 +54,14 @@ class Segmenter(nn.Module):
         return self.net(images).logits
 
     def loss(self, examples: list[Example]) -> Float[Tensor, ""]:
-        """Cross-entropy in nats over the pixels that are taught, main head + weight x auxiliary head."""
+        """Cross-entropy in nats over taught pixels (0 without any), main head + weight x auxiliary head."""
         device = next(self.parameters()).device
         images = torch.stack([example.image for example in examples]).to(device)
         classes = torch.stack([example.classes for example in examples]).to(device).long()
-        return self.net(normalise(images, self.mean, self.std, torch.float32), labels=classes).loss
+        images = normalise(images, self.mean, self.std, torch.float32)
+        if (classes == IGNORED).all():  # crops beside all that is labelled: a mean over no pixel is no number
+            return 0 * self.net(images).logits.sum()
+        return self.net(images, labels=classes).loss
 
 
 def loss_of(model: Segmenter, examples: list[Example]) -> Float[Tensor, ""]:

@@ -20,6 +20,8 @@ from pretrain.evaluate.__main__ import evaluate, main
 from pretrain.evaluate.features import extract
 from pretrain.evaluate.probes import DEFAULT, PROBES
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
+from pretrain.evaluate.result import set_aside, table, write
+from pretrain.evaluate.subjects import find_subjects
 from pretrain.facts import DataFacts
 from pretrain.models.backbone import InternImageEncoder
 from pretrain.models.pixels import normalise
@@ -128,7 +130,7 @@ def test_run_without_text_has_no_zero_shot_and_says_why(
     assert rows["classifier"]["accuracy"] is None and "other categories" in rows["classifier"]["reason"]
     assert rows["knn"]["accuracy"] > 0.9
     assert json.loads((run / "evaluation.json").read_text()) == result
-    assert "zero-shot by class names: not measured, the run has no text tower" in capsys.readouterr().out
+    assert "zero-shot by class names: not measured, no text tower" in capsys.readouterr().out
 
 
 def test_only_the_chosen_protocols_are_measured_and_shown(
@@ -240,6 +242,24 @@ def test_too_many_neighbours_are_told_and_the_others_measured(run_folder: Path, 
     row = evaluate_checkpoint(step, data / "train", data / "heldout", protocols)["knn"]
     assert row["accuracy"] is None and row["reason"].startswith("k=41 is more than the 40 labelled training")
     assert row["by_k"]["40"]["accuracy"] is not None
+    shown = table(
+        {"checkpoints": {"last": {"knn": row | row["by_k"]["40"] | {"by_k": {"40": {}, "41": row}}}}}
+    )
+    assert "k = 41 - (k=41 is more than the 40" in shown
+
+
+def test_a_result_with_rows_that_are_not_measured_again_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "evaluation.json"
+    write(out, {"checkpoints": {"first": {"knn": {}, "dropped": {}}, "last": {"knn": {}, "linear": {}}}})
+    assert set_aside(out, ["first", "last"], ["linear", "knn"]) is None and out.is_file()
+    kept = set_aside(out, ["last"], ["linear", "knn"])
+    assert kept is not None and kept.is_file() and not out.exists()
+    assert set_aside(out, ["last"], ["knn"]) is None
+
+
+def test_a_size_of_images_is_not_asked_of_a_run(run_folder: Path) -> None:
+    with pytest.raises(ValueError, match="--image-size 64 is of published models"):
+        find_subjects(run_folder, ["last"], 64)
 
 
 def test_neighbours_that_are_no_numbers_are_refused(run_folder: Path, data: Path) -> None:

@@ -139,6 +139,8 @@ def test_python_that_is_no_program_is_refused_at_once(
 ) -> None:
     assert main([str(vit_run), "--to", "openmmlab", "--python", "/no/python"]) == 1
     assert "--python /no/python is no program: give the path" in capsys.readouterr().err
+    assert main([str(vit_run), "--to", "openmmlab", "--python", "/bin/ls"]) == 1
+    assert "--python /bin/ls does not answer as Python 3" in capsys.readouterr().err
 
 
 def test_config_files_are_python_and_whole(exported: Exported) -> None:

@@ -122,6 +122,13 @@ def test_an_entry_that_is_no_tensor_is_named(model):
         read(numbered(model) | {"head.bias": 3}, model)
 
 
+def test_a_container_that_holds_itself_ends(model):
+    state: dict[str, object] = {}
+    state["model"] = state
+    with pytest.raises(ValueError, match="or one that holds itself"):
+        read(state, model)
+
+
 def test_a_key_that_only_begins_like_a_skipped_one_is_unexpected(model):
     theirs = write(numbered(model), "pretraining", torch.zeros(1)) | {
         "mask_token_proj.weight": torch.zeros(1)

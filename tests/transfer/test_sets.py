@@ -176,9 +176,23 @@ def test_masks_that_do_not_fit_are_counted_or_refused(tmp_path: Path) -> None:
     Image.new("L", (8, 6), 7).save(places.masks / "b.png")
     with pytest.raises(BadSample, match=r"number 7.*names 3"):
         found.example(0)
+    Image.new("L", (8, 6), 255).save(places.masks / "b.png")
+    with pytest.raises(BadSample, match=r"b.png has no pixel of a class"):
+        found.example(0)
     places.classes.unlink()
     with pytest.raises(FileNotFoundError, match=r"classes.txt is missing: write the names"):
         MaskFolder(places, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"sky\nsky\n", "names 'sky' twice"), (b"sky\n\xff\n", "is no UTF-8"), (b"sky\n\n\nsea", "an empty")],
+)
+def test_names_of_classes_that_do_not_tell_them_apart(tmp_path: Path, content: bytes, told: str) -> None:
+    places = mask_places(tmp_path)
+    places.classes.write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        MaskFolder(places, MANY)
 
 
 def test_things_of_shards_are_what_their_masks_show(shards: Path) -> None:
