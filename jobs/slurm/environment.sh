@@ -16,10 +16,6 @@ root=${root:?is not set: the repository, as the script that sources this one has
 # shellcheck source=jobs/run_variables.sh
 . "$root/jobs/run_variables.sh"
 
-# srun gives the highest code of all nodes. One that must end the run shall win over nodes that were lost (76) or killed
-# (128 + signal) thereupon, so jobs/slurm/node.sh raises it above those.
-declare -A RAISED=([1]=241 [2]=242 [65]=243)
-
 require_environment() {
   local is_path='^[./]'
   case ${CONTAINER:=none} in
@@ -34,7 +30,8 @@ require_environment() {
     fail "ENV=$ENV holds no bin/python: run \`make venv VENV=$ENV\` or name another folder"
 }
 
-# The arrays `step_options` and `container`: what srun is told, and what stands between it and a command.
+# The arrays `step_options` and `container`: what srun is told, and what stands between it and a command; and `bin`, what
+# stands before the name of a program of ENV.
 set_environment() {
   local variable mounts=()
   require_environment
@@ -43,7 +40,7 @@ set_environment() {
   step_options=(--export=ALL --kill-on-bad-exit=0 --wait="${SLURM_WAIT:-300}" --cpu-bind=none)
   # shellcheck disable=SC2206 # words are wanted: options
   step_options+=(${STEP_OPTIONS:-})
-  container=()
+  container=() bin=${ENV:+$ENV/bin/}
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
   if [[ $CONTAINER == none ]]; then
     PATH=$(realpath -- "$ENV")/bin:$PATH
@@ -96,7 +93,6 @@ ask_step() {
 
 # The code of the step in `code`, though Slurm asks this script to stop meanwhile.
 wait_for_step() {
-  local final
   trap ask_step TERM USR1
   while true; do
     is_interrupted=0 code=0
@@ -104,9 +100,6 @@ wait_for_step() {
     ((is_interrupted)) || break
   done
   trap '' TERM USR1 # what is left takes a moment, and a requeue asks this script, too
-  for final in "${!RAISED[@]}"; do
-    if ((code == RAISED[$final])); then code=$final; return; fi
-  done
 }
 
 run_step() { # NODES COMMAND ...; the code of its end

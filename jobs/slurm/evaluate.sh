@@ -23,6 +23,6 @@ require_out
 require_evaluation_data
 set_environment
 
-start=(python -m)
-if ((${SLURM_GPUS_ON_NODE:-1} > 1)); then start=(torchrun --standalone --nproc-per-node "$SLURM_GPUS_ON_NODE" -m); fi
+start=("${bin}python" -m)
+if ((${SLURM_GPUS_ON_NODE:-1} > 1)); then start=("${bin}torchrun" --standalone --nproc-per-node "$SLURM_GPUS_ON_NODE" -m); fi
 run_step 1 "${start[@]}" pretrain.evaluate "$OUT" --data "$EVALUATE_DATA" "$@"

@@ -24,6 +24,6 @@ set_environment
 
 code=0
 for format in ${EXPORT_TO:-safetensors}; do
-  run_step 1 python -m pretrain.export "$OUT" --to "$format" "$@" || code=$?
+  run_step 1 "${bin}python" -m pretrain.export "$OUT" --to "$format" "$@" || code=$?
 done
 exit "$code"

@@ -1,29 +1,36 @@
 #!/usr/bin/env bash
 # What does one node do in a pre-training job? It takes its number from Slurm and starts its ranks. Started by srun.
 #
-# jobs/slurm/pretrain.sh sets MASTER_ADDR, MASTER_PORT, LOGS, PREFLIGHT and the variables of the run. All that this node
-# prints goes to LOGS/node_<number>-<name>.txt, what its ranks print to a file each beside it.
+# jobs/slurm/pretrain.sh sets MASTER_ADDR, MASTER_PORT, LOGS, PREFLIGHT and the variables of the run. LOGS gets
+# node_<number>-<name>.txt of all that this node prints, a file of each rank, and node_<number>.code, how it ended.
 #
-# DeepSpeed's own `--launcher slurm` starts one task a rank and sets neither RANK nor LOCAL_RANK nor WORLD_SIZE (it
-# counts on MPI's variables), and needs its launcher's Python and pdsh-like rights on the first node. One `--no_ssh`
-# launcher a node works wherever srun does, in a container too, and is what other clusters use.
+# One `--no_ssh` launcher a node works wherever srun does, in containers too, and is what other clusters use. DeepSpeed's
+# `--launcher slurm` starts a task a rank with neither RANK nor LOCAL_RANK nor WORLD_SIZE, which leaves them to MPI; and
+# its srun takes the place of this one, with whose options, container and codes the job could not deal.
 set -euo pipefail
 root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
-# shellcheck source=jobs/slurm/environment.sh
-. "$root/jobs/slurm/environment.sh"
 
 export NODES=${SLURM_STEP_NUM_NODES:?is not set: this script is started by srun, see jobs/slurm/pretrain.sh}
 export NODE_RANK=$SLURM_NODEID
 export RANKS=${RANKS:-${SLURM_GPUS_ON_NODE:-}} # none said and none given: as jobs/local/pretrain.sh counts them
-if [[ -z ${ENV:-} ]]; then # of the image
-  launcher=$(command -v deepspeed) || { echo "deepspeed is not on PATH of the image: set ENV" >&2; exit "${RAISED[1]}"; }
-  ENV=$(dirname -- "$(dirname -- "$launcher")")
-  export ENV
-fi
 mkdir -p -- "$LOGS"
 exec >>"$LOGS/node_$NODE_RANK-${SLURMD_NODENAME:-$(hostname)}.txt" 2>&1
 
-# A script that hears while it waits; Slurm's signal reaches the other processes of this task by itself or from here.
+# srun's own code is the highest of all nodes, or that of a signal: pretrain.sh reads what each node said.
+tell_code() {
+  local code=$?
+  echo "[slurm] node $NODE_RANK (${SLURMD_NODENAME:-$(hostname)}) ended with code $code"
+  echo "$code" >"$LOGS/.node_$NODE_RANK.code"
+  mv -- "$LOGS/.node_$NODE_RANK.code" "$LOGS/node_$NODE_RANK.code"
+}
+trap tell_code EXIT
+
+if [[ -z ${ENV:-} ]]; then # of the image
+  launcher=$(command -v deepspeed) || { echo "deepspeed is not on PATH of IMAGE=$IMAGE: set ENV"; exit 1; }
+  ENV=$(dirname -- "$(dirname -- "$launcher")")
+  export ENV
+fi
+
 is_interrupted=0 job=""
 pass_on() {
   is_interrupted=1
@@ -37,5 +44,4 @@ while true; do
   wait "$job" || code=$?
   ((is_interrupted)) || break
 done
-echo "[slurm] node $NODE_RANK (${SLURMD_NODENAME:-}) ended with code $code"
-exit "${RAISED[$code]:-$code}"
+exit "$code"

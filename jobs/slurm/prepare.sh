@@ -43,7 +43,7 @@ set_environment
 
 in_step() {
   code=0
-  run_step 1 "$root/jobs/slurm/task.sh" python -m data_prep "$@" || code=$?
+  run_step 1 "$root/jobs/slurm/task.sh" "${bin}python" -m data_prep "$@" || code=$?
   if ((code == 143)); then # asked to stop
     if ((${SLURM_RESTART_COUNT:-0} < ${RESTARTS:-50})); then
       requeue

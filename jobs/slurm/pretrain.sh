@@ -52,6 +52,22 @@ step_reached() {
   echo "${step:-0}"
 }
 
+# The code of the job in `code`, from what the nodes said and srun's own: an error that was told, by one node, wins over
+# nodes that were lost or killed thereupon; a node that said nothing was lost.
+combine() {
+  local file said final told=() num_well=0
+  for file in "$LOGS"/node_*.code; do
+    [[ -f $file ]] || continue
+    said=$(<"$file")
+    told+=("$said")
+    if ((said == 0 || said == 75)); then num_well=$((num_well + 1)); fi
+  done
+  for final in 65 2 1; do
+    if [[ " ${told[*]-} " == *" $final "* ]]; then code=$final; return; fi
+  done
+  if ((code != 0)); then code=$((num_well == nodes ? 75 : 76)); fi
+}
+
 # Whether the job may go into the queue again: not when RESTARTS starts in a row came to no new step. OUT remembers.
 may_requeue() {
   local record=$OUT/slurm_restarts job="" most=-1 vain=0 step
@@ -80,16 +96,14 @@ mkdir -p -- "$OUT" "$LOGS"
 
 echo "[slurm] $(date --iso-8601=seconds) job $SLURM_JOB_ID, restart $restart: $nodes nodes ($SLURM_JOB_NODELIST)," \
   "meeting at $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
+rm -f -- "$LOGS"/node_*.code
 code=0
 run_step "$nodes" "$root/jobs/slurm/node.sh" "$@" || code=$?
+combine
 echo "[slurm] $(date --iso-8601=seconds) ended with code $code after step $(step_reached)"
 case $code in
   0) ;;
-  1 | 2 | 65) echo "[slurm] the same command would end so again: see $LOGS" >&2 ;;
-  75) ! may_requeue || requeue ;;
-  *) # 76, a node or a rank that was killed, a step that srun could not start
-    code=76
-    ! may_requeue || requeue
-    ;;
+  75 | 76) ! may_requeue || requeue ;;
+  *) echo "[slurm] the same command would end so again: see $LOGS" >&2 ;;
 esac
 exit "$code"
