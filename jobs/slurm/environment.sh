@@ -40,7 +40,9 @@ set_environment() {
   step_options=(--export=ALL --kill-on-bad-exit=0 --wait="${SLURM_WAIT:-300}" --cpu-bind=none)
   # shellcheck disable=SC2206 # words are wanted: options
   step_options+=(${STEP_OPTIONS:-})
-  container=() bin=${ENV:+$ENV/bin/}
+  container=()
+  # shellcheck disable=SC2034 # of those who source this
+  bin=${ENV:+$ENV/bin/}
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
   if [[ $CONTAINER == none ]]; then
     PATH=$(realpath -- "$ENV")/bin:$PATH

@@ -86,8 +86,8 @@ may_requeue() {
 }
 
 nodes=${SLURM_JOB_NUM_NODES:?is not set: start this script by sbatch, see its head} restart=${SLURM_RESTART_COUNT:-0}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR=${MASTER_ADDR:-$(address_of "$first")}
+names=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${MASTER_ADDR:-$(address_of "${names%%$'\n'*}")}
 # Below the ports that Linux gives to outgoing connections; another one at every restart.
 export MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID * 7 + restart) % 10000))}
 export PREFLIGHT=${PREFLIGHT:-$((nodes > 1))}
