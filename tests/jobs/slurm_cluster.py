@@ -43,6 +43,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment.pop("OMP_NUM_THREADS", None)  # the tool asks nproc for the cores, which obeys it
 
     def tell(self, *command: str, check: bool = True) -> str:
         """What the command prints."""
@@ -83,6 +84,7 @@ def two_nodes(folder: Path) -> Iterator[Cluster]:
         with (folder / "up.txt").open("w") as output:  # no pipe: what is started keeps it
             code = subprocess.run(
                 ["bash", str(TOOL), "up", str(folder)],
+                env=cluster.environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 check=False,

@@ -64,6 +64,7 @@ def submitted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dic
     cluster.environment |= environment(
         BUILD_SCENES=f"scenes --count 48 --size 64 --shard-size 21 --workers 1 --out {data}",
         TASKS="2",
+        OPTIONS_PREPARE="--cpus-per-task=1",
         NODES="2",
         RANKS="1",
         DATA_LABELLED=f"{data}/train",
