@@ -15,6 +15,8 @@
 root=${root:?is not set: the repository, as the script that sources this one has found it}
 # shellcheck source=jobs/run_variables.sh
 . "$root/jobs/run_variables.sh"
+# shellcheck source=jobs/wait.sh
+. "$root/jobs/wait.sh"
 
 require_environment() {
   local is_path='^[./]'
@@ -89,18 +91,13 @@ start_step() { # NODES COMMAND ...
 
 # SIGUSR1 and not SIGTERM: at that srun kills its tasks.
 ask_step() {
-  is_interrupted=1
   kill -s USR1 "$step" 2>/dev/null || true
 }
 
 # The code of the step in `code`, though Slurm asks this script to stop meanwhile.
 wait_for_step() {
   trap ask_step TERM USR1
-  while true; do
-    is_interrupted=0 code=0
-    wait "$step" || code=$?
-    ((is_interrupted)) || break
-  done
+  wait_for_end "$step"
   trap '' TERM USR1 # what is left takes a moment, and a requeue asks this script, too
 }
 

@@ -9,6 +9,8 @@
 # its srun takes the place of this one, with whose options, container and codes the job could not deal.
 set -euo pipefail
 root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
+# shellcheck source=jobs/wait.sh
+. "$root/jobs/wait.sh"
 
 export NODES=${SLURM_STEP_NUM_NODES:?is not set: this script is started by srun, see jobs/slurm/pretrain.sh}
 export NODE_RANK=$SLURM_NODEID
@@ -31,17 +33,12 @@ if [[ -z ${ENV:-} ]]; then # of the image
   export ENV
 fi
 
-is_interrupted=0 job=""
+job=""
 pass_on() {
-  is_interrupted=1
   [[ -z $job ]] || kill -s USR1 "$job" 2>/dev/null || true
 }
 trap pass_on TERM USR1
 "$root/jobs/single_node/pretrain.sh" "$@" &
 job=$!
-while true; do
-  is_interrupted=0 code=0
-  wait "$job" || code=$?
-  ((is_interrupted)) || break
-done
+wait_for_end "$job"
 exit "$code"

@@ -97,8 +97,8 @@ def submitted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dic
         _until("it waits", lambda n=restart: cluster.job(job)["Restarts"] == str(n), cluster)
         _until("it waits", lambda: cluster.job(job)["JobState"] == "PENDING", cluster)
         steps.append(len(_curve(out)))
-        if disturb is lose_node:
-            cluster.tell("scontrol", "update", "nodename=n2", "state=resume")
+        if disturb is lose_node:  # it may be back already, since its slurmd lives
+            cluster.tell("scontrol", "update", "nodename=n2", "state=resume", check=False)
         # Slurm lets a requeued job wait for two minutes, until what it sent to the nodes has expired.
         cluster.tell("scontrol", "update", f"jobid={job}", "starttime=now")
     is_over = {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"}

@@ -33,7 +33,8 @@ pass_on() { for task in "${tasks[@]}"; do kill -s USR1 -- "-$task"; done; }
 trap pass_on USR1
 highest=0
 for task in "${tasks[@]}"; do
-  while true; do code=0; wait "$task" || code=$?; kill -0 "$task" 2>/dev/null || break; done
+  while kill -0 "$task" 2>/dev/null; do wait "$task"; done
+  code=0; wait "$task" || code=$?
   ((code <= highest)) || highest=$code
 done
 exit "$highest"
