@@ -29,7 +29,7 @@ for ((node = 0; node < nodes; node++)); do
   SLURM_STEP_NUM_NODES=$nodes SLURM_NODEID=$node SLURMD_NODENAME=n$((node + 1)) "$@" &
   tasks+=($!)
 done
-pass_on() { for task in "${tasks[@]}"; do kill -s USR1 -- "-$task"; done; }
+pass_on() { local task; for task in "${tasks[@]}"; do kill -s USR1 -- "-$task"; done; }
 trap pass_on USR1
 highest=0
 for task in "${tasks[@]}"; do
