@@ -143,8 +143,8 @@ start_and_wait() {
   deepspeed=$!
   set +m
   wait_for_end "$deepspeed"
-  # A cluster that ends a job sends SIGTERM to every process of it: the launcher goes, and the ranks still save.
-  if ((asking)); then while kill -0 -- "-$deepspeed" 2>/dev/null; do sleep 0.2; done; fi
+  # A cluster that ends a job sends SIGTERM to every process of it, `sleep` too: the launcher goes, the ranks still save.
+  if ((asking)); then while kill -0 -- "-$deepspeed" 2>/dev/null; do sleep 0.2 || true; done; fi
   # More than 192 is what the launcher makes of a rank that a signal ended, 256 minus its number. Once the ranks are asked,
   # a launcher that was told, too, gives codes that mean nothing.
   case $code in
