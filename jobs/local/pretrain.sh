@@ -103,7 +103,7 @@ fi
 deepspeed=""
 clean_up() {
   [[ -z $hostfile ]] || rm -f -- "$hostfile"
-  ((asking == 0)) || kill "$asking" 2>/dev/null || true
+  ((asking == 0)) || kill -s KILL "$asking" 2>/dev/null || true
 }
 trap clean_up EXIT
 children() {
@@ -125,7 +125,7 @@ ask_ranks() {
 stop() {
   ask_ranks
   ((asking)) && return
-  while sleep 5; do ask_ranks; done &
+  (trap '' TERM USR1; while sleep 5; do ask_ranks; done) &
   asking=$!
 }
 interrupt() {

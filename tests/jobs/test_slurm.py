@@ -24,7 +24,7 @@ from tests.paths import ROOT
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 SECONDS = 600.0  # of a busy machine for any one thing that is waited for; a quiet one needs 20
-REQUEUED_AFTER, DOWN_AFTER, STEPS = 4, 9, 14  # steps
+REQUEUED_AFTER, DOWN_AFTER, STEPS = 3, 7, 11  # steps
 RUN = f"--batch 4 --steps {STEPS} --save_every 3 --log_every 1 --optim.warmup 1 --backbone.drop_path 0.5".split()
 
 
