@@ -24,6 +24,8 @@ if (($# == 0)); then
   exit 2
 fi
 root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
+# shellcheck source=jobs/wait.sh
+. "$root/jobs/wait.sh"
 
 nodes=${NODES:-1} hostfile=""
 if ! [[ $nodes =~ ^[1-9][0-9]*$ ]]; then
@@ -101,7 +103,7 @@ fi
 deepspeed=""
 clean_up() {
   [[ -z $hostfile ]] || rm -f -- "$hostfile"
-  ((asking == 0)) || kill "$asking" 2>/dev/null || true
+  ((asking == 0)) || kill -s KILL "$asking" 2>/dev/null || true
 }
 trap clean_up EXIT
 children() {
@@ -116,19 +118,17 @@ children() {
 ask_ranks() {
   local ranks
   # shellcheck disable=SC2046 # words are wanted: process numbers
-  ranks=$(children $(children "$deepspeed"))
+  ranks=$(children $(children "$deepspeed")) || true
   # shellcheck disable=SC2086
   kill -s USR1 $ranks 2>/dev/null || true
 }
 stop() {
-  is_interrupted=1
   ask_ranks
   ((asking)) && return
-  while sleep 5; do ask_ranks; done &
+  (trap '' TERM USR1; while sleep 5; do ask_ranks; done) &
   asking=$!
 }
 interrupt() {
-  is_interrupted=1
   kill -s INT -- "-$deepspeed" 2>/dev/null || true
 }
 asking=0
@@ -142,13 +142,15 @@ start_and_wait() {
   (trap '' USR1; exec deepspeed "${launcher[@]}" "$@") &
   deepspeed=$!
   set +m
-  while true; do
-    is_interrupted=0 code=0
-    wait "$deepspeed" || code=$?
-    ((is_interrupted)) || break
-  done
-  # What the launcher makes of a rank that a signal ended, 256 minus its number.
-  if ((code > 192)); then code=$((asking ? 75 : 76)); fi
+  wait_for_end "$deepspeed"
+  # A cluster that ends a job sends SIGTERM to every process of it, `sleep` too: the launcher goes, the ranks still save.
+  if ((asking)); then while kill -0 -- "-$deepspeed" 2>/dev/null; do sleep 0.2 || true; done; fi
+  # More than 192 is what the launcher makes of a rank that a signal ended, 256 minus its number. Once the ranks are asked,
+  # a launcher that was told, too, gives codes that mean nothing.
+  case $code in
+    0 | 65) ;;
+    *) if ((asking)); then code=75; elif ((code > 192)); then code=76; fi ;;
+  esac
 }
 
 if [[ ${PREFLIGHT:-0} == 1 ]]; then

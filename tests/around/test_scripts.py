@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.exits import DIVERGED, LOST, PREEMPTED
+from pretrain.exits import LOST, PREEMPTED
 from tests.paths import ROOT
 
 SCRIPTS = sorted([*(ROOT / "jobs").rglob("*.sh"), ROOT / ".ci" / "run"])
@@ -215,19 +215,3 @@ def test_a_local_job_whose_rank_is_killed_says_that_it_was_lost(tmp_path: Path) 
     _write_stubs(tmp_path, "exit 247")  # as DeepSpeed's launcher tells of a rank that SIGKILL ended
     ended = run_script("jobs/local/pretrain.sh", "--recipe", "m3i.demo", ENV=str(tmp_path))
     assert ended.returncode == LOST
-
-
-@pytest.mark.parametrize("code", [0, 1, DIVERGED, PREEMPTED, LOST])
-def test_a_slurm_job_goes_into_the_queue_again_when_it_can_go_on(tmp_path: Path, code: int) -> None:
-    stubs = {
-        "jobs/single_node/pretrain.sh": f"exit {code}",
-        "bin/scontrol": f'echo "$@" > {tmp_path}/requeued',
-    }
-    for name, text in stubs.items():
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}/bin:{os.environ['PATH']}"
-    ended = run_script("jobs/slurm/pretrain.sh", PATH=path, M3I_ROOT=str(tmp_path), SLURM_JOB_ID="7")
-    assert ended.returncode == code
-    assert (tmp_path / "requeued").exists() == (code in (PREEMPTED, LOST))

@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# In which environment do the steps of a Slurm job run, and how does a job end? Sourced by every script beside it.
+#
+#   ENV                virtual environment with requirements.txt; in a container its own, if left out
+#   CONTAINER          none (default), apptainer or pyxis
+#   IMAGE              apptainer: a .sif file or an unpacked folder; pyxis: a .sqsh file or registry#name:tag
+#   MOUNTS             PATH or PATH:PATH_INSIDE, several separated by blanks, beside those that are always mounted: the
+#                      repository, ENV, OUT, EVALUATE_DATA and every DATA_<NAME>, at their own paths
+#   CONTAINER_OPTIONS  of `apptainer exec` (default --nv), or of srun for pyxis
+#   STEP_OPTIONS       more options of every srun, such as --mpi=none
+#
+# All variables of the submitting shell go into the job and its steps, so that NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME,
+# NCCL_IB_HCA and the like are set there, once for all jobs.
+
+root=${root:?is not set: the repository, as the script that sources this one has found it}
+# shellcheck source=jobs/run_variables.sh
+. "$root/jobs/run_variables.sh"
+# shellcheck source=jobs/wait.sh
+. "$root/jobs/wait.sh"
+
+require_environment() {
+  local is_path='^[./]'
+  case ${CONTAINER:=none} in
+    none) require_env ;;
+    apptainer | pyxis)
+      : "${IMAGE:?is not set and CONTAINER=$CONTAINER: name the image}"
+      [[ ! $IMAGE =~ $is_path || -e $IMAGE ]] || fail "IMAGE=$IMAGE is not there: name the image, or unset CONTAINER"
+      ;;
+    *) fail "CONTAINER=$CONTAINER is unknown: choose from none, apptainer, pyxis" ;;
+  esac
+  [[ -z ${ENV:-} || -x $ENV/bin/python || $CONTAINER != none ]] ||
+    fail "ENV=$ENV holds no bin/python: run \`make venv VENV=$ENV\` or name another folder"
+}
+
+# The arrays `step_options` and `container`: what srun is told, and what stands between it and a command; and `bin`, what
+# stands before the name of a program of ENV.
+set_environment() {
+  local variable mounts=()
+  require_environment
+  # Sites set other defaults. A node that ended must not end those that still save, nor may it leave them waiting for
+  # ever: five minutes. A task has all CPUs of its node that the job has.
+  step_options=(--export=ALL --kill-on-bad-exit=0 --wait="${SLURM_WAIT:-300}" --cpu-bind=none)
+  # shellcheck disable=SC2206 # words are wanted: options
+  step_options+=(${STEP_OPTIONS:-})
+  container=()
+  # shellcheck disable=SC2034 # of those who source this
+  bin=${ENV:+$ENV/bin/}
+  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+  if [[ $CONTAINER == none ]]; then
+    PATH=$(realpath -- "$ENV")/bin:$PATH
+    export PATH
+    return
+  fi
+  mounts=("$root")
+  for variable in ENV OUT EVALUATE_DATA $(compgen -A variable DATA_); do
+    [[ ${!variable:-} != /* ]] || mounts+=("${!variable}")
+  done
+  # shellcheck disable=SC2206 # words are wanted: paths
+  mounts+=(${MOUNTS:-})
+  case $CONTAINER in
+    apptainer)
+      command -v apptainer >/dev/null ||
+        fail "apptainer is not on PATH of $(hostname): load its module in the job, or set CONTAINER=none"
+      # shellcheck disable=SC2206
+      container=(apptainer exec ${CONTAINER_OPTIONS---nv} --bind "$(IFS=,; echo "${mounts[*]}")" "$IMAGE")
+      ;;
+    pyxis)
+      # shellcheck disable=SC2206
+      step_options+=(--container-image="$IMAGE" --container-mounts="$(with_inside "${mounts[@]}")" ${CONTAINER_OPTIONS:-})
+      ;;
+  esac
+}
+
+with_inside() { # PATH [PATH:PATH_INSIDE ...] as pyxis wants them, which needs both
+  local mount joined=""
+  for mount in "$@"; do
+    [[ $mount == *:* ]] || mount=$mount:$mount
+    joined+=,$mount
+  done
+  echo "${joined#,}"
+}
+
+# One task a node in the environment, in the background, its number in `step`.
+start_step() { # NODES COMMAND ...
+  local nodes=$1
+  shift
+  srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 "${step_options[@]}" \
+    ${container[@]+"${container[@]}"} "$@" &
+  step=$!
+}
+
+# SIGUSR1 and not SIGTERM: at that srun kills its tasks.
+ask_step() {
+  kill -s USR1 "$step" 2>/dev/null || true
+}
+
+# The code of the step in `code`, though Slurm asks this script to stop meanwhile.
+wait_for_step() {
+  trap ask_step TERM USR1
+  wait_for_end "$step"
+  trap '' TERM USR1 # what is left takes a moment, and a requeue asks this script, too
+}
+
+run_step() { # NODES COMMAND ...; the code of its end
+  start_step "$@"
+  wait_for_step
+  return "$code"
+}
+
+requeue() {
+  # Refused where an operator or Slurm has just done it.
+  scontrol requeue "$SLURM_JOB_ID" || echo "[slurm] not requeued by this script: see above" >&2
+}
