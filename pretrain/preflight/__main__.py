@@ -34,7 +34,7 @@ from pretrain.preflight.checks import CHECKS, chosen
 from pretrain.preflight.meeting import NotMet, meet
 from pretrain.preflight.options import Options, help_text, read_options
 from pretrain.preflight.ranks import Ranks, ranks_of
-from pretrain.preflight.same import OURS
+from pretrain.preflight.same import OURS, counted
 from pretrain.preflight.told import FAILED, Problem
 
 FRAME = str.maketrans("╭╮╰╯│─", "      ")  # around a mistake that tyro tells
@@ -104,7 +104,7 @@ def check_all(board: Board, ranks: Ranks, options: Options, arguments: Sequence[
             )
         )
     seconds = time.monotonic() - begun
-    where = f"{ranks.world} rank{'s' * (ranks.world > 1)} on {ranks.nodes} node{'s' * (ranks.nodes > 1)}"
+    where = counted(ranks.world, ranks.nodes)
     if options.report:
         try:
             tell.write_report(Path(options.report), rows, seconds, told)

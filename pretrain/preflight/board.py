@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from pretrain.preflight.ranks import Ranks
 
-LOOK = 1.0  # seconds between two looks at whether anybody still gets on
+FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.05  # seconds between two looks
 PATIENCE = 1.5  # times what one check may take that nobody gets on, before one stops waiting
 LONGEST_PART = 10.0  # seconds in which all must have heard the end
 PREFIX = "preflight"
@@ -47,18 +46,19 @@ class Board:
 
     def hear(self, name: str, seconds: float | None = None) -> Any:
         """What is told by that name, once it is; Silent after `seconds`, or when nobody gets on any more."""
-        key, limit = f"{PREFIX}/{name}", seconds or PATIENCE * self._seconds
-        progress, until = self.number("progress"), time.monotonic() + limit
-        while True:
-            try:
-                self._store.wait([key], timedelta(seconds=LOOK))
-                return json.loads(self._store.get(key))
-            except dist.DistStoreError as error:  # not there yet
+        limit = seconds or PATIENCE * self._seconds
+        progress, until, pause = self.number("progress"), time.monotonic() + limit, FIRST_PAUSE
+        while not self.has(
+            name
+        ):  # `wait` would keep the other threads of this process from the store, and log
+            if time.monotonic() > until:
                 now = self.number("progress")
-                if now != progress and seconds is None:
-                    progress, until = now, time.monotonic() + limit
-                if time.monotonic() > until:
-                    raise Silent(f"waited {limit:g} s for {name}") from error
+                if now == progress or seconds is not None:
+                    raise Silent(f"waited {limit:g} s for {name}")
+                progress, until = now, time.monotonic() + limit
+            time.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_PAUSE)
+        return json.loads(self._store.get(f"{PREFIX}/{name}"))
 
     def meet(self, name: str, num: int) -> None:
         """Returns when `num` ranks have called this with that name; Silent when some do not come."""
@@ -67,7 +67,7 @@ class Board:
         self.hear(f"{name}/all")
 
     def doing(self, rank: int) -> str:
-        return self.hear(f"doing/{rank}", LOOK) if self.has(f"doing/{rank}") else "starting"
+        return self.hear(f"doing/{rank}") if self.has(f"doing/{rank}") else "starting"
 
     def part(self, num: int) -> None:
         """The end of `num` ranks: all wait a moment until the others have heard, since the board goes with rank 0."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain.config import Run
 from pretrain.preflight.check import Here
-from pretrain.preflight.told import FAILED, WARNING, Judged, Problem, Told, span
+from pretrain.preflight.told import FAILED, WARNING, Judged, Problem, Told, size, span
 
 GIB = 2**30
 SHM = Path("/dev/shm")
@@ -61,19 +61,19 @@ def judge_shm(told: Sequence[Told], here: Here) -> Judged:
     problems = [
         Problem(
             one.place,
-            f"{one.value['free'] / GIB:.1f} GiB free in {SHM}",
+            f"{size(one.value['free'])} free in {SHM}",
             "start the container with --shm-size or --ipc=host (Kubernetes: an emptyDir of medium Memory there), or "
             "fewer --workers",
         )
         for one in told
         if one.value["free"] < one.value["wanted"]
     ]
-    rule = f"{wanted / GIB:.1f} GiB for NCCL and batches of the workers ({SHM_GIB} says otherwise)"
+    rule = f"{size(wanted)} for NCCL and batches of the workers ({SHM_GIB} says otherwise)"
     return Judged(f"{_span(told, 'free')} free", rule, problems)
 
 
-def _span(told: Sequence[Told], key: str, unit: float = GIB, name: str = "GiB") -> str:
-    return span({one.place: one.value[key] / unit for one in told}, name, ".6g")
+def _span(told: Sequence[Told], key: str, unit: float = GIB, name: str = "GiB", form: str = ".3g") -> str:
+    return span({one.place: one.value[key] / unit for one in told}, name, form)
 
 
 def look_at_files(here: Here) -> dict[str, float]:
@@ -97,7 +97,9 @@ def judge_files(told: Sequence[Told], here: Here) -> Judged:
         for one in told
         if one.value["limit"] < wanted
     ]
-    return Judged(_span(told, "limit", 1, "files"), f"{wanted} for shards and sockets to all ranks", problems)
+    return Judged(
+        _span(told, "limit", 1, "files", ".6g"), f"{wanted} for shards and sockets to all ranks", problems
+    )
 
 
 def look_at_locked(here: Here) -> dict[str, Any] | None:
@@ -183,12 +185,12 @@ def judge_memory(told: Sequence[Told], here: Here) -> Judged:
     problems = [
         Problem(
             one.place,
-            f"{one.value['available'] / GIB:.1f} GiB of memory are free",
+            f"{size(one.value['available'])} of memory are free",
             "end what else runs there, ask for more memory (--mem), or fewer --workers",
             status=WARNING,  # what a rank takes is estimated
         )
         for one in told
         if one.value["available"] < one.value["wanted"] + model
     ]
-    rule = f"{wanted / GIB:.1f} GiB for ranks, workers and copies of checkpoints"
+    rule = f"{size(wanted)} for ranks, workers and copies of checkpoints"
     return Judged(f"{_span(told, 'available')} free", rule, problems)

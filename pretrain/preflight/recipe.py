@@ -10,9 +10,8 @@ import fsspec
 
 from pretrain.data.remote import Place
 from pretrain.preflight.check import Here
-from pretrain.preflight.told import WARNING, Judged, Problem, Told, differences
+from pretrain.preflight.told import WARNING, Judged, Problem, Told, differences, size
 
-GIB = 2**30
 MOST_LOOKED_AT = 256  # shards of a data set whose size every node compares
 HEADER = 512  # bytes, of the first member of a tar file
 MAGIC = slice(257, 262)  # of POSIX.1-1988, b"ustar"
@@ -58,7 +57,7 @@ def judge_recipe(told: Sequence[Told], here: Here) -> Judged:
     assert here.run is not None, "the recipe is checked where there is one"
     model, images = told[0].value, here.run.images_per_rank(here.ranks.world)
     value = (
-        f"{model['parameters'] / 1e6:.4g} M parameters, checkpoints of {model['checkpoint'] / GIB:.2f} GiB, "
+        f"{model['parameters'] / 1e6:.4g} M parameters, checkpoints of {size(model['checkpoint'])}, "
         f"{images} images a rank"
     )
     return Judged(value, "recipe, ds config and number of ranks fit each other")
@@ -100,21 +99,11 @@ def _require_tar(place: Place, name: str) -> None:
 
 
 def judge_data(told: Sequence[Told], here: Here) -> Judged:
-    assert here.run is not None and here.paths is not None, "data is checked where there is some"
+    assert here.run is not None, "data is checked where there is some"
     flat = [Told(one.place, {name: of["manifest"] for name, of in one.value.items()}) for one in told]
     problems = differences(flat, "manifest of ", "copy the same build of the data set to every node")
     sources = told[0].value
-    workers = here.ranks.world * max(here.paths.workers, 1)
     for name, of in sources.items():
-        if of["shards"] < workers:
-            problems.append(
-                Problem(
-                    None,
-                    f"{name} has {of['shards']} shards for {workers} processes that read it",
-                    "build it with smaller shards: several processes read one at a time, which disks and caches feel",
-                    status=WARNING,
-                )
-            )
         if of["samples"] < here.run.batch:
             problems.append(
                 Problem(
@@ -127,5 +116,5 @@ def judge_data(told: Sequence[Told], here: Here) -> Judged:
     value = ", ".join(
         f"{name}: {of['samples']} samples in {of['shards']} shards" for name, of in sources.items()
     )
-    rule = f"the same manifests on all nodes, shards read, at least {workers} shards"
+    rule = "the same manifests on all nodes, all shards there, and at least a batch of samples"
     return Judged(value, rule, problems)

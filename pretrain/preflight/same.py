@@ -185,6 +185,10 @@ def judge_environment(told: Sequence[Told], here: Here) -> Judged:
     )
 
 
+def counted(ranks: int, nodes: int) -> str:
+    return f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)}"
+
+
 def look_at_ranks(here: Here) -> dict[str, Any]:
     ranks = here.ranks
     return {
@@ -210,5 +214,5 @@ def judge_ranks(told: Sequence[Told], here: Here) -> Judged:
         problems.append(
             Problem(told[0].place, f"{first['nodes']} nodes x {first['ranks of a node']} ranks", remedy)
         )
-    value = f"{first['world']} ranks on {len(by_node)} node{'s' * (len(by_node) > 1)}"
+    value = counted(first["world"], len(by_node))
     return Judged(value, "world size = nodes x ranks of each", problems)

@@ -14,7 +14,7 @@ from typing import Any
 from pretrain.data.remote import is_url
 from pretrain.preflight.check import Here
 from pretrain.preflight.machine import GIB
-from pretrain.preflight.told import FAILED, WARNING, Judged, Problem, Told, span
+from pretrain.preflight.told import FAILED, WARNING, Judged, Problem, Told, size, span
 
 SEEN = 10.0  # seconds in which a file of one node must be seen by another
 SPARE = GIB  # bytes for logs, evidence and compiled kernels
@@ -70,7 +70,7 @@ def judge_disk(told: Sequence[Told], here: Here) -> Judged:
     problems = [
         Problem(
             one.place,
-            f"{free / GIB:.1f} GiB free for {option}",
+            f"{size(free)} free for {option}",
             remedy,
             status=FAILED if free < (least if option == kept else SPARE) else WARNING,
         )
@@ -78,11 +78,9 @@ def judge_disk(told: Sequence[Told], here: Here) -> Judged:
         for option, free in one.value.items()
         if free < (wanted if option == kept else SPARE)
     ]
-    rule = (
-        f"{wanted / GIB:.1f} GiB for all checkpoints of {num_bytes / GIB:.2f} GiB, {least / GIB:.1f} at least"
-    )
+    rule = f"{size(wanted)} for all checkpoints of {size(num_bytes)}, {size(least)} at least"
     free = {one.place: min(one.value.values()) / GIB for one in told}
-    return Judged(f"writable, {span(free, 'GiB', '.4g')} free", rule, problems)
+    return Judged(f"writable, {span(free, 'GiB')} free", rule, problems)
 
 
 def look_at_shared(here: Here) -> dict[str, float | None] | None:

@@ -92,6 +92,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+def size(num_bytes: float) -> str:
+    """`8.0 GiB`, or `43 MiB`."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
 def span(values: Mapping[Place, float], unit: str, form: str = ".3g") -> str:
     """`12 to 13 GB/s`, or one number where they are the same."""
     if not values:
