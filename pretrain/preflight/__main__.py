@@ -90,6 +90,8 @@ def check_all(board: Board, ranks: Ranks, options: Options, arguments: Sequence[
     here.num_gpus = board.number("gpus")
     checks = {name: CHECKS[name] for name in board.hear("plan")}
     told, silent = gather(here, look_at_all(checks, here))
+    if here.group is not None:
+        dist.destroy_process_group()
     if ranks.rank > 0:
         return follow(here)
     rows = [judge(name, check, told, here) for name, check in checks.items()]

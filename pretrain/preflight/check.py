@@ -25,6 +25,11 @@ from pretrain.preflight.ranks import Ranks
 from pretrain.preflight.told import FAILED, WARNING, Judged, Place, Problem, Told
 
 OK, SKIPPED = "ok", "skipped"
+ENDS = "the check ends by itself"
+HANGS = "see the mounts and the network of that node, and its kernel log (dmesg)"
+UNPLANNED = (
+    "see that node's output; a fault of this check if the node is well: leave it out by PREFLIGHT_SKIP"
+)
 
 
 @dataclass
@@ -103,13 +108,14 @@ def _looked(check: Check, here: Here) -> dict[str, Any]:
                 torch.cuda.set_device(here.device)  # of this thread
             answers.put({"value": check.look(here)})
         except Exception as error:  # any of them is what the check found
-            answers.put({"error": explained(error)})
+            is_planned = isinstance(error, (ValueError, OSError))
+            answers.put({"error": explained(error), "remedy": "" if is_planned else UNPLANNED})
 
     threading.Thread(target=ask, daemon=True).start()
     try:
         return answers.get(timeout=here.options.check_seconds)
     except queue.Empty:
-        return {"error": f"no answer within {here.options.check_seconds:g} s: what it asks for hangs"}
+        return {"error": f"no answer within {here.options.check_seconds:g} s", "remedy": HANGS}
 
 
 def explained(error: BaseException) -> str:
@@ -144,7 +150,7 @@ def judge(name: str, check: Check, told: Sequence[Told], here: Here) -> Row:
     """The row of a check, of what all ranks found."""
     found = [Told(one.place, one.value[name]) for one in told if name in one.value]
     problems = [
-        Problem(one.place, one.value["error"], "", rule="the check ends")
+        Problem(one.place, one.value["error"], one.value["remedy"], rule=ENDS)
         for one in found
         if "error" in one.value
     ]
@@ -156,7 +162,7 @@ def judge(name: str, check: Check, told: Sequence[Told], here: Here) -> Row:
         try:
             judged = check.judge(values, here)
         except Exception as error:  # as with a look
-            problems.append(Problem(None, explained(error), "", rule="the check ends"))
+            problems.append(Problem(None, explained(error), UNPLANNED, rule=ENDS))
     problems += judged.problems
     statuses = {problem.status for problem in problems}
     status = FAILED if FAILED in statuses else WARNING if statuses else OK

@@ -23,6 +23,7 @@ CHECKED_SIDE = {
 }  # rows and columns of the product that is compared: all cores take part
 TIMED_SIDE = {"cuda": 8192, "cpu": 768}  # of the square product that is timed
 ROUNDS = 5  # of timing; the best counts
+CPU_SHARE = 0.5  # of the median speed, below which a processor is slow: it has other things to do as well
 VERY_SLOW = 0.5  # share of the median below which a GPU fails, where a slow one is a warning
 CHECKED_KINDS = ("H stage 3", "T stage 1")  # of the operator: one of each width of a group
 THROTTLING = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown")
@@ -185,7 +186,7 @@ def look_at_matmul(here: Here) -> dict[str, Any]:
 
 
 def judge_matmul(told: Sequence[Told], here: Here) -> Judged:
-    share = here.options.min_speed
+    share = here.options.min_speed if told[0].value["is_gpu"] else CPU_SHARE
     speeds = {one.place: one.value["teraflops"] for one in told}
     middle = median(speeds.values())
     rule = f"right in float32 and bfloat16, and at least {share:g} of the median {middle:.3g} TFLOP/s"

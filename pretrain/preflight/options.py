@@ -29,8 +29,10 @@ class Options:
     min_gb_s: float = _option(
         0.0, "all-reduce bus bandwidth, GB/s, that is required; 0: by the machines, see the table"
     )
-    min_link: float = _option(0.5, "bandwidth between two nodes as a share of the median link's; below: slow")
-    min_speed: float = _option(0.8, "of a GPU as a share of the median GPU's; below: slow")
+    min_link: float = _option(
+        0.5, "bandwidth between two nodes as a share of the median link's, below which it is slow"
+    )
+    min_speed: float = _option(0.8, "of a GPU as a share of the median GPU's, below which it is slow")
     max_skew: float = _option(1.0, "seconds between the clocks of two nodes")
     max_used_gib: float = _option(2.0, "memory of a GPU that is taken before the run, this process included")
 

@@ -23,9 +23,9 @@ CODE = ("pretrain", "data_prep")  # folders whose every .py file a rank may impo
 SMI_SECONDS = 30.0
 # Of the machine, and so perhaps another on each: names of network cards, files, numbers of cores.
 OF_A_NODE = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_TOPO_FILE", "OMP_NUM_THREADS")
-PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "FI_", "UCX_", "PYTORCH_")
+PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "FI_", "UCX_")
 OURS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # the preflight sets it for itself
-NAMES = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
+NAMES = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 OWN_PLACES = ("data", "tokenizer", "guide", "evaluate_data")  # arguments that may be copies of a node's own
 NOT_COMPARED = ("local_rank", "help")
 

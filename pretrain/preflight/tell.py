@@ -50,7 +50,7 @@ def problem_lines(rows: Sequence[Row], status: str) -> list[str]:
         for (value, rule, remedy), problems in alike.items():
             places = [problem.place for problem in problems if problem.place is not None]
             where = f"{_named(places)}: " if places else ""
-            told = f"{value}; rule: {rule}" + (f"; remedy: {remedy}" if remedy else "")
+            told = f"{value}; rule: {rule}; remedy: {remedy}" if remedy else value  # which says both itself
             lines.append(f"{status} {row.name}: {where}{told}")
     return lines
 
