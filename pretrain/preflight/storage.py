@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.places import place_of
 from pretrain.data.remote import is_url
 from pretrain.preflight.check import Here
 from pretrain.preflight.machine import GIB
@@ -18,6 +19,7 @@ from pretrain.preflight.told import FAILED, WARNING, Judged, Problem, Told, size
 
 SEEN = 10.0  # seconds in which a file of one node must be seen by another
 SPARE = GIB  # bytes for logs, evidence and compiled kernels
+RIGHTS = "its keys need the rights to list, read, write and delete"
 NAME = ".preflight-"  # begins what is written and removed again
 
 
@@ -146,26 +148,21 @@ def judge_shared(told: Sequence[Told], here: Here) -> Judged:
 
 def look_at_store(here: Here) -> dict[str, float] | None:
     """Seconds that writing, listing, reading back and deleting a small object take; None without a URL."""
-    if here.paths is None or not is_url(here.paths.checkpoints):
+    if here.paths is None or here.paths.checkpoints is None or not is_url(here.paths.checkpoints):
         return None
-    from pretrain.checkpoint.stores import store_at  # here: it imports the models
-
-    store = store_at(here.paths.checkpoints)
-    name, content = f"{NAME}{here.ranks.node}-{secrets.token_hex(8)}", secrets.token_bytes(64)
+    place, content = place_of(here.paths.checkpoints), secrets.token_bytes(64)
+    name = f"{NAME}{here.ranks.node}-{secrets.token_hex(8)}"
     begun = time.monotonic()
-    probe = store.child(name)
-    probe.write("probe", content)
+    place.write(name, content)
     try:
-        if probe.sizes() != {"probe": len(content)}:
-            raise OSError(
-                f"{probe}/probe was written and is not listed: keys need list, read, write and delete"
-            )
-        if bytes(probe.read("probe")) != content:
-            raise OSError(f"{probe}/probe reads back with other bytes than were written")
+        if name not in place.names(f"{NAME}*"):
+            raise OSError(f"{place}/{name} was written and is not listed: {RIGHTS}")
+        if place.read(name) != content:
+            raise OSError(f"{place}/{name} reads back with other bytes than were written: see the store")
     finally:
-        store.remove(name)
-    if probe.sizes():
-        raise OSError(f"{probe}/probe was deleted and is still there: keys need list, read, write and delete")
+        place.remove(name)
+    if name in place.names(f"{NAME}*"):
+        raise OSError(f"{place}/{name} was deleted and is still there: {RIGHTS}")
     return {"seconds": time.monotonic() - begun}
 
 

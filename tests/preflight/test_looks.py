@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_prep import places
 from pretrain.preflight import gpus, machine, recipe, same, storage
 from pretrain.preflight.check import Check, look_at_all
 from pretrain.preflight.clocks import judge_clock, offset
@@ -154,15 +155,14 @@ def test_a_folder_that_takes_no_file_is_told(tmp_path: Path) -> None:
 def test_an_object_is_written_listed_read_and_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pretrain.checkpoint import stores
-
     here = alone(three_nodes(tmp_path, checkpoints="memory://bucket/run"))
     assert storage.look_at_store(here)["seconds"] > 0
-    place = stores.store_at("memory://bucket/run")
-    assert place.sizes() == {}
-    monkeypatch.setattr(stores.Remote, "write", lambda *_: None)
-    with pytest.raises(OSError, match="was written and is not listed: keys need list"):
+    assert places.place_of("memory://bucket/run").names() == []
+    monkeypatch.setattr(places.Place, "names", lambda *_: [])
+    with pytest.raises(OSError, match="was written and is not listed: its keys need the rights to list"):
         storage.look_at_store(here)
+    monkeypatch.undo()
+    assert places.place_of("memory://bucket/run").names() == [], "it is removed all the same"
 
 
 def test_data_is_read_and_a_shard_that_is_cut_is_told(tmp_path: Path) -> None:
