@@ -123,7 +123,7 @@ def check_all(board: Board, ranks: Ranks, options: Options, arguments: Sequence[
 
 def follow(here: Here) -> int:
     """What rank 0 made of it; the first rank of a node repeats what concerns the node, in its own log."""
-    heard = here.board.hear("verdict")
+    heard = here.board.hear("verdict", times=3.0)  # rank 0 itself may wait for one that fell silent
     here.board.part(here.ranks.world)
     if heard["code"] and here.ranks.is_node_first:
         own = [line for line in heard["lines"] if f"(node {here.ranks.node}," in line]

@@ -44,9 +44,11 @@ class Board:
         self.tell(f"doing/{self.ranks.rank}", doing)
         self.count("progress")
 
-    def hear(self, name: str, seconds: float | None = None) -> Any:
-        """What is told by that name, once it is; Silent after `seconds`, or when nobody gets on any more."""
-        limit = seconds or PATIENCE * self._seconds
+    def hear(self, name: str, seconds: float | None = None, times: float = 1.0) -> Any:
+        """What is told by that name, once it is; Silent after `seconds`, or when nobody gets on any more for so many
+        `times` the usual patience.
+        """
+        limit = seconds or times * PATIENCE * self._seconds
         progress, until, pause = self.number("progress"), time.monotonic() + limit, FIRST_PAUSE
         while not self.has(
             name

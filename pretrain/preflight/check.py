@@ -69,6 +69,7 @@ class Check:
     judge: Callable[[Sequence[Told], Here], Judged]
     who: Literal["rank", "node"] = "node"
     needs_run: bool = False  # it is about what is to be trained
+    is_together: bool = False  # the ranks wait for each other in it
 
     def is_looked_at(self, ranks: Ranks) -> bool:
         return self.who == "rank" or ranks.is_node_first
@@ -86,14 +87,20 @@ class Row:
 
 
 def look_at_all(checks: Mapping[str, Check], here: Here) -> dict[str, dict[str, Any]]:
-    """By check, {"value"} or {"error"} of this rank, and {"seconds"}."""
-    found = {}
+    """By check, {"value"} or {"error"} of this rank, and {"seconds"}; {"skipped"} for what would wait in vain."""
+    found: dict[str, dict[str, Any]] = {}
+    hanging = ""  # the check in which another did not come
     for name, check in checks.items():
         if not check.is_looked_at(here.ranks):
+            continue
+        if hanging and check.is_together:
+            found[name] = {"skipped": hanging}
             continue
         here.board.begin(f"{name} ({check.text})")
         begun = time.monotonic()
         found[name] = _looked(check, here) | {"seconds": round(time.monotonic() - begun, 3)}
+        if check.is_together and found[name].get("remedy") == HANGS:
+            hanging = name
     here.board.begin("waiting for the others")
     return found
 
@@ -155,6 +162,9 @@ def judge(name: str, check: Check, told: Sequence[Told], here: Here) -> Row:
         if "error" in one.value
     ]
     values = [Told(one.place, one.value["value"]) for one in found if one.value.get("value") is not None]
+    skipped = [one.value["skipped"] for one in found if "skipped" in one.value]
+    if not values and not problems and skipped:
+        return Row(name, SKIPPED, f"not tried, since {skipped[0]} did not end", check.text, ())
     if not values and not problems:
         return Row(name, SKIPPED, "nothing to check here", check.text, ())
     judged = Judged("not measured", check.text)

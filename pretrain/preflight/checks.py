@@ -32,14 +32,22 @@ CHECKS: dict[str, Check] = {
     "open_files": Check("limit of open files", machine.look_at_files, machine.judge_files),
     "locked_memory": Check("limit that InfiniBand needs", machine.look_at_locked, machine.judge_locked),
     "processors": Check("cores for ranks and workers", machine.look_at_processors, machine.judge_processors),
-    "reach": Check("TCP between nodes", network.look_at_reach, network.judge_reach),
+    "reach": Check("TCP between nodes", network.look_at_reach, network.judge_reach, is_together=True),
     "all_reduce": Check(
-        "right sums, and bus bandwidth", network.look_at_all_reduce, network.judge_all_reduce, "rank"
+        "right sums, and bus bandwidth",
+        network.look_at_all_reduce,
+        network.judge_all_reduce,
+        "rank",
+        is_together=True,
     ),
     "links": Check(
-        "bandwidth from each node to the next", network.look_at_links, network.judge_links, "rank"
+        "bandwidth from each node to the next",
+        network.look_at_links,
+        network.judge_links,
+        "rank",
+        is_together=True,
     ),
-    "clock": Check("skew between nodes", clocks.look_at_clock, clocks.judge_clock),
+    "clock": Check("skew between nodes", clocks.look_at_clock, clocks.judge_clock, is_together=True),
     "recipe": Check(
         "recipe, ds config and ranks fit", recipe.look_at_recipe, recipe.judge_recipe, needs_run=True
     ),
@@ -52,6 +60,7 @@ CHECKS: dict[str, Check] = {
         storage.look_at_shared,
         storage.judge_shared,
         needs_run=True,
+        is_together=True,
     ),
     "store": Check(
         "an object in --checkpoints behind a URL", storage.look_at_store, storage.judge_store, needs_run=True

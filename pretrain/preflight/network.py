@@ -41,9 +41,10 @@ def look_at_reach(here: Here) -> dict[str, Any] | None:
     ranks = here.ranks
     if ranks.nodes == 1:
         return None
-    with socket.create_server(("", 0), family=socket.AF_INET, backlog=128) as server:
+    family, address = own_address()
+    with socket.create_server(("", 0), family=family, backlog=128) as server:
         threading.Thread(target=_answer, args=(server,), daemon=True).start()
-        mine = [own_address(), server.getsockname()[1]]
+        mine = [address, server.getsockname()[1]]
         here.board.tell(f"listens/{ranks.node}", mine)
         slowest, lost = 0.0, {}
         for hop in sorted({hop % ranks.nodes for hop in HOPS} - {0}):
@@ -57,11 +58,13 @@ def look_at_reach(here: Here) -> dict[str, Any] | None:
     return {"lost": lost, "seconds": slowest, "address": mine[0]}
 
 
-def own_address() -> str:
-    """This node's address on the way to MASTER_ADDR; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
-        return probe.getsockname()[0]
+def own_address() -> tuple[socket.AddressFamily, str]:
+    """This node's address on the way to MASTER_ADDR, of IPv4 or IPv6; nothing is sent."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return family, probe.getsockname()[0]
 
 
 def _answer(server: socket.socket) -> None:

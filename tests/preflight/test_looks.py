@@ -38,12 +38,17 @@ def fail(here: Any) -> None:
 def test_a_look_that_raises_or_hangs_keeps_no_other_from_looking(tmp_path: Path) -> None:
     never = threading.Event()
     here = alone(three_nodes(options=Options(check_seconds=0.2)))
-    looks = {"raises": fail, "hangs": lambda here: never.wait(), "looks": lambda here: 7}
-    checks = {name: Check("", look, lambda told, here: Judged("", "")) for name, look in looks.items()}
+    looks = {"raises": fail, "hangs": lambda here: never.wait(), "waits": fail, "looks": lambda here: 7}
+    together = ("hangs", "waits")
+    checks = {
+        name: Check("", look, lambda told, here: Judged("", ""), is_together=name in together)
+        for name, look in looks.items()
+    }
     found = look_at_all(checks, here)
     never.set()
     assert found["raises"]["error"].startswith("KeyError: 'x' (test_looks.py:")
     assert found["hangs"]["error"] == "no answer within 0.2 s"
+    assert found["waits"] == {"skipped": "hangs"}, "who waits for others once more would wait in vain"
     assert found["looks"]["value"] == 7
 
 
