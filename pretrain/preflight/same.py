@@ -21,8 +21,11 @@ from pretrain.preflight.told import WARNING, Judged, Problem, Told, differences,
 ROOT = Path(__file__).resolve().parent.parent.parent
 CODE = ("pretrain", "data_prep")  # folders whose every .py file a rank may import
 SMI_SECONDS = 30.0
-# Of the machine, and so perhaps another on each: names of network cards, files, numbers of cores.
-OF_A_NODE = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_TOPO_FILE", "OMP_NUM_THREADS")
+# What may be another on each node: names of network cards, files, numbers of cores, what is logged.
+OF_A_NODE = (
+    *("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_TOPO_FILE", "OMP_NUM_THREADS"),
+    *("NCCL_DEBUG", "NCCL_DEBUG_FILE", "NCCL_DEBUG_SUBSYS"),
+)
 PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "FI_", "UCX_")
 OURS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # the preflight sets it for itself
 NAMES = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

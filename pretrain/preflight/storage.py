@@ -80,7 +80,9 @@ def judge_disk(told: Sequence[Told], here: Here) -> Judged:
         for option, free in one.value.items()
         if free < (wanted if option == kept else SPARE)
     ]
-    rule = f"{size(wanted)} for all checkpoints of {size(num_bytes)}, {size(least)} at least"
+    rule = f"{size(SPARE)} at least; what checkpoints take is not known, see recipe"
+    if num_bytes:
+        rule = f"{size(wanted)} for all checkpoints of {size(num_bytes)}, {size(least)} at least"
     free = {one.place: min(one.value.values()) / GIB for one in told}
     return Judged(f"writable, {span(free, 'GiB')} free", rule, problems)
 

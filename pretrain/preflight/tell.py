@@ -69,7 +69,7 @@ def _named(places: Sequence[Place]) -> str:
 def verdict(rows: Sequence[Row], seconds: float, where: str) -> str:
     """The last line."""
     failed, warned = (sum(row.status == status for row in rows) for status in (FAILED, WARNING))
-    end = f"{failed} checks FAILED" if failed else "fit for training"
+    end = f"{failed} check{'s' * (failed > 1)} FAILED" if failed else "fit for training"
     warnings = f", {warned} with warnings" if warned else ""
     return f"preflight of {where}: {end}{warnings}, {seconds:.1f} s"
 

@@ -21,7 +21,7 @@ CASES = {  # name -> (ranks of the world, options, what the environment of the s
     "broken": (
         2,
         ["--only=arguments,environment,disk,data,clock"],
-        {"NCCL_IB_HCA": "x", "NCCL_DEBUG": "WARN"},
+        {"NCCL_IB_HCA": "x", "NCCL_ALGO": "Ring"},
     ),
     "missing": (3, ["--connect-seconds", SOON], {}),
 }
@@ -97,7 +97,7 @@ def test_a_node_unlike_the_other_is_named_for_all_that_is_wrong_there(launched: 
     assert codes == [FAILED, FAILED]
     wrong = {
         "arguments": "file/out, 1 of 2 have",
-        "environment": "NCCL_DEBUG=WARN, 1 of 2 have none",
+        "environment": "NCCL_ALGO=Ring, 1 of 2 have none",
         "disk": "cannot be written (Not a directory)",
         "data": "manifest of labelled=",
     }
