@@ -131,7 +131,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [repr(error)])[0]
 
 
-def _roll_call(store: dist.TCPStore, ranks: Ranks, options: Options, begun: float) -> tuple[Board, Options]:
+def _roll_call(store: dist.Store, ranks: Ranks, options: Options, begun: float) -> tuple[Board, Options]:
     """Every rank writes its name; rank 0 says whether all came, with the options that count."""
     board = Board(store, ranks, options.check_seconds)
     mine = {"node": ranks.node, "host": ranks.host, "world": ranks.world}

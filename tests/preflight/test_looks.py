@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_prep import places
-from pretrain.preflight import gpus, machine, recipe, same, storage
+from pretrain.preflight import gpus, machine, network, recipe, same, storage
 from pretrain.preflight.check import Check, look_at_all
 from pretrain.preflight.clocks import judge_clock, offset
 from pretrain.preflight.options import Options
@@ -190,3 +190,13 @@ def test_a_small_data_set_is_warned_of(tmp_path: Path) -> None:
     small = {"labelled": {"manifest": "1", "shards": 2, "samples": 7}}
     [problem] = recipe.judge_data(told(small, small, small), here).problems
     assert problem.value == "labelled has 7 samples, the batch 64"
+
+
+def test_a_rank_without_the_gpu_that_others_have_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    here = three_nodes()
+    here.num_gpus = 2
+    with pytest.raises(ValueError, match=r"rank 0 of the node has no GPU, torch sees 0: see nvidia-smi"):
+        gpus.look_at_gpu(here)
+    with pytest.raises(ValueError, match="2 of 3 ranks have a GPU, all or none must"):
+        network.look_at_all_reduce(here)

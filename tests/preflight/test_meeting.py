@@ -5,10 +5,13 @@ from __future__ import annotations
 import socket
 
 import pytest
+import torch.distributed as dist
 
 from pretrain.exits import FAILED, MISTAKE
 from pretrain.preflight import meeting
 from pretrain.preflight.__main__ import main, read_run
+from pretrain.preflight.board import Board
+from pretrain.preflight.check import Here, gather
 from pretrain.preflight.checks import CHECKS
 from pretrain.preflight.options import Options, read_options
 from pretrain.preflight.ranks import Ranks, ranks_of
@@ -133,3 +136,45 @@ def test_a_mistake_in_the_command_is_a_failure_that_is_told(
     )
     assert run is None
     assert "--x" in mistake, "also what tyro refuses"
+
+
+def _arrived(store: dist.Store, ranks: Ranks) -> Board:
+    board = Board(store, ranks, 1.0)
+    board.count(f"claims/{ranks.rank}")
+    board.tell(f"arrived/{ranks.rank}", {"node": ranks.node, "host": ranks.host, "world": ranks.world})
+    board.count("arrivals")
+    return board
+
+
+def test_two_nodes_of_one_number_are_both_named() -> None:
+    store = dist.HashStore()
+    first, second = (Ranks(rank=1, world=2, node=1, nodes=2, host=host) for host in ("bee", "cow"))
+    _arrived(store, first)
+    twins = r"node cow \(node 1, rank 1\) and node bee \(node 1, rank 1\) are the same rank: give every node its own"
+    with pytest.raises(meeting.NotMet, match=twins):
+        meeting._roll_call(store, second, SOON, 0.0)
+    zero = Ranks(world=2, nodes=2, host="ant")
+    assert "are the same rank" in meeting._missing(_arrived(store, zero), zero, 0.0)
+
+
+def test_a_node_that_counts_other_ranks_is_named() -> None:
+    store = dist.HashStore()
+    zero = Ranks(world=2, nodes=2, host="ant")
+    _arrived(store, Ranks(rank=1, world=3, node=1, nodes=3, host="bee"))
+    told = meeting._missing(_arrived(store, zero), zero, 0.0)
+    assert told.startswith(
+        "rank 0 on ant counts 2 ranks, node bee (node 1, rank 1) counts 3: give all nodes the same"
+    )
+
+
+def test_a_rank_that_falls_silent_is_named_with_what_it_did() -> None:
+    store = dist.HashStore()
+    zero = Ranks(world=2, nodes=2, host="ant")
+    _arrived(store, Ranks(rank=1, world=2, node=1, nodes=2, host="bee")).begin("data (manifests)")
+    board = _arrived(store, zero)
+    board._seconds = 0.1
+    told, silent = gather(Here(zero, board, SOON), {})
+    assert [one.place.rank for one in told] == [0]
+    [problem] = silent
+    assert str(problem.place) == "node bee (node 1, rank 1)"
+    assert problem.value == "died or hangs at: data (manifests)"
