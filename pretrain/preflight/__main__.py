@@ -57,14 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     try:
         board, options = meet(ranks, options)
-    except (NotMet, Silent) as error:
+    except NotMet as error:
         if ranks.is_node_first:
-            told = (
-                f"preflight FAILED, as rank 0 tells: {error}"
-                if getattr(error, "is_heard", False)
-                else f"error: {error}"
-            )
-            print(told, file=sys.stderr)
+            told = "preflight FAILED, as rank 0 tells" if error.is_heard else "error"
+            print(f"{told}: {error}", file=sys.stderr)
         return FAILED_CODE
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from pretrain.preflight.board import Board
+from pretrain.preflight.board import Board, Silent
 from pretrain.preflight.options import Options, as_record, option, variable
 from pretrain.preflight.ranks import Ranks, planned_hosts
 from pretrain.preflight.told import Place
@@ -46,6 +46,11 @@ def meet(ranks: Ranks, options: Options) -> tuple[Board, Options]:
         raise NotMet(_no_store(ranks, address, error)) from error
     try:
         return _roll_call(store, ranks, options, begun)
+    except Silent as error:
+        raise NotMet(
+            f"{ranks.place} met somebody at {told(address)} who does not call the roll ({error}): another run may have "
+            "that port: set another MASTER_PORT on all nodes"
+        ) from error
     except dist.DistError as error:
         raise NotMet(
             f"{ranks.place} lost rank 0 at {told(address)} ({_first_line(error)}): see what ended there"

@@ -178,3 +178,16 @@ def test_a_rank_that_falls_silent_is_named_with_what_it_did() -> None:
     [problem] = silent
     assert str(problem.place) == "node bee (node 1, rank 1)"
     assert problem.value == "died or hangs at: data (manifests)"
+
+
+def test_another_run_s_port_is_not_waited_at_for_ever(
+    free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_run = dist.TCPStore("127.0.0.1", free_port, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port))
+    monkeypatch.setattr(meeting, "GRACE", 0.1)
+    ranks = Ranks(rank=1, world=2, node=1, nodes=2, host="bee")
+    with pytest.raises(meeting.NotMet, match=r"bee .* met somebody .* set another MASTER_PORT on all nodes"):
+        meeting.meet(ranks, SOON)
+    assert other_run.port == free_port
