@@ -48,8 +48,8 @@ def meet(ranks: Ranks, options: Options) -> tuple[Board, Options]:
         return _roll_call(store, ranks, options, begun)
     except Silent as error:
         raise NotMet(
-            f"{ranks.place} met somebody at {told(address)} who does not call the roll ({error}): another run may have "
-            "that port: set another MASTER_PORT on all nodes"
+            f"{ranks.place} met somebody at {told(address)} who does not call the roll ({error}): another run "
+            "may have that port: set another MASTER_PORT on all nodes"
         ) from error
     except dist.DistError as error:
         raise NotMet(
