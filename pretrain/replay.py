@@ -20,11 +20,12 @@ from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import rank, world_size
 from pretrain.config import Run
 from pretrain.data.remote import Place, place_of
+from pretrain.data.sources import tokenizer_folder
 from pretrain.distributed import start_distributed
 from pretrain.ds_config import read_ds_config, resolve_config
 from pretrain.guard import NORM
 from pretrain.paths import Paths
-from pretrain.train import build_engine, open_loader, read_guide, tokenizer_folder, with_guide
+from pretrain.train import build_engine, open_loader, read_guide, with_guide
 
 Numbers = dict[str, float]  # by what they are: a target's nats, or the norm
 
@@ -44,7 +45,7 @@ def replay(bundle: Path) -> bool:
     left_out = set(recorded["left_out"])
     folder = checkpoint_before(paths.kept, recorded["step"], left_out)
     guide = read_guide(run, paths.guide)
-    tokenizer = tokenizer_folder(run, paths)
+    tokenizer = tokenizer_folder(run, paths.data, paths.tokenizer)
     with closing(
         open_loader(run, paths, tokenizer, device, checkpoint.step_of(folder), left_out, None)
     ) as loader:

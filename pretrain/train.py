@@ -21,7 +21,7 @@ from pretrain.config import Run
 from pretrain.data import drops
 from pretrain.data.loader import Loader
 from pretrain.data.remote import Place
-from pretrain.data.sources import tokenizer_beside
+from pretrain.data.sources import tokenizer_folder
 from pretrain.distributed import start_distributed
 from pretrain.ds_config import describe, read_ds_config, resolve_config
 from pretrain.engine import Engine
@@ -90,7 +90,7 @@ def _train(
         check_compile(run.backbone.family, describe(config)["stage"])
     journal = Journal(paths.out)
     skipped = from_first_rank(lambda: resume.batches_left_out(folder, journal))
-    tokenizer = tokenizer_folder(run, paths)
+    tokenizer = tokenizer_folder(run, paths.data, paths.tokenizer)
     guide = read_guide(run, paths.guide)
     dropped = drops.file_of(paths.out, rank(), world_size())
     with ExitStack() as held:
@@ -219,14 +219,6 @@ def speed_of(run: Run, facts: DataFacts, engine: Engine, price: float | None) ->
     else:
         peak = peak_of(hardware(engine.device), engine.dtype)
     return Speed(step_flops(run, facts), world_size(), peak, price)
-
-
-def tokenizer_folder(run: Run, paths: Paths) -> Path | None:
-    """The named one, else that beside the shards of the first captioned source; None without captions."""
-    captioned = [name for name, source in run.data.items() if source.supervision == "text"]
-    if paths.tokenizer is None and captioned and captioned[0] in paths.data:
-        return tokenizer_beside(paths.data[captioned[0]])
-    return paths.tokenizer if captioned else None
 
 
 def left_out(run: Run, facts: DataFacts) -> str | None:

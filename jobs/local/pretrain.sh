@@ -154,7 +154,8 @@ start_and_wait() {
 }
 
 if [[ ${PREFLIGHT:-0} == 1 ]]; then
-  start_and_wait --module pretrain.preflight "$@"
+  # The launcher finds a module on Python's path alone, and this script may be started in any folder.
+  PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} start_and_wait --module pretrain.preflight "$@"
   ((code == 0)) || exit "$code"
   ((asking == 0)) || exit 75
 fi

@@ -165,6 +165,14 @@ def tokenizer_beside(place: Place) -> Path:
     return RemoteFolder(place, Cache.of_environment()).copy_folder(TOKENIZER_FOLDER)
 
 
+def tokenizer_folder(run: Run, places: Mapping[str, Place], named: Path | None) -> Path | None:
+    """The named one, else that beside the shards of the first captioned source; None without captions."""
+    captioned = [name for name, source in run.data.items() if source.supervision == "text"]
+    if named is None and captioned and captioned[0] in places:
+        return tokenizer_beside(places[captioned[0]])
+    return named if captioned else None
+
+
 def _check_names(run: Run, folders: Mapping[str, Place]) -> None:
     if missing := sorted(run.data.keys() - folders.keys()):
         raise ValueError(

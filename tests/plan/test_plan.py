@@ -17,11 +17,14 @@ from pretrain.plan import __main__ as command
 from pretrain.plan.machines import Cluster
 from pretrain.plan.plan import Plan, make_plan
 from pretrain.plan.scaling import weak_scaling
-from pretrain.plan.sizes import assumed_facts
+from pretrain.plan.sizes import assumed_facts, sizes_of
 from pretrain.plan.step_time import EFFICIENCY
 from pretrain.plan.tell import IMAGES_A_CORE, tell
+from pretrain.preflight.ranks import Ranks
+from pretrain.preflight.recipe import look_at_recipe
 from pretrain.recipes import load
 from tests.paths import ROOT
+from tests.preflight.here import alone, three_nodes
 
 GB = 1e9
 SHORT = ["--recipe", "m3i.vit_b16", "--gpus", "8", "--gpu", "h200", "--network", "50"]
@@ -111,3 +114,19 @@ def test_constants_are_those_that_were_measured():
     for measured in (recipes[name]["zero2"] for name in ("internimage_h", "vit_b16")):
         beside = sum(measured["shares_of_step"][part] for part in ("optimizer", "teacher, average"))
         assert measured["share_of_peak"] / (1 - beside) == pytest.approx(EFFICIENCY, rel=0.05)
+
+
+def test_the_preflight_counts_the_same_and_tells_what_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entry, "quieten", lambda: None)  # what it sets would stay for other tests
+    given = {"ds_config": ROOT / "ds_configs" / "zero2.json", "micro_batches": 1, "compile": False}
+    here = alone(three_nodes(tmp_path, **given))
+    model = look_at_recipe(here)
+    sizes = sizes_of(here.run, assumed_facts(here.run))
+    assert model["parameters"] == sizes.num_trained
+    assert model["checkpoint"] == 12 * sizes.num_trained + 4 * sizes.num_averaged
+    assert model == here.model, "for the room that it needs on disk and in memory"
+    here.ranks = Ranks(world=3)
+    with pytest.raises(ValueError, match=r"batch=64 must be a multiple of 3 \(3 ranks x 1 images an input\)"):
+        look_at_recipe(here)

@@ -1,0 +1,120 @@
+"""Does the run fit its number of ranks, and can every node read the same data?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from pretrain.data.remote import Place
+from pretrain.preflight.check import Here
+from pretrain.preflight.told import WARNING, Judged, Problem, Told, differences, size
+
+MOST_LOOKED_AT = 256  # shards of a data set whose size every node compares
+HEADER = 512  # bytes, of the first member of a tar file
+MAGIC = slice(257, 262)  # of POSIX.1-1988, b"ustar"
+MASTERS, MOMENTS, AVERAGE = (
+    4,
+    8,
+    4,
+)  # bytes a parameter of a checkpoint: weights, AdamW, the teacher's average
+
+
+def look_at_recipe(here: Here) -> dict[str, float] | None:
+    """By rank 0 alone: bytes of a checkpoint, and of a rank's host memory. ValueError as training would raise it."""
+    if here.run is None or here.paths is None or here.ranks.rank:
+        return None
+    from pretrain.main import quieten
+
+    quieten()
+    from pretrain.compiled import check_compile
+    from pretrain.ds_config import check_config, read_ds_config
+    from pretrain.plan.sizes import assumed_facts, sizes_of
+
+    run, world = here.run, here.ranks.world
+    config = read_ds_config(here.paths.ds_config)
+    check_config(config, run, world)
+    run.images_per_rank(world, here.paths.micro_batches)
+    if here.paths.compile:
+        check_compile(run.backbone.family, config["zero_optimization"]["stage"])
+    sizes = sizes_of(run, assumed_facts(run))
+    checkpoint = (MASTERS + MOMENTS) * sizes.num_trained + AVERAGE * sizes.num_averaged
+    is_offloaded = "offload_optimizer" in config["zero_optimization"]
+    on_host = (
+        1 if here.is_gpu else 2
+    ) + is_offloaded  # a copy is written beside training; without a GPU all is here
+    here.model = {
+        "parameters": sizes.num_trained,
+        "checkpoint": checkpoint,
+        "host": on_host * checkpoint / world,
+    }
+    return here.model
+
+
+def judge_recipe(told: Sequence[Told], here: Here) -> Judged:
+    assert here.run is not None, "the recipe is checked where there is one"
+    model, images = told[0].value, here.run.images_per_rank(here.ranks.world)
+    value = (
+        f"{model['parameters'] / 1e6:.4g} M parameters, checkpoints of {size(model['checkpoint'])}, "
+        f"{images} images a rank"
+    )
+    return Judged(value, "recipe, ds config and number of ranks fit each other")
+
+
+def look_at_data(here: Here) -> dict[str, Any] | None:
+    """SHA-256 of each source's manifest by name, its shards and samples; errors of the loader as it raises them."""
+    if here.run is None or here.paths is None:
+        return None
+    from pretrain.data.sources import open_sources, tokenizer_folder
+    from pretrain.data.steps import run_order
+
+    run, places = here.run, here.paths.data
+    sources = open_sources(run, places, tokenizer_folder(run, places, here.paths.tokenizer), slice(0))
+    run_order(run, sources)  # shares of the sources
+    told: dict[str, Any] = {}
+    for source in sources.opened:
+        shards = source.shards
+        num = len(shards.manifest.shards)
+        for problem in shards.problems(slice(0, None, -(-num // MOST_LOOKED_AT))):
+            raise problem
+        _require_tar(places[source.name], shards.manifest.shards[here.ranks.node % num].name)
+        told[source.name] = {"manifest": shards.sha256, "shards": num, "samples": len(shards)}
+    return told
+
+
+def _require_tar(place: Place, name: str) -> None:
+    """ValueError unless the first bytes of a shard are read and begin a tar file; OSError as the store has it."""
+    if isinstance(place, Path):
+        with (place / name).open("rb") as file:
+            header = file.read(HEADER)
+    else:
+        fs, root = fsspec.url_to_fs(place, use_listings_cache=False)
+        header = fs.cat_file(f"{root}/{name}", start=0, end=HEADER)
+    if header[MAGIC] != b"ustar":
+        raise ValueError(
+            f"{place}/{name} does not begin as a tar file: copy it again or build the data set again"
+        )
+
+
+def judge_data(told: Sequence[Told], here: Here) -> Judged:
+    assert here.run is not None, "data is checked where there is some"
+    flat = [Told(one.place, {name: of["manifest"] for name, of in one.value.items()}) for one in told]
+    problems = differences(flat, "manifest of ", "copy the same build of the data set to every node")
+    sources = told[0].value
+    for name, of in sources.items():
+        if of["samples"] < here.run.batch:
+            problems.append(
+                Problem(
+                    None,
+                    f"{name} has {of['samples']} samples, the batch {here.run.batch}",
+                    "samples may come twice in one batch: name a larger data set or a smaller --batch",
+                    status=WARNING,
+                )
+            )
+    value = ", ".join(
+        f"{name}: {of['samples']} samples in {of['shards']} shards" for name, of in sources.items()
+    )
+    rule = "the same manifests on all nodes, all shards there, and at least a batch of samples"
+    return Judged(value, rule, problems)
