@@ -53,6 +53,7 @@ def _told_of_the_late(place: str, timeout: float, error: dist.DistError) -> str:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return ""
     return (
-        f"not all {os.environ['WORLD_SIZE']} ranks came to {place} in {timeout:.0f} s ({str(error).splitlines()[0]}): "
+        f"not all {os.environ['WORLD_SIZE']} ranks came to {place} in {timeout:.0f} s "
+        f"({str(error).splitlines()[0]}): "
         "look which machine has not started, or cannot reach that address; the same command starts again"
     )
