@@ -99,7 +99,7 @@ for index in "${!hosts[@]}"; do
   } >"$work/input.$index"
 done
 
-asking=0 deepspeed=""
+asking=0 is_asked=0 deepspeed=""
 clean_up() {
   local code=$? left
   trap '' INT TERM USR1 HUP
@@ -161,7 +161,8 @@ quote() {
 
 ask() {
   is_interrupted=1
-  ((asking)) && return
+  ((is_asked)) && return
+  is_asked=1
   while true; do
     on_hosts "$host_script ask $id"
     sleep 5 # a rank that still starts does not hear
@@ -171,7 +172,12 @@ ask() {
 interrupt() {
   is_interrupted=1
   trap 'exit 130' INT # and again: no more waiting
-  on_hosts "$host_script ask $id INT" &
+  {
+    on_hosts "$host_script ask $id INT"
+    sleep "$answer_seconds"
+    kill -s INT "$$"
+  } &
+  asking=$!
 }
 
 # What each host ended with is in pdsh's messages; its own code is the largest, under which an error would hide.
@@ -188,7 +194,7 @@ judge() {
     [[ $codes != *" $judged "* ]] || { code=$judged && return; }
   done
   ((code < 77)) || code=76 # a rank that a signal ended, or a host that was lost
-  ((code != 76 || asking == 0)) || code=75
+  ((code != 76 || is_asked == 0)) || code=75
 }
 start_and_wait() {
   : >"$work/codes"
@@ -208,7 +214,10 @@ start_and_wait() {
     ((is_interrupted)) || break
   done
   kill -s KILL -- "-$deepspeed" 2>/dev/null || true # a pdsh whose launcher was killed
-  wait "$reader" || true
+  for _ in {1..50}; do
+    kill -0 "$reader" 2>/dev/null || break # it has read to the end
+    sleep 0.1
+  done
   judge
 }
 
@@ -225,7 +234,7 @@ start() {
 if [[ ${PREFLIGHT:-0} == 1 ]]; then
   start -m pretrain.preflight "$@"
   ((code == 0)) || exit "$code"
-  ((asking == 0)) || exit 75
+  ((is_asked == 0)) || exit 75
 fi
 start "$root/pretrain/main.py" "$@"
 exit "$code"
