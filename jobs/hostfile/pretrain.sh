@@ -18,7 +18,6 @@
 # Every host is asked first, all at once and for 30 s at most. SIGTERM, SIGUSR1 or SIGHUP to this script saves on all
 # hosts and ends with 75; the other codes are those of jobs/local/pretrain.sh. When it ends, however it does, no rank is
 # left on a host that answers.
-# shellcheck disable=SC2317 # signals call what nothing else does
 set -euo pipefail
 root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
 answer_seconds=30
