@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from pretrain.exits import DIVERGED, FAILED, INTERRUPTED, LOST, MISTAKE, PREEMPTED
+from tests.engine.launch import environment
 from tests.jobs.stubs import launched, run_script, write_program
 from tests.jobs.two_hosts import NAMES, TwoHosts, two_hosts, unusable
 from tests.paths import ROOT
@@ -109,6 +111,37 @@ stat --format=%a "$settings" >{tmp_path}/mode
     assert not Path(settings).exists()
 
 
+def test_mpirun_gets_the_hostfile_and_ranks_the_names_that_torch_reads(
+    place: dict[str, str], tmp_path: Path
+) -> None:
+    """What mpirun starts on a host is what `deepspeed` is given as its program, with the numbers of Open MPI."""
+    write_program(tmp_path / "bin" / "mpirun", "exit 1")
+    # As `python` of the environment it leaves what a rank would have; as that of the check it tells a port.
+    show = (
+        f'[[ $1 == - ]] || {{ printf "%s\\n" "$RANK $LOCAL_RANK $WORLD_SIZE $OURS" "$@" >{tmp_path}/rank; }}'
+    )
+    write_program(tmp_path / "bin" / "python", f"{show}\necho free_port 29555")
+    numbers = "OMPI_COMM_WORLD_RANK=3 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_SIZE=4"
+    program = f"sed --quiet '/host.sh$/,$p' {tmp_path}/arguments"
+    (tmp_path / "launch").write_text(
+        f'unset OURS; mapfile -t words < <({program}); {numbers} "${{words[@]}}"'
+    )
+    more = {"LAUNCHER": "openmpi", "OURS": "1", "FORWARD": "OURS"}
+    ended = run_script(SCRIPT, "--recipe", "m3i.demo", "a $b 5%", **place | more)
+    assert ended.returncode == 0, ended.stderr
+    words = launched(tmp_path)
+    assert words[: words.index("--master_addr")] == [
+        "--quiet",
+        "--hostfile",
+        "HOSTFILE",
+        "--launcher",
+        "openmpi",
+    ]
+    assert "-x MASTER_ADDR=10.0.0.1 -x MASTER_PORT=29555" in words[words.index("--launcher_args") + 1]
+    started = ["3 1 4 1", "-u", f"{ROOT}/pretrain/main.py", "--recipe", "m3i.demo", "a $b 5%"]
+    assert (tmp_path / "rank").read_text().splitlines() == started
+
+
 @pytest.mark.parametrize(
     ("codes", "largest", "expected"),
     [
@@ -197,16 +230,14 @@ def test_a_rank_whose_launcher_is_killed_is_lost_and_ended(place: dict[str, str]
     assert not _lives(rank)
 
 
-needs_hosts = pytest.mark.skipif(bool(reason := unusable()), reason=reason)
-
-
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
+    if reason := unusable():
+        pytest.skip(reason)
     with two_hosts(tmp_path_factory.mktemp("hosts"), {NAMES[0]: ["m3i-pretrain-0.m3i-pretrain"]}) as both:
         yield both
 
 
-@needs_hosts
 def test_a_host_that_does_not_answer_is_named_in_bounded_time(hosts: TwoHosts, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text(f"{NAMES[0]} slots=1\n10.213.7.9 slots=1\n")
     environment = hosts.environment(
@@ -234,7 +265,6 @@ def _arguments(scenes: Path, out: Path) -> list[str]:
     return ["--recipe", "m3i.demo", "--out", str(out), "--data", *data, *small.split()]
 
 
-@needs_hosts
 def test_two_hosts_train_as_two_local_ranks_do(hosts: TwoHosts, tmp_path: Path) -> None:
     """By a hostfile until they are asked to stop, then as two pods to the end."""
     env = {"ENV": str(Path(sys.executable).parent.parent)} | CPU
@@ -249,10 +279,8 @@ def test_two_hosts_train_as_two_local_ranks_do(hosts: TwoHosts, tmp_path: Path) 
     codes = _as_pods(hosts, scenes, tmp_path / "hosts", env, tmp_path)
     assert codes == [0, 0], [(tmp_path / f"pod{index}.txt").read_text() for index in (0, 1)]
 
-    local = run_script(
-        "jobs/local/pretrain.sh", *_arguments(scenes, tmp_path / "local"), **env, timeout=300, RANKS="2"
-    )
-    assert local.returncode == 0, local.stderr
+    codes = _as_local_ranks(_arguments(scenes, tmp_path / "local"), tmp_path)
+    assert codes == [0, 0], (tmp_path / "local.txt").read_text()
     assert _curve(tmp_path / "hosts") == _curve(tmp_path / "local")
 
 
@@ -300,3 +328,19 @@ def _as_pods(hosts: TwoHosts, scenes: Path, out: Path, env: dict[str, str], fold
                 )
             )
     return [pod.wait(300) for pod in pods]
+
+
+def _as_local_ranks(arguments: list[str], folder: Path) -> list[int]:
+    """Exit codes of two processes on the loopback interface, without any launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_PORT": str(free.getsockname()[1])}
+    command = [sys.executable, str(ROOT / "pretrain" / "main.py"), *arguments]
+    with (folder / "local.txt").open("w") as output:
+        ranks = [
+            subprocess.Popen(
+                command, env=environment(RANK=rank, LOCAL_RANK=rank, **place), stdout=output, stderr=output
+            )
+            for rank in ("0", "1")
+        ]
+    return [rank.wait(300) for rank in ranks]

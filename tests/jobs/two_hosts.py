@@ -12,10 +12,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-NAMES = ("m3i-a", "m3i-b")
+NAMES = (f"m3i-{os.getpid()}-a", f"m3i-{os.getpid()}-b")  # other tests may run on this machine
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 PORT = 2222  # of both sshd
-TOOLS = ("ip", "ssh", "ssh-keygen", "pdsh", "/usr/sbin/sshd")
+TOOLS = ("ip", "unshare", "ssh", "ssh-keygen", "pdsh", "/usr/sbin/sshd")
 SECONDS = 10  # that a command of this file may take
 
 
@@ -26,8 +26,9 @@ def unusable() -> str:
         return f"{', '.join(missing)} not installed (Debian: iproute2, openssh-server, pdsh)"
     if os.geteuid() != 0:
         return "network namespaces are made by root"
-    made = subprocess.run(["ip", "netns", "add", "m3i-probe"], capture_output=True, text=True, check=False)
-    subprocess.run(["ip", "netns", "delete", "m3i-probe"], capture_output=True, check=False)
+    made = subprocess.run(
+        ["unshare", "--net", "--mount", "true"], capture_output=True, text=True, check=False
+    )
     return "" if made.returncode == 0 else f"no network namespace can be made: {made.stderr.strip()}"
 
 
@@ -52,7 +53,6 @@ def two_hosts(folder: Path, aliases: dict[str, Sequence[str]]) -> Iterator[TwoHo
     """Both up and reachable; `aliases` are more names of a host. Nothing of them is left afterwards."""
     with ExitStack() as held:
         held.callback(_remove)
-        _remove()  # what a killed test has left
         _connect()
         for name in NAMES:
             place = Path("/etc/netns") / name
