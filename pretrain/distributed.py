@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from pretrain.exits import RankLost
+
 
 def start_distributed(timeout: float = 1800.0) -> torch.device:
     """Joins the process group that the launcher's environment describes, or makes one of this process alone.
 
     A collective call that takes longer than `timeout` seconds fails. gloo without CUDA or where DS_ACCELERATOR=cpu
-    says so, NCCL otherwise. Returns the device of this rank.
+    says so, NCCL otherwise. Returns the device of this rank. RankLost when the others do not come in that time,
+    ConnectionError when the address or its port cannot be used.
     """
     gc.freeze()  # what is imported stays: collections, of which DeepSpeed asks for some, need not look at it
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -36,10 +39,23 @@ def start_distributed(timeout: float = 1800.0) -> torch.device:
         deepspeed.init_distributed(
             auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout)
         )
-    except dist.DistNetworkError as error:
+    except dist.DistError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "timed out" in str(error).lower():
+            raise RankLost(_told_of_the_late(place, timeout, error)) from error
         raise ConnectionError(
             f"the ranks cannot meet at {place} ({str(error).splitlines()[0]}): if another run uses that port, start "
             "by jobs/local/pretrain.sh, which finds a free one, or give the launcher --master_port"
         ) from error
     return device
+
+
+def _told_of_the_late(place: str, timeout: float, error: dist.DistError) -> str:
+    """For one rank of this machine to tell; the machines that are there cannot know which is not."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return ""
+    return (
+        f"not all {os.environ['WORLD_SIZE']} ranks came to {place} in {timeout:.0f} s "
+        f"({str(error).splitlines()[0]}): "
+        "look which machine has not started, or cannot reach that address; the same command starts again"
+    )

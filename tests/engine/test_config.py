@@ -19,6 +19,7 @@ from pretrain.ds_config import (
     resolve_config,
     teacher_config,
 )
+from pretrain.exits import RankLost
 from tests.engine.toy import toy_run
 from tests.paths import ROOT
 
@@ -83,6 +84,17 @@ def test_a_port_that_is_taken_is_told_with_its_remedy(monkeypatch: pytest.Monkey
             monkeypatch.setenv(name, value)
         with pytest.raises(ConnectionError, match=rf"cannot meet at 127.0.0.1:{port} .* --master_port"):
             start_distributed()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_that_do_not_come_are_lost(
+    rank: str, monkeypatch: pytest.MonkeyPatch, free_port: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (place | {"MASTER_PORT": str(free_port)}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankLost, match=rf"not all 2 ranks came to 127.0.0.1:{free_port} in 1 s"):
+        start_distributed(1.0)
 
 
 @pytest.mark.parametrize("stage", [None, 0, 4])

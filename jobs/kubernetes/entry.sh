@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Which of the machines of an Indexed Job is this pod, and are the others there? Then it trains with them.
+#
+#   jobs/kubernetes/entry.sh [more arguments of pretrain/main.py]
+#
+# pretrain.yaml and run.yaml set the environment:
+#   JOB_COMPLETION_INDEX  which pod this is, by the Job        JOB_NAME  its Job, by the pod's labels
+#   SERVICE               the headless Service that gives the pods names
+#   NODES                 pods; the same number as completions and parallelism
+#   RECIPE, DATA, OUT     as --recipe, --data ("NAME=DIR NAME=DIR ...") and --out
+#   DS_CONFIG, CHECKPOINTS, ARGUMENTS   as --ds-config, --checkpoints and whatever else; may be empty
+#   MASTER_PORT           default 29500                        WAIT_SECONDS  for machine 0 and for older pods; 1800
+#
+# It ends as jobs/local/pretrain.sh does: 75 and 76 have the Job start the pod again, 1, 2 and 65 end the Job.
+set -euo pipefail
+root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
+trap 'exit 75' TERM USR1 # while it waits
+
+fail() {
+  echo "$*" >&2
+  exit 2
+}
+
+: "${JOB_COMPLETION_INDEX:?is not set: start this in a Job with completionMode: Indexed, which gives each pod its number}"
+: "${NODES:?is not set: say how many pods train together, the number of completions}"
+: "${RECIPE:?is not set: name a recipe in run.yaml, such as m3i.internimage_h}"
+: "${DATA:?is not set: name the sources of the recipe in run.yaml, NAME=DIR for each, a space between two}"
+: "${OUT:?is not set: name the folder of the run in run.yaml, on a volume that all pods share}"
+[[ $NODES =~ ^[1-9][0-9]*$ ]] || fail "NODES=$NODES is no number of pods: set that of completions, at least 1"
+if ! [[ $JOB_COMPLETION_INDEX =~ ^[0-9]+$ ]] || ((JOB_COMPLETION_INDEX >= NODES)); then
+  fail "JOB_COMPLETION_INDEX=$JOB_COMPLETION_INDEX and NODES=$NODES: set completions, parallelism and NODES to one number"
+fi
+wait_seconds=${WAIT_SECONDS:-1800}
+[[ $wait_seconds =~ ^[0-9]+$ ]] || fail "WAIT_SECONDS=$wait_seconds is no number of seconds: set one, such as 1800"
+
+# Which of DATA and ARGUMENTS is one word is for spaces to say, as in a command.
+read -ra data <<<"$DATA"
+read -ra more <<<"${ARGUMENTS:-}"
+given=(--recipe "$RECIPE" --data "${data[@]}" --out "$OUT" ${DS_CONFIG:+--ds-config "$DS_CONFIG"}
+  ${CHECKPOINTS:+--checkpoints "$CHECKPOINTS"} ${more[@]+"${more[@]}"} "$@")
+
+# wait_until WORDS COMMAND...: 76 when that takes longer than WAIT_SECONDS, since the pod should simply try again.
+wait_until() {
+  local words=$1 until=$((SECONDS + wait_seconds)) is_told=0
+  shift
+  until "$@"; do
+    ((is_told)) || echo "machine $JOB_COMPLETION_INDEX waits until $words" >&2
+    is_told=1
+    if ((SECONDS >= until)); then
+      echo "machine $JOB_COMPLETION_INDEX has waited $wait_seconds s (WAIT_SECONDS) until $words: see kubectl get pods" >&2
+      exit 76
+    fi
+    sleep 1
+  done
+}
+
+# A pod that is started again comes before the others have noticed that it was lost. It must not meet those, who wait
+# for each other in the middle of a step, but those who will be started as well. Ranks that live give signs of life in
+# OUT/ranks (pretrain/watchdog.py), and none before they have met: signs that change now are of ranks that must go.
+signs() {
+  local files=("$OUT"/ranks/rank_*.json)
+  cat -- "${files[0]}" "${files[-1]}" 2>/dev/null | grep --text '"ended": false' || true
+}
+older_are_gone() {
+  local before
+  before=$(signs)
+  [[ -n $before ]] || return 0
+  sleep "${QUIET_SECONDS:-20}" # of the largest runs a rank gives a sign every 8 s
+  [[ $(signs) == "$before" ]]
+}
+has_address() { getent hosts "$MASTER_ADDR" >/dev/null; }
+
+wait_until "the ranks of the start before have ended, which $OUT/ranks shows alive" older_are_gone
+if ((NODES > 1)); then
+  : "${JOB_NAME:?is not set: name the Job, whose pod 0 the others look for}"
+  : "${SERVICE:?is not set: name the headless Service, which gives the pods their names}"
+  export NODES NODE_RANK=$JOB_COMPLETION_INDEX MASTER_ADDR=$JOB_NAME-0.$SERVICE MASTER_PORT=${MASTER_PORT:-29500}
+  wait_until "$MASTER_ADDR has an address: pod 0 is scheduled, and Service $SERVICE is there" has_address
+fi
+exec "$root/jobs/local/pretrain.sh" "${given[@]}"
