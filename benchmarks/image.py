@@ -3,9 +3,9 @@
     sudo [MOUNTS=...] python benchmarks/image.py [--name image_cuda] [WORD ...]
 
 Builds by jobs/image/build_on_debian.sh, whose variables count here too, and runs WORD ... in the image (default: the
-kernels' self-test). `layers` are uncompressed, oldest first; what a registry keeps is smaller. `seconds` are of a base
-made by debootstrap, of the build with its downloads, and of the command. `load` is the machine's before: others may
-have worked on it. Writes benchmarks/results/<name>.json, also when the command fails; `exit_code` tells.
+kernels' self-test). `layers` are uncompressed, oldest first; what a registry keeps is smaller. `seconds` are of a
+base made by debootstrap, of the build with its downloads, and of the command. `load` is the machine's before: others
+may have worked on it. Writes benchmarks/results/<name>.json, also when the command fails; `exit_code` tells.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from benchmarks import record  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", default="image_cuda", help="of the result")
-    parser.add_argument("command", nargs="*", default=["kernels", "--quick"], metavar="WORD")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="WORD")
     arguments = parser.parse_args()
+    arguments.command = arguments.command or ["kernels", "--quick"]
     load, begun = os.getloadavg()[0], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "facts.json"
@@ -46,7 +47,7 @@ def main() -> None:
     facts["seconds"]["command"] = round(time.monotonic() - begun - sum(facts["seconds"].values()))
     record.keep(
         arguments.name,
-        "the image builds on a Debian base of our own with buildah in a chroot, and the project runs in it as non-root",
+        "the image builds on a Debian base made by debootstrap, with buildah, and the project runs in it as non-root",
         torch.device("cpu"),
         device=os.environ.get("DEVICE", "cuda"),
         load=round(load, 1),
