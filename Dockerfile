@@ -34,7 +34,7 @@ RUN PIP_NO_CACHE_DIR=1 make -C /opt/install venv VENV=/opt/venv DEVICE="$DEVICE"
 ARG DS_OPS="async_io pin_memory quantizer"
 ARG CUDA_ARCHS="8.0;9.0;10.0+PTX"
 COPY jobs/image/compile_ops.sh /opt/install/
-RUN DEVICE="$DEVICE" CUDA_ARCHS="$CUDA_ARCHS" /opt/install/compile_ops.sh /opt/venv $DS_OPS
+RUN if [ "$DEVICE" = cuda ]; then CUDA_ARCHS="$CUDA_ARCHS" /opt/install/compile_ops.sh /opt/venv $DS_OPS; fi
 
 # -- What runs: CUDA's libraries are in the packages of torch, the driver comes from the host --
 FROM ${BASE_IMAGE}

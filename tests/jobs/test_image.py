@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def stages() -> list[str]:
 def run(
     script: Path, *arguments: object, tools: dict[str, str] | None = None, folder: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """The script with PATH, HOME and `environment` alone; `tools`: text of programs in FOLDER/bin, which comes first."""
+    """The script with PATH, HOME and `environment` alone; `tools`: programs in FOLDER/bin, which comes first."""
     (folder / "bin").mkdir(exist_ok=True)
     for name, text in (tools or {}).items():
         (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -135,8 +136,10 @@ def test_operators_are_those_that_deepspeed_knows() -> None:
 
 
 def test_operators_that_need_nvcc_are_left_out_where_it_is_not(tmp_path: Path) -> None:
+    if shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("nvcc is here")
     tools = {"python": "echo 1.2.3"}
-    ended = run(IMAGE / "compile_ops.sh", tmp_path, "quantizer", tools=tools, folder=tmp_path, DEVICE="cpu")
+    ended = run(IMAGE / "compile_ops.sh", tmp_path, "quantizer", tools=tools, folder=tmp_path)
     assert ended.returncode == 0 and "leaves quantizer out" in ended.stdout
 
 
@@ -152,7 +155,7 @@ def test_the_compiler_of_operators_says_what_is_wrong(
     tmp_path: Path, arguments: tuple[str, ...], named: str
 ) -> None:
     words = [argument.format(venv=tmp_path) for argument in arguments]
-    ended = run(IMAGE / "compile_ops.sh", *words, tools={"python": ECHO}, folder=tmp_path, DEVICE="cpu")
+    ended = run(IMAGE / "compile_ops.sh", *words, tools={"python": ECHO}, folder=tmp_path)
     assert ended.returncode != 0 and named in ended.stderr
 
 
