@@ -11,12 +11,12 @@
 set -euo pipefail
 root=$(realpath -- "$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")/../..")
 
+# Modules of the project that do something when they are run; main.py is what `pretrain` starts.
 commands() {
   local file
-  for file in "$root"/pretrain/*/__main__.py; do basename -- "$(dirname -- "$file")"; done
-  for file in "$root"/pretrain/*.py; do
-    # Which of them is a command? What it does when it is run says so. main.py is what `pretrain` starts.
-    if [[ ${file##*/} != main.py ]] && grep -q '^if __name__ == "__main__":' "$file"; then basename -- "$file" .py; fi
+  for file in "$root"/pretrain/*/__main__.py; do file=${file%/__main__.py} && echo "${file##*/}"; done
+  grep -l '^if __name__ == "__main__":' "$root"/pretrain/*.py | while read -r file; do
+    [[ $file == */main.py ]] || basename -- "$file" .py
   done
 }
 

@@ -155,7 +155,7 @@ def test_the_compiler_of_operators_says_what_is_wrong(
     tmp_path: Path, arguments: tuple[str, ...], named: str
 ) -> None:
     words = [argument.format(venv=tmp_path) for argument in arguments]
-    ended = run(IMAGE / "compile_ops.sh", *words, tools={"python": ECHO}, folder=tmp_path)
+    ended = run(IMAGE / "compile_ops.sh", *words, tools={"python": ECHO}, folder=tmp_path, CUDA_ARCHS="9.0")
     assert ended.returncode != 0 and named in ended.stderr
 
 
@@ -163,7 +163,15 @@ def test_venv_for_a_cpu_asks_for_nothing_of_cuda(tmp_path: Path) -> None:
     pip = f'while [[ $1 != -r ]]; do shift; done; cp "$2" {tmp_path}/asked; echo "${{@:3}}"'
     ended = run(
         Path("/usr/bin/make"),
-        *("-C", ROOT, "venv", f"VENV={tmp_path}", "DEVICE=cpu", "TORCH_INDEX=https://index.example/cpu"),
+        *(
+            "-C",
+            ROOT,
+            "venv",
+            f"VENV={tmp_path}",
+            "PYTHON=python3",
+            "DEVICE=cpu",
+            "TORCH_INDEX=https://index.example/cpu",
+        ),
         tools={"python": pip},
         folder=tmp_path,
     )
