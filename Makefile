@@ -4,12 +4,15 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-# -- The machine: say `make demo PYTHON=python3.12 VENV=/somewhere RANKS=1` to change it. uv installs in half the
-# time of pip: INSTALL="uv pip install --python .venv/bin/python" --
+# -- The machine: say `make demo PYTHON=python3.12 VENV=/somewhere RANKS=1` to change it --
 VENV ?= .venv
+# `make venv DEVICE=cpu` leaves out what only GPUs need, 4 GB of it; such wheels of torch have an index of their own.
+DEVICE ?= cuda
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTHON ?= $(shell for candidate in python3.12 python3.11 python3; do \
     $$candidate -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
     2>/dev/null && echo $$candidate && break; done)
+# uv needs half the time of pip: INSTALL="uv pip install --python .venv/bin/python"
 INSTALL ?= python -m pip install --disable-pip-version-check --no-input
 RANKS ?=
 JOBS ?= 2
@@ -30,6 +33,9 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 installed := $(VENV)/.requirements.txt
+wanted_cuda = cat requirements.txt
+wanted_cpu  = sed -E '/^(triton|nvidia-|cuda-)/d; s/^(torch|torchvision)==([^ ]+)/\1==\2+cpu/' requirements.txt
+index_cpu   = --extra-index-url $(TORCH_INDEX)
 
 .PHONY: demo test lint venv clean help
 
@@ -51,18 +57,21 @@ venv: $(installed) ## make or renew the virtual environment alone
 clean: ## remove the demo's data and run
 	rm -rf $(DATA) $(RUN)
 
-# The installed list is a copy of requirements.txt: a new time stamp alone installs nothing.
+# The installed list is a copy of what was wanted: a new time stamp alone installs nothing.
 $(installed): requirements.txt
-	@if cmp -s $< $@; then touch -c $@ 2>/dev/null || true; exit 0; fi; \
+	@[[ -n "$(wanted_$(DEVICE))" ]] || { echo "DEVICE=$(DEVICE) is unknown: choose cuda or cpu" >&2; exit 1; }; \
+	wanted=$$(mktemp); trap 'rm -f "$$wanted"' EXIT; \
+	$(wanted_$(DEVICE)) > "$$wanted"; \
+	if cmp -s "$$wanted" $@; then touch -c $@ 2>/dev/null || true; exit 0; fi; \
 	if [[ ! -x $(VENV)/bin/python ]]; then \
 	    [[ -n "$(PYTHON)" ]] || { echo "no python3.12, python3.11 or python3 here is version 3.11 or 3.12 with" \
 	        "venv: install one (Debian and Ubuntu: python3-venv) or name it: make PYTHON=..." >&2; exit 1; }; \
 	    echo "[venv] $(PYTHON) makes $(VENV)"; \
 	    "$(PYTHON)" -m venv $(VENV); \
 	fi; \
-	echo "[venv] installs requirements.txt into $(VENV): about 5.5 GB, a few minutes"; \
-	$(INSTALL) -r $<; \
-	cp $< $@
+	echo "[venv] installs requirements.txt for $(DEVICE) into $(VENV): some GB, a few minutes"; \
+	$(INSTALL) -r "$$wanted" $(index_$(DEVICE)); \
+	cp "$$wanted" $@
 
 # The held-out manifest is what the builder writes last.
 $(DATA)/labelled/heldout/manifest.json: | $(installed)

