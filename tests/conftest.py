@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 # end; pytest-xdist by itself starts those of few tests last, and these have few.
 LONGEST_FIRST = (
     "engine/test_drill.py",
+    "jobs/test_slurm.py",
     "kernels/test_pointwise.py",
     "engine/test_rows_ranks.py",
     "engine/test_m3i_ranks.py",

@@ -124,9 +124,10 @@ ask_ranks() {
 }
 stop() {
   ask_ranks
-  ((asking)) && return
-  (trap '' TERM USR1; while sleep 5; do ask_ranks; done) &
-  asking=$!
+  if ((asking == 0)); then # a plain `return` would give the code of what the signal interrupted, and end the script
+    (trap '' TERM USR1; while sleep 5; do ask_ranks; done) &
+    asking=$!
+  fi
 }
 interrupt() {
   kill -s INT -- "-$deepspeed" 2>/dev/null || true

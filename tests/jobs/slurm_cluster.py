@@ -57,6 +57,14 @@ class Cluster:
         """The fields of a job, such as JobState, Reason, Restarts."""
         return dict(re.findall(r"(\w+)=(\S*)", self.tell("scontrol", "show", "job", number)))
 
+    def has_steps(self) -> bool:
+        """Whether a step still has processes; of a node that is down Slurm itself does not wait for them."""
+        titles = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it ended meanwhile
+                titles.append(path.read_bytes())
+        return any(title.startswith(b"slurmstepd: [") for title in titles)
+
     def logs(self) -> str:
         return "\n".join(f"{path}:\n{path.read_text()}" for path in sorted((self.folder / "log").iterdir()))
 

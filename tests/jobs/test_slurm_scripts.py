@@ -230,7 +230,12 @@ def test_the_nodes_meet_at_an_address_and_a_port_of_their_own(
 
 # A rank: the launcher lets SIGUSR1 pass, so bash could not hear it.
 RANK = """import os, pathlib, signal, sys, time
-signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))
+def save(*_):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    pathlib.Path(sys.argv[1] + "_asked").touch()
+    time.sleep(0.5)
+    os._exit(75)
+signal.signal(signal.SIGUSR1, save)
 pathlib.Path(sys.argv[1]).touch()
 time.sleep(60)
 """
@@ -243,7 +248,7 @@ def wait_for(process: subprocess.Popen[bytes], *paths: Path) -> None:
 
 
 def test_a_job_that_is_asked_to_stop_asks_the_ranks_of_all_nodes(stubs: Path) -> None:
-    """From Slurm's signal to the batch script through srun, node.sh and the launcher, and back."""
+    """From Slurm's signal to the batch script through srun, node.sh and the launcher, and back; it comes twice."""
     (stubs / "rank.py").write_text(RANK)
     rank = f"{sys.executable} $STUBS/rank.py $STUBS/rank_$NODE_RANK"
     write_script(
@@ -255,6 +260,8 @@ def test_a_job_that_is_asked_to_stop_asks_the_ranks_of_all_nodes(stubs: Path) ->
     )
     wait_for(job, stubs / "rank_0", stubs / "rank_1")
     job.send_signal(signal.SIGUSR1)
+    wait_for(job, stubs / "rank_0_asked", stubs / "rank_1_asked")
+    job.send_signal(signal.SIGTERM)
     assert job.wait(30) == PREEMPTED
     assert said(stubs, "requeued") == ["7"]
 
