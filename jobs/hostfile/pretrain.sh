@@ -6,7 +6,7 @@
 # The arguments are those of pretrain/main.py. The environment says what belongs to the machines:
 #   HOSTFILE     one line a host, as DeepSpeed reads them: `node1 slots=8`, a slot a rank; the first host leads
 #   ENV          virtual environment, at the same path on every host, as the repository; default: its .venv
-#   LAUNCHER     pdsh (default), or openmpi: mpirun starts the ranks
+#   LAUNCHER     pdsh (default), or openmpi: mpirun starts the ranks, with MPI_ARGS if set
 #   SSH_PORT     default: ssh's own configuration, which also names keys and users
 #   MASTER_ADDR  address of the first host that the others reach; default: the first that `hostname -I` tells there
 #   MASTER_PORT  a port that is free there; default: one that is found

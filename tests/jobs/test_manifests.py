@@ -1,4 +1,4 @@
-"""Do the manifests for Kubernetes and the task for SkyPilot say what the scripts and the image need?"""
+"""Do the manifests for Kubernetes say what the scripts and the image need, and do the scripts what they say?"""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_probes_tell_how_far_a_rank_is(rank: subprocess.Popen[bytes], tmp_path: 
         return run_script("jobs/kubernetes/probe.sh", asked, **given).returncode
 
     def becomes(asked: str, code: int) -> None:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while probe(asked) != code:
             assert time.monotonic() < until and rank.poll() is None, f"{asked} does not become {code}"
 
@@ -255,7 +255,6 @@ def test_probes_tell_how_far_a_rank_is(rank: subprocess.Popen[bytes], tmp_path: 
     (tmp_path / "after 7").touch()
     becomes("steps", 0)
     becomes("lives", 0)
-    becomes("lives", 1)  # two probes between two signs
     rank.send_signal(19)  # SIGSTOP
     probe("lives")
     assert probe("lives") == probe("lives") == 1
@@ -271,65 +270,3 @@ def test_a_share_of_the_data_is_that_of_the_pod(tmp_path: Path) -> None:
         *f"-m data_prep build {RUN['PREPARE_SOURCE']} --out {RUN['PREPARE_OUT']}".split(),
         *f"{RUN['PREPARE_ARGUMENTS']} --part 4/16 --workers 2".split(),
     ]
-
-
-TASK: dict[str, Any] = yaml.safe_load((ROOT / "jobs" / "cloud" / "skypilot.yaml").read_text())
-
-
-def test_a_cloud_task_is_recovered_when_it_can_go_on() -> None:
-    assert TASK["resources"]["use_spot"] and TASK["num_nodes"] > 1
-    recovery = TASK["resources"]["job_recovery"]
-    assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [PREEMPTED, LOST]}
-    assert TASK["file_mounts"]["/data"]["source"].startswith("s3://${BUCKET}/")
-    assert "make venv" in TASK["setup"]
-    known = {"name", "num_nodes", "resources", "workdir", "envs", "file_mounts", "setup", "run"}
-    assert set(TASK) <= known
-
-
-def _run_block(tmp_path: Path, **changed: str) -> subprocess.CompletedProcess[str]:
-    write_launcher(tmp_path)
-    sky = {
-        "SKYPILOT_NUM_NODES": "3",
-        "SKYPILOT_NODE_RANK": "2",
-        "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5\n10.0.0.6",
-    }
-    given = {name: value or "" for name, value in TASK["envs"].items()} | sky
-    given |= {"PATH": os.environ["PATH"], "ENV": str(tmp_path), "PREFLIGHT": "0"} | changed
-    return subprocess.run(
-        ["bash", "-c", TASK["run"]],
-        cwd=ROOT,
-        env=given,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-
-
-def test_a_cloud_task_starts_the_machine_that_skypilot_says(tmp_path: Path) -> None:
-    ended = _run_block(tmp_path, BUCKET="bucket")
-    assert ended.returncode == 0, ended.stderr
-    envs = TASK["envs"]
-    assert launched(tmp_path) == [
-        *[
-            "--quiet",
-            "--master_addr",
-            "10.0.0.4",
-            "--master_port",
-            "29500",
-            "--hostfile",
-            "HOSTFILE",
-            "--no_ssh",
-        ],
-        *f"--node_rank 2 {ROOT}/pretrain/main.py --recipe {envs['RECIPE']} --data".split(),
-        *envs["DATA"].split(),
-        *f"--out runs/{envs['RUN']} --checkpoints s3://bucket/checkpoints/{envs['RUN']}".split(),
-        *envs["ARGUMENTS"].split(),
-    ]
-
-
-@pytest.mark.parametrize("name", ["BUCKET", "RECIPE", "DATA", "RUN"])
-def test_a_cloud_task_names_the_variable_that_is_missing(name: str, tmp_path: Path) -> None:
-    refused = _run_block(tmp_path, **{"BUCKET": "bucket"} | {name: ""})
-    assert refused.returncode != 0
-    assert f"{name}: is not set" in refused.stderr
