@@ -50,7 +50,7 @@ def main() -> None:
         arguments.name,
         "the image builds on a Debian base made by debootstrap, with buildah, and the project runs in it as non-root",
         torch.device("cpu"),
-        device=os.environ.get("DEVICE", "cuda"),
+        built_for=os.environ.get("DEVICE", "cuda"),
         load=round(load, 1),
         command=arguments.command,
         exit_code=ended.returncode,
