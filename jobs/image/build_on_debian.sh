@@ -12,7 +12,8 @@
 #   MOUNTS   PATH or PATH:PATH_INSIDE, several separated by blanks
 #   MIRROR   default http://deb.debian.org/debian
 #   SUITE    default bookworm (python3 is 3.11)       IMAGE   name of the result, default m3i:debian
-#   STORE    folder for images, removed at the end    KEEP    1 keeps STORE (then run the image from there)
+#   STORE    folder for images, emptied at the end    KEEP    1 leaves the image there
+#   REUSE    1 builds nothing and takes the image that an earlier call with KEEP=1 left in STORE
 #   DEVICE, DS_OPS, TORCH_INDEX, VERSION, SOURCE      arguments of the Dockerfile; there is no nvcc here, so that
 #                                                     operators of DeepSpeed that need it are left out
 #   FACTS    file that gets sizes, labels, seconds and the user id, as JSON; see benchmarks/image.py
@@ -35,7 +36,8 @@ clean_up() {
   "${with_store[@]}" rm --all >/dev/null 2>&1 || true
   "${with_store[@]}" rmi --all --force >/dev/null 2>&1 || true
   umount "$store/images/overlay" 2>/dev/null || true
-  rm -rf -- "$store"
+  rm -rf -- "$store"/{images,run,debian,debootstrap.log,seconds,inspected.json} # all that is made there, no more
+  rmdir --ignore-fail-on-non-empty "$store"
 }
 trap clean_up EXIT
 
@@ -45,27 +47,37 @@ for mount in ${MOUNTS:-}; do
   volumes+=(--volume "${mount%%:*}:${mount#*:}:ro")
 done
 
-echo "[image 1/3] makes a minimal Debian $suite from $mirror"
-debootstrap --variant=minbase "$suite" "$store/debian" "$mirror" >"$store/debootstrap.log" ||
-  { tail -n 20 "$store/debootstrap.log" >&2; exit 1; }
-rm -rf -- "$store"/debian/var/cache/apt/*.bin "$store"/debian/var/cache/apt/archives/*.deb "$store"/debian/var/lib/apt/lists/*
-base=$("${with_store[@]}" from scratch)
-"${with_store[@]}" add --quiet "$base" "$store/debian" / >/dev/null
-"${with_store[@]}" commit --quiet --rm "$base" "debian-base:$suite" >/dev/null
-rm -rf -- "$store/debian"
-base_seconds=$SECONDS
+build() {
+  echo "[image 1/3] makes a minimal Debian $suite from $mirror"
+  debootstrap --variant=minbase "$suite" "$store/debian" "$mirror" >"$store/debootstrap.log" ||
+    { tail -n 20 "$store/debootstrap.log" >&2; exit 1; }
+  rm -rf -- "$store"/debian/var/cache/apt/*.bin "$store"/debian/var/cache/apt/archives/*.deb "$store"/debian/var/lib/apt/lists/*
+  local base base_seconds arguments name
+  base=$("${with_store[@]}" from scratch)
+  "${with_store[@]}" add --quiet "$base" "$store/debian" / >/dev/null
+  "${with_store[@]}" commit --quiet --rm "$base" "debian-base:$suite" >/dev/null
+  rm -rf -- "$store/debian"
+  base_seconds=$SECONDS
 
-echo "[image 2/3] builds $image from Dockerfile"
-arguments=(
-  BASE_IMAGE="localhost/debian-base:$suite" CUDA_IMAGE="localhost/debian-base:$suite"
-  REVISION="$(git -C "$root" rev-parse HEAD 2>/dev/null || echo unknown)" CREATED="$(date --utc +%Y-%m-%dT%H:%M:%SZ)"
-)
-for name in DEVICE DS_OPS TORCH_INDEX VERSION SOURCE; do
-  [[ -z ${!name+set} ]] || arguments+=("$name=${!name}")
-done
-"${with_store[@]}" bud --skip-unused-stages=false --isolation chroot --format docker --pull-never --layers --tag "$image" "${volumes[@]}" \
-  "${arguments[@]/#/--build-arg=}" "$root"
-build_seconds=$((SECONDS - base_seconds))
+  echo "[image 2/3] builds $image from Dockerfile"
+  arguments=(
+    BASE_IMAGE="localhost/debian-base:$suite" CUDA_IMAGE="localhost/debian-base:$suite"
+    REVISION="$(git -C "$root" rev-parse HEAD 2>/dev/null || echo unknown)" CREATED="$(date --utc +%Y-%m-%dT%H:%M:%SZ)"
+  )
+  for name in DEVICE DS_OPS TORCH_INDEX VERSION SOURCE; do
+    [[ -z ${!name+set} ]] || arguments+=("$name=${!name}")
+  done
+  # Before 1.29 buildah would skip stages that a FROM names by an argument.
+  "${with_store[@]}" bud --skip-unused-stages=false --isolation chroot --format docker --pull-never --layers \
+    --tag "$image" "${volumes[@]}" "${arguments[@]/#/--build-arg=}" "$root"
+  echo "$base_seconds $((SECONDS - base_seconds))" >"$store/seconds"
+}
+if [[ ${REUSE:-0} != 1 ]]; then
+  build
+elif [[ ! -f $store/seconds ]]; then
+  echo "REUSE=1 and STORE=$store holds no image: build one with KEEP=1 and the same STORE first" >&2
+  exit 1
+fi
 
 if (($# == 0)); then set -- kernels --quick; fi
 container=$("${with_store[@]}" from --pull-never "localhost/$image")
@@ -74,7 +86,8 @@ if [[ -n ${FACTS:-} ]]; then
   "${with_store[@]}" inspect --type image "localhost/$image" >"$store/inspected.json"
   user_id=$("${inside[@]}" id -u)
   operators=$("${inside[@]}" python -c 'from deepspeed.git_version_info import installed_ops as ops
-print(*[name for name in ops if ops[name]])')
+print(*[name for name in ops if ops[name]])' | tail -n 1) # after what DeepSpeed says of the device
+  read -r base_seconds build_seconds <"$store/seconds"
   python3 - "$store/inspected.json" "$FACTS" <<PYTHON
 import json, sys
 inspected = json.load(open(sys.argv[1]))
@@ -95,5 +108,5 @@ json.dump({
 PYTHON
 fi
 
-echo "[image 3/3] runs $* in it, after $SECONDS s"
+echo "[image 3/3] runs $* in it"
 "${inside[@]}" tini -s -- m3i "$@"
