@@ -1,7 +1,7 @@
 # Which image runs the project? A small base, the packages of requirements.txt and the code: for GPUs, or a CPU alone.
 #
 #   docker build -t m3i --build-arg REVISION="$(git rev-parse HEAD)" .    for NVIDIA GPUs
-#   docker build -t m3i:cpu --build-arg DEVICE=cpu .                      without anything of CUDA
+#   docker build -t m3i:cpu --build-arg DEVICE=cpu --build-arg TORCH_INDEX=URL .       without anything of CUDA
 #   docker run --rm --gpus all --ipc=host -v "$PWD/runs:/workspace/runs" m3i pretrain --recipe ... --out runs/...
 #   docker run --rm m3i                                                   lists the commands
 #
@@ -11,7 +11,7 @@
 #                CUDA_IMAGE=$BASE_IMAGE, where no CUDA image can be had, what needs nvcc is left out
 #   DS_OPS       operators of DeepSpeed that are compiled ahead: see jobs/image/compile_ops.sh
 #   CUDA_ARCHS   compute capabilities that they are compiled for
-#   TORCH_INDEX  index with CPU wheels of torch, for DEVICE=cpu; default: the Makefile's
+#   TORCH_INDEX  index with CPU wheels of torch, for DEVICE=cpu, as PyTorch's page on installing names it
 #   VERSION, CREATED, SOURCE   say what the labels of the image say: a tag, a date as in RFC 3339, a URL
 ARG DEVICE=cuda
 ARG BASE_IMAGE=ubuntu:24.04

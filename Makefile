@@ -6,9 +6,10 @@ SHELL := /bin/bash
 
 # -- The machine: say `make demo PYTHON=python3.12 VENV=/somewhere RANKS=1` to change it --
 VENV ?= .venv
-# `make venv DEVICE=cpu` leaves out what only GPUs need, 4 GB of it; such wheels of torch have an index of their own.
+# `make venv DEVICE=cpu TORCH_INDEX=URL` leaves out what only GPUs need, 4 GB of it: such wheels of torch have an index
+# of their own, which PyTorch's page on installing names.
 DEVICE ?= cuda
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 PYTHON ?= $(shell for candidate in python3.12 python3.11 python3; do \
     $$candidate -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
     2>/dev/null && echo $$candidate && break; done)
@@ -60,6 +61,8 @@ clean: ## remove the demo's data and run
 # The installed list is a copy of what was wanted: a new time stamp alone installs nothing.
 $(installed): requirements.txt
 	@[[ -n "$(wanted_$(DEVICE))" ]] || { echo "DEVICE=$(DEVICE) is unknown: choose cuda or cpu" >&2; exit 1; }; \
+	[[ $(DEVICE) != cpu || -n "$(TORCH_INDEX)" ]] || { echo "TORCH_INDEX is empty and DEVICE=cpu: name the" \
+	    "index of PyTorch's CPU wheels, as PyTorch's page on installing has it" >&2; exit 1; }; \
 	wanted=$$(mktemp); trap 'rm -f "$$wanted"' EXIT; \
 	$(wanted_$(DEVICE)) > "$$wanted"; \
 	if cmp -s "$$wanted" $@; then touch -c $@ 2>/dev/null || true; exit 0; fi; \

@@ -10,7 +10,7 @@
 # are not part of it.
 #
 #   MOUNTS   PATH or PATH:PATH_INSIDE, several separated by blanks
-#   MIRROR   default http://deb.debian.org/debian
+#   MIRROR   of Debian; default: debootstrap's own
 #   SUITE    default bookworm (python3 is 3.11)       IMAGE   name of the result, default m3i:debian
 #   STORE    folder for images, emptied at the end    KEEP    1 leaves the image there
 #   REUSE    1 builds nothing and takes the image that an earlier call with KEEP=1 left in STORE
@@ -19,7 +19,7 @@
 #   FACTS    file that gets sizes, labels, seconds and the user id, as JSON; see benchmarks/image.py
 set -euo pipefail
 root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
-suite=${SUITE:-bookworm} mirror=${MIRROR:-http://deb.debian.org/debian} image=${IMAGE:-m3i:debian}
+suite=${SUITE:-bookworm} image=${IMAGE:-m3i:debian}
 
 ((EUID == 0)) || { echo "user id is $EUID and debootstrap needs root: run it with sudo" >&2; exit 1; }
 for tool in debootstrap buildah; do
@@ -48,8 +48,8 @@ for mount in ${MOUNTS:-}; do
 done
 
 build() {
-  echo "[image 1/3] makes a minimal Debian $suite from $mirror"
-  debootstrap --variant=minbase "$suite" "$store/debian" "$mirror" >"$store/debootstrap.log" ||
+  echo "[image 1/3] makes a minimal Debian $suite${MIRROR:+ from $MIRROR}"
+  debootstrap --variant=minbase "$suite" "$store/debian" ${MIRROR:+"$MIRROR"} >"$store/debootstrap.log" ||
     { tail -n 20 "$store/debootstrap.log" >&2; exit 1; }
   rm -rf -- "$store"/debian/var/cache/apt/*.bin "$store"/debian/var/cache/apt/archives/*.deb "$store"/debian/var/lib/apt/lists/*
   local base base_seconds arguments name
