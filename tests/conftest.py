@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 # Files of minutes. They come first, the longest before the others, so that no process is left alone with one at the
 # end; pytest-xdist by itself starts those of few tests last, and these have few.
 LONGEST_FIRST = (
+    "jobs/test_slurm.py",
     "engine/test_drill.py",
     "jobs/test_slurm.py",
     "kernels/test_pointwise.py",
@@ -31,6 +32,7 @@ LONGEST_FIRST = (
     "kernels/test_pointwise_sass.py",
     "kernels/test_dcnv3_triton.py",
     "engine/test_resume.py",
+    "jobs/test_hosts.py",
     "engine/test_main.py",
     "engine/test_micro_batches.py",
     "kernels/test_dcnv3.py",
