@@ -25,7 +25,6 @@ HERE = Path(__file__).resolve().parent
 LONGEST_FIRST = (
     "jobs/test_slurm.py",
     "engine/test_drill.py",
-    "jobs/test_slurm.py",
     "kernels/test_pointwise.py",
     "engine/test_rows_ranks.py",
     "engine/test_m3i_ranks.py",
