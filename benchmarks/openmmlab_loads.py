@@ -81,7 +81,7 @@ def measure(size: str, python: Path, place: Path) -> dict[str, object]:
     started = time.perf_counter()
     exported = export(trained, "openmmlab", place / f"{size}-export", str(python))
     seconds = time.perf_counter() - started
-    assert exported.unproven is None, exported.unproven
+    assert not exported.unproven, exported.unproven
     _, told = run_fresh(PROBE, {"64": random_images(64)}, "toolkit", str(exported.folder), python=str(python))
     command = [python, "-I", "-W", "ignore", STEP, exported.folder]
     done = subprocess.run(command, capture_output=True, text=True)
