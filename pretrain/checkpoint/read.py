@@ -18,6 +18,7 @@ from pretrain.collectives import rank, world_size
 from pretrain.config import Run
 from pretrain.data.remote import Place
 from pretrain.facts import DataFacts
+from pretrain.models.undrawn import undrawn
 from pretrain.towers import Towers
 
 STUDENT_PREFIX = "student."  # of the towers among the weights that are trained
@@ -103,7 +104,8 @@ def load_towers(
     run = Run.from_json(store.read("run.json").decode())
     facts = DataFacts.from_json(store.read("facts.json").decode())
     require_whole(store, f"{which}/")
-    towers, prefix = Towers(run, facts), PREFIXES[which]
+    with undrawn():
+        towers, prefix = Towers(run, facts), PREFIXES[which]
     for name, module in towers.named_children():
         if parts is not None and name not in parts:
             module.to("meta")

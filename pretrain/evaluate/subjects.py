@@ -21,6 +21,7 @@ from pretrain.export.safetensors_file import WEIGHTS
 from pretrain.facts import DataFacts
 from pretrain.initial.files import open_weights
 from pretrain.intact import verify
+from pretrain.models.undrawn import undrawn
 from pretrain.recipes import load
 from pretrain.towers import Towers
 
@@ -92,7 +93,8 @@ def _open_towers(folder: Path, size: int | None) -> Subject:
         run, facts = (
             kind.from_json(json.dumps(told[key])) for kind, key in ((Run, "run"), (DataFacts, "facts"))
         )
-        towers = Towers(run, facts).requires_grad_(False).eval()
+        with undrawn():
+            towers = Towers(run, facts).requires_grad_(False).eval()
         towers.fold_norms()
         towers.load_state_dict(dict(open_weights(folder / WEIGHTS).tensors), strict=True)
     except (KeyError, TypeError, RuntimeError) as error:
