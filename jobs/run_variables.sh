@@ -7,14 +7,23 @@
 #   RECIPE       default m3i.internimage_h         DS_CONFIG  default ds_configs/zero3.json
 #   SHM_GIB      shared memory that is asked for, default 8 GiB      EVALUATE_DATA  folder with train/ and heldout/
 
+# shellcheck source=jobs/checks.sh
+. "${root:?is not set: the repository, as the script that sources this one has found it}/jobs/checks.sh"
+
 fail() {
   echo "$*" >&2
   exit 1
 }
 
+# What these variables say is not said a second time among the overrides of the recipe.
+refuse_said() { # ARGUMENTS...
+  refuse_arguments "--recipe RECIPE" "--out OUT" "--ds-config DS_CONFIG" "--ds_config DS_CONFIG" "--data DATA_<NAME>" -- "$@"
+}
+
 require_out() {
   : "${OUT:?is not set: name the folder of the run, on a disk with room for checkpoints}"
   OUT=$(realpath --canonicalize-missing --no-symlinks -- "$OUT")
+  [[ ! -e $OUT || -d $OUT ]] || mistake "OUT=$OUT is no folder: name one for the run"
   export OUT
 }
 
@@ -28,17 +37,20 @@ name_sources() {
   sources=()
   for variable in $(compgen -A variable DATA_); do
     name=${variable#DATA_}
+    [[ " ${sources[*]-}" != *" ${name,,}="* ]] ||
+      mistake "$variable and another variable name the source ${name,,}: leave one of them out"
     sources+=("${name,,}=${!variable}")
   done
   ((${#sources[@]} > 0)) ||
     fail "no DATA_<NAME> is set: name the recipe's sources, such as DATA_LAION400M=/data/laion400m"
 }
 
-# The same, where they must be there; what lies behind a URL is looked at by the run.
-require_data() {
+# The same, where they must be there, but those that a job builds first; what lies behind a URL is looked at by the run.
+require_data() { # [DATA_<NAME> that is still built ...]
   local variable folder
   name_sources
   for variable in $(compgen -A variable DATA_); do
+    [[ " $* " != *" $variable "* ]] || continue
     folder=${!variable}
     [[ $folder == *://* || -f $folder/manifest.json ]] ||
       fail "$variable=$folder holds no manifest.json: name a data set that python -m data_prep build has finished"
@@ -53,9 +65,11 @@ require_ds_config() { # of the repository ROOT
 
 require_shared_memory() {
   local shm_kib
+  : "${SHM_GIB:=8}"
+  require_number SHM_GIB 0 "say how many GiB of shared memory are wanted"
   shm_kib=$(df --output=avail -k /dev/shm | tail -n 1)
-  ((shm_kib >= ${SHM_GIB:-8} * 1024 * 1024)) ||
-    fail "/dev/shm has $((shm_kib / 1024)) MiB free and NCCL and the loader want ${SHM_GIB:-8} GiB:" \
+  ((shm_kib >= SHM_GIB * 1024 * 1024)) ||
+    fail "/dev/shm has $((shm_kib / 1024)) MiB free and NCCL and the loader want $SHM_GIB GiB:" \
       "start the container with --shm-size or --ipc=host, or lower SHM_GIB"
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import socket
@@ -22,6 +23,7 @@ def start_distributed(timeout: float = 1800.0) -> torch.device:
     says so, NCCL otherwise. Returns the device of this rank. RankLost when the others do not come in that time,
     ConnectionError when the address or its port cannot be used.
     """
+    atexit.register(gc.unfreeze)  # at the end all is freed, or Triton's binding tells of hundreds of leaks
     gc.freeze()  # what is imported stays: collections, of which DeepSpeed asks for some, need not look at it
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:

@@ -32,11 +32,16 @@ def only_writer(out: Path, option: str = "--out") -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        opened = (out / LOCK).open("a+")
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(
             f"{option} {out} lies below a file ({error.strerror}): name another folder"
         ) from error
-    with (out / LOCK).open("a+") as file:
+    except OSError as error:
+        raise ValueError(
+            f"{option} {out} cannot be made or written ({error.strerror}): name another folder"
+        ) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

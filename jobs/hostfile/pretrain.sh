@@ -21,6 +21,8 @@
 set -euo pipefail
 root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
 answer_seconds=30
+# shellcheck source=jobs/checks.sh
+. "$root/jobs/checks.sh"
 
 fail() {
   echo "$*" >&2
@@ -51,8 +53,9 @@ declare -A programs=([pdsh]=pdsh [openmpi]=mpirun)
 command -v "${programs[$launcher]}" >/dev/null ||
   fail "LAUNCHER=$launcher needs ${programs[$launcher]}, which is not on PATH: install it here${LAUNCHER:+, or set LAUNCHER}"
 for name in SSH_PORT MASTER_PORT; do
-  [[ ${!name:-1} =~ ^[1-9][0-9]{0,4}$ ]] || fail "$name=${!name} is no port: give a number from 1 to 65535"
+  [[ -z ${!name:-} ]] || require_port "$name"
 done
+require_switch PREFLIGHT
 
 env_folder=${ENV:-$root/.venv}
 [[ -x $env_folder/bin/deepspeed ]] ||

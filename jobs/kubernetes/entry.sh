@@ -16,22 +16,22 @@ set -euo pipefail
 root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
 trap 'exit 75' TERM USR1 # while it waits
 
-fail() {
-  echo "$*" >&2
-  exit 2
-}
+# shellcheck source=jobs/checks.sh
+. "$root/jobs/checks.sh"
 
 : "${JOB_COMPLETION_INDEX:?is not set: start this in a Job with completionMode: Indexed, which gives each pod its number}"
 : "${NODES:?is not set: say how many pods train together, the number of completions}"
 : "${RECIPE:?is not set: name a recipe in run.yaml, such as m3i.internimage_h}"
 : "${DATA:?is not set: name the sources of the recipe in run.yaml, NAME=DIR for each, a space between two}"
 : "${OUT:?is not set: name the folder of the run in run.yaml, on a volume that all pods share}"
-[[ $NODES =~ ^[1-9][0-9]*$ ]] || fail "NODES=$NODES is no number of pods: set that of completions, at least 1"
-if ! [[ $JOB_COMPLETION_INDEX =~ ^[0-9]+$ ]] || ((JOB_COMPLETION_INDEX >= NODES)); then
-  fail "JOB_COMPLETION_INDEX=$JOB_COMPLETION_INDEX and NODES=$NODES: set completions, parallelism and NODES to one number"
+require_number NODES 1 "set that of completions"
+require_number JOB_COMPLETION_INDEX 0 "the Job sets it"
+if ((JOB_COMPLETION_INDEX >= NODES)); then
+  mistake "JOB_COMPLETION_INDEX=$JOB_COMPLETION_INDEX and NODES=$NODES: set completions, parallelism and NODES to one number"
 fi
-wait_seconds=${WAIT_SECONDS:-1800}
-[[ $wait_seconds =~ ^[0-9]+$ ]] || fail "WAIT_SECONDS=$wait_seconds is no number of seconds: set one, such as 1800"
+: "${WAIT_SECONDS:=1800}"
+require_number WAIT_SECONDS 0 "set seconds, such as 1800"
+[[ -z ${MASTER_PORT:-} ]] || require_port MASTER_PORT
 
 # Which of DATA and ARGUMENTS is one word is for spaces to say, as in a command.
 read -ra data <<<"$DATA"
@@ -41,13 +41,13 @@ given=(--recipe "$RECIPE" --data "${data[@]}" --out "$OUT" ${DS_CONFIG:+--ds-con
 
 # wait_until WORDS COMMAND...: 76 when that takes longer than WAIT_SECONDS, since the pod should simply try again.
 wait_until() {
-  local words=$1 until=$((SECONDS + wait_seconds)) is_told=0
+  local words=$1 until=$((SECONDS + WAIT_SECONDS)) is_told=0
   shift
   until "$@"; do
     ((is_told)) || echo "machine $JOB_COMPLETION_INDEX waits until $words" >&2
     is_told=1
     if ((SECONDS >= until)); then
-      echo "machine $JOB_COMPLETION_INDEX has waited $wait_seconds s (WAIT_SECONDS) until $words: see kubectl get pods" >&2
+      echo "machine $JOB_COMPLETION_INDEX has waited $WAIT_SECONDS s (WAIT_SECONDS) until $words: see kubectl get pods" >&2
       exit 76
     fi
     sleep 1

@@ -18,28 +18,34 @@
 # SIGTERM or SIGUSR1 to this script saves and ends with 75: start the same command again. 76: a rank was lost, also
 # start it again. 65: the guard gave up, look at its evidence. pretrain/exits.py has all codes.
 set -euo pipefail
+trap 'exit 75' TERM USR1 # until there are ranks to ask
 
-if (($# == 0)); then
-  echo "no arguments: say at least --recipe, --data NAME=DIR and --out DIR; see the head of $0" >&2
-  exit 2
-fi
 root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
+# shellcheck source=jobs/checks.sh
+. "$root/jobs/checks.sh"
 # shellcheck source=jobs/wait.sh
 . "$root/jobs/wait.sh"
 
-nodes=${NODES:-1} hostfile=""
-if ! [[ $nodes =~ ^[1-9][0-9]*$ ]]; then
-  echo "NODES=$nodes is no number of machines: set how many start this script, at least 1" >&2
-  exit 2
+(($#)) || mistake "no arguments: say at least --recipe, --data NAME=DIR and --out DIR; see the head of $0"
+: "${NODES:=1}"
+hostfile=""
+require_number NODES 1 "say how many machines start this script"
+if ((NODES > 1)); then
+  : "${NODE_RANK:?is not set and NODES=$NODES: say which of the machines this is, from 0 to $((NODES - 1))}"
+  : "${MASTER_ADDR:?is not set and NODES=$NODES: say at which address the others reach machine 0}"
+  : "${MASTER_PORT:?is not set and NODES=$NODES: say a port that is free on machine 0, the same on all}"
+  require_number NODE_RANK 0 "say which of the machines this is, from 0 to $((NODES - 1))"
+  ((NODE_RANK < NODES)) ||
+    mistake "NODE_RANK=$NODE_RANK is not one of the $NODES machines: they count from 0 to $((NODES - 1))"
 fi
-if ((nodes > 1)); then
-  : "${NODE_RANK:?is not set and NODES=$nodes: say which of the machines this is, from 0 to $((nodes - 1))}"
-  : "${MASTER_ADDR:?is not set and NODES=$nodes: say at which address the others reach machine 0}"
-  : "${MASTER_PORT:?is not set and NODES=$nodes: say a port that is free on machine 0, the same on all}"
-  if ! [[ $NODE_RANK =~ ^[0-9]+$ ]] || ((NODE_RANK >= nodes)); then
-    echo "NODE_RANK=$NODE_RANK is not one of the $nodes machines: they count from 0 to $((nodes - 1))" >&2
-    exit 2
-  fi
+[[ -z ${RANKS:-} ]] || require_number RANKS 1 "say how many processes this machine starts"
+[[ -z ${MASTER_PORT:-} ]] || require_port MASTER_PORT
+[[ -z ${OMP_NUM_THREADS:-} ]] || require_number OMP_NUM_THREADS 1 "say how many threads a process has"
+require_switch PREFLIGHT
+if [[ -n ${LOGS:-} ]]; then
+  mkdir -p -- "$LOGS" 2>/dev/null || true
+  [[ -d $LOGS && -w $LOGS ]] ||
+    mistake "LOGS=$LOGS cannot be made or written: name a folder for what the ranks print, or leave it out"
 fi
 
 env_folder=${ENV:-}
@@ -74,10 +80,10 @@ elif ((ranks > gpus)); then
 fi
 
 launcher=(--quiet --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-$free_port}")
-if ((nodes > 1)); then
+if ((NODES > 1)); then
   # Every machine starts its own ranks: DeepSpeed needs no way into the others, only how many there are.
   hostfile=$(mktemp)
-  for ((node = 0; node < nodes; node++)); do echo "node$node slots=$ranks"; done >"$hostfile"
+  for ((node = 0; node < NODES; node++)); do echo "node$node slots=$ranks"; done >"$hostfile"
   launcher+=(--hostfile "$hostfile" --no_ssh --node_rank "$NODE_RANK")
 else
   launcher+=(--hostfile /dev/null) # whatever a cluster left in the default hostfile
@@ -96,7 +102,6 @@ threads=$(($(nproc) / ranks))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [[ -n ${LOGS:-} ]]; then
-  mkdir -p -- "$LOGS"
   launcher+=(--enable_each_rank_log "$LOGS")
 fi
 

@@ -2,7 +2,7 @@
 # How do I pre-train on N nodes of a Slurm queue that takes nodes away?
 #
 #   DATA_<NAME>=... OUT=... ENV=... sbatch --nodes=4 --gpus-per-node=8 --time=2-0 \
-#     jobs/slurm/pretrain.sh [typed overrides of the recipe, such as --steps 1000]
+#     jobs/slurm/pretrain.sh [typed overrides of the recipe, such as --batch 2048]
 #
 # Ten minutes before its time is over, when a node is wanted for another job (SIGTERM, SIGUSR1), or on
 # `scancel --signal=USR1 --batch JOB`, the run saves, ends, and goes into the queue again; so it does when a rank or a
@@ -30,11 +30,14 @@ root=${M3I_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 . "$root/jobs/slurm/environment.sh" ||
   { echo "M3I_ROOT=$root is not the repository: set it, or start sbatch there" >&2; exit 1; }
 
+refuse_said "$@"
 require_out
 require_environment
 require_data
 require_ds_config "$root"
-[[ ${RESTARTS:=5} =~ ^[0-9]+$ ]] || fail "RESTARTS=$RESTARTS is no number: say how many restarts may be in vain"
+: "${RESTARTS:=5}"
+require_number RESTARTS 0 "say how many restarts may be in vain"
+require_switch PREFLIGHT
 set_environment
 
 # An address, since names of nodes need not resolve: from the controller, older ones (before 23.02) tell the node's.

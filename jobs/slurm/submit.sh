@@ -4,7 +4,7 @@
 #   BUILD_CC12M="cc12m --from /lists/cc12m.tsv --scratch /scratch/cc12m --out /data/cc12m" DATA_CC12M=/data/cc12m \
 #   DATA_IMAGENET22K=/data/imagenet22k/train OUT=/runs/h ENV=/envs/m3i EVALUATE_DATA=/data/imagenet1k \
 #   NODES=4 GPUS=8 OPTIONS_PRETRAIN="--time=2-0" SBATCH_PARTITION=gpu SBATCH_ACCOUNT=vision \
-#     jobs/slurm/submit.sh [--dry-run] [typed overrides of the recipe, such as --steps 1000]
+#     jobs/slurm/submit.sh [--dry-run] [typed overrides of the recipe, such as --batch 2048]
 #
 # It checks what can be checked here, submits, and prints the number of every job and where its output goes. A job waits
 # until those before it have succeeded (afterok), and is cancelled when one has failed. --dry-run only prints the commands.
@@ -24,19 +24,25 @@ root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
 # shellcheck source=jobs/slurm/environment.sh
 . "$root/jobs/slurm/environment.sh"
 
-is_dry=0
-if [[ ${1:-} == --dry-run ]]; then is_dry=1; shift; fi
+is_dry=0 overrides=()
+for argument in "$@"; do
+  if [[ $argument == --dry-run ]]; then is_dry=1; else overrides+=("$argument"); fi
+done
+set -- ${overrides[@]+"${overrides[@]}"}
+refuse_said "$@"
 require_out
 require_environment
 require_ds_config "$root"
 : "${NODES:?is not set: say how many nodes pre-train}"
 : "${TASKS:=16}" "${GPUS:=0}" "${EXPORT_TO=safetensors}"
-for count in NODES TASKS GPUS; do
-  [[ ${!count} =~ ^[0-9]+$ ]] || fail "$count=${!count} is no number: say how many"
-done
-((NODES > 0 && TASKS > 0)) || fail "NODES=$NODES and TASKS=$TASKS must be at least 1"
+require_number NODES 1 "say how many nodes pre-train"
+require_number TASKS 1 "say how many tasks build a data set"
+require_number GPUS 0 "say how many GPUs of a node are asked for"
+[[ -z ${RESTARTS:-} ]] || require_number RESTARTS 0 "say how many restarts may be in vain"
+[[ -z ${SHM_GIB:-} ]] || require_number SHM_GIB 0 "say how many GiB of shared memory are wanted"
+require_switch PREFLIGHT
 mapfile -t builds < <(compgen -A variable BUILD_)
-if ((${#builds[@]})); then name_sources; else require_data; fi
+require_data "${builds[@]/#BUILD_/DATA_}"
 for build in ${builds[@]+"${builds[@]}"}; do
   [[ " ${!build}" == *" --out"[=\ ]* ]] || fail "$build=${!build} names no --out: give the data set's folder or URL"
 done
@@ -77,7 +83,7 @@ submit() { # WHAT AFTER(numbers with colons, or empty) OPTIONS... -- SCRIPT ARGU
 }
 
 export M3I_ROOT=$root
-((is_dry)) || mkdir -p -- "$logs"
+((is_dry)) || mkdir -p -- "$logs" 2>/dev/null || mistake "OUT=$OUT cannot be made or written: name another folder"
 data=""
 for build in ${builds[@]+"${builds[@]}"}; do
   name=${build#BUILD_} name=${name,,}

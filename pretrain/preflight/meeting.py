@@ -123,8 +123,8 @@ def _no_store(ranks: Ranks, address: tuple[str, int], error: Exception) -> str:
         )
     if "in use" in str(error):
         return (
-            f"{ranks.place} cannot listen at {told(address)}: the port is in use: set another MASTER_PORT on all "
-            "nodes"
+            f"{ranks.place} cannot listen at {told(address)}: the port is in use: two nodes may have NODE_RANK=0, "
+            "else set another MASTER_PORT on all nodes"
         )
     return (
         f"{ranks.place} hosts the rendezvous and does not reach itself at {told(address)} ({_first_line(error)}): "

@@ -125,6 +125,50 @@ def test_local_job_wants_arguments() -> None:
     assert "--recipe" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"RANKS": "x"}, "RANKS=x is no number from 1"),
+        ({"RANKS": "0"}, "RANKS=0 is no number from 1"),
+        ({"NODES": "08"}, "NODES=08 is no number from 1"),
+        (
+            {"NODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "NODE_RANK=2 is not one of the 2",
+        ),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
+        ({"PREFLIGHT": "yes"}, "PREFLIGHT=yes is neither 0 nor 1"),
+        ({"LOGS": "/proc/x"}, "LOGS=/proc/x cannot be made or written"),
+    ],
+)
+def test_local_job_names_the_variable_that_cannot_be_right(environment: dict[str, str], named: str) -> None:
+    refused = run_script("jobs/local/pretrain.sh", "--recipe", "m3i.demo", **environment)
+    assert refused.returncode == 2
+    assert named in refused.stderr
+
+
+@pytest.mark.parametrize("asking", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_job_that_is_asked_before_it_has_ranks_ends_as_one_that_saved(
+    tmp_path: Path, asking: signal.Signals
+) -> None:
+    _write_stubs(tmp_path, "exit 1")
+    (tmp_path / "bin" / "python").write_text(f"#!/usr/bin/env bash\ntouch {tmp_path}/asks\nsleep 5\n")
+    job = subprocess.Popen(
+        [str(ROOT / "jobs/local/pretrain.sh"), "--recipe", "m3i.demo"],
+        env=os.environ | {"ENV": str(tmp_path)},
+    )
+    while not (tmp_path / "asks").exists():
+        time.sleep(0.02)
+    job.send_signal(asking)
+    assert job.wait(20) == PREEMPTED
+
+
+def test_what_a_variable_says_is_not_said_twice(tmp_path: Path) -> None:
+    for script in ("single_node/pretrain.sh", "slurm/submit.sh"):
+        refused = run_script(f"jobs/{script}", "--steps", "4", "--out=elsewhere", OUT=str(tmp_path))
+        assert refused.returncode == 2
+        assert "--out=elsewhere is given, and OUT says the same" in refused.stderr
+
+
 def test_local_job_names_the_environment_that_does_not_fit(tmp_path: Path) -> None:
     refused = run_script("jobs/local/pretrain.sh", "--recipe", "m3i.demo", ENV=str(tmp_path))
     assert refused.returncode != 0

@@ -44,6 +44,14 @@ def test_a_folder_without_locks_is_still_used(tmp_path: Path, monkeypatch: pytes
         pass
 
 
+def test_a_folder_that_cannot_be_made_is_refused() -> None:
+    with (
+        pytest.raises(ValueError, match=r"--out /proc/run cannot be made or written .* name another folder"),
+        only_writer(Path("/proc/run")),
+    ):
+        pass
+
+
 def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (

@@ -193,7 +193,7 @@ def test_restarts_in_vain_come_to_an_end_that_is_told(stubs: Path) -> None:
         ("prepare.sh", {}, "no --out: give the arguments of"),
         ("submit.sh", {}, "NODES: is not set"),
         ("submit.sh", {"NODES": "two"}, "NODES=two is no number"),
-        ("submit.sh", {"NODES": "0"}, "NODES=0 and TASKS=16 must be at least 1"),
+        ("submit.sh", {"NODES": "0"}, "NODES=0 is no number from 1"),
         (
             "submit.sh",
             {"NODES": "2", "BUILD_A": "scenes --output x"},
@@ -206,7 +206,7 @@ def test_what_is_missing_is_named_before_anything_starts(
     stubs: Path, script: str, without: dict[str, str], named: str
 ) -> None:
     refused = run(stubs, script, **without)
-    assert refused.returncode == 1
+    assert refused.returncode in (1, 2)  # after which no job goes on
     assert named in refused.stderr
     assert not said(stubs, "srun") and not said(stubs, "sbatch")
 

@@ -70,7 +70,9 @@ def test_rank_0_names_a_port_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> 
     with socket.create_server(("0.0.0.0", 0)) as taken:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        with pytest.raises(meeting.NotMet, match="the port is in use: set another MASTER_PORT"):
+        with pytest.raises(
+            meeting.NotMet, match="the port is in use: two nodes may have NODE_RANK=0, else set another"
+        ):
             meeting.meet(Ranks(world=2, nodes=2, host="ant"), SOON)
 
 
