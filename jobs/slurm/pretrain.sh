@@ -71,6 +71,18 @@ combine() {
   if ((code != 0)); then code=$((num_well == nodes ? 75 : 76)); fi
 }
 
+# What told of an error, so that nobody has to search the files of many nodes: ranks' errors, and the first nodes' last lines.
+tell_failed() {
+  local file number shown=0
+  grep --no-messages --no-filename '^error: ' "$LOGS"/*_rank*.log | sort --unique | head -n 3 || true
+  for file in "$LOGS"/node_*.code; do
+    [[ -f $file && ! $(<"$file") =~ ^(0|75)$ ]] || continue
+    if ((++shown > 3)); then break; fi
+    number=${file##*/node_} number=${number%.code}
+    tail -n 4 -- "$LOGS/node_$number"-*.txt | sed "s/^/[slurm] node $number: /"
+  done
+}
+
 # Whether the job may go into the queue again: not when RESTARTS starts in a row came to no new step. OUT remembers.
 may_requeue() {
   local record=$OUT/slurm_restarts job="" most=-1 vain=0 step
@@ -107,6 +119,9 @@ echo "[slurm] $(date --iso-8601=seconds) ended with code $code after step $(step
 case $code in
   0) ;;
   75 | 76) ! may_requeue || requeue ;;
-  *) echo "[slurm] the same command would end so again: see $LOGS" >&2 ;;
+  *)
+    tell_failed >&2
+    echo "[slurm] the same command would end so again: see $LOGS" >&2
+    ;;
 esac
 exit "$code"

@@ -146,6 +146,8 @@ def test_the_nodes_codes_become_one_and_what_can_go_on_goes_into_the_queue(
         or codes[0] == KILLED
     )
     if expected in (FAILED, MISTAKE, DIVERGED):
+        node = codes.index(expected)
+        assert f"[slurm] node {node}: [slurm] node {node} (n{node + 1}) ended with code" in ended.stderr
         assert f"would end so again: see {logs}" in ended.stderr
 
 
