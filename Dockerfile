@@ -40,11 +40,11 @@ RUN if [ "$DEVICE" = cuda ]; then CUDA_ARCHS="$CUDA_ARCHS" /opt/install/compile_
 FROM ${BASE_IMAGE}
 ARG DEVICE
 # Triton compiles its launchers for the GPU that it finds: gcc, libc's and Python's headers. NCCL looks for libibverbs
-# and would go over TCP without a word. Nothing is compiled for a CPU. libaio: DeepSpeed's offloading to NVMe.
+# and would go over TCP without a word. Nothing is compiled for a CPU. procps: the probes of Kubernetes. libaio: DeepSpeed's offloading to NVMe.
 RUN apt-get update \
     && if [ "$DEVICE" = cuda ]; then for_gpu="gcc ibverbs-providers libaio-dev libc6-dev libibverbs1 libpython3-dev"; fi \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-        ca-certificates make python3 tini ${for_gpu:-} \
+        ca-certificates make procps python3 tini ${for_gpu:-} \
     && apt-get clean && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 --user-group pretrain \
     && install --directory --owner=pretrain --group=pretrain /workspace /workspace/data /workspace/runs \

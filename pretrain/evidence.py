@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save
 from pretrain.data.batch import Batch
 from pretrain.data.remote import Place
 from pretrain.guard import Verdict
+from pretrain.host import host_name
 
 JOURNAL = "guard.jsonl"
 BUNDLES = "replay"
@@ -99,7 +99,7 @@ def write_rank(
     bundle.mkdir(parents=True, exist_ok=True)
     tensors = {field.name: getattr(batch, field.name).cpu().contiguous() for field in fields(batch)}
     (bundle / f"rank_{rank:05d}.safetensors").write_bytes(save(tensors))  # whose errors are the system's
-    told = {"rank": rank, "host": socket.gethostname(), "losses": losses, "samples": samples}
+    told = {"rank": rank, "host": host_name(), "losses": losses, "samples": samples}
     (bundle / f"rank_{rank:05d}.json").write_text(json.dumps(told, indent=1))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from data_prep.claim import Require, claimed, unclaimed
 from data_prep.places import place_of
 from pretrain.data.remote import Place
+from pretrain.host import host_name
 
 LOCK = ".lock"
 
@@ -53,7 +53,7 @@ def only_writer(out: Path, option: str = "--out") -> Iterator[None]:
         except OSError as error:
             warnings.warn(f"{out} cannot be locked ({error}): start no second run there", stacklevel=2)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"process {os.getpid()} on {host_name()}\n")
         file.flush()
         yield
 

@@ -12,7 +12,6 @@ import faulthandler
 import json
 import math
 import os
-import socket
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from pretrain.exits import LOST, RankLost
+from pretrain.host import host_name
 
 TIMEOUT = 1800.0  # seconds, of the command line's --timeout
 FIRST = 3.0  # times the timeout that the first step may take: caches fill, kernels compile
@@ -141,7 +141,7 @@ class Watchdog:
             self._said, self._told = time.monotonic(), self._entered
             sign = Sign(
                 self._rank,
-                socket.gethostname(),
+                host_name(),
                 os.getpid(),
                 self._number,
                 self._entered,

@@ -27,6 +27,8 @@ for tool in debootstrap buildah; do
 done
 store=${STORE:-$(mktemp --directory --tmpdir="${TMPDIR:-/var/tmp}" image.XXXXXX)}
 mkdir -p "$store"
+[[ -e $store/.image-store || -z $(ls -A "$store") ]] ||
+  { echo "STORE=$store holds other files, and what is made there is removed at the end: name an empty folder" >&2; exit 1; }
 free_gb=$(($(df --output=avail -k "$store" | tail -n 1) / 1024 / 1024))
 ((free_gb >= 25)) || { echo "$store has $free_gb GB free and the build needs 25: set STORE to a larger disk" >&2; exit 1; }
 
@@ -36,16 +38,17 @@ clean_up() {
   "${with_store[@]}" rm --all >/dev/null 2>&1 || true
   "${with_store[@]}" rmi --all --force >/dev/null 2>&1 || true
   umount "$store/images/overlay" 2>/dev/null || true
-  rm -rf -- "$store"/{images,run,debian,debootstrap.log,seconds,inspected.json} # all that is made there, no more
+  rm -rf -- "$store"/{images,run,debian,debootstrap.log,seconds,inspected.json,.image-store} # all that is made there, no more
   rmdir --ignore-fail-on-non-empty "$store"
 }
-trap clean_up EXIT
 
 volumes=()
 for mount in ${MOUNTS:-}; do
   [[ -e ${mount%%:*} ]] || { echo "MOUNTS names ${mount%%:*}, which is not there: correct or remove it" >&2; exit 1; }
   volumes+=(--volume "${mount%%:*}:${mount#*:}:ro")
 done
+touch "$store/.image-store"
+trap clean_up EXIT
 
 build() {
   echo "[image 1/3] makes a minimal Debian $suite${MIRROR:+ from $MIRROR}"

@@ -10,6 +10,7 @@
 #   RECIPE, DATA, OUT     as --recipe, --data ("NAME=DIR NAME=DIR ...") and --out
 #   DS_CONFIG, CHECKPOINTS, ARGUMENTS   as --ds-config, --checkpoints and whatever else; may be empty
 #   MASTER_PORT           default 29500                        WAIT_SECONDS  for machine 0 and for older pods; 1800
+#   RESTARTS              in a row without a new step, then the Job fails; default 10
 #
 # It ends as jobs/local/pretrain.sh does: 75 and 76 have the Job start the pod again, 1, 2 and 65 end the Job.
 set -euo pipefail
@@ -18,6 +19,8 @@ trap 'exit 75' TERM USR1 # while it waits
 
 # shellcheck source=jobs/checks.sh
 . "$root/jobs/checks.sh"
+# shellcheck source=jobs/restarts.sh
+. "$root/jobs/restarts.sh"
 
 : "${JOB_COMPLETION_INDEX:?is not set: start this in a Job with completionMode: Indexed, which gives each pod its number}"
 : "${NODES:?is not set: say how many pods train together, the number of completions}"
@@ -29,7 +32,8 @@ require_number JOB_COMPLETION_INDEX 0 "the Job sets it"
 if ((JOB_COMPLETION_INDEX >= NODES)); then
   mistake "JOB_COMPLETION_INDEX=$JOB_COMPLETION_INDEX and NODES=$NODES: set completions, parallelism and NODES to one number"
 fi
-: "${WAIT_SECONDS:=1800}"
+: "${WAIT_SECONDS:=1800}" "${RESTARTS:=10}"
+require_number RESTARTS 1 "say how many starts may be in vain"
 require_number WAIT_SECONDS 0 "set seconds, such as 1800"
 [[ -z ${MASTER_PORT:-} ]] || require_port MASTER_PORT
 
@@ -71,6 +75,14 @@ older_are_gone() {
 has_address() { getent hosts "$MASTER_ADDR" >/dev/null; }
 
 wait_until "the ranks of the start before have ended, which $OUT/ranks shows alive" older_are_gone
+if ((JOB_COMPLETION_INDEX == 0)); then
+  mkdir -p -- "$OUT" || mistake "OUT=$OUT cannot be made or written: name a folder on a volume that all pods share"
+  gets_on "$OUT/kubernetes_restarts" "${JOB_NAME:-m3i}" || {
+    echo "$((vain + 1)) starts came to no step beyond $most: not started again. Look at the logs, then delete the Job and" \
+      "apply it again, which goes on from the newest checkpoint" >&2
+    exit 1
+  }
+fi
 if ((NODES > 1)); then
   : "${JOB_NAME:?is not set: name the Job, whose pod 0 the others look for}"
   : "${SERVICE:?is not set: name the headless Service, which gives the pods their names}"

@@ -10,6 +10,9 @@ set -euo pipefail
 : "${EVALUATE_DATA:?is not set: name the folder with train/ and heldout/ in run.yaml}"
 
 python -m pretrain.evaluate "$OUT" --data "$EVALUATE_DATA" --out "$OUT/evaluation.json"
+code=0
 for format in ${EXPORT_TO:-safetensors}; do
-  python -m pretrain.export "$OUT" --to "$format"
+  python -m pretrain.export "$OUT" --to "$format" || code=$?
+  if ((code > 128)); then break; fi # asked to stop
 done
+exit "$code"

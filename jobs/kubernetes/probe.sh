@@ -21,7 +21,7 @@ no() {
 first_rank() {
   local pid
   for pid in $(pgrep --full -- 'pretrain/main\.py --local_rank=0( |$)'); do
-    if grep --quiet --null-data --line-regexp --no-messages -- "OUT=$OUT" "/proc/$pid/environ"; then echo "$pid" && return; fi
+    if grep --quiet --null-data --line-regexp --fixed-strings --no-messages -- "OUT=$OUT" "/proc/$pid/environ"; then echo "$pid" && return; fi
   done
 }
 

@@ -5,7 +5,7 @@
 #   CONTAINER          none (default), apptainer or pyxis
 #   IMAGE              apptainer: a .sif file or an unpacked folder; pyxis: a .sqsh file or registry#name:tag
 #   MOUNTS             PATH or PATH:PATH_INSIDE, several separated by blanks, beside those that are always mounted: the
-#                      repository, ENV, OUT, EVALUATE_DATA and every DATA_<NAME>, at their own paths
+#                      repository, ENV, OUT, LOGS, DS_CONFIG, EVALUATE_DATA and every DATA_<NAME>, at their own paths
 #   CONTAINER_OPTIONS  of `apptainer exec` (default --nv), or of srun for pyxis
 #   STEP_OPTIONS       more options of every srun, such as --mpi=none
 #
@@ -38,8 +38,8 @@ set_environment() {
   local variable mounts=()
   require_environment
   # Sites set other defaults. A node that ended must not end those that still save, nor may it leave them waiting for
-  # ever: five minutes. A task has all CPUs of its node that the job has.
-  step_options=(--export=ALL --kill-on-bad-exit=0 --wait="${SLURM_WAIT:-300}" --cpu-bind=none)
+  # ever: ten minutes. A task has all CPUs of its node that the job has.
+  step_options=(--export=ALL --kill-on-bad-exit=0 --wait="${SLURM_WAIT:-600}" --cpu-bind=none)
   # shellcheck disable=SC2206 # words are wanted: options
   step_options+=(${STEP_OPTIONS:-})
   container=()
@@ -52,8 +52,12 @@ set_environment() {
     return
   fi
   mounts=("$root")
-  for variable in ENV OUT EVALUATE_DATA $(compgen -A variable DATA_); do
-    [[ ${!variable:-} != /* ]] || mounts+=("${!variable}")
+  for variable in ENV OUT LOGS DS_CONFIG EVALUATE_DATA $(compgen -A variable DATA_); do
+    case ${!variable:-} in
+      "" | *://*) ;;
+      /*) mounts+=("${!variable}") ;;
+      *) fail "$variable=${!variable} is a relative path, which means another place in a container: give it from /" ;;
+    esac
   done
   # shellcheck disable=SC2206 # words are wanted: paths
   mounts+=(${MOUNTS:-})

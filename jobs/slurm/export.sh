@@ -25,5 +25,6 @@ set_environment
 code=0
 for format in ${EXPORT_TO:-safetensors}; do
   run_step 1 "${bin}python" -m pretrain.export "$OUT" --to "$format" "$@" || code=$?
+  if ((code > 128)); then break; fi # asked to stop
 done
 exit "$code"

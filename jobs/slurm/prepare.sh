@@ -28,6 +28,8 @@ root=${M3I_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 . "$root/jobs/slurm/environment.sh" ||
   { echo "M3I_ROOT=$root is not the repository: set it, or start sbatch there" >&2; exit 1; }
 
+: "${RESTARTS:=50}"
+require_number RESTARTS 0 "say how often a task may be asked to stop"
 out="" arguments=("$@") has_workers=0
 while (($#)); do
   case $1 in
@@ -45,10 +47,10 @@ in_step() {
   code=0
   run_step 1 "$root/jobs/slurm/task.sh" "${bin}python" -m data_prep "$@" || code=$?
   if ((code == 143)); then # asked to stop
-    if ((${SLURM_RESTART_COUNT:-0} < ${RESTARTS:-50})); then
+    if ((${SLURM_RESTART_COUNT:-0} < RESTARTS)); then
       requeue
     else
-      echo "[slurm] restarted ${RESTARTS:-50} times: not requeued; is its time too short for a shard?" >&2
+      echo "[slurm] restarted $RESTARTS times: not requeued; is its time too short for a shard?" >&2
     fi
   fi
   ((code == 0)) || exit "$code"

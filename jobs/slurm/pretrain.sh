@@ -29,6 +29,8 @@ root=${M3I_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=jobs/slurm/environment.sh
 . "$root/jobs/slurm/environment.sh" ||
   { echo "M3I_ROOT=$root is not the repository: set it, or start sbatch there" >&2; exit 1; }
+# shellcheck source=jobs/restarts.sh
+. "$root/jobs/restarts.sh"
 
 refuse_said "$@"
 require_out
@@ -46,13 +48,6 @@ address_of() {
   told=$(scontrol getaddrs "$1" 2>/dev/null | sed -nE 's/^[^ ]+: *\[?([^]]*[^]:])\]?:[0-9]+$/\1/p')
   [[ -n $told ]] || told=$(scontrol show node "$1" | sed -nE 's/.*NodeAddr=([^ ]+).*/\1/p')
   echo "${told:-$1}"
-}
-
-# The step that the first rank came to, by its sign of life (pretrain/watchdog.py).
-step_reached() {
-  local step=""
-  step=$(sed -nE 's/.*"step": ([0-9]+).*/\1/p' "$OUT/ranks/rank_00000.json" 2>/dev/null) || true
-  echo "${step:-0}"
 }
 
 # The code of the job in `code`, from what the nodes said and srun's own: an error that was told, by one node, wins over
@@ -83,21 +78,12 @@ tell_failed() {
   done
 }
 
-# Whether the job may go into the queue again: not when RESTARTS starts in a row came to no new step. OUT remembers.
+# Whether the job may go into the queue again: not when RESTARTS starts in a row came to no new step.
 may_requeue() {
-  local record=$OUT/slurm_restarts job="" most=-1 vain=0 step
-  [[ ! -f $record ]] || read -r job most vain <"$record"
-  [[ $job == "$SLURM_JOB_ID" ]] || most=-1 vain=0
-  step=$(step_reached)
-  if ((step > most)); then most=$step vain=0; else vain=$((vain + 1)); fi
-  if ((vain >= RESTARTS)); then
-    rm -f -- "$record"
-    echo "[slurm] $((vain + 1)) starts came to no step beyond $most: not requeued. Look at $LOGS, then" \
-      "\`scontrol requeue $SLURM_JOB_ID\` or the same sbatch goes on from the newest checkpoint" >&2
-    return 1
-  fi
-  echo "$SLURM_JOB_ID $most $vain" >"$record.tmp"
-  mv -- "$record.tmp" "$record"
+  gets_on "$OUT/slurm_restarts" "$SLURM_JOB_ID" && return
+  echo "[slurm] $((vain + 1)) starts came to no step beyond $most: not requeued. Look at $LOGS, then" \
+    "\`scontrol requeue $SLURM_JOB_ID\` or the same sbatch goes on from the newest checkpoint" >&2
+  return 1
 }
 
 nodes=${SLURM_JOB_NUM_NODES:?is not set: start this script by sbatch, see its head} restart=${SLURM_RESTART_COUNT:-0}

@@ -41,6 +41,10 @@ require_number GPUS 0 "say how many GPUs of a node are asked for"
 [[ -z ${RESTARTS:-} ]] || require_number RESTARTS 0 "say how many restarts may be in vain"
 [[ -z ${SHM_GIB:-} ]] || require_number SHM_GIB 0 "say how many GiB of shared memory are wanted"
 require_switch PREFLIGHT
+for format in $EXPORT_TO; do
+  grep --quiet "^    \"$format\": Exporter(" "$root/pretrain/export/formats.py" ||
+    mistake "EXPORT_TO=$EXPORT_TO has $format, which is no format: \`python -m pretrain.export --help\` lists them"
+done
 mapfile -t builds < <(compgen -A variable BUILD_)
 require_data "${builds[@]/#BUILD_/DATA_}"
 for build in ${builds[@]+"${builds[@]}"}; do

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import socket
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from pretrain.clock import PARTS
 from pretrain.collectives import gather_rows, mean_over_ranks, sum_over_ranks, world_size
+from pretrain.host import host_name
 from pretrain.scoring import Each
 
 OWN = ("data_wait", "forward", "teacher")  # parts before a rank waits for the others' gradients
@@ -33,10 +33,10 @@ class Sources:
 
 def hosts() -> list[str]:
     """Name of every rank's machine. A collective call."""
-    names: list[Any] = [socket.gethostname()]
+    names: list[Any] = [host_name()]
     if world_size() > 1:
         names = [None] * world_size()
-        dist.all_gather_object(names, socket.gethostname())
+        dist.all_gather_object(names, host_name())
     return names
 
 

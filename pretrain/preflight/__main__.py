@@ -5,8 +5,8 @@
     python -m pretrain.preflight [ARGUMENTS]                                one rank on this machine; without
                                                                             arguments the machine alone
 
-Ends with 0, with 1 when a check failed, with 2 when the arguments cannot be right; warnings do not count. None of it
-goes away by starting the same again, so that no job script should.
+Ends with 0, with 1 when a check failed, with 2 when the arguments cannot be right, after which no job script should
+start the same again; with 76 when ranks did not come in time or were lost, as training would. Warnings do not count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from pretrain.config import Run
 from pretrain.exits import FAILED as FAILED_CODE
-from pretrain.exits import FINISHED, INTERRUPTED, MISTAKE
+from pretrain.exits import FINISHED, INTERRUPTED, LOST, MISTAKE
 from pretrain.main import parse, parse_replay
 from pretrain.preflight import tell
 from pretrain.preflight.board import Board, Silent
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if ranks.is_node_first:
             told = "preflight FAILED, as rank 0 tells" if error.is_heard else "error"
             print(f"{told}: {error}", file=sys.stderr)
-        return FAILED_CODE
+        return LOST if error.is_lost else FAILED_CODE
     except KeyboardInterrupt:
         return INTERRUPTED
     try:
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except (Silent, dist.DistError) as error:  # the board went with rank 0
         print(f"error: {ranks.place} lost rank 0: {str(error).splitlines()[0]}", file=sys.stderr)
-        return FAILED_CODE
+        return LOST
 
 
 def check_all(board: Board, ranks: Ranks, options: Options, arguments: Sequence[str], begun: float) -> int:
@@ -86,8 +86,6 @@ def check_all(board: Board, ranks: Ranks, options: Options, arguments: Sequence[
     here.num_gpus = board.number("gpus")
     checks = {name: CHECKS[name] for name in board.hear("plan")}
     told, silent = gather(here, look_at_all(checks, here))
-    if here.group is not None:
-        dist.destroy_process_group()
     if ranks.rank > 0:
         return follow(here)
     rows = [judge(name, check, told, here) for name, check in checks.items()]
@@ -111,7 +109,8 @@ def check_all(board: Board, ranks: Ranks, options: Options, arguments: Sequence[
             rows.append(Row("report", FAILED, "not written", "--report can be written", (unwritten,)))
     print(tell.text(rows, seconds, where), flush=True)
     is_fit = all(row.status != FAILED for row in rows)
-    code = MISTAKE if here.mistake else FINISHED if is_fit else FAILED_CODE
+    is_lost = all(row.status != FAILED or row.name == "alive" for row in rows)
+    code = MISTAKE if here.mistake else FINISHED if is_fit else LOST if is_lost else FAILED_CODE
     board.tell("verdict", {"code": code, "lines": tell.problem_lines(rows, FAILED)})
     board.part(ranks.world - len(silent))
     return code

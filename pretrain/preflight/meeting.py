@@ -26,11 +26,11 @@ MOST_NAMED = 20  # nodes in one message
 
 
 class NotMet(ConnectionError):
-    """The ranks are not all there. `is_heard`: rank 0 has told it."""
+    """The ranks are not all there. `is_heard`: rank 0 has told it; `is_lost`: another start may go well."""
 
-    def __init__(self, message: str, is_heard: bool = False) -> None:
+    def __init__(self, message: str, is_heard: bool = False, is_lost: bool = False) -> None:
         super().__init__(message)
-        self.is_heard = is_heard
+        self.is_heard, self.is_lost = is_heard, is_lost
 
 
 def meet(ranks: Ranks, options: Options) -> tuple[Board, Options]:
@@ -53,7 +53,8 @@ def meet(ranks: Ranks, options: Options) -> tuple[Board, Options]:
         ) from error
     except dist.DistError as error:
         raise NotMet(
-            f"{ranks.place} lost rank 0 at {told(address)} ({_first_line(error)}): see what ended there"
+            f"{ranks.place} lost rank 0 at {told(address)} ({_first_line(error)}): see what ended there",
+            is_lost=True,
         ) from error
 
 
@@ -93,7 +94,8 @@ def _connect(ranks: Ranks, address: tuple[str, int], seconds: float) -> None:
         except OSError as error:
             if time.monotonic() + PAUSE > until:
                 raise NotMet(
-                    f"{ranks.place} does not reach {told(address)} within {seconds:g} s: {_why(error)}"
+                    f"{ranks.place} does not reach {told(address)} within {seconds:g} s: {_why(error)}",
+                    is_lost=True,
                 ) from error
         time.sleep(PAUSE)
 
@@ -150,32 +152,32 @@ def _roll_call(store: dist.Store, ranks: Ranks, options: Options, begun: float) 
     board.tell(f"arrived/{ranks.rank}", mine)
     board.count("arrivals")
     if ranks.rank == 0:
-        problem = _missing(board, ranks, options.connect_seconds - (time.monotonic() - begun))
-        board.tell("roll", {"problem": problem, "options": as_record(options)})
+        problem, is_lost = _missing(board, ranks, options.connect_seconds - (time.monotonic() - begun))
+        board.tell("roll", {"problem": problem, "is_lost": is_lost, "options": as_record(options)})
         if problem:
             board.part(board.number("arrivals"))
-            raise NotMet(problem)
+            raise NotMet(problem, is_lost=is_lost)
         return board, options
     heard = board.hear("roll", options.connect_seconds + GRACE)
     if heard["problem"]:
         board.part(board.number("arrivals"))
-        raise NotMet(heard["problem"], is_heard=True)
+        raise NotMet(heard["problem"], is_heard=True, is_lost=heard["is_lost"])
     return board, Options(**heard["options"])
 
 
-def _missing(board: Board, ranks: Ranks, seconds: float) -> str:
-    """What the roll call lacks after so many seconds, "" as soon as all ranks are there."""
+def _missing(board: Board, ranks: Ranks, seconds: float) -> tuple[str, bool]:
+    """What the roll call lacks after so many seconds, "" as soon as all are there; and whether ranks are lost."""
     until = time.monotonic() + seconds
     while not board.has("twice"):
         is_late = time.monotonic() > until
         if is_late or board.number("arrivals") >= ranks.world:
             there = {rank for rank in range(ranks.world) if board.has(f"arrived/{rank}")}
             if len(there) == ranks.world:
-                return _other_worlds(board, ranks)
+                return _other_worlds(board, ranks), False
             if is_late:
-                return missing_text(ranks, there, planned_hosts(ranks.nodes))
+                return missing_text(ranks, there, planned_hosts(ranks.nodes)), True
         time.sleep(PAUSE / 5)
-    return board.hear("twice")
+    return board.hear("twice"), False
 
 
 def missing_text(ranks: Ranks, there: Iterable[int], hosts: dict[int, str]) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pretrain.host import host_name
 from pretrain.preflight.told import Place
 
 SCONTROL_SECONDS = 10.0
@@ -41,7 +41,7 @@ class Ranks:
 def ranks_of(environment: Mapping[str, str] | None = None) -> Ranks:
     """From the variables of DeepSpeed's launcher, or torchrun's; ValueError for a number that is none."""
     environment = os.environ if environment is None else environment
-    host = socket.gethostname()
+    host = host_name()
     if "RANK" not in environment:
         return Ranks(host=host)
     world = _number(environment, ("WORLD_SIZE",), 1)

@@ -71,7 +71,7 @@ def test_two_runs_do_not_keep_their_checkpoints_in_one_folder(tmp_path: Path) ->
 
 def test_two_runs_do_not_keep_their_checkpoints_behind_one_url(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "SETTLE", 0.0)
-    monkeypatch.setattr(claim, "BEAT", 0.05)
+    monkeypatch.setattr(claim, "BEAT", 0.3)
     place = "s3://bucket/run/checkpoints"
     with s3_store() as store:
         for name, value in store.environment.items():

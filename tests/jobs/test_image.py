@@ -203,8 +203,10 @@ def test_the_build_names_what_it_needs_before_it_starts(tmp_path: Path) -> None:
             IMAGE / "build_on_debian.sh",
             tools=tools | {"df": "echo Avail; echo 9"},
             folder=tmp_path,
-            STORE=str(tmp_path),
+            STORE=str(tmp_path / "full"),
         )
         assert full.returncode == 1 and "set STORE" in full.stderr
+        foreign = run(IMAGE / "build_on_debian.sh", tools=tools, folder=tmp_path, STORE=str(tmp_path))
+        assert foreign.returncode == 1 and "holds other files" in foreign.stderr
     else:
         assert "needs root" in ended.stderr

@@ -47,7 +47,10 @@ def container(job: dict[str, Any]) -> dict[str, Any]:
 
 def environment(job: dict[str, Any], index: int) -> dict[str, str]:
     """What a container of the Job's pod `index` is given; numbers of the machine are 2."""
-    fields = {"metadata.labels['batch.kubernetes.io/job-name']": job["metadata"]["name"]}
+    fields = {
+        "metadata.labels['batch.kubernetes.io/job-name']": job["metadata"]["name"],
+        "spec.nodeName": "machine-1",
+    }
     given = dict(RUN) | {"JOB_COMPLETION_INDEX": str(index)}
     for entry in container(job)["env"]:
         source = entry.get("valueFrom", {})
@@ -270,3 +273,19 @@ def test_a_share_of_the_data_is_that_of_the_pod(tmp_path: Path) -> None:
         *f"-m data_prep build {RUN['PREPARE_SOURCE']} --out {RUN['PREPARE_OUT']}".split(),
         *f"{RUN['PREPARE_ARGUMENTS']} --part 4/16 --workers 2".split(),
     ]
+
+
+def test_a_job_whose_starts_come_to_no_step_fails_and_counts_anew_afterwards(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    given = environment(named("m3i-pretrain"), 0) | cluster | {"OUT": str(tmp_path / "run"), "PREFLIGHT": "0"}
+    given |= {"RESTARTS": "2", "QUIET_SECONDS": "0"}
+    sign = tmp_path / "run/ranks/rank_00000.json"
+    sign.parent.mkdir(parents=True)
+    codes = []
+    for step in (4, 4, 9, 9, 9, 9):
+        sign.write_text(f'{{"step": {step}, "ended": true}}')
+        ended = run_script("jobs/kubernetes/entry.sh", **given)
+        codes.append(ended.returncode)
+        assert ended.returncode == 0 or "3 starts came to no step beyond 9" in ended.stderr
+    assert codes == [0, 0, 0, 0, FAILED, 0]

@@ -156,15 +156,16 @@ def test_two_nodes_of_one_number_are_both_named() -> None:
     with pytest.raises(meeting.NotMet, match=twins):
         meeting._roll_call(store, second, SOON, 0.0)
     zero = Ranks(world=2, nodes=2, host="ant")
-    assert "are the same rank" in meeting._missing(_arrived(store, zero), zero, 0.0)
+    told, is_lost = meeting._missing(_arrived(store, zero), zero, 0.0)
+    assert "are the same rank" in told and not is_lost
 
 
 def test_a_node_that_counts_other_ranks_is_named() -> None:
     store = dist.HashStore()
     zero = Ranks(world=2, nodes=2, host="ant")
     _arrived(store, Ranks(rank=1, world=3, node=1, nodes=3, host="bee"))
-    told = meeting._missing(_arrived(store, zero), zero, 0.0)
-    assert told.startswith(
+    told, is_lost = meeting._missing(_arrived(store, zero), zero, 0.0)
+    assert not is_lost and told.startswith(
         "rank 0 on ant counts 2 ranks, node bee (node 1, rank 1) counts 3: give all nodes the same"
     )
 

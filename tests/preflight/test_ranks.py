@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.exits import FAILED, FINISHED
+from pretrain.exits import FAILED, FINISHED, LOST
 from tests.data.sets import good_set
 from tests.engine.launch import together
 
@@ -112,7 +112,7 @@ def test_a_node_unlike_the_other_is_named_for_all_that_is_wrong_there(launched: 
 
 def test_a_node_that_does_not_come_is_named(launched: Path) -> None:
     codes, first, second = told(launched, "missing")
-    assert codes == [FAILED, FAILED]
+    assert codes == [LOST, LOST]  # a node that comes late may come in time the next time
     assert "2 of 3 ranks met at rank 0 on" in first
     assert "missing: node ? (node 2, all its ranks, rank 2)" in first
     assert "PREFLIGHT_CONNECT_SECONDS" in first
