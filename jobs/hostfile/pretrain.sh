@@ -163,13 +163,15 @@ quote() {
 
 ask() {
   is_interrupted=1
-  ((is_asked)) && return
-  is_asked=1
-  while true; do
-    on_hosts "$host_script ask $id"
-    sleep 5 # a rank that still starts does not hear
-  done &
-  asking=$!
+  if ((is_asked++ == 0)); then
+    trap '' TERM USR1 HUP # of the process that asks
+    while true; do
+      on_hosts "$host_script ask $id"
+      sleep 5 # a rank that still starts does not hear
+    done &
+    asking=$!
+    trap ask TERM USR1 HUP
+  fi
 }
 interrupt() {
   is_interrupted=1

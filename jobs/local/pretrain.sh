@@ -127,35 +127,48 @@ ask_ranks() {
   # shellcheck disable=SC2086
   kill -s USR1 $ranks 2>/dev/null || true
 }
+ask_always() {
+  while kill -0 "$deepspeed" 2>/dev/null; do
+    ask_ranks
+    sleep 5
+  done
+}
+# A signal may come while this handles another one, and bash must not expand a command in a trap then: it is done by a
+# process that hears none of them.
 stop() {
-  ask_ranks
-  if ((asking == 0)); then # a plain `return` would give the code of what the signal interrupted, and end the script
-    (trap '' TERM USR1; while sleep 5; do ask_ranks; done) &
+  if ((asked++ == 0)); then
+    trap '' TERM USR1
+    ask_always &
     asking=$!
+    trap stop TERM USR1
   fi
 }
 interrupt() {
   kill -s INT -- "-$deepspeed" 2>/dev/null || true
 }
-asking=0
-trap stop TERM USR1
+asked=0 asking=0
 trap interrupt INT
 
 # A process group of its own, in which Ctrl-C still counts. A cluster sends SIGUSR1 to every process of a job: the
 # launcher lets it pass, the ranks hear it.
 start_and_wait() {
+  local is_early=0
+  trap 'is_early=1' TERM USR1 # until there is somebody to ask
   set -m
   (trap '' USR1; exec deepspeed "${launcher[@]}" "$@") &
   deepspeed=$!
   set +m
+  trap stop TERM USR1
+  if ((is_early)); then stop; fi
   wait_for_end "$deepspeed"
   # A cluster that ends a job sends SIGTERM to every process of it, `sleep` too: the launcher goes, the ranks still save.
-  if ((asking)); then while kill -0 -- "-$deepspeed" 2>/dev/null; do sleep 0.2 || true; done; fi
+  if ((asked)); then while kill -0 -- "-$deepspeed" 2>/dev/null; do sleep 0.2 || true; done; fi
+  trap '' TERM USR1 # a signal at the very end would give its code in place of this one
   # More than 192 is what the launcher makes of a rank that a signal ended, 256 minus its number. Once the ranks are asked,
   # a launcher that was told, too, gives codes that mean nothing.
   case $code in
     0 | 65) ;;
-    *) if ((asking)); then code=75; elif ((code > 192)); then code=76; fi ;;
+    *) if ((asked)); then code=75; elif ((code > 192)); then code=76; fi ;;
   esac
 }
 
@@ -163,7 +176,8 @@ if [[ ${PREFLIGHT:-0} == 1 ]]; then
   # The launcher finds a module on Python's path alone, and this script may be started in any folder.
   PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} start_and_wait --module pretrain.preflight "$@"
   ((code == 0)) || exit "$code"
-  ((asking == 0)) || exit 75
+  ((asked == 0)) || exit 75
+  trap 'exit 75' TERM USR1
 fi
 start_and_wait "$root/pretrain/main.py" "$@"
 exit "$code"

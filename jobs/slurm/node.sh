@@ -41,4 +41,5 @@ trap pass_on TERM USR1
 "$root/jobs/single_node/pretrain.sh" "$@" &
 job=$!
 wait_for_end "$job"
+trap '' TERM USR1 # the end takes a moment
 exit "$code"

@@ -174,7 +174,9 @@ def _start_with_a_rank(
     settings = f". $(sed --quiet '/^--venv_script$/{{n;p}}' {tmp_path}/arguments)"
     (tmp_path / "launch").write_text(f"{settings}\n{rank}")
     kept = {"HOME": str(tmp_path)}
-    job = subprocess.Popen([str(ROOT / SCRIPT), "--recipe", "m3i.demo"], env=kept | place)
+    # Whoever started the tests may have them ignore these, and a script cannot hear what it was born to ignore.
+    hearing = ["env", "--default-signal=INT,HUP"]
+    job = subprocess.Popen([*hearing, str(ROOT / SCRIPT), "--recipe", "m3i.demo"], env=kept | place)
     file = tmp_path / "process"
     while not (file.is_file() and file.read_text()):
         assert job.poll() is None, "the script ended before its rank began"
