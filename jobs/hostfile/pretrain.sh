@@ -105,7 +105,7 @@ asking=0 is_asked=0 deepspeed=""
 clean_up() {
   local code=$? left
   trap '' INT TERM USR1 HUP
-  ((asking == 0)) || kill "$asking" 2>/dev/null || true
+  ((asking == 0)) || kill -s KILL "$asking" 2>/dev/null || true
   on_hosts "$host_script end $id"
   ((${#failed[@]} == 0)) || echo "no answer from ${failed[*]} at the end: look there for processes of this run" >&2
   left=$(said | grep 'ranks that were left') && echo "$left" >&2

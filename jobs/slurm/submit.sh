@@ -46,10 +46,14 @@ for format in $EXPORT_TO; do
     mistake "EXPORT_TO=$EXPORT_TO has $format, which is no format: \`python -m pretrain.export --help\` lists them"
 done
 mapfile -t builds < <(compgen -A variable BUILD_)
-require_data "${builds[@]/#BUILD_/DATA_}"
+awaited=() # sources that lie in what a job builds first
 for build in ${builds[@]+"${builds[@]}"}; do
-  [[ " ${!build}" == *" --out"[=\ ]* ]] || fail "$build=${!build} names no --out: give the data set's folder or URL"
+  [[ " ${!build}" =~ \ --out[=\ ]([^ ]+) ]] || fail "$build=${!build} names no --out: give the data set's folder or URL"
+  for variable in $(compgen -A variable DATA_); do
+    [[ ${!variable}/ != "${BASH_REMATCH[1]%/}"/* ]] || awaited+=("$variable")
+  done
 done
+require_data ${awaited[@]+"${awaited[@]}"}
 ((is_dry)) || command -v sbatch >/dev/null || fail "sbatch is not on PATH: start this where jobs are submitted"
 
 ((${#builds[@]})) || [[ -z ${EVALUATE_DATA:-} ]] || require_evaluation_data
