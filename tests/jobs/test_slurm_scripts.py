@@ -198,6 +198,17 @@ def test_restarts_in_vain_come_to_an_end_that_is_told(stubs: Path) -> None:
         ("submit.sh", {"NODES": "0"}, "NODES=0 is no number from 1"),
         (
             "submit.sh",
+            {
+                "NODES": "1",
+                "BUILD_SCENES": "scenes --out /a/b",
+                "DATA_BUILT": "/a/b/train",
+                "DATA_ODD": "/a/bc",
+            },
+            "DATA_ODD=/a/bc holds no manifest.json",
+        ),
+        ("submit.sh", {"NODES": "1", "EXPORT_TO": "timm nonsense"}, "has nonsense, which is no format"),
+        (
+            "submit.sh",
             {"NODES": "2", "BUILD_A": "scenes --output x"},
             "BUILD_A=scenes --output x names no --out",
         ),
