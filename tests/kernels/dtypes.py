@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# One of every kernel: bfloat16 and float16 differ from float32 by conversions alone, which no part of a branch changes.
+# One of every kernel: bfloat16 and float16 differ from float32 by conversions alone, whatever a branch adds.
 SHORT = ("share_gamma_outer_following", "depthwise_5", "norm_alone")
 
 
