@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.exits import LOST, PREEMPTED
+from tests.jobs.stubs import run_script
 from tests.paths import ROOT
 
 SCRIPTS = sorted([*(ROOT / "jobs").rglob("*.sh"), ROOT / ".ci" / "run"])
@@ -26,19 +27,6 @@ OWNED_BY_RECIPE = {"train_batch_size", "gradient_clipping", "scheduler", "optimi
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["make", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False, timeout=60
-    )
-
-
-def run_script(path: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The script in an environment that holds PATH, HOME and what is given, nothing else."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    return subprocess.run(
-        [str(ROOT / path), *arguments],
-        env=kept | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
     )
 
 
