@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from data_prep.places import Place
+from data_prep.places import SWEPT, Place
 from data_prep.plan import WHOLE, Part
 
 WORK_FOLDER = ".build"  # inside a data set while it is being built
@@ -110,13 +111,12 @@ def claimed(place: Place, part: Part = WHOLE, wait: bool = False) -> Iterator[Re
 def _locked(folder: Path, part: Part, wait: bool) -> Iterator[Require]:
     """The whole excludes everybody; parts exclude their like, and are together shared owners of the whole."""
     work = folder / WORK_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         names = {"lock": fcntl.LOCK_EX}
         if part != WHOLE:
             names = {"lock": fcntl.LOCK_SH, f"lock-{part.index}-of-{part.count}": fcntl.LOCK_EX}
         for name, kind in names.items():
-            lock = stack.enter_context(open(work / name, "a"))
+            lock = stack.enter_context(_opened(work / name))
             try:
                 fcntl.flock(lock, kind if wait else kind | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -124,6 +124,14 @@ def _locked(folder: Path, part: Part, wait: bool) -> Iterator[Require]:
                     f"{folder} is being written by another process: wait until it ends"
                 ) from error
         yield unclaimed
+
+
+def _opened(lock: Path) -> IO[str]:
+    for _ in range(SWEPT):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return open(lock, "a")
+    return open(lock, "a")
 
 
 @contextmanager

@@ -78,8 +78,13 @@ def begin(place: Place, settings: Mapping[str, Any]) -> None:
             )
         with explained(place, place):
             place.create(SETTINGS_NAME, json_bytes(settings))
-    # also when another builder was here first: two at once must agree
-    _require_same(place, settings, json.loads(place.read(SETTINGS_NAME)))
+    try:
+        begun = json.loads(place.read(SETTINGS_NAME))
+    except FileNotFoundError:
+        if not place.exists(MANIFEST_NAME):
+            raise
+        return  # another builder finished since: whoever claims the place next sees that
+    _require_same(place, settings, begun)  # also when another builder was here first: two at once must agree
 
 
 def clean(place: Place, folder: Path) -> None:

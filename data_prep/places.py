@@ -26,6 +26,7 @@ from data_prep.stores import PART, Content, NotVerified, Pieces, connected, pati
 
 READ_AHEAD = 4 * 2**20  # bytes, of one request of a reader
 TEMPORARY = ".tmp"  # ending of files that are not finished
+SWEPT = 10  # attempts at a file in a folder that another builder may sweep at any moment
 # Protocols whose objects appear whole; elsewhere a temporary name comes first.
 WHOLE_OBJECTS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 S3 = ("s3", "s3a")
@@ -196,17 +197,10 @@ class Place:
         not): elsewhere write something of your own and read it again after a while.
         """
         if self.local is not None:
-            path = self.local / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
-            write_atomic(temporary, content)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            finally:
-                temporary.unlink()
-            return True
+            for _ in range(SWEPT):
+                with contextlib.suppress(FileNotFoundError):
+                    return _create_on_disk(self.local / name, content)
+            return _create_on_disk(self.local / name, content)
         if self.exists(name):
             return False
         options = {"mode": "create"} if self._scheme in S3 else {}
@@ -305,3 +299,16 @@ class Place:
 
 def _entry(info: dict[str, Any]) -> Entry:
     return Entry(info["size"], str(info.get("ETag", "")).strip('"'))
+
+
+def _create_on_disk(path: Path, content: bytes) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
+    try:
+        write_atomic(temporary, content)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True

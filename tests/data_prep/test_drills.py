@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,6 +245,34 @@ def test_a_second_builder_is_refused_while_the_first_lives(place, undisturbed, m
             with pytest.raises(FileExistsError, match=r"is being written by .*: wait until it ends"):
                 (build_part if options.part else build)(collection(), place, options)
         require()
+    _at_last(place, undisturbed)
+
+
+def test_a_builder_whose_files_another_sweeps_writes_them_again(tmp_path, undisturbed, monkeypatch):
+    place, link = place_of(tmp_path / "set"), os.link
+    sweeps = [place.local / ".build"]
+
+    def late(source, target):
+        if sweeps:
+            shutil.rmtree(sweeps.pop())
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", late)
+    assert build(collection(), place, OPTIONS) and not sweeps
+    _at_last(place, undisturbed)
+
+
+def test_a_builder_that_another_one_overtakes_finds_all_done(tmp_path, undisturbed, monkeypatch):
+    place, read = place_of(tmp_path / "set"), Place.read
+    others = [partial(build, collection(), place, OPTIONS)]
+
+    def late(self, name):
+        if name.endswith("settings.json") and others:
+            others.pop()()
+        return read(self, name)
+
+    monkeypatch.setattr(Place, "read", late)
+    assert not build(collection(), place, OPTIONS) and not others
     _at_last(place, undisturbed)
 
 
