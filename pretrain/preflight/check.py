@@ -1,12 +1,14 @@
 """What is a check, and how do all ranks pass through all checks whatever happens on one of them?
 
 Each rank looks, within bounded time; what it found, or the error that stopped it, goes to rank 0, which judges what
-all ranks told together. No look ends another, and one that raises is a failure of its own check.
+all ranks told together. No look ends another, and one that raises is a failure of its own check. In some checks the
+ranks wait for each other: who does not come through one says so on the board, and none of them tries another.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import queue
 import threading
 import time
@@ -25,6 +27,12 @@ from pretrain.preflight.ranks import Ranks
 from pretrain.preflight.told import FAILED, WARNING, Judged, Place, Problem, Told
 
 OK, SKIPPED = "ok", "skipped"
+BROKEN = (
+    "broken"  # on the board: a check in which ranks wait for each other, and that one did not come through
+)
+LEFT = "left"  # the same, left by an error: nobody comes to those who wait in it
+LOOKS_AGAIN = 1.0  # seconds after which a rank that waits in a check looks at the board
+GRACE = 5.0  # seconds for what a rank finds itself about an error that another has told
 ENDS = "the check ends by itself"
 HANGS = "see the mounts and the network of that node, and its kernel log (dmesg)"
 UNPLANNED = (
@@ -89,24 +97,28 @@ class Row:
 def look_at_all(checks: Mapping[str, Check], here: Here) -> dict[str, dict[str, Any]]:
     """By check, {"value"} or {"error"} of this rank, and {"seconds"}; {"skipped"} for what would wait in vain."""
     found: dict[str, dict[str, Any]] = {}
-    hanging = ""  # the check in which another did not come
     for name, check in checks.items():
         if not check.is_looked_at(here.ranks):
             continue
-        if hanging and check.is_together:
-            found[name] = {"skipped": hanging}
+        if check.is_together and here.board.has(BROKEN):
+            found[name] = {"skipped": here.board.hear(BROKEN)}
             continue
         here.board.begin(f"{name} ({check.text})")
         begun = time.monotonic()
         found[name] = _looked(check, here) | {"seconds": round(time.monotonic() - begun, 3)}
-        if check.is_together and found[name].get("remedy") == HANGS:
-            hanging = name
+        if check.is_together and "error" in found[name]:
+            here.board.tell(BROKEN, name)
+            if found[name]["remedy"] != HANGS:
+                here.board.tell(LEFT, name)
     here.board.begin("waiting for the others")
     return found
 
 
 def _looked(check: Check, here: Here) -> dict[str, Any]:
-    """In a thread: a file system or a network that never answers must not keep this rank from telling so."""
+    """In a thread: a file system or a network that never answers must not keep this rank from telling so.
+
+    Nor does it wait its time out for ranks that have left the check by an error.
+    """
     answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -119,10 +131,15 @@ def _looked(check: Check, here: Here) -> dict[str, Any]:
             answers.put({"error": explained(error), "remedy": "" if is_planned else UNPLANNED})
 
     threading.Thread(target=ask, daemon=True).start()
-    try:
-        return answers.get(timeout=here.options.check_seconds)
-    except queue.Empty:
-        return {"error": f"no answer within {here.options.check_seconds:g} s", "remedy": HANGS}
+    left, until = "", time.monotonic() + here.options.check_seconds
+    while (seconds := until - time.monotonic()) > 0:
+        with contextlib.suppress(queue.Empty):
+            return answers.get(timeout=min(seconds, LOOKS_AGAIN))
+        if check.is_together and not left and here.board.has(LEFT):
+            left, until = here.board.hear(LEFT), min(until, time.monotonic() + GRACE)
+    if left:
+        return {"skipped": left}
+    return {"error": f"no answer within {here.options.check_seconds:g} s", "remedy": HANGS}
 
 
 def explained(error: BaseException) -> str:
@@ -164,7 +181,7 @@ def judge(name: str, check: Check, told: Sequence[Told], here: Here) -> Row:
     values = [Told(one.place, one.value["value"]) for one in found if one.value.get("value") is not None]
     skipped = [one.value["skipped"] for one in found if "skipped" in one.value]
     if not values and not problems and skipped:
-        return Row(name, SKIPPED, f"not tried, since {skipped[0]} did not end", check.text, ())
+        return Row(name, SKIPPED, f"not tried, since {skipped[0]} did not end well", check.text, ())
     if not values and not problems:
         return Row(name, SKIPPED, "nothing to check here", check.text, ())
     judged = Judged("not measured", check.text)

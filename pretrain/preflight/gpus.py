@@ -6,7 +6,7 @@ import subprocess
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -30,7 +30,7 @@ THROTTLING = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "
 
 
 def look_at_gpu(here: Here) -> dict[str, Any] | None:
-    """Of this rank's GPU; memory in bytes, its own context included. Faults of all GPUs by the node's first rank."""
+    """Of this rank's GPU; memory in bytes, its own context included. Faults of the node's GPUs by its first rank."""
     if not here.is_gpu:
         if here.num_gpus:
             raise ValueError(
@@ -45,12 +45,12 @@ def look_at_gpu(here: Here) -> dict[str, Any] | None:
         "seen": torch.cuda.device_count(),
         "used": total - free - torch.cuda.memory_reserved(here.device),
         "total": total,
-        "faults": node_faults() if here.ranks.is_node_first else [],
+        "faults": node_faults() if here.ranks.is_node_first else {},
     }
 
 
-def node_faults() -> list[str] | None:
-    """What nvidia-smi tells of faults of this node's GPUs; None where it cannot be asked."""
+def node_faults() -> dict[str, list[str]] | None:
+    """What nvidia-smi tells of faults of this node's GPUs, by uuid; None where it cannot be asked."""
     try:
         asked = ["nvidia-smi", "-q", "-x"]
         done = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=SMI_SECONDS)
@@ -59,14 +59,15 @@ def node_faults() -> list[str] | None:
         return None
 
 
-def faults(xml: str) -> list[str]:
+def faults(xml: str) -> dict[str, list[str]]:
     """Uncorrected ECC errors, retired pages, rows that wait for a reset and throttling, in `nvidia-smi -q -x`.
 
     Names of fields are those of drivers 470 to 580; what a GPU does not have is N/A there.
     """
-    found = []
+    by_gpu: dict[str, list[str]] = {}
     for number, gpu in enumerate(ElementTree.fromstring(xml).iter("gpu")):
-        name = f"GPU {number} ({gpu.findtext('uuid', '?')})"
+        uuid = gpu.findtext("uuid", "?")
+        name, found = f"GPU {number} ({uuid})", by_gpu.setdefault(uuid, [])
         volatile = gpu.find("ecc_errors/volatile")
         for field in volatile.iter() if volatile is not None else ():
             if "uncorrectable" in field.tag and _count(field.text):
@@ -84,7 +85,7 @@ def faults(xml: str) -> list[str]:
             for field in reasons if reasons is not None else ():
                 if field.tag.endswith(THROTTLING) and (field.text or "").strip() == "Active":
                     found.append(f"{name}: throttled ({field.tag.split('reason_')[-1]})")
-    return found
+    return by_gpu
 
 
 def _count(text: str | None) -> int:
@@ -126,7 +127,7 @@ def judge_gpu(told: Sequence[Told], here: Here) -> Judged:
             problems.append(
                 Problem(one.place, "nvidia-smi cannot be asked for faults", "put it on PATH", status=WARNING)
             )
-        for fault in value["faults"] or ():
+        for fault in _own_faults(one, owners):
             is_throttled = "throttled" in fault
             problems.append(
                 Problem(
@@ -140,6 +141,16 @@ def judge_gpu(told: Sequence[Told], here: Here) -> Judged:
             )
     free = {one.place: (one.value["total"] - one.value["used"]) / 2**30 for one in told}
     return Judged(f"{len(told)} x {usual}, {span(free, 'GiB')} free", rule, problems)
+
+
+def _own_faults(one: Told, owners: Mapping[tuple[int, str], int]) -> list[str]:
+    """Faults of GPUs that ranks of this job have: others of a shared node are of other jobs.
+
+    torch tells a uuid without what nvidia-smi puts before it; where one of either cannot be told, all count.
+    """
+    own = {uuid.removeprefix("GPU-") for node, uuid in owners if node == one.place.node}
+    by_gpu = {uuid.removeprefix("GPU-"): found for uuid, found in (one.value["faults"] or {}).items()}
+    return [fault for uuid, found in by_gpu.items() for fault in found if uuid in own or not own & {*by_gpu}]
 
 
 def hadamard(order: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -136,11 +136,28 @@ def look_at_processors(here: Here) -> dict[str, float]:
     return {"cores": usable_cores(), "workers": here.paths.workers if here.paths else 0}
 
 
-def usable_cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
-    """Cores that this process may use: of its affinity, or of its control group's quota if that is less."""
+def control_groups(own: str | None = None, root: Path = Path("/sys/fs/cgroup")) -> list[Path]:
+    """Folders of this process' control group (version 2) and of those above it, each of which limits it.
+
+    `own` is /proc/self/cgroup: Slurm's steps and systemd's services lie deep, a container sees its own as `root`.
+    """
+    if own is None:
+        own = Path("/proc/self/cgroup").read_text()
+    path = next((line.removeprefix("0::/") for line in own.splitlines() if line.startswith("0::/")), "")
+    inside = Path(path)
+    if ".." in inside.parts or not (root / inside).is_dir():  # another name space than that of the mount
+        inside = Path()
+    return [root / above for above in (inside, *inside.parents)] if inside.parts else [root]
+
+
+def usable_cores(groups: Sequence[Path] | None = None) -> float:
+    """Cores that this process may use: of its affinity, or of a control group's quota if that is less."""
     cores = float(len(os.sched_getaffinity(0)))
-    quota, _, period = cgroup.read_text().strip().partition(" ") if cgroup.is_file() else ("max", "", "")
-    return cores if quota == "max" else min(cores, int(quota) / int(period))
+    for group in control_groups() if groups is None else groups:
+        if (limit := group / "cpu.max").is_file():
+            quota, _, period = limit.read_text().strip().partition(" ")
+            cores = cores if quota == "max" else min(cores, int(quota) / int(period))
+    return cores
 
 
 def judge_processors(told: Sequence[Told], here: Here) -> Judged:
@@ -163,19 +180,20 @@ def look_at_memory(here: Here) -> dict[str, float]:
     workers = here.paths.workers if here.paths else 0
     own = RANK_BYTES if here.is_gpu else CPU_RANK_BYTES
     return {
-        "available": available(Path("/proc/meminfo").read_text(), Path("/sys/fs/cgroup")),
+        "available": available(Path("/proc/meminfo").read_text(), control_groups()),
         "wanted": here.ranks.local_size * (own + workers * WORKER_BYTES),
     }
 
 
-def available(meminfo: str, cgroup: Path) -> int:
-    """Bytes that processes here may still take: of the machine, or of their control group if that is less."""
+def available(meminfo: str, groups: Sequence[Path]) -> int:
+    """Bytes that processes here may still take: of the machine, or of a control group of theirs if that is less."""
     found = dict(line.split(":", 1) for line in meminfo.splitlines() if ":" in line)
     free = int(found["MemAvailable"].split()[0]) * 1024
-    limit, used = cgroup / "memory.max", cgroup / "memory.current"
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        cached = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        free = min(free, int(text) - int(used.read_text()) + int(cached.get("inactive_file", 0)))
+    for group in groups:
+        limit, used = group / "memory.max", group / "memory.current"
+        if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+            cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            free = min(free, int(text) - int(used.read_text()) + int(cached.get("inactive_file", 0)))
     return free
 
 

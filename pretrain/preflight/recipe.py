@@ -113,8 +113,19 @@ def judge_data(told: Sequence[Told], here: Here) -> Judged:
                     status=WARNING,
                 )
             )
+        readers = here.ranks.world * max(1, here.paths.workers if here.paths else 0)
+        if of["shards"] < readers:
+            problems.append(
+                Problem(
+                    None,
+                    f"{name} has {of['shards']} shards, {readers} processes read it",
+                    "several read the same file, and from a store each node fetches it: build it again with a smaller "
+                    "--shard-size, or start fewer --workers",
+                    status=WARNING,
+                )
+            )
     value = ", ".join(
         f"{name}: {of['samples']} samples in {of['shards']} shards" for name, of in sources.items()
     )
-    rule = "the same manifests on all nodes, all shards there, and at least a batch of samples"
+    rule = "the same manifests on all nodes, all shards there, a batch of samples and a shard for each worker"
     return Judged(value, rule, problems)

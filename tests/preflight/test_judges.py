@@ -26,7 +26,7 @@ VERSIONS = {
     "other packages": "x",
     "unlike_requirements": {},
 }
-GPU = {"name": "H100", "uuid": "", "seen": 1, "used": GIB, "total": 80 * GIB, "faults": []}
+GPU = {"name": "H100", "uuid": "", "seen": 1, "used": GIB, "total": 80 * GIB, "faults": {}}
 TIMES = [[0.0, 1.0], [2.0, 2.01]]
 CLOCK = {"times": TIMES, "steps_back": 0, "share": 1.0}
 LOST = {"0": "10.0.0.1: refused", "1": "10.0.0.2: refused"}
@@ -57,8 +57,8 @@ CASES = [
     Case("environment", {}, {"GLOO_SOCKET_IFNAME": "lo"}, "GLOO_SOCKET_IFNAME=lo"),
     Case("environment", {"NCCL_IB_HCA": "a"}, {"NCCL_IB_HCA": "b"}, "NCCL_IB_HCA=b", WARNING),
     Case("gpu", GPU, {"used": 3 * GIB}, "3.0 GiB of the GPU are taken"),
-    Case("gpu", GPU, {"faults": ["GPU 1: 2 uncorrected ECC errors"]}, "2 uncorrected ECC errors"),
-    Case("gpu", GPU, {"faults": ["GPU 1: throttled (hw_slowdown)"]}, "throttled", WARNING),
+    Case("gpu", GPU, {"faults": {"GPU-b": ["GPU 1: 2 uncorrected ECC errors"]}}, "2 uncorrected ECC errors"),
+    Case("gpu", GPU, {"faults": {"GPU-b": ["GPU 1: throttled (hw_slowdown)"]}}, "throttled", WARNING),
     Case("gpu", GPU, {"faults": None}, "nvidia-smi cannot be asked", WARNING),
     Case("gpu", GPU, {"name": "A100"}, "A100, others H100", WARNING),
     Case("matmul", {"wrong": {}, "teraflops": 600.0, "is_gpu": True}, {"teraflops": 290.0}, "slow GPU: 290 TFLOP/s"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 import torch
 
 from data_prep import places
-from pretrain.preflight import gpus, machine, network, recipe, same, storage
+from pretrain.preflight import check, gpus, machine, network, recipe, same, storage
 from pretrain.preflight.check import Check, look_at_all
 from pretrain.preflight.clocks import judge_clock, offset
 from pretrain.preflight.options import Options
-from pretrain.preflight.told import Judged
+from pretrain.preflight.ranks import Ranks
+from pretrain.preflight.told import WARNING, Judged
 from tests.data.sets import good_set
 from tests.paths import ROOT
 from tests.preflight.here import alone, three_nodes, told
@@ -52,6 +55,23 @@ def test_a_look_that_raises_or_hangs_keeps_no_other_from_looking(tmp_path: Path)
     assert found["looks"]["value"] == 7
 
 
+def test_nobody_waits_for_a_rank_that_left_a_check_by_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "LOOKS_AGAIN", 0.02)
+    monkeypatch.setattr(check, "GRACE", 0.02)
+    never, first = threading.Event(), three_nodes(options=Options(check_seconds=60.0))
+    second = dataclasses.replace(first, ranks=Ranks(rank=1, world=3, nodes=3, node=1))
+    looks = {"meets": lambda here: never.wait() if here.ranks.rank else fail(here), "waits": fail}
+    checks = {
+        name: Check("", look, lambda told, here: Judged("", ""), is_together=True)
+        for name, look in looks.items()
+    }
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda here: look_at_all(checks, here), (first, second)))
+    never.set()
+    assert found[0]["meets"]["error"].startswith("KeyError") and found[1]["meets"]["skipped"] == "meets"
+    assert [one["waits"] for one in found] == [{"skipped": "meets"}] * 2
+
+
 def test_versions_tell_packages_unlike_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
     here = alone(three_nodes())
     versions = same.look_at_versions(here)
@@ -78,13 +98,27 @@ def test_only_what_decides_communication_is_compared() -> None:
 
 
 def test_faults_of_gpus_are_read_from_what_the_driver_tells() -> None:
-    assert gpus.faults(SMI.format(sram=0, pending="No", hot="Not Active")) == []
-    assert gpus.faults(SMI.format(sram=2, pending="Yes", hot="Active")) == [
+    assert gpus.faults(SMI.format(sram=0, pending="No", hot="Not Active")) == {"GPU-a": []}
+    assert gpus.faults(SMI.format(sram=2, pending="Yes", hot="Active"))["GPU-a"] == [
         "GPU 0 (GPU-a): 2 uncorrected ECC errors (sram_uncorrectable_parity)",
         "GPU 0 (GPU-a): remapped_row_pending: it wants a reset",
         "GPU 0 (GPU-a): throttled (hw_thermal_slowdown)",
     ]
-    assert gpus.faults(SMI.format(sram="N/A", pending="N/A", hot="N/A")) == []
+    assert gpus.faults(SMI.format(sram="N/A", pending="N/A", hot="N/A")) == {"GPU-a": []}
+
+
+def test_a_fault_of_another_job_s_gpu_is_not_ours() -> None:
+    well = {
+        "name": "H100",
+        "uuid": "a",
+        "used": 0,
+        "total": 1,
+        "faults": {"GPU-a": [], "GPU-z": ["worn out"]},
+    }
+    here = three_nodes()
+    assert not gpus.judge_gpu(told(well), here).problems
+    [problem] = gpus.judge_gpu(told(well | {"uuid": "z"}), here).problems
+    assert problem.value == "worn out"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -128,12 +162,22 @@ def test_shared_memory_is_what_workers_hold_or_what_the_job_asks_for(
 
 def test_memory_and_cores_of_a_container_are_its_own(tmp_path: Path) -> None:
     meminfo = "MemTotal: 100 kB\nMemAvailable:    4194304 kB\n"
-    assert machine.available(meminfo, tmp_path) == 4 * 2**30
-    for name, text in {"max": "3000", "current": "2500", "stat": "anon 5\ninactive_file 100"}.items():
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert machine.available(meminfo, tmp_path) == 600
-    (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert machine.usable_cores(tmp_path / "cpu.max") == 0.5
+    root, own = tmp_path / "cgroup", "12:cpu:/x\n0::/slurm/job_7/step_0\n"
+    job = root / "slurm" / "job_7"
+    (job / "step_0").mkdir(parents=True)
+    groups = machine.control_groups(own, root)
+    assert groups == [job / "step_0", job, job.parent, root]
+    assert machine.available(meminfo, groups) == 4 * 2**30
+    texts = {"max": "3000", "current": "2500", "stat": "anon 5\ninactive_file 100"}
+    for group, most in ((job, "3000"), (job / "step_0", "max"), (root, "9000")):
+        for name, text in (texts | {"max": most}).items():
+            (group / f"memory.{name}").write_text(text)
+    assert machine.available(meminfo, groups) == 600, "what the job may take bounds its steps"
+    (job / "cpu.max").write_text("50000 100000\n")
+    (root / "cpu.max").write_text("max 100000\n")
+    assert machine.usable_cores(groups) == 0.5
+    assert machine.control_groups("0::/../../elsewhere\n", root) == [root], "in a container's own name space"
+    assert machine.control_groups("12:cpu:/x\n", root) == [root], "the first version's, which has other files"
 
 
 def test_a_process_that_may_lock_memory_has_no_limit() -> None:
@@ -188,8 +232,12 @@ def test_data_is_read_and_a_shard_that_is_cut_is_told(tmp_path: Path) -> None:
 def test_a_small_data_set_is_warned_of(tmp_path: Path) -> None:
     here = three_nodes(tmp_path)
     small = {"labelled": {"manifest": "1", "shards": 2, "samples": 7}}
-    [problem] = recipe.judge_data(told(small, small, small), here).problems
-    assert problem.value == "labelled has 7 samples, the batch 64"
+    problems = recipe.judge_data(told(small, small, small), here).problems
+    assert [problem.value for problem in problems] == [
+        "labelled has 7 samples, the batch 64",
+        "labelled has 2 shards, 3 processes read it",
+    ]
+    assert {problem.status for problem in problems} == {WARNING}
 
 
 def test_a_rank_without_the_gpu_that_others_have_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
