@@ -1,5 +1,11 @@
 #!/usr/bin/env bash
-# Is what a user set a number, a port, a switch? Sourced. What is not ends the script with 2: value, rule, remedy.
+# Is what a user set a number, a port, a switch? Sourced. What is not ends the script with 2: value, rule, remedy. What is
+# missing on this machine ends it with 1.
+
+fail() {
+  echo "$*" >&2
+  exit 1
+}
 
 mistake() {
   echo "$*" >&2

@@ -10,11 +10,6 @@
 # shellcheck source=jobs/checks.sh
 . "${root:?is not set: the repository, as the script that sources this one has found it}/jobs/checks.sh"
 
-fail() {
-  echo "$*" >&2
-  exit 1
-}
-
 # What these variables say is not said a second time among the overrides of the recipe.
 refuse_said() { # ARGUMENTS...
   refuse_arguments "--recipe RECIPE" "--out OUT" "--ds-config DS_CONFIG" "--ds_config DS_CONFIG" "--data DATA_<NAME>" -- "$@"

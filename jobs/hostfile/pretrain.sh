@@ -24,11 +24,6 @@ answer_seconds=30
 # shellcheck source=jobs/checks.sh
 . "$root/jobs/checks.sh"
 
-fail() {
-  echo "$*" >&2
-  exit 1
-}
-
 if (($# == 0)); then
   echo "no arguments: say at least --recipe, --data NAME=DIR and --out DIR; see the head of $0" >&2
   exit 2

@@ -11,22 +11,27 @@
 #   JOB_COMPLETION_INDEX  which share, by the Job        PARTS  how many, the number of completions
 #   WORKERS               processes; default 2
 set -euo pipefail
+root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
+# shellcheck source=jobs/checks.sh
+. "$root/jobs/checks.sh"
 verb=${1:-}
 
 : "${PREPARE_OUT:?is not set: name the folder of the data set in run.yaml}"
 case $verb in
   check) exec python -m data_prep check "$PREPARE_OUT" ;;
   build) ;;
-  *) echo "\"$verb\" is neither build nor check" >&2 && exit 2 ;;
+  *) mistake "\"$verb\" is neither build nor check: give one of them" ;;
 esac
 
 : "${PREPARE_SOURCE:?is not set: name a source in run.yaml, such as cc12m; python -m data_prep build --help lists them}"
 : "${JOB_COMPLETION_INDEX:?is not set: start this in a Job with completionMode: Indexed, which gives each pod its number}"
 : "${PARTS:?is not set: say how many pods share the work, the number of completions}"
-if ! [[ $PARTS =~ ^[1-9][0-9]*$ && $JOB_COMPLETION_INDEX =~ ^[0-9]+$ ]] || ((JOB_COMPLETION_INDEX >= PARTS)); then
-  echo "JOB_COMPLETION_INDEX=$JOB_COMPLETION_INDEX and PARTS=$PARTS: set completions and PARTS to one number" >&2
-  exit 2
-fi
+require_number PARTS 1 "set that of completions"
+require_number JOB_COMPLETION_INDEX 0 "the Job sets it"
+((JOB_COMPLETION_INDEX < PARTS)) ||
+  mistake "JOB_COMPLETION_INDEX=$JOB_COMPLETION_INDEX and PARTS=$PARTS: set completions and PARTS to one number"
+: "${WORKERS:=2}"
+require_number WORKERS 1 "say how many processes a pod builds with"
 read -ra more <<<"${PREPARE_ARGUMENTS:-}"
 exec python -m data_prep build "$PREPARE_SOURCE" --out "$PREPARE_OUT" ${more[@]+"${more[@]}"} \
-  --part "$((JOB_COMPLETION_INDEX + 1))/$PARTS" --workers "${WORKERS:-2}"
+  --part "$((JOB_COMPLETION_INDEX + 1))/$PARTS" --workers "$WORKERS"

@@ -61,15 +61,34 @@ elif ! command -v deepspeed >/dev/null; then
   exit 1
 fi
 
-# One start of Python answers two questions: how many GPUs, and which port is free.
-read -r gpus free_port < <(python - <<'PYTHON'
-import os, socket, torch
+case " $* " in
+  *" --help "* | *" -h "*) exec python "$root/pretrain/main.py" "$@" ;;
+esac
+
+# One start of Python answers what is wrong with the arguments, before torch is loaded, how many GPUs there are, and which
+# port is free. Of several machines the preflight tells mistakes, with their names.
+checked=("$@")
+if ((NODES > 1)) && [[ ${PREFLIGHT:-0} == 1 ]]; then checked=(); fi
+read -r gpus free_port < <(python - "$root" ${checked[@]+"${checked[@]}"} <<'PYTHON'
+import os, socket, sys
+root, *arguments = sys.argv[1:]
+sys.path.insert(0, root)
+if arguments:
+    from pretrain.arguments import main
+    try:
+        code = main(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    if code:
+        sys.exit(print(code, "-"))
+import torch
 gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     print(gpus, probe.getsockname()[1])
 PYTHON
 )
+[[ $free_port != - ]] || exit "$gpus"
 
 ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
 if ((gpus == 0)); then

@@ -94,7 +94,9 @@ start_step() { # NODES COMMAND ...
 }
 
 # SIGUSR1 and not SIGTERM: at that srun kills its tasks.
+is_asked=0
 ask_step() {
+  is_asked=1
   kill -s USR1 "$step" 2>/dev/null || true
 }
 
@@ -102,10 +104,11 @@ ask_step() {
 wait_for_step() {
   trap ask_step TERM USR1
   wait_for_end "$step"
-  trap '' TERM USR1 # what is left takes a moment, and a requeue asks this script, too
+  trap 'is_asked=1' TERM USR1 # what is left takes a moment, and a requeue asks this script, too
 }
 
-run_step() { # NODES COMMAND ...; the code of its end
+run_step() { # NODES COMMAND ...; the code of its end, that of SIGTERM if this script was asked to stop before it
+  ((is_asked == 0)) || return 143
   start_step "$@"
   wait_for_step
   return "$code"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.schema import MANIFEST_NAME, Manifest, sha256_file
+from pretrain.arguments import ROOT, override
 from pretrain.compare.comparisons import Comparison, Variant
 from pretrain.config import Run, Source
-from pretrain.main import ROOT, override
 from pretrain.objective import LABELS
 from pretrain.objectives import OBJECTIVES
 from pretrain.recipes import rows

@@ -17,12 +17,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_prep.schema import write_atomic
+from pretrain.arguments import ROOT
 from pretrain.checkpoint import checkpoint_folder
 from pretrain.compare.plan import ALL_STEPS, TRAIN, Job, Task
 from pretrain.config import Run
 from pretrain.intact import verify
 from pretrain.lock import Busy, only_writer
-from pretrain.main import ROOT
 
 LOG = "output.txt"  # of a job's commands
 SECONDS_TO_LOOK_AGAIN = 2.0  # whether a folder is free

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from data_prep.schema import write_atomic
 from pretrain import recipes
+from pretrain.arguments import match_sources, override
 from pretrain.command import exit_code
 from pretrain.config import Run
 from pretrain.data.measure import Measured, SourceCount, count_sources, measure
 from pretrain.data.remote import is_url
-from pretrain.main import match_sources, override
 from pretrain.report.document import Section, document
 from pretrain.report.pairs import legend, pair_pictures, read_pairs
 from pretrain.visualize.markup import Html, element, table

@@ -14,8 +14,9 @@ import argparse
 import sys
 
 from pretrain import recipes
+from pretrain.arguments import override
 from pretrain.config import Run
-from pretrain.main import MISTAKE, override
+from pretrain.exits import MISTAKE
 from pretrain.plan.machines import MACHINES, Cluster
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)  # tried, as far as they divide the inputs of a GPU

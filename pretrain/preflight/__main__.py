@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pretrain.arguments import read
 from pretrain.config import Run
 from pretrain.exits import FAILED as FAILED_CODE
 from pretrain.exits import FINISHED, INTERRUPTED, LOST, MISTAKE
-from pretrain.main import parse, parse_replay
 from pretrain.preflight import tell
 from pretrain.preflight.board import Board, Silent
 from pretrain.preflight.check import Here, Row, gather, judge, look_at_all
@@ -37,7 +37,7 @@ from pretrain.preflight.ranks import Ranks, ranks_of
 from pretrain.preflight.same import OURS, counted
 from pretrain.preflight.told import FAILED, Problem
 
-FRAME = str.maketrans("╭╮╰╯│─", "      ")  # around a mistake that tyro tells
+FRAME = "╭╮╰╯│─|+ "  # around a mistake that tyro tells
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,15 +139,25 @@ def read_run(arguments: Sequence[str]) -> tuple[Run | None, argparse.Namespace |
     output = io.StringIO()
     try:
         with redirect_stderr(output), redirect_stdout(output):
-            if any(argument.split("=")[0] == "--replay" for argument in arguments):
-                parse_replay(list(arguments))
-            elif arguments:
-                return *parse(list(arguments)), ""
+            asked = read(list(arguments)) if arguments else None
+            if isinstance(asked, tuple):
+                return *asked, ""
     except SystemExit:
-        return None, None, " ".join(output.getvalue().translate(FRAME).split()) or "the arguments are wrong"
+        return None, None, said(output.getvalue()) or "the arguments are wrong"
     except (ValueError, OSError) as error:
         return None, None, str(error)
     return None, None, ""
+
+
+def said(text: str) -> str:
+    """What is wrong, in one line, of what argparse says below its usage, or tyro in a frame with a title."""
+    _, _, error = text.partition(" error: ")
+    if error:
+        return " ".join(error.split())
+    _, *lines = [line for line in (line.strip(FRAME) for line in text.splitlines()) if line.strip("-")] or [
+        ""
+    ]
+    return " ".join(line for line in lines if not line.startswith("For full helptext"))
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def judge(name: str, check: Check, told: Sequence[Told], here: Here) -> Row:
         return Row(name, SKIPPED, f"not tried, since {skipped[0]} did not end well", check.text, ())
     if not values and not problems:
         return Row(name, SKIPPED, "nothing to check here", check.text, ())
-    judged = Judged("not measured", check.text)
+    judged = Judged("see below", check.text)
     if values:
         try:
             judged = check.judge(values, here)

@@ -119,8 +119,8 @@ def judge_data(told: Sequence[Told], here: Here) -> Judged:
                 Problem(
                     None,
                     f"{name} has {of['shards']} shards, {readers} processes read it",
-                    "several read the same file, and from a store each node fetches it: build it again with a smaller "
-                    "--shard-size, or start fewer --workers",
+                    "several read the same file, and from a store each node fetches it: build it again with a "
+                    "smaller --shard-size, or start fewer --workers",
                     status=WARNING,
                 )
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from pretrain.config import Run
@@ -33,5 +34,7 @@ def load(name: str) -> Run:
             ) from error
     module, _, recipe = name.partition(".")
     if module not in MODULES or recipe not in MODULES[module].RECIPES:
-        raise ValueError(f"recipe={name!r} is unknown; choose from {names()}")
+        near = difflib.get_close_matches(name, names(), 1)
+        meant = f", did you mean {near[0]!r}?" if near else ";"
+        raise ValueError(f"recipe={name!r} is unknown{meant} choose from {names()}")
     return MODULES[module].RECIPES[recipe]()

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from pretrain import recipes
-from pretrain.main import MISTAKE, explain, main, parse, steps_of
+from pretrain.arguments import parse, steps_of
+from pretrain.exits import MISTAKE
+from pretrain.main import explain, main
 from tests.engine.launch import TIMEOUT, environment
 from tests.paths import ROOT
 
@@ -39,7 +41,10 @@ def test_overrides_are_typed_and_nested() -> None:
         (["--steps=4.5"], "--steps '4.5' must be a whole number, such as 500"),
         (["--data.labelled.weight", "much"], "--data.labelled.weight 'much' must be a number, such as 4"),
         (["--optim.lr", "-1"], "optim.lr=-1.0 must be positive"),
-        (["--recipe", "m3i.dmo"], "recipe='m3i.dmo' is unknown; choose from ['m3i.vit_b16'"),
+        (
+            ["--recipe", "m3i.dmo"],
+            "recipe='m3i.dmo' is unknown, did you mean 'm3i.demo'? choose from ['m3i.vit_b16'",
+        ),
         (["--data", "labelled"], "--data 'labelled' must look like NAME=DIR"),
         (
             ["--data", *SOURCES, "labelled=jobs"],

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from pretrain.checkpoint import load_student, load_teacher
-from pretrain.exits import FINISHED
+from pretrain.exits import FINISHED, MISTAKE
 from pretrain.intact import sha256
-from pretrain.main import MISTAKE, main
+from pretrain.main import main
 from tests.engine.launch import environment
 from tests.evaluate.sets import write_set
 from tests.initial.conftest import VIT, timm_state, towers_of

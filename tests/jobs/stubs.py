@@ -19,7 +19,7 @@ def write_program(path: Path, text: str) -> None:
 def write_launcher(folder: Path, text: str = "") -> None:
     """FOLDER as ENV: `deepspeed` leaves its arguments in FOLDER/arguments and does `text`; one GPU is there."""
     write_program(folder / "bin" / "deepspeed", f'printf "%s\\n" "$@" >{folder}/arguments\n{text}')
-    write_program(folder / "bin" / "python", 'case $* in -) echo "1 29500" ;; *) exit 1 ;; esac')
+    write_program(folder / "bin" / "python", 'case $* in "- "*) echo "1 29500" ;; *) exit 1 ;; esac')
 
 
 def launched(folder: Path) -> list[str]:

@@ -172,6 +172,7 @@ def test_entry_starts_the_machine_that_its_number_says(
         ("prepare.sh", {"PREPARE_SOURCE": ""}, "PREPARE_SOURCE: is not set"),
         ("prepare.sh", {"PARTS": ""}, "PARTS: is not set"),
         ("prepare.sh", {"PARTS": "1"}, "JOB_COMPLETION_INDEX=1 and PARTS=1: set completions"),
+        ("prepare.sh", {"WORKERS": "many"}, "WORKERS=many is no number from 1"),
         ("evaluate.sh", {"OUT": ""}, "OUT: is not set"),
         ("evaluate.sh", {"EVALUATE_DATA": ""}, "EVALUATE_DATA: is not set"),
         ("probe.sh", {"OUT": ""}, "OUT: is not set"),

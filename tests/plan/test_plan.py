@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from pretrain import main as entry
+from pretrain.arguments import parse
+from pretrain.exits import MISTAKE
 from pretrain.plan import __main__ as command
 from pretrain.plan.machines import Cluster
 from pretrain.plan.plan import Plan, make_plan
@@ -51,7 +53,7 @@ def test_a_mistake_is_told_before_torch_is_needed(
     changes: list[str], message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "pretrain.plan.plan", None)  # its import would fail
-    assert command.main([*SHORT, *changes]) == entry.MISTAKE
+    assert command.main([*SHORT, *changes]) == MISTAKE
     told = capsys.readouterr().err
     assert re.search(message, told), told
 
@@ -61,7 +63,7 @@ def test_the_printed_command_starts_the_planned_run(tmp_path: Path):
     told = tell(plan, ["--batch", "4096"], price=2.0)
     text = told.split("Command:\n")[1].replace("\\\n", " ")
     printed = shlex.split(text.replace("DIR", str(tmp_path)))
-    run, paths = entry.parse(printed[printed.index("pretrain/main.py") + 1 :])
+    run, paths = parse(printed[printed.index("pretrain/main.py") + 1 :])
     best = plan.best().setting
     assert (run.batch, run.backbone.activation_checkpoint) == (4096, best.checkpoint)
     assert paths.ds_config.stem == best.file

@@ -132,12 +132,14 @@ def test_a_mistake_in_the_command_is_a_failure_that_is_told(
         main(["--only", "arguments", "--recipe", "m3i.dmo", "--data", "a=tests", "--out", "out"]) == MISTAKE
     )
     assert "FAILED arguments: node " in (shown := capsys.readouterr().out)
-    assert "recipe='m3i.dmo' is unknown; choose from" in shown
+    assert "recipe='m3i.dmo' is unknown, did you mean 'm3i.demo'? choose from" in shown
     run, _, mistake = read_run(
         ["--recipe", "m3i.demo", "--data", "labelled=tests", "captioned=jobs", "--out", "o", "--x", "1"]
     )
     assert run is None
-    assert "--x" in mistake, "also what tyro refuses"
+    assert mistake == "Unrecognized options: --x, 1", "also what tyro refuses, without its frame"
+    _, _, mistake = read_run(["--recipe", "m3i.demo", "--out", "o"])
+    assert mistake == "the following arguments are required: --data"
 
 
 def _arrived(store: dist.Store, ranks: Ranks) -> Board:

@@ -64,7 +64,9 @@ def test_a_field_that_is_not_written_has_its_default():
 
 
 def test_unknown_recipe_lists_the_choices():
-    with pytest.raises(ValueError, match=r"'m3i\.demoo' is unknown; choose from \['m3i\.vit_b16'"):
+    with pytest.raises(
+        ValueError, match=r"'m3i\.demoo' is unknown, did you mean 'm3i\.demo'\? choose from \['m3i\.vit_b16'"
+    ):
         load("m3i.demoo")
 
 
