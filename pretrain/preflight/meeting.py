@@ -41,7 +41,7 @@ def meet(ranks: Ranks, options: Options) -> tuple[Board, Options]:
         _connect(ranks, address, options.connect_seconds)
     try:
         rest = max(options.connect_seconds - (time.monotonic() - begun), ATTEMPT)
-        store = _store(address, ranks.rank == 0, rest)
+        store = _store(address, ranks.rank == 0 and not _is_hosted(), rest)
     except RuntimeError as error:  # torch's DistError, of every kind
         raise NotMet(_no_store(ranks, address, error)) from error
     try:
@@ -75,6 +75,11 @@ def _address(ranks: Ranks) -> tuple[str, int]:
             f"{ranks.place} does not know where rank 0 is ({error}): start by jobs/local/pretrain.sh or the "
             "deepspeed launcher, with MASTER_ADDR and a numeric MASTER_PORT"
         ) from None
+
+
+def _is_hosted() -> bool:
+    """Does torchrun's agent listen at MASTER_PORT, where its ranks meet?"""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _store(address: tuple[str, int], is_host: bool, seconds: float) -> dist.TCPStore:

@@ -76,6 +76,16 @@ def test_rank_0_names_a_port_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> 
             meeting.meet(Ranks(world=2, nodes=2, host="ant"), SOON)
 
 
+def test_rank_0_meets_where_the_agent_of_torchrun_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(agent.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    board, _ = meeting.meet(Ranks(), SOON)
+    board.tell("here", 7)
+    assert agent.get("preflight/here") == b"7"
+
+
 def test_an_address_that_is_not_said_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(meeting.NotMet, match="does not know where rank 0 is"):
