@@ -23,6 +23,8 @@ root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/../..")
 answer_seconds=30
 # shellcheck source=jobs/checks.sh
 . "$root/jobs/checks.sh"
+# shellcheck source=jobs/wait.sh
+. "$root/jobs/wait.sh"
 
 if (($# == 0)); then
   echo "no arguments: say at least --recipe, --data NAME=DIR and --out DIR; see the head of $0" >&2
@@ -157,7 +159,6 @@ quote() {
 }
 
 ask() {
-  is_interrupted=1
   if ((is_asked++ == 0)); then
     trap '' TERM USR1 HUP # of the process that asks
     while true; do
@@ -169,7 +170,6 @@ ask() {
   fi
 }
 interrupt() {
-  is_interrupted=1
   trap 'exit 130' INT # and again: no more waiting
   {
     on_hosts "$host_script ask $id INT"
@@ -207,11 +207,7 @@ start_and_wait() {
   set +m
   trap ask TERM USR1 HUP
   trap interrupt INT
-  while true; do
-    is_interrupted=0 code=0
-    wait "$deepspeed" || code=$?
-    ((is_interrupted)) || break
-  done
+  wait_for_end "$deepspeed"
   kill -s KILL -- "-$deepspeed" 2>/dev/null || true # a pdsh whose launcher was killed
   for _ in {1..50}; do
     kill -0 "$reader" 2>/dev/null || break # it has read to the end

@@ -9,7 +9,7 @@
 #   NODES                 pods; the same number as completions and parallelism
 #   RECIPE, DATA, OUT     as --recipe, --data ("NAME=DIR NAME=DIR ...") and --out
 #   DS_CONFIG, CHECKPOINTS, ARGUMENTS   as --ds-config, --checkpoints and whatever else; may be empty
-#   MASTER_PORT           default 29500                        WAIT_SECONDS  for machine 0 and for older pods; 1800
+#   MASTER_PORT           default 29500                        WAIT_SECONDS  for other machines and older pods; 1800
 #   RESTARTS              in a row without a new step, then the Job fails; default 10
 #
 # It ends as jobs/local/pretrain.sh does: 75 and 76 have the Job start the pod again, 1, 2 and 65 end the Job.
@@ -62,8 +62,7 @@ wait_until() {
 # for each other in the middle of a step, but those who will be started as well. Ranks that live give signs of life in
 # OUT/ranks (pretrain/watchdog.py), and none before they have met: signs that change now are of ranks that must go.
 signs() {
-  local files=("$OUT"/ranks/rank_*.json)
-  cat -- "${files[0]}" "${files[-1]}" 2>/dev/null | grep --text '"ended": false' || true
+  cat -- "$OUT"/ranks/rank_*.json 2>/dev/null | grep --text '"ended": false' || true
 }
 older_are_gone() {
   local before
@@ -87,6 +86,8 @@ if ((NODES > 1)); then
   : "${JOB_NAME:?is not set: name the Job, whose pod 0 the others look for}"
   : "${SERVICE:?is not set: name the headless Service, which gives the pods their names}"
   export NODES NODE_RANK=$JOB_COMPLETION_INDEX MASTER_ADDR=$JOB_NAME-0.$SERVICE MASTER_PORT=${MASTER_PORT:-29500}
+  # Machines that still fetch the image or are still bought come later than those that pretrain/preflight waits for.
+  export PREFLIGHT_CONNECT_SECONDS=${PREFLIGHT_CONNECT_SECONDS:-$((WAIT_SECONDS > 0 ? WAIT_SECONDS : 60))}
   wait_until "$MASTER_ADDR has an address: pod 0 is scheduled, and Service $SERVICE is there" has_address
 fi
 exec "$root/jobs/local/pretrain.sh" "${given[@]}"

@@ -13,6 +13,5 @@ python -m pretrain.evaluate "$OUT" --data "$EVALUATE_DATA" --out "$OUT/evaluatio
 code=0
 for format in ${EXPORT_TO:-safetensors}; do
   python -m pretrain.export "$OUT" --to "$format" || code=$?
-  if ((code > 128)); then break; fi # asked to stop
 done
 exit "$code"

@@ -101,9 +101,19 @@ fi
 launcher=(--quiet --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-$free_port}")
 if ((NODES > 1)); then
   # Every machine starts its own ranks: DeepSpeed needs no way into the others, only how many there are.
-  hostfile=$(mktemp)
-  for ((node = 0; node < NODES; node++)); do echo "node$node slots=$ranks"; done >"$hostfile"
-  launcher+=(--hostfile "$hostfile" --no_ssh --node_rank "$NODE_RANK")
+  hostfile=$(mktemp) slots=$ranks include=""
+  # The launcher chooses GPUs by number and forgets those that are visible: it is told them. Of the other machines only
+  # how many there are counts.
+  if ((gpus > 0)) && [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+    [[ $CUDA_VISIBLE_DEVICES =~ ^[0-9]+(,[0-9]+)*$ ]] ||
+      mistake "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names GPUs otherwise than by number: of several machines the" \
+        "launcher takes numbers alone, such as 4,5,6,7"
+    visible=$(cut --delimiter=, --fields="-$ranks" <<<"$CUDA_VISIBLE_DEVICES")
+    slots=$(($(tr , '\n' <<<"$visible" | sort --numeric-sort | tail -n 1) + 1))
+    for ((node = 0; node < NODES; node++)); do include+=${include:+@}node$node:$visible; done
+  fi
+  for ((node = 0; node < NODES; node++)); do echo "node$node slots=$slots"; done >"$hostfile"
+  launcher+=(--hostfile "$hostfile" --no_ssh --node_rank "$NODE_RANK" ${include:+--include "$include"})
 else
   launcher+=(--hostfile /dev/null) # whatever a cluster left in the default hostfile
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}

@@ -114,7 +114,12 @@ run_step() { # NODES COMMAND ...; the code of its end, that of SIGTERM if this s
   return "$code"
 }
 
+# Of an array this task alone: the number of one task is also that of the whole.
 requeue() {
-  # Refused where an operator or Slurm has just done it.
-  scontrol requeue "$SLURM_JOB_ID" || echo "[slurm] not requeued by this script: see above" >&2
+  local job=$SLURM_JOB_ID state
+  [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+  # Once a job is cancelled, or requeued by an operator or by Slurm, it no longer runs; it would come back all the same.
+  state=$(scontrol show job --oneliner "$job" 2>/dev/null | sed -nE 's/.* JobState=([A-Z_]+).*/\1/p') || true
+  if [[ ${state:-RUNNING} == RUNNING ]] && scontrol requeue "$job"; then return; fi
+  echo "[slurm] not requeued by this script${state:+: the job is $state}" >&2
 }

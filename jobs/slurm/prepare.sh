@@ -7,12 +7,12 @@
 #
 # The arguments are those of `python -m data_prep build`, the same for both; `--workers` is the CPUs of the task, which
 # --cpus-per-task says (default 2), unless it is given. A task of an array makes its share of the shards (--part slurm);
-# without an array this makes what is missing, the manifest, and reads every byte again. A task that is preempted or
-# comes to its time limit finishes the shards in the making and goes into the queue again; one that failed is submitted
-# again. `--mem` is that of --workers.
+# without an array this makes what is missing, the manifest, and reads every byte again. A task that comes to its time
+# limit finishes the shards in the making and goes into the queue again; so does one that Slurm ends for another job, whose
+# shards in the making are made again. One that failed is submitted again. `--mem` is that of --workers.
 #
 #   ENV, CONTAINER, IMAGE, MOUNTS, ...   see jobs/slurm/environment.sh; folders of the arguments go into MOUNTS
-#   RESTARTS   of a task that is asked to stop, then it ends; default 50
+#   PREPARE_RESTARTS   of a task that is asked to stop, then it ends; default 50
 #   M3I_ROOT   the repository, since Slurm runs a copy of this file; default: where sbatch was
 #SBATCH --job-name=m3i-prepare
 #SBATCH --nodes=1
@@ -28,8 +28,8 @@ root=${M3I_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 . "$root/jobs/slurm/environment.sh" ||
   { echo "M3I_ROOT=$root is not the repository: set it, or start sbatch there" >&2; exit 1; }
 
-: "${RESTARTS:=50}"
-require_number RESTARTS 0 "say how often a task may be asked to stop"
+: "${PREPARE_RESTARTS:=50}"
+require_number PREPARE_RESTARTS 0 "say how often a task may be asked to stop"
 out="" arguments=("$@") has_workers=0
 while (($#)); do
   case $1 in
@@ -46,11 +46,11 @@ set_environment
 in_step() {
   code=0
   run_step 1 "$root/jobs/slurm/task.sh" "${bin}python" -m data_prep "$@" || code=$?
-  if ((code == 143)); then # asked to stop
-    if ((${SLURM_RESTART_COUNT:-0} < RESTARTS)); then
+  if ((code == 143 || (code != 0 && is_asked))); then # asked to stop, perhaps before the build could hear it
+    if ((${SLURM_RESTART_COUNT:-0} < PREPARE_RESTARTS)); then
       requeue
     else
-      echo "[slurm] restarted $RESTARTS times: not requeued; is its time too short for a shard?" >&2
+      echo "[slurm] restarted $PREPARE_RESTARTS times: not requeued; is its time too short for a shard?" >&2
     fi
   fi
   ((code == 0)) || exit "$code"

@@ -38,7 +38,7 @@ require_environment
 require_data
 require_ds_config "$root"
 : "${RESTARTS:=5}"
-require_number RESTARTS 0 "say how many restarts may be in vain"
+require_number RESTARTS 1 "say how many starts may be in vain"
 require_switch PREFLIGHT
 set_environment
 

@@ -38,7 +38,8 @@ require_ds_config "$root"
 require_number NODES 1 "say how many nodes pre-train"
 require_number TASKS 1 "say how many tasks build a data set"
 require_number GPUS 0 "say how many GPUs of a node are asked for"
-[[ -z ${RESTARTS:-} ]] || require_number RESTARTS 0 "say how many restarts may be in vain"
+[[ -z ${RESTARTS:-} ]] || require_number RESTARTS 1 "say how many starts may be in vain"
+[[ -z ${PREPARE_RESTARTS:-} ]] || require_number PREPARE_RESTARTS 0 "say how often a task may be asked to stop"
 [[ -z ${SHM_GIB:-} ]] || require_number SHM_GIB 0 "say how many GiB of shared memory are wanted"
 require_switch PREFLIGHT
 for format in $EXPORT_TO; do

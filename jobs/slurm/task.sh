@@ -6,12 +6,14 @@ set -euo pipefail
 # shellcheck source=jobs/wait.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/../wait.sh"
 
-command=""
+command="" is_asked=0
 tell() {
+  is_asked=1
   [[ -z $command ]] || kill -s TERM "$command" 2>/dev/null || true
 }
 trap tell USR1
 (trap '' USR1; exec "$@") &
 command=$!
+((is_asked == 0)) || tell # it came before there was anybody to tell
 wait_for_end "$command"
 exit "$code"

@@ -53,7 +53,6 @@ class Here:
     arguments: tuple[str, ...] = ()
     mistake: str = ""  # what is wrong with the arguments
     num_gpus: int = 0  # ranks that have a GPU
-    group: Any = None  # of all ranks, from the network's check on
     model: dict[str, float] | None = (
         None  # on rank 0: parameters, bytes of a checkpoint and of a rank's host memory
     )

@@ -49,7 +49,8 @@ def meet(ranks: Ranks, options: Options) -> tuple[Board, Options]:
     except Silent as error:
         raise NotMet(
             f"{ranks.place} met somebody at {told(address)} who does not call the roll ({error}): another run "
-            "may have that port: set another MASTER_PORT on all nodes"
+            "may have that port, or an earlier start of this one: if it stays so, change MASTER_PORT on all nodes",
+            is_lost=True,
         ) from error
     except dist.DistError as error:
         raise NotMet(
@@ -153,7 +154,7 @@ def _roll_call(store: dist.Store, ranks: Ranks, options: Options, begun: float) 
         )
         message = f"{ranks.place} and {twin} are the same rank: give every node its own NODE_RANK, and start it once"
         board.tell("twice", message)
-        raise NotMet(message)
+        raise NotMet(message, is_lost=True)  # or one that was started again comes before the others end
     board.tell(f"arrived/{ranks.rank}", mine)
     board.count("arrivals")
     if ranks.rank == 0:
@@ -182,7 +183,7 @@ def _missing(board: Board, ranks: Ranks, seconds: float) -> tuple[str, bool]:
             if is_late:
                 return missing_text(ranks, there, planned_hosts(ranks.nodes)), True
         time.sleep(PAUSE / 5)
-    return board.hear("twice"), False
+    return board.hear("twice"), True
 
 
 def missing_text(ranks: Ranks, there: Iterable[int], hosts: dict[int, str]) -> str:

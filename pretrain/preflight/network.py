@@ -120,10 +120,6 @@ def look_at_all_reduce(here: Here) -> dict[str, Any] | None:
     ranks = here.ranks
     if ranks.world == 1:
         return None
-    if here.is_mixed:
-        raise ValueError(
-            f"{here.num_gpus} of {ranks.world} ranks have a GPU, all or none must: see gpu and versions"
-        )
     group = _process_group(here)
     numbers = torch.arange(BYTES[here.device.type] // 4, device=here.device) % 7
     total = sum(rank % PATTERN + 1 for rank in range(ranks.world))
@@ -133,13 +129,18 @@ def look_at_all_reduce(here: Here) -> dict[str, Any] | None:
         taken = _timed(here, lambda tensor=tensor: dist.all_reduce(tensor, group=group))
         seconds = taken if seconds == float("inf") else min(seconds, taken)
         wrong = max(wrong, int((tensor != numbers * total).sum()))
-    here.group = group  # not before: who hangs here would hang there too
     moved = 2 * (ranks.world - 1) / ranks.world * BYTES[here.device.type]
     return {"gb_s": moved / seconds / 1e9, "wrong": wrong, "backend": "nccl" if here.is_gpu else "gloo"}
 
 
 def _process_group(here: Here) -> Any:
-    """As training's: NCCL between GPUs, gloo otherwise, met through a store of its own."""
+    """As training's: NCCL between GPUs, gloo otherwise, met through a store of its own; the same at every call."""
+    if here.is_mixed:
+        raise ValueError(
+            f"{here.num_gpus} of {here.ranks.world} ranks have a GPU, all or none must: see gpu and versions"
+        )
+    if dist.is_initialized():
+        return dist.group.WORLD
     limit = timedelta(seconds=here.options.check_seconds)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=limit)
@@ -202,8 +203,7 @@ def look_at_links(here: Here) -> dict[str, Any] | None:
     ranks = here.ranks
     if ranks.nodes == 1:
         return None
-    if here.group is None:
-        raise ValueError("there is no process group, see all_reduce")
+    group = _process_group(here)
     sent = torch.full((BYTES[here.device.type] // 8,), float(ranks.rank), device=here.device)
     received = torch.empty_like(sent)
     onward = (ranks.rank + ranks.local_size) % ranks.world
@@ -211,7 +211,7 @@ def look_at_links(here: Here) -> dict[str, Any] | None:
     seconds = float("inf")
     for _ in range(ROUNDS):
         received.zero_()
-        taken = _timed(here, lambda: _pass_on(sent, onward, received, before, here.group))
+        taken = _timed(here, lambda: _pass_on(sent, onward, received, before, group))
         seconds = taken if seconds == float("inf") else min(seconds, taken)
     wrong = int((received != before).sum())
     return {"gb_s": sent.numel() * 4 / seconds / 1e9, "wrong": wrong, "from": before}

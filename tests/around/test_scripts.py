@@ -236,6 +236,39 @@ def test_a_local_job_that_is_asked_to_stop_asks_its_ranks_and_gives_their_code(
     assert job.wait(20) == PREEMPTED
 
 
+@pytest.mark.parametrize(
+    ("visible", "slots", "include"),
+    [
+        ("", 2, ""),
+        ("0,1", 2, "--include node0:0,1@node1:0,1"),
+        ("6,7,4", 8, "--include node0:6,7@node1:6,7"),  # the first two of those that the job was given
+    ],
+)
+def test_each_of_several_machines_keeps_the_gpus_that_it_was_given(
+    tmp_path: Path, visible: str, slots: int, include: str
+) -> None:
+    _write_stubs(tmp_path, "while [[ $1 != --hostfile ]]; do shift; done; cat $2; echo ${@:3}")
+    (tmp_path / "bin" / "python").write_text("#!/usr/bin/env bash\necho 3 29500\n")
+    given = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    node = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500", "RANKS": "2"}
+    ended = run_script("jobs/local/pretrain.sh", "--recipe", "m3i.demo", ENV=str(tmp_path), **node, **given)
+    hosts = [f"node{index} slots={slots}" for index in (0, 1)]
+    command = f"--no_ssh --node_rank 1 {include}".strip()
+    assert ended.stdout.splitlines() == [*hosts, f"{command} {ROOT}/pretrain/main.py --recipe m3i.demo"], (
+        ended.stderr
+    )
+
+
+def test_gpus_that_the_launcher_cannot_choose_are_refused(tmp_path: Path) -> None:
+    _write_stubs(tmp_path, "exit 0")
+    (tmp_path / "bin" / "python").write_text("#!/usr/bin/env bash\necho 1 29500\n")
+    node = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+    ended = run_script(
+        "jobs/local/pretrain.sh", "--recipe", "a", ENV=str(tmp_path), CUDA_VISIBLE_DEVICES="GPU-7f", **node
+    )
+    assert ended.returncode == 2 and "CUDA_VISIBLE_DEVICES=GPU-7f names GPUs otherwise" in ended.stderr
+
+
 def test_a_local_job_whose_rank_is_killed_says_that_it_was_lost(tmp_path: Path) -> None:
     _write_stubs(tmp_path, "exit 247")  # as DeepSpeed's launcher tells of a rank that SIGKILL ended
     ended = run_script("jobs/local/pretrain.sh", "--recipe", "m3i.demo", ENV=str(tmp_path))

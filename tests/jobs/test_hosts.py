@@ -105,6 +105,8 @@ def _as_pods(hosts: TwoHosts, scenes: Path, out: Path, env: dict[str, str], fold
         "NODES": "2",
         "RANKS": "1",
         "RECIPE": recipe,
+        "PREFLIGHT": "1",
+        "PREFLIGHT_ONLY": "ranks,arguments,reach,links",
     }
     given |= {"DATA": " ".join(sources[:2]), "ARGUMENTS": " ".join(sources[2:]), "OUT": str(out)} | env
     pods = []

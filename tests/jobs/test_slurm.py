@@ -75,7 +75,7 @@ def submitted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dic
         EVALUATE_DATA=str(data),
         EVALUATE_ARGUMENTS="--probes knn --steps last",
         SHM_GIB="0",
-        PREFLIGHT="0",  # of a CPU there is little to measure
+        PREFLIGHT_ONLY="ranks,arguments,reach",  # of a CPU there is little to measure
         GLOO_SOCKET_IFNAME="lo",
     )
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -188,6 +188,35 @@ def test_the_run_is_evaluated_and_exported(submitted: dict[str, Any]) -> None:
     assert "kNN" in next((out / "logs").glob("evaluate-*.txt")).read_text()
     assert "proven: towers.safetensors" in next((out / "logs").glob("export-*.txt")).read_text()
     assert (out / "export" / "safetensors" / "towers.safetensors").is_file()
+
+
+def test_of_an_array_one_task_is_requeued_and_a_cancelled_one_is_not(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.environment |= environment(ENV=sys.prefix, M3I_ROOT=str(ROOT))
+    build = f"scenes --count 20000 --size 64 --shard-size 100 --workers 1 --out {tmp_path / 'scenes'}".split()
+    script = str(ROOT / "jobs/slurm/prepare.sh")
+    options = ["--parsable", "--array=1-2", "--cpus-per-task=1", f"--output={tmp_path}/%a.txt"]
+    array = cluster.tell("sbatch", *options, script, *build).strip()
+
+    def tasks() -> dict[str, dict[str, str]]:
+        told = cluster.tell("scontrol", "show", "job", "--oneliner", array).splitlines()
+        return {(job := dict(re.findall(r"(\w+)=(\S*)", line)))["ArrayTaskId"]: job for line in told}
+
+    def is_built(task: str) -> bool:
+        return (output := tmp_path / f"{task}.txt").is_file() and "image/s" in output.read_text()
+
+    _until("both tasks build", lambda: is_built("1") and is_built("2"), cluster)
+    [asked] = [task for task, job in tasks().items() if job["JobId"] == array]  # whose number is that of all
+    cluster.tell("scancel", "--signal=USR1", "--batch", f"{array}_{asked}")
+    _until("it is requeued", lambda: tasks()[asked]["Restarts"] == "1", cluster)
+    assert [job["Restarts"] for task, job in tasks().items() if task != asked] == ["0"]
+    cluster.tell("scancel", array)
+    _until("all are over", lambda: not cluster.has_steps(), cluster)
+    _until(
+        "all are cancelled", lambda: {job["JobState"] for job in tasks().values()} == {"CANCELLED"}, cluster
+    )
+    assert sum(int(job["Restarts"]) for job in tasks().values()) == 1
 
 
 def test_srun_gives_no_code_that_the_scripts_could_trust(cluster: Cluster) -> None:

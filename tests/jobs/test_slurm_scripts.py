@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.exits import DIVERGED, FAILED, FINISHED, LOST, MISTAKE, PREEMPTED
+from tests.jobs.stubs import write_program
 from tests.paths import ROOT
 
 KILLED = 128 + signal.SIGKILL
@@ -43,6 +44,7 @@ SCONTROL = """case "$1 $2" in
   "show hostnames") printf '%s\\n' n1 n2 ;;
   "getaddrs n1") [[ -z ${ADDRESS:-} ]] || echo "n1: $ADDRESS" ;;
   "show node") echo "   NodeAddr=10.0.0.7 NodeHostName=n1 Version=22.05.8" ;;
+  "show job") echo "JobId=7 ArrayTaskId=3 JobState=${STATE:-RUNNING} Reason=None" ;;
   requeue*) echo "$2" >>"$STUBS/requeued" ;;
 esac
 """
@@ -52,19 +54,13 @@ wc -l <"$STUBS/sbatch"
 """
 
 
-def write_script(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
-    path.chmod(0o755)
-
-
 @pytest.fixture
 def stubs(tmp_path: Path) -> Path:
     """A folder with stand-ins in bin/, where they also keep what they were told, and an environment of that name."""
     texts = {"srun": SRUN, "scontrol": SCONTROL, "sbatch": SBATCH, "scancel": 'echo "$@" >"$STUBS/scancel"'}
     for name, text in texts.items():
-        write_script(tmp_path / "bin" / name, text)
-    write_script(tmp_path / "bin" / "python", 'echo "$@" >>"$STUBS/python"')
+        write_program(tmp_path / "bin" / name, text)
+    write_program(tmp_path / "bin" / "python", 'echo "$@" >>"$STUBS/python"')
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").touch()
     return tmp_path
@@ -114,7 +110,7 @@ def nodes_that_end_with(stubs: Path, *codes: int) -> str:
     shutil.copytree(ROOT / "ds_configs", root / "ds_configs", dirs_exist_ok=True)
     ends = f"codes=({' '.join(map(str, codes))}); code=${{codes[$NODE_RANK]}}"
     kill = f"((code != {KILLED})) || kill -9 $PPID $$"
-    write_script(root / "jobs/single_node/pretrain.sh", f"{ends}\n{kill}\nexit $code")
+    write_program(root / "jobs/single_node/pretrain.sh", f"{ends}\n{kill}\nexit $code")
     return str(root)
 
 
@@ -149,6 +145,21 @@ def test_the_nodes_codes_become_one_and_what_can_go_on_goes_into_the_queue(
         node = codes.index(expected)
         assert f"[slurm] node {node}: [slurm] node {node} (n{node + 1}) ended with code" in ended.stderr
         assert f"would end so again: see {logs}" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("state", "requeued"),
+    [
+        ("RUNNING", ["7"]),
+        ("COMPLETING", []),  # cancelled, or requeued by somebody else
+        ("?", ["7"]),  # the controller did not answer
+    ],
+)
+def test_a_job_that_no_longer_runs_does_not_put_itself_into_the_queue(
+    stubs: Path, state: str, requeued: list[str]
+) -> None:
+    run(stubs, "pretrain.sh", M3I_ROOT=nodes_that_end_with(stubs, LOST, LOST), STATE=state)
+    assert said(stubs, "requeued") == requeued
 
 
 def test_restarts_in_vain_come_to_an_end_that_is_told(stubs: Path) -> None:
@@ -264,10 +275,10 @@ def test_a_job_that_is_asked_to_stop_asks_the_ranks_of_all_nodes(stubs: Path) ->
     """From Slurm's signal to the batch script through srun, node.sh and the launcher, and back; it comes twice."""
     (stubs / "rank.py").write_text(RANK)
     rank = f"{sys.executable} $STUBS/rank.py $STUBS/rank_$NODE_RANK"
-    write_script(
+    write_program(
         stubs / "bin" / "deepspeed", f"({rank} & wait $!) & wait $!"
     )  # as its launcher stands between
-    write_script(stubs / "bin" / "python", "echo 0 29500")  # GPUs and a free port
+    write_program(stubs / "bin" / "python", "echo 0 29500")  # GPUs and a free port
     job = subprocess.Popen(
         [str(ROOT / "jobs/slurm/pretrain.sh"), "--steps", "3"], env=variables(stubs, RANKS="1", PREFLIGHT="0")
     )
@@ -285,12 +296,12 @@ def test_a_build_that_is_asked_to_stop_is_told_and_its_workers_are_not(stubs: Pa
     build = (
         f"trap 'wait $worker; exit 143' TERM\n{worker}\ntouch $STUBS/begun\nwhile true; do sleep 0.05; done"
     )
-    write_script(stubs / "bin" / "python", build)
+    write_program(stubs / "bin" / "python", build)
     script = [str(ROOT / "jobs/slurm/prepare.sh"), "scenes", "--out", "data"]
-    for restart, requeued in (("0", ["7"]), ("3", ["7"])):
-        job = subprocess.Popen(
-            script, env=variables(stubs, SLURM_RESTART_COUNT=restart, RESTARTS="3"), cwd=stubs
-        )
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}  # of which one task has the number of all
+    for restart, requeued in (("0", ["7_3"]), ("3", ["7_3"])):
+        given = variables(stubs, SLURM_RESTART_COUNT=restart, PREPARE_RESTARTS="3", **array)
+        job = subprocess.Popen(script, env=given, cwd=stubs)
         wait_for(job, stubs / "begun")
         job.send_signal(signal.SIGUSR1)
         assert job.wait(30) == 128 + signal.SIGTERM
@@ -313,7 +324,7 @@ def test_a_data_set_is_built_by_an_array_and_checked_by_a_job_after_it(stubs: Pa
 
 def test_a_container_holds_the_repository_the_run_and_the_data(stubs: Path) -> None:
     out, data = stubs / "out", stubs / "data"
-    write_script(stubs / "bin" / "apptainer", 'echo "$@" >"$STUBS/apptainer"')
+    write_program(stubs / "bin" / "apptainer", 'echo "$@" >"$STUBS/apptainer"')
     more = {"IMAGE": "docker://m3i", "MOUNTS": "/a /b:/c", "ENV": "", "EXPORT_TO": "timm"}
     assert run(stubs, "export.sh", CONTAINER="apptainer", **more).returncode == 0
     paths = f"{ROOT},{out},{data},/a,/b:/c"
