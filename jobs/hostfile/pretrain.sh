@@ -13,7 +13,8 @@
 #   LOGS         folder that gets one file a rank for what it prints; default: all on this script's output
 #   PREFLIGHT    1 checks all machines together before training; see pretrain/preflight
 #   FORWARD      names of more variables that the ranks get; they get NCCL_*, GLOO_*, UCX_*, AWS_*, WANDB_*, M3I_*,
-#                DS_ACCELERATOR and OMP_NUM_THREADS (default: cores / slots), by a file that only its user can read
+#                PREFLIGHT_*, SHM_GIB, DS_ACCELERATOR and OMP_NUM_THREADS (default: cores / slots), by a file that only
+#                its user can read
 #
 # Every host is asked first, all at once and for 30 s at most. SIGTERM, SIGUSR1 or SIGHUP to this script saves on all
 # hosts and ends with 75; the other codes are those of jobs/local/pretrain.sh. When it ends, however it does, no rank is
@@ -87,7 +88,7 @@ said() {
 # What the ranks are given, with the password of a store among it, must not be seen in a list of processes.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 forwarded=(HF_HUB_OFFLINE TOKENIZERS_PARALLELISM)
-for name in ${FORWARD:-} DS_ACCELERATOR OMP_NUM_THREADS $(compgen -e | grep -E '^(NCCL|GLOO|UCX|AWS|WANDB|M3I)_'); do
+for name in ${FORWARD:-} SHM_GIB DS_ACCELERATOR OMP_NUM_THREADS $(compgen -e | grep -E '^(NCCL|GLOO|UCX|AWS|WANDB|M3I|PREFLIGHT)_'); do
   [[ -z ${!name+set} ]] || forwarded+=("$name")
 done
 for index in "${!hosts[@]}"; do

@@ -81,8 +81,10 @@ if arguments:
         code = ended.code
     if code:
         sys.exit(print(code, "-"))
-import torch
-gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+gpus = 0
+if os.environ.get("DS_ACCELERATOR") != "cpu":
+    import torch
+    gpus = torch.cuda.device_count()
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     print(gpus, probe.getsockname()[1])

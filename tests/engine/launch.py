@@ -1,14 +1,16 @@
-"""How does a test start ranks? As processes of their own on the loopback interface."""
+"""How does a test start ranks? As processes of their own on the loopback interface, forks of one that is warm."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch.multiprocessing
 
 from tests.paths import ROOT
 
-TIMEOUT = 420  # seconds; a launch takes about 20 of a free processor, most of them imports
+TIMEOUT = 420  # seconds
 
 
 def launch(folder: Path, *scenarios: str, world: int = 2) -> dict[str, Any]:
@@ -34,26 +36,37 @@ def start(
     timeout: float = TIMEOUT,
 ) -> tuple[list[int], str]:
     """Exit codes by rank (minus the signal if killed) and the joint output of `script FOLDER *arguments`."""
+    log = folder / f"output_{world}.txt"
+    return run_ranks(
+        [str(script), str(folder), *arguments], log, world=world, timeout=timeout
+    ), log.read_text()
+
+
+def run_ranks(command: Sequence[str], log: Path, *, world: int, timeout: float = TIMEOUT) -> list[int]:
+    """Exit codes of `python *command` on every rank, whose joint output is in `log`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    log = folder / f"output_{world}.txt"
-    with log.open("w") as file:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(folder), *arguments],
-                env=environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_PORT=port),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-            for r in range(world)
-        ]
-        try:
-            codes = [process.wait(timeout) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    return codes, log.read_text()
+        place = {"WORLD_SIZE": str(world), "MASTER_PORT": str(free.getsockname()[1])}
+    log.write_text("")
+    ranks = [environment(RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(world)]
+    asked = {"command": list(command), "environments": ranks, "log": str(log), "timeout": timeout}
+    server = _warm()
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps(asked) + "\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    assert answer, f"the process that forks ranks ended with {server.wait()}"
+    return json.loads(answer)
+
+
+@functools.cache
+def _warm() -> subprocess.Popen[str]:
+    """The process that forks ranks; it ends when its standard input does, so also with this one if that is killed."""
+    command = [sys.executable, str(ROOT / "tests" / "engine" / "warm.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    server = subprocess.Popen(command, env=environment(), text=True, **pipes)
+    atexit.register(server.communicate)
+    return server
 
 
 def together(function: Callable[..., None], *arguments: Any, world: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -14,12 +13,13 @@ from typing import Any
 import pytest
 
 from pretrain.exits import FAILED, PREEMPTED
-from tests.engine.launch import environment
+from tests.engine.launch import run_ranks
 from tests.jobs.two_hosts import NAMES, TwoHosts, two_hosts, unusable
 from tests.paths import ROOT
 
 SCRIPT = "jobs/hostfile/pretrain.sh"
 STEPS = 14
+PREFLIGHT = {"PREFLIGHT": "1", "PREFLIGHT_ONLY": "ranks,arguments,reach,links"}
 CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
@@ -65,12 +65,15 @@ def test_two_hosts_train_as_two_local_ranks_do(hosts: TwoHosts, tmp_path: Path) 
     scenes = tmp_path / "scenes" / "train"
 
     stopped = _by_hostfile(hosts, _arguments(scenes, tmp_path / "hosts"), env, tmp_path)
-    assert stopped == PREEMPTED, (tmp_path / "hostfile.txt").read_text()
+    told = (tmp_path / "hostfile.txt").read_text()
+    assert stopped == PREEMPTED and "preflight of 2 ranks on 2 nodes: fit for training" in told, told
+    assert "links" in told and "all_reduce" not in told
     assert 2 <= len(_curve(tmp_path / "hosts")) < STEPS
     codes = _as_pods(hosts, scenes, tmp_path / "hosts", env, tmp_path)
     assert codes == [0, 0], [(tmp_path / f"pod{index}.txt").read_text() for index in (0, 1)]
 
-    codes = _as_local_ranks(_arguments(scenes, tmp_path / "local"), tmp_path)
+    command = [str(ROOT / "pretrain" / "main.py"), *_arguments(scenes, tmp_path / "local")]
+    codes = run_ranks(command, tmp_path / "local.txt", world=2)
     assert codes == [0, 0], (tmp_path / "local.txt").read_text()
     assert _curve(tmp_path / "hosts") == _curve(tmp_path / "local")
 
@@ -79,7 +82,9 @@ def _by_hostfile(hosts: TwoHosts, arguments: list[str], env: dict[str, str], fol
     """The exit code, after SIGTERM at the second step."""
     (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NAMES))
     log = folder / "hosts" / "log.jsonl"
-    given = hosts.environment(HOSTFILE=str(folder / "hostfile"), GLOO_SOCKET_IFNAME="eth0", **env)
+    given = hosts.environment(
+        HOSTFILE=str(folder / "hostfile"), GLOO_SOCKET_IFNAME="eth0", **PREFLIGHT, **env
+    )
     command = hosts.inside(NAMES[0], str(ROOT / SCRIPT), *arguments)
     with (folder / "hostfile.txt").open("w") as output:
         job = subprocess.Popen(command, env=given, stdout=output, stderr=output)
@@ -105,9 +110,7 @@ def _as_pods(hosts: TwoHosts, scenes: Path, out: Path, env: dict[str, str], fold
         "NODES": "2",
         "RANKS": "1",
         "RECIPE": recipe,
-        "PREFLIGHT": "1",
-        "PREFLIGHT_ONLY": "ranks,arguments,reach,links",
-    }
+    } | PREFLIGHT
     given |= {"DATA": " ".join(sources[:2]), "ARGUMENTS": " ".join(sources[2:]), "OUT": str(out)} | env
     pods = []
     for index, name in enumerate(NAMES):
@@ -121,19 +124,3 @@ def _as_pods(hosts: TwoHosts, scenes: Path, out: Path, env: dict[str, str], fold
                 )
             )
     return [pod.wait(300) for pod in pods]
-
-
-def _as_local_ranks(arguments: list[str], folder: Path) -> list[int]:
-    """Exit codes of two processes on the loopback interface, without any launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": "2", "MASTER_PORT": str(free.getsockname()[1])}
-    command = [sys.executable, str(ROOT / "pretrain" / "main.py"), *arguments]
-    with (folder / "local.txt").open("w") as output:
-        ranks = [
-            subprocess.Popen(
-                command, env=environment(RANK=rank, LOCAL_RANK=rank, **place), stdout=output, stderr=output
-            )
-            for rank in ("0", "1")
-        ]
-    return [rank.wait(300) for rank in ranks]

@@ -38,7 +38,9 @@ NORM_ALONE = ("FOLLOWING",)
 WIDE = ("partial_pointer", "statistics_pointer")  # float32 pointers
 H = INTERNIMAGE["internimage_h"]
 IN_FLOAT32 = (H,)  # the others' float32 differs by widths and by layer scale alone
-PUBLISHED = [INTERNIMAGE[f"internimage_{size}"] for size in ("t", "s", "b", "l", "xl", "h", "g")]
+# All widths and branches of these; of the others the widest and fullest, which registers would not hold first.
+WHOLE = ("internimage_t", "internimage_h")
+PUBLISHED = [f"internimage_{size}" for size in ("t", "s", "b", "l", "xl", "h", "g")]
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,18 @@ def branches(config: InternImageConfig) -> list[tuple[str, ...]]:
 
 
 def launches() -> list[Configuration]:
-    """One of every machine code that a published size needs: several widths share one."""
+    """One of every machine code that is looked at: several widths share one."""
     found = []
-    for config, dtype in product(PUBLISHED, BYTES):
+    for name, dtype in product(PUBLISHED, BYTES):
+        config = INTERNIMAGE[name]
         if dtype == "fp32" and config not in IN_FLOAT32:
             continue
         # In float32, which differs by the size of a number, the fullest branch stands for the others.
-        joined = branches(config) if dtype == "bf16" else branches(config)[:1]
-        for width in config.widths:
-            for kernel, parts in product(("residual_norm", "residual_norm_grad"), [*joined, NORM_ALONE]):
+        is_whole = name in WHOLE
+        joined = branches(config) if dtype == "bf16" and is_whole else branches(config)[:1]
+        for width in config.widths if is_whole else config.widths[-1:]:
+            parts_of = [*joined, NORM_ALONE] if is_whole else joined
+            for kernel, parts in product(("residual_norm", "residual_norm_grad"), parts_of):
                 found.append(Configuration(kernel, dtype, width, parts))
             found += [Configuration(kernel, dtype, width) for kernel in ("norm_gelu", "norm_gelu_grad")]
             size = config.dw_kernel_size
