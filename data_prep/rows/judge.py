@@ -16,7 +16,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from data_prep.rows.captions import IS_PLAIN_CAPTION, RULES
+from data_prep.rows.captions import IS_TIDY, RULES, WITH_SINGLE_SPACES
 from data_prep.rows.inputs import TEMPORARY, quoted
 from data_prep.rows.lines import MAX_TEXT
 from data_prep.rows.urls import IS_PLAIN_URL, RefusedUrl, clean_url
@@ -73,7 +73,14 @@ def judge(connection: duckdb.DuckDBPyConnection, query: str, number: int, target
     `query` gives the columns row, url, caption, similarity, sha256, md5, extra, refused (a reason, or null), and may
     give `note`, a word under which a row that stays is counted.
     """
-    connection.execute(f"CREATE OR REPLACE TEMP TABLE given AS {query}")
+    is_tidy = IS_TIDY[rules.caption].format(caption="caption")
+    tidied = WITH_SINGLE_SPACES.format(caption="caption")
+    connection.execute(f"""
+        CREATE OR REPLACE TEMP TABLE given AS
+        SELECT * REPLACE (CASE WHEN is_tidy THEN {tidied} ELSE caption END AS caption) FROM (
+            SELECT *, CASE WHEN refused IS NULL THEN coalesce({is_tidy}, true) END AS is_tidy FROM ({query})
+        )
+    """)
     connection.execute("ALTER TABLE given ADD COLUMN IF NOT EXISTS note VARCHAR")
     connection.register("asked", _asked(connection, rules))
     hashes = ", ".join(
@@ -81,6 +88,18 @@ def judge(connection: duckdb.DuckDBPyConnection, query: str, number: int, target
         for name, rule in IS_HEX.items()
     )
     no_caption = "false" if rules.keep_empty else "coalesce(caption, '') = ''"
+    blocks = "".join(
+        f"WHEN {condition} THEN '{reason}' "
+        for table, reason, condition in (
+            ("blocked_urls", "blocked_url", "url IN (FROM blocked_urls)"),
+            (
+                "blocked_hashes",
+                "blocked_hash",
+                "sha256 IN (FROM blocked_hashes) OR md5 IN (FROM blocked_hashes)",
+            ),
+        )
+        if connection.execute(f"FROM {table} LIMIT 1").fetchall()
+    )
     temporary = target.with_name(target.name + TEMPORARY)
     connection.execute(f"""
         COPY (
@@ -94,8 +113,7 @@ def judge(connection: duckdb.DuckDBPyConnection, query: str, number: int, target
                     WHEN refused IS NOT NULL THEN refused
                     WHEN url[1] = '!' THEN url[2:]
                     WHEN {no_caption} THEN 'no_caption'
-                    WHEN url IN (FROM blocked_urls) THEN 'blocked_url'
-                    WHEN sha256 IN (FROM blocked_hashes) OR md5 IN (FROM blocked_hashes) THEN 'blocked_hash'
+                    {blocks}
                 END AS reason
                 FROM cleaned
             ),
@@ -125,11 +143,10 @@ def _asked(connection: duckdb.DuckDBPyConnection, rules: Rules) -> pa.Table:
 
     The clean address, or "!" and the reason, and the clean caption.
     """
-    plain_url, plain_caption = IS_PLAIN_URL.format(url="url"), IS_PLAIN_CAPTION.format(caption="caption")
     reader = connection.sql(f"""
         SELECT * FROM (
-            SELECT row, coalesce({plain_url}, false) AS is_url, url,
-                CASE WHEN NOT {plain_caption} THEN caption END AS caption
+            SELECT row, coalesce({IS_PLAIN_URL.format(url="url")}, false) AS is_url, url,
+                CASE WHEN NOT is_tidy THEN caption END AS caption
             FROM given WHERE refused IS NULL
         ) WHERE NOT is_url OR caption IS NOT NULL
     """).to_arrow_reader(ASKED)

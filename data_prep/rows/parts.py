@@ -1,13 +1,13 @@
 """How do judged rows become the parts of a list? Sorted by hash twice, duplicates left out, rows.json last.
 
-By the hash of seed and address, so those of one address are neighbours, the best of them first. The first sort moves
-nothing but hashes, and finds the others; the second one moves what stays.
+By the hash of seed and address, so those of one address are neighbours. The first sort moves nothing but hashes, and
+finds all but the best of each address; the second one moves what stays.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -104,17 +104,47 @@ def _require_table(connection: duckdb.DuckDBPyConnection, judged: str, lists: Se
 def _write_repeated(connection: duckdb.DuckDBPyConnection, judged: str, twice: Path) -> None:
     """Write the places of rows whose address a better row has to the file `twice`: 128 bits of hash tell them."""
     reader = connection.sql(
-        f"SELECT mix, more, place FROM {judged} WHERE reason IS NULL"
-        " ORDER BY mix, more, similarity DESC NULLS LAST, place"
+        f"SELECT mix, more, coalesce(similarity, '-infinity'::DOUBLE) AS similarity, place FROM {judged}"
+        " WHERE reason IS NULL ORDER BY mix"
     ).to_arrow_reader(ROW_GROUP)
-    last = None  # hash of the row before
-    with pq.ParquetWriter(twice, pa.schema([("place", pa.int64())])) as writer:
-        for batch in reader:
-            digests = np.stack([batch["mix"].to_numpy(), batch["more"].to_numpy()], axis=1)
-            before = np.concatenate([digests[:1] + 1 if last is None else last, digests[:-1]])
-            is_repeated = (digests == before).all(axis=1)
-            last = digests[-1:] if len(digests) else last
-            writer.write_batch(batch.select(["place"]).filter(pa.array(is_repeated)))
+    schema = pa.schema([("place", pa.int64())])
+    with pq.ParquetWriter(twice, schema) as writer:
+        for rows in _whole_groups(reader):
+            writer.write_batch(pa.record_batch([repeated(*rows)], schema=schema))
+
+
+def _whole_groups(reader: Iterable[pa.RecordBatch]) -> Iterator[list[np.ndarray]]:
+    """The columns of sorted batches, cut where the first one changes."""
+    left: list[np.ndarray] = []
+    for batch in reader:
+        columns = [column.to_numpy() for column in batch.columns]
+        if left:
+            columns = [np.concatenate(pair) for pair in zip(left, columns, strict=True)]
+        last = np.searchsorted(columns[0], columns[0][-1]) if len(columns[0]) else 0
+        left = [column[last:] for column in columns]
+        yield [column[:last] for column in columns]
+    if left:
+        yield left
+
+
+def repeated(mix: np.ndarray, more: np.ndarray, similarity: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Places [m] of all rows [n] but the best of each (mix, more): the most similar, of those the first.
+
+    `mix` is sorted, and what is equal in it is nearly always equal in `more`.
+    """
+    tied = np.flatnonzero(mix[1:] == mix[:-1])
+    tied = np.union1d(tied, tied + 1)  # rows of groups of more than one
+    if not len(tied):
+        return place[:0]
+    mix, more, similarity, place = (column[tied] for column in (mix, more, similarity, place))
+    if ((mix[1:] == mix[:-1]) & (more[1:] != more[:-1])).any():
+        order = np.lexsort((more, mix))
+        mix, more, similarity, place = (column[order] for column in (mix, more, similarity, place))
+    is_first = np.concatenate([[True], (mix[1:] != mix[:-1]) | (more[1:] != more[:-1])])
+    starts, group = np.flatnonzero(is_first), np.cumsum(is_first) - 1
+    is_best = similarity == np.maximum.reduceat(similarity, starts)[group]
+    first = np.minimum.reduceat(np.where(is_best, place, np.iinfo(place.dtype).max), starts)
+    return place[place != first[group]]
 
 
 def _unique(connection: duckdb.DuckDBPyConnection, judged: str, twice: Path) -> Iterator[pa.Table]:
