@@ -204,6 +204,6 @@ def test_another_run_s_port_is_not_waited_at_for_ever(
     monkeypatch.setenv("MASTER_PORT", str(free_port))
     monkeypatch.setattr(meeting, "GRACE", 0.1)
     ranks = Ranks(rank=1, world=2, node=1, nodes=2, host="bee")
-    with pytest.raises(meeting.NotMet, match=r"bee .* met somebody .* set another MASTER_PORT on all nodes"):
+    with pytest.raises(meeting.NotMet, match=r"bee .* met somebody .* change MASTER_PORT on all nodes"):
         meeting.meet(ranks, SOON)
     assert other_run.port == free_port
