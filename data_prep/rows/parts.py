@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,12 @@ from data_prep.schema import fsync_folder, sha256_file
 NO_ADDRESS = ("columns", "empty_line", "no_url", "url_malformed", "url_scheme")
 MAX_WITHOUT = 0.5  # of all rows; with more of them it is another table than the source publishes
 ROW_GROUP = 65_536  # rows; a reader of some rows reads so many at most beside them
-FORMAT = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
+FORMAT = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "use_dictionary": ["extra"],
+    "write_statistics": False,
+}
 
 
 def write_rows(
@@ -50,7 +55,7 @@ def write_rows(
     twice = judged[0].with_name("twice.parquet")
     _write_repeated(connection, verdicts, twice)
     tables = _unique(connection, verdicts, twice)
-    parts = tuple(_write_parts(folder, tables, settings["rows_per_part"], settings["prefix"]))
+    parts = _write_parts(folder, tables, settings["rows_per_part"], settings["prefix"])
     if not parts:
         reasons = connection.execute(
             f"SELECT reason, count(*) FROM {verdicts} GROUP BY 1 ORDER BY 2 DESC"
@@ -158,26 +163,30 @@ def _unique(connection: duckdb.DuckDBPyConnection, judged: str, twice: Path) -> 
         yield pa.Table.from_batches([batch])
 
 
-def _write_parts(folder: Path, tables: Iterator[pa.Table], rows_per_part: int, prefix: str) -> Iterator[Part]:
+def _write_parts(
+    folder: Path, tables: Iterator[pa.Table], rows_per_part: int, prefix: str
+) -> tuple[Part, ...]:
     """Parts of exactly `rows_per_part` rows, but the last; written while the next rows are sorted."""
-    number = num_before = num_rows = 0
+    parts: list[Future[Part]] = []
+    num_before = num_rows = 0
     writer: pq.ParquetWriter | None = None
     path = folder / part_name(0)
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(1) as disk:
         for table in _ahead(tables, thread):
             while table.num_rows:
                 if writer is None:
-                    path = folder / part_name(number)
+                    path = folder / part_name(len(parts))
                     writer = pq.ParquetWriter(path.with_name(path.name + TEMPORARY), COLUMNS, **FORMAT)
                 piece = table[: rows_per_part - num_rows]
                 writer.write_table(_with_keys(piece, num_before, prefix), ROW_GROUP)
                 table, num_rows = table[piece.num_rows :], num_rows + piece.num_rows
                 num_before += piece.num_rows
                 if num_rows == rows_per_part:
-                    yield _finished(writer, path, num_rows)
-                    writer, num_rows, number = None, 0, number + 1
-    if writer is not None:
-        yield _finished(writer, path, num_rows)
+                    parts.append(disk.submit(_finished, writer, path, num_rows))
+                    writer, num_rows = None, 0
+        if writer is not None:
+            parts.append(disk.submit(_finished, writer, path, num_rows))
+    return tuple(part.result() for part in parts)
 
 
 def _ahead(tables: Iterator[pa.Table], thread: ThreadPoolExecutor) -> Iterator[pa.Table]:
