@@ -49,6 +49,7 @@ RANKS, STEP = 2, 1000
 MOST_SECONDS, MOST_GIB = 600, 12
 RECIPE = "m3i.internimage_h"
 FACTS = DataFacts(categories=tuple(f"category {index}" for index in range(1000)), vocab_size=30522)
+WRITTEN = (0, 3)  # exit codes: 3 where the toolkits themselves are not installed
 GRAPHS = ("onnx",)  # no files of weights under our names
 
 
@@ -159,7 +160,7 @@ def measure(folder: Path, formats: list[str]) -> dict[str, Any]:
         )
         told, row["loaded_back"] = row.pop("lines"), {}
         row["proof"] = [line for line in told if line.startswith(("proven: ", "compared: "))] or told[-3:]
-        files = json.loads((out / "keys.json").read_text())["files"] if row["exit_code"] == 0 else {}
+        files = json.loads((out / "keys.json").read_text())["files"] if row["exit_code"] in WRITTEN else {}
         for file in files if name not in GRAPHS else ():
             found = measured([sys.executable, __file__, "--check", str(out / file)])
             row["loaded_back"][file] = found | {"lines": found["lines"][-1:]}
@@ -190,7 +191,7 @@ def main() -> None:
     peak = max(row["peak_gib"] for row in rows.values())
     holds = seconds < MOST_SECONDS and peak < MOST_GIB
     whole = all(
-        row["exit_code"] == 0 and all(one["exit_code"] == 0 for one in row["loaded_back"].values())
+        row["exit_code"] in WRITTEN and all(one["exit_code"] == 0 for one in row["loaded_back"].values())
         for row in rows.values()
     )
     keep(

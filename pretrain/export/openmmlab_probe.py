@@ -53,22 +53,29 @@ def alone(folder: Path, images: dict, outputs: dict) -> dict:
     module = importlib.import_module("internimage_openmmlab")
     files = sorted(folder.glob("*_*.py"))
     configs = [file for file in files if not file.stem.endswith(("_openmmlab", "_network"))]
+    before, maps = None, {}  # a billion weights are loaded once for neighbours that say the same of them
     for file in configs:
         source = file.read_text().replace("{{ fileDirname }}", str(folder))
         exec(compile(source, str(file), "exec"), names := {})
         arguments = dict(names["model"]["backbone"])
         assert arguments.pop("type") == "InternImage"
-        keep(module.InternImage(**arguments), file.stem, images, outputs)
+        if arguments != before:
+            before, maps = arguments, maps_of(module.InternImage(**arguments), images)
+        keep(maps, file.stem, outputs)
     return {"configs": [file.name for file in configs]}
 
 
-def keep(backbone: torch.nn.Module, name: str, images: dict, outputs: dict) -> None:
-    """The maps of the backbone with the weights that its `init_cfg` names."""
+def maps_of(backbone: torch.nn.Module, images: dict) -> dict:
+    """By size, the maps of the backbone with the weights that its `init_cfg` names."""
     backbone.init_weights()
     backbone.eval()
-    for size, pixels in images.items():
-        maps = backbone(pixels)
-        outputs |= {f"{size}/{name}/{index - len(maps)}": m for index, m in enumerate(maps)}
+    return {size: backbone(pixels) for size, pixels in images.items()}
+
+
+def keep(maps: dict, name: str, outputs: dict) -> None:
+    """As outputs of the configuration file `name`; files of tensors hold no tensor twice."""
+    for size, several in maps.items():
+        outputs |= {f"{size}/{name}/{index - len(several)}": m.clone() for index, m in enumerate(several)}
 
 
 def toolkit(folder: Path, images: dict, outputs: dict) -> dict:
@@ -107,7 +114,7 @@ def build(config, file: Path, images: dict, outputs: dict) -> None:
     model = registry.build(config.model)
     build_optim_wrapper(model, config.optim_wrapper)
     require_equal(model.backbone, config.model.backbone.init_cfg.checkpoint)
-    keep(model.backbone, file.stem, images, outputs)
+    keep(maps_of(model.backbone, images), file.stem, outputs)
     model.eval()
     for pixels in images.values():
         model.extract_feat(pixels)
