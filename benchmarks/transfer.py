@@ -1,8 +1,9 @@
 """Does pre-training help in every protocol? Runs of several seeds on held-out scenes, before and after.
 
     python -m data_prep build scenes --out data/few --count 480 --seed 3
+    python -m data_prep build scenes --out data/held --count 2200 --seed 21 --heldout 0.91
     OMP_NUM_THREADS=1 python benchmarks/transfer.py runs/seed0 runs/seed1 runs/seed2 --train data/few/train \
-        --heldout data/demo/labelled/heldout
+        --heldout data/held/heldout
 
 The runs differ in `--seed`. Every protocol of pretrain.evaluate reads both checkpoints of a run, the first and the
 last; fine-tuning sees the training images --epochs times. A protocol gains clearly if in every run the 95 % interval
