@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from data_prep.stores import patiently
 TEMPORARY = ".tmp"
 ROW_GROUP = 65_536  # rows
 PARQUET_MARK = b"PAR1"  # first bytes of such a file
+_REMEMBERING = threading.Lock()  # of hashes
 
 
 @dataclass(frozen=True)
@@ -174,14 +176,20 @@ def fetched(path: str, work: Path) -> Path:
 
 
 def identity(path: Path, work: Path) -> dict[str, object]:
-    """Size and SHA-256 of a file; the hash is remembered in `work` for as long as size and time stay the same."""
+    """Size and SHA-256 of a file; the hash is remembered in `work` for as long as size and time stay the same.
+
+    Threads may ask at once.
+    """
     status = path.stat()
     memory = work / "hashes.json"
-    known = json.loads(memory.read_text()) if memory.is_file() else {}
     mark = f"{path}|{status.st_size}|{status.st_mtime_ns}"
+    known = json.loads(memory.read_text()) if memory.is_file() else {}
     if mark not in known:
-        known[mark] = sha256_file(path)
-        write_atomic(memory, json.dumps(known).encode())
+        digest = sha256_file(path)
+        with _REMEMBERING:
+            known = json.loads(memory.read_text()) if memory.is_file() else {}
+            known[mark] = digest
+            write_atomic(memory, json.dumps(known).encode())
     return {"num_bytes": status.st_size, "sha256": known[mark]}
 
 

@@ -127,7 +127,9 @@ def normalised(
         work.mkdir(exist_ok=True)
         stamps = {_last(name): stamp_of(name) for name in names}
         paths = {name: fetched(name, work) for name in names}
-        settings["inputs"] = {_last(name): identity(path, work) for name, path in paths.items()}
+        with ThreadPoolExecutor(options.metadata_threads) as pool:
+            found = pool.map(lambda path: identity(path, work), paths.values())
+            settings["inputs"] = dict(zip(map(_last, paths), found, strict=True))
         if (folder / ROWS_NAME).is_file():  # an input was written again, or lies elsewhere now
             _require_same(folder, settings, parse_rows(folder).settings)
             rows = replace(read_rows(folder), stamps=stamps)
