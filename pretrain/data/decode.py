@@ -16,6 +16,7 @@ from torch import Tensor
 from pretrain.data.faults import BadSample
 
 MAX_PIXELS = 64 * 2**20  # a larger image is refused from its header, before memory is taken for it
+APP1, START_OF_SCAN = b"\xe1", b"\xda"  # markers of JPEG segments, after 0xff
 ORIENTATION_TAG = 0x0112  # EXIF
 TURNED = {  # EXIF orientation -> how to turn the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,7 +47,7 @@ def plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
     None for everything else, which is left to `decode_image`: that also says what is wrong with it.
     """
     is_whole = content[:2] == b"\xff\xd8" and content.rstrip(b"\0")[-2:] == b"\xff\xd9"
-    if not is_whole or b"Exif\0\0" in content[: 2**16]:
+    if not is_whole or _has_exif(content):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
@@ -67,11 +68,30 @@ def _decode_jpeg(content: bytes) -> np.ndarray:
         if isinstance(error, BadSample):
             raise
         raise _bad(error) from error
-    if b"Exif\0\0" not in content[: 2**16]:
+    if not _has_exif(content):
         return pixels
     with Image.open(io.BytesIO(content)) as image:
         turn = TURNED.get(image.getexif().get(ORIENTATION_TAG, 1))
     return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
+
+
+def _has_exif(content: bytes) -> bool:
+    """Whether a segment of a JPEG file before its pixels is EXIF.
+
+    From segment to segment: to search a file of 56 kB for the word takes a twentieth of its decoding.
+    """
+    at = 2
+    while content[at : at + 1] == b"\xff" and (marker := content[at + 1 : at + 2]) not in (
+        b"",
+        START_OF_SCAN,
+    ):
+        if marker == b"\xff":  # filling
+            at += 1
+            continue
+        if marker == APP1 and content[at + 4 : at + 10] == b"Exif\0\0":
+            return True
+        at += 2 + int.from_bytes(content[at + 2 : at + 4])
+    return False
 
 
 def _decode_with_pillow(content: bytes) -> np.ndarray:

@@ -78,6 +78,19 @@ def test_exif_orientation_is_applied(form: str, orientation: int) -> None:
     assert bright.mean() > 240 and found.mean() < 60
 
 
+def test_exif_is_found_behind_other_segments_and_only_as_a_segment() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(picture(2, 32, 64), exif=exif.tobytes())
+    plain = encoded(picture(2, 32, 64))
+    comment = b"\xff\xfe\x00\x0eExif\0\0\xff\xda\xff\xd9\0\0"  # the word, and marks of a scan, in a comment
+    filled = b"\xff\xff\xff"  # markers may be filled up so
+    assert decode_image(turned[:2] + comment + filled + turned[2:]).shape == (64, 32, 3)
+    assert decode_image(plain[:2] + comment + filled + plain[2:]).shape == (32, 64, 3)
+    assert decode.plain_jpeg_size(turned[:2] + comment + turned[2:]) is None
+    assert decode.plain_jpeg_size(plain[:2] + comment + plain[2:]) == (32, 64)
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 def test_a_truncated_image_is_refused(form: str, share: float) -> None:
