@@ -11,7 +11,6 @@ from typing import Any
 
 from pretrain.checkpoint import load_towers
 from pretrain.config import Run
-from pretrain.data.faults import DataError
 from pretrain.data.remote import place_of
 from pretrain.data.shards import read_manifest
 from pretrain.facts import DataFacts
@@ -78,6 +77,6 @@ def count_samples(path: Path) -> dict[str, int]:
     places = json.loads(path.read_text()) if path.is_file() else {}
     counts = {}
     for name, place in places.items():
-        with contextlib.suppress(FileNotFoundError, DataError):  # moved, or a store that does not answer
+        with contextlib.suppress(OSError, ValueError):  # moved, damaged, or a store that does not answer
             counts[name] = read_manifest(place_of(place)).num_samples
     return counts

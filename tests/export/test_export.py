@@ -163,6 +163,10 @@ def test_samples_are_counted_where_the_data_still_is(tmp_path: Path) -> None:
     assert count_samples(place) == {}
     place.write_text(json.dumps({"here": str(tmp_path / "colors"), "gone": str(tmp_path / "gone")}))
     assert count_samples(place) == {"here": 3 * len(COLORS)}
+    next((tmp_path / "colors").glob("*.tar")).write_bytes(b"")  # no matter: the card tells of the manifest's number
+    assert count_samples(place) == {"here": 3 * len(COLORS)}
+    (tmp_path / "colors" / "manifest.json").write_text("{")
+    assert count_samples(place) == {}
 
 
 def test_card_says_when_nothing_was_evaluated(vit_run: Path, tmp_path: Path) -> None:
