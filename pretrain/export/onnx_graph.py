@@ -99,8 +99,28 @@ def write_graph(module: nn.Module, names: list[str], size: int, path: Path) -> N
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 opset_version=OPSET,
                 verbose=False,
+                optimize=False,
             )
+            _simplify(program.model)
             program.save(str(path), external_data=True)
+
+
+def _simplify(model: Any) -> None:
+    """What needs no image is computed, and what is computed twice once, in a model of onnx_ir.
+
+    The exporter's own optimisation tries each rule of rewriting on each node besides: forty times as long for 7 %
+    fewer nodes, which onnxruntime computes no faster.
+    """
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
+    common.InlinePass()(model)
+    optimizer.fold_constants(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.OutputFixPass()(model)
 
 
 def prove(trained: Trained, folder: Path) -> list[Agreement]:
