@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from pretrain.checkpoint import WEIGHTS
-from pretrain.command import require_place
+from pretrain.command import MISTAKE, exit_code, require_place
 from pretrain.config import Run
 from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.export.agreement import NotProven, summary
@@ -84,22 +84,22 @@ def _require_python(program: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0 proven, 1 not written, UNPROVEN written all the same.
+    """Exit code: 0 proven, 1 not written, UNPROVEN written all the same, 130 interrupted.
 
     A mistake of the user's, and an export that is not proven, are told in one message.
     """
+    done: list[Exported] = []
     try:
-        exported = export_run(arguments)
+        code = exit_code(
+            lambda given: done.append(export_run(given)), arguments, "the folder of the export is as it was"
+        )
     except NotProven as error:
         print(f"error: the export is not proven and was not kept: {error}", file=sys.stderr)
-        return 1
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if exported.unproven:
-        print(f"kept, but not proven by its toolkit: {exported.unproven}", file=sys.stderr)
+        return MISTAKE
+    if code == 0 and done[0].unproven:
+        print(f"kept, but not proven by its toolkit: {done[0].unproven}", file=sys.stderr)
         return UNPROVEN
-    return 0
+    return code
 
 
 if __name__ == "__main__":

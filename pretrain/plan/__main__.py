@@ -15,14 +15,14 @@ import sys
 
 from pretrain import recipes
 from pretrain.arguments import override
+from pretrain.command import exit_code
 from pretrain.config import Run
-from pretrain.exits import MISTAKE
 from pretrain.plan.machines import MACHINES, Cluster
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)  # tried, as far as they divide the inputs of a GPU
 
 
-def parse(arguments: list[str]) -> tuple[Run, Cluster, argparse.Namespace, list[str]]:
+def parse(arguments: list[str] | None) -> tuple[Run, Cluster, argparse.Namespace, list[str]]:
     """Run, cluster, options and overrides; ValueError, or SystemExit after argparse has told it."""
     parser = argparse.ArgumentParser(
         prog="python -m pretrain.plan",
@@ -57,22 +57,21 @@ def parse(arguments: list[str]) -> tuple[Run, Cluster, argparse.Namespace, list[
     return run, cluster, options, overrides
 
 
-def main(arguments: list[str]) -> int:
-    """Exit code; a mistake of the user's is told in one message."""
-    try:
-        run, cluster, options, overrides = parse(arguments)
-        from pretrain.plan.plan import make_plan  # here: torch takes seconds, and mistakes are told before
-        from pretrain.plan.sizes import assumed_facts
-        from pretrain.plan.tell import tell
+def plan(arguments: list[str] | None) -> None:
+    """Prints the plan. ValueError and OSError: a mistake of the user's."""
+    run, cluster, options, overrides = parse(arguments)
+    from pretrain.plan.plan import make_plan  # here: torch takes seconds, and mistakes are told before
+    from pretrain.plan.sizes import assumed_facts
+    from pretrain.plan.tell import tell
 
-        facts = assumed_facts(run, options.categories, options.vocab, options.tags)
-        plan = make_plan(run, facts, cluster, tuple(options.micro_batches))
-        print(tell(plan, overrides, options.price))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
-    return 0
+    facts = assumed_facts(run, options.categories, options.vocab, options.tags)
+    print(tell(make_plan(run, facts, cluster, tuple(options.micro_batches)), overrides, options.price))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code; a mistake of the user's is told in one message."""
+    return exit_code(plan, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -247,6 +247,13 @@ def test_command_exits_non_zero_when_nothing_is_proven(
     assert capsys.readouterr().err == "error: the export is not proven and was not kept: tokens differ\n"
     assert main([*arguments, "caffe"]) == 1
     assert capsys.readouterr().err.startswith("error: --to 'caffe' is unknown")
+
+    def end(trained, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(EXPORTERS, "timm", dataclasses.replace(EXPORTERS["timm"], prove=end))
+    assert main([*arguments, "timm"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted: the folder of the export is as it was\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from pretrain import main as entry
 from pretrain.arguments import parse
-from pretrain.exits import MISTAKE
+from pretrain.command import MISTAKE
 from pretrain.plan import __main__ as command
 from pretrain.plan.machines import Cluster
 from pretrain.plan.plan import Plan, make_plan
