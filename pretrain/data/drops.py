@@ -17,11 +17,12 @@ class Drops:
 
     `path`, if given, gets a line for each; what it tells of `start_step` and later belongs to a run that did not get
     so far, and is removed by `begin`, the rest counted. `manifests` of all sources say how much a lost shard holds.
+    `counts` are for telling: they may be of fewer ranks, of which each read more. Judged is what is read from here on.
     """
 
     def __init__(self, path: Path | None, start_step: int, manifests: Mapping[str, Manifest]) -> None:
         self.counts: dict[str, int] = {}  # "source: reason" -> samples
-        self._single: dict[str, int] = {}  # the same, of samples whose shard is there
+        self._single: dict[str, int] = {}  # the same, of samples whose shard is there, of this start
         self._lost: dict[
             tuple[str, str], int
         ] = {}  # source and name of a shard that is not as it was -> samples
@@ -29,7 +30,7 @@ class Drops:
         self._last = ""
         found = [] if path is None else _lines([path])
         self._kept = [line for line in found if line["step"] < start_step]
-        self._add([Dropped(*(line[name] for name in Dropped._fields)) for line in self._kept])
+        self._tell([Dropped(*(line[name] for name in Dropped._fields)) for line in self._kept])
 
     def begin(self) -> None:
         """The run goes on from its step: what a later one had told is gone."""
@@ -41,25 +42,27 @@ class Drops:
         dropped = [
             one for one in dropped if one.index != WHOLE_SHARD or (one.source, one.shard) not in self._lost
         ]
-        self._add(dropped)
+        self._tell(dropped)
+        for sample in dropped:
+            if sample.reason not in OF_SHARDS:
+                self._single[sample.kind] = self._single.get(sample.kind, 0) + 1
         if self._path is not None:
             with self._path.open("a") as file:
                 file.write(_text({"step": step, **sample._asdict()} for sample in dropped))
 
-    def _add(self, dropped: Sequence[Dropped]) -> None:
+    def _tell(self, dropped: Sequence[Dropped]) -> None:
         for sample in dropped:
             self.counts[sample.kind] = self.counts.get(sample.kind, 0) + 1
             self._last = str(sample)
-            if sample.reason not in OF_SHARDS:
-                self._single[sample.kind] = self._single.get(sample.kind, 0) + 1
-            elif (sample.source, sample.shard) not in self._lost and sample.source in self._manifests:
+            is_known = (sample.source, sample.shard) in self._lost or sample.source not in self._manifests
+            if sample.reason in OF_SHARDS and not is_known:
                 shards = self._manifests[sample.source].shards
                 samples = [shard.num_samples for shard in shards if shard.name == sample.shard]
                 self._lost[sample.source, sample.shard] = sum(samples)
 
     def check(self, num_images: int, limit: float) -> None:
-        """DataError when single samples are more than `limit` of those read for `num_images`, or the shards that
-        were lost hold more than that of a source: one of few thousand shards may go, at any time."""
+        """DataError when single samples are more than `limit` of those read for `num_images` since the start, or the
+        shards that were lost hold more than that of a source: one of few thousand shards may go, at any time."""
         check_bad_share(self._single, num_images, limit, self._last, beyond_chance)
         for name, manifest in self._manifests.items():
             lost = {shard: samples for (source, shard), samples in self._lost.items() if source == name}

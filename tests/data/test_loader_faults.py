@@ -85,6 +85,31 @@ def test_what_was_dropped_is_told_once_whatever_the_kills_and_ranks(tmp_path: Pa
     assert {line["step"] for line in lines} <= set(range(10))
 
 
+def test_a_resume_on_more_ranks_is_judged_by_what_it_reads_itself(tmp_path: Path) -> None:
+    """One rank met 20 bad samples of 400, within 8 %; of twenty ranks the first would have read 20 images by then."""
+    broken = {**sample(0, has_text=False), "jpg": b"\xff\xd8 broken"}
+    folder = spoilt(tmp_path, dict.fromkeys(range(0, 200, 20), broken))
+    run = small_run(data={"spoilt": Source("category")}, batch=40, max_bad=0.08)
+    log = tmp_path / "dropped.jsonl"
+    for world, first, until in ((1, 0, 10), (20, 10, 20)):
+        loader = Loader(run, {"spoilt": folder}, None, rank=0, world=world, start_step=first, dropped_to=log)
+        list(islice(loader, until - first))
+        loader.close()
+        told = sum(loader.dropped.values())
+        assert told == 20 if world == 1 else told > 20  # the old ones are told on
+    assert len(log.read_text().splitlines()) == told
+
+
+def test_a_resume_on_data_that_became_bad_stops(tmp_path: Path) -> None:
+    broken = {**sample(0, has_text=False), "jpg": b"\xff\xd8 broken"}
+    folder = spoilt(tmp_path, dict.fromkeys(range(0, 200, 2), broken))
+    run = small_run(data={"spoilt": Source("category")}, batch=40, max_bad=0.08)
+    loader = Loader(run, {"spoilt": folder}, None, rank=0, world=1, start_step=1000)
+    with pytest.raises(DataError, match=r"of the \d+ samples read so far are bad"):
+        list(islice(loader, 3))
+    loader.close()
+
+
 def test_the_replacement_is_the_next_sample_of_the_source(tmp_path: Path) -> None:
     run = small_run(data={"spoilt": Source("category")}, batch=20, max_bad=0.05)
     whole = [batch for batch, _ in islice(rounds(run, spoilt(tmp_path / "whole", {})), 10)]
