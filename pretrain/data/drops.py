@@ -17,7 +17,7 @@ class Drops:
 
     `path`, if given, gets a line for each; what it tells of `start_step` and later belongs to a run that did not get
     so far, and is removed by `begin`, the rest counted. `manifests` of all sources say how much a lost shard holds.
-    `counts` are for telling: they may be of fewer ranks, of which each read more. Judged is what is read from here on.
+    `counts` are for telling: they may be of fewer ranks, each of which read more. Judged is what is read from now on.
     """
 
     def __init__(self, path: Path | None, start_step: int, manifests: Mapping[str, Manifest]) -> None:
