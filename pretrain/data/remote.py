@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import fsspec
@@ -43,6 +43,12 @@ T = TypeVar("T")
 
 def is_url(place: Place) -> bool:
     return isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
+
+
+def leads_out(name: str) -> bool:
+    """Would a file of this name, which others gave, lie outside the folder that it is written to?"""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def place_of(text: str) -> Place:
@@ -100,12 +106,20 @@ class RemoteFolder:
         self._keep(MANIFEST_NAME, content)
 
     def copy_folder(self, name: str) -> Path:
-        """Fetches all files of a folder beside the shards; where there are none, the folder does not exist."""
+        """Fetches all files of a folder beside the shards; where there are none, the folder does not exist.
+
+        ValueError for a name that leads out of it.
+        """
         try:
             files = self._patiently(name, lambda fs, path: [file[len(path) + 1 :] for file in fs.find(path)])
         except FileNotFoundError:
             files = []
-        for file in files:
+        if outside := [file for file in files if leads_out(file)]:
+            raise ValueError(
+                f"{self.url}/{name} holds {outside[0]!r}, which would be written outside {self.folder / name}: "
+                "nothing is copied; remove that object, or take the data set from those who built it"
+            )
+        for file in (file for file in files if file[-1:] not in ("", "/")):  # what marks a folder is no file
             self._keep(
                 f"{name}/{file}", self._patiently(f"{name}/{file}", lambda fs, path: fs.cat_file(path))
             )

@@ -300,6 +300,20 @@ class Broken:
         raise OSError("no route")
 
 
+def test_names_that_lead_out_of_the_cache_are_refused(
+    store: Store, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    url = store.put(folders["talk"], "sets/evil")
+    marker = {"Bucket": BUCKET, "Key": "sets/evil/tokenizer/", "Body": b""}
+    store.files.call_s3("put_object", **marker)  # by which browsers of buckets show a folder
+    run = small_run(data={"talk": Source("text")})
+    Loader(run, {"talk": url}, None, rank=0, world=1).close()
+    store.files.pipe_file(f"{BUCKET}/sets/evil/tokenizer/../../../../evil.txt", b"evil")
+    with pytest.raises(ValueError, match=r"holds '../../../../evil.txt', which would be written outside"):
+        Loader(run, {"talk": url}, None, rank=0, world=1)
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
 @pytest.mark.parametrize("told", ["nan", "0", "-3", "ten"])
 def test_a_limit_that_is_none_is_refused(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("M3I_CACHE_GIB", told)
