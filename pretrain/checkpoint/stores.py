@@ -23,7 +23,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import fsspec
 
 from pretrain import intact
-from pretrain.data.remote import OUR_FAULTS, Place, is_url
+from pretrain.data.remote import Place, is_url
+from pretrain.retries import OUR_FAULTS
 
 PIECE = 2**24  # bytes, written or read at once
 PART = 50 * 2**20  # bytes, of one part of an upload

@@ -7,11 +7,9 @@ import errno
 import hashlib
 import os
 import queue
-import random
 import re
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -21,21 +19,14 @@ import fsspec
 from data_prep.schema import MANIFEST_NAME, Shard, write_atomic
 from pretrain.data.cache import CACHE_GIB, PARTIAL, Cache, lock_of
 from pretrain.data.faults import BadSample, DataError
+from pretrain.retries import GaveUp, patiently
 
 PIECE = 2**24  # bytes, of one request; what fails is asked for again, not the whole shard
 PATIENCE = 600.0  # seconds that a store may fail, or a full cache stay full, before the run ends
 PATIENCE_AT_START = 20.0  # seconds: a wrong address or key is told soon
-SILENT = 10.0  # seconds after which it is told that a store fails
-FIRST_PAUSE = 0.1  # seconds before an attempt is repeated; doubled each time
-LONGEST_PAUSE = 30.0  # seconds
+ATTEMPT = 60.0  # seconds that one request may take, the next one twice as long
+NOT_YET = 0.1  # seconds between two looks at what other processes do
 AHEAD = 4  # shards that one process copies at once before they are needed
-NO_ACCESS = (
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "ProfileNotFound",
-    "CredentialRetrievalError",
-)  # boto's
-OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
 
 Place = Path | str  # a folder, or a URL that fsspec opens
 T = TypeVar("T")
@@ -177,7 +168,7 @@ class RemoteFolder:
                 shard = self._queue.get(timeout=1.0)
                 with contextlib.suppress(BadSample, DataError, OSError):  # told when it is read
                     if not self._fetch(shard, wait=False) and self.cache.path_of(shard) in self._needed:
-                        self._closed.wait(FIRST_PAUSE)
+                        self._closed.wait(NOT_YET)
                         self._queue.put(shard)  # another process is at it: see later that it is there
                         continue
                 self._asked.discard(shard.sha256)
@@ -234,7 +225,7 @@ class RemoteFolder:
                     f"{partial.parent} is full of shards that are being written, {CACHE_GIB} allows "
                     f"{self.cache.max_bytes / 2**30:.3g} GiB: raise it"
                 )
-            self._closed.wait(FIRST_PAUSE)
+            self._closed.wait(NOT_YET)
         return True
 
     def _require_size(self, fs: Any, path: str, shard: Shard) -> None:
@@ -285,53 +276,21 @@ class RemoteFolder:
         return self._fs
 
     def _patiently(self, name: str, work: Callable[[Any, str], T], patience: float | None = None) -> T:
-        """What `work` gives for the file system and the path of a file, repeated while the store fails."""
+        """What `work`, which only reads, gives for the file system and the path of a file, asked again if need be."""
         fs, root = self._connect()
-        told, patience = f"{self.url}/{name}".rstrip("/"), PATIENCE if patience is None else patience
-        begun, is_told, pause = time.monotonic(), False, FIRST_PAUSE
-        while True:
-            try:
-                return _within(patience, lambda: work(fs, f"{root}/{name}".rstrip("/")))
-            except (FileNotFoundError, BadSample, *OUR_FAULTS):
-                raise
-            except PermissionError as error:
-                raise DataError(
-                    f"{told} may not be read: {error}; mend the access and start again"
-                ) from error
-            except Exception as error:  # every store has errors of its own
-                failing = time.monotonic() - begun
-                if self._closed.is_set():
-                    raise DataError(f"{told} was not read: the loader is closed") from error
-                if failing > patience:
-                    raise DataError(
-                        f"{told} has failed for {patience:g} seconds, at last with {error!r}: start again when the "
-                        "store answers, nothing is lost"
-                    ) from error
-                if failing > SILENT and not is_told:
-                    is_told = True
-                    warnings.warn(
-                        f"{told} fails since {failing:.0f} seconds: {error!r}; tried again for {patience:g} in all",
-                        stacklevel=2,
-                    )
-            self._closed.wait(random.uniform(pause / 2, pause))  # of many processes not all at once
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """What `work` gives; TimeoutError when it takes longer: a store may take a question and never answer."""
-    answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def ask() -> None:
+        told = f"{self.url}/{name}".rstrip("/")
         try:
-            answers.put((work(), None))
-        except BaseException as error:  # raised where it was asked
-            answers.put((None, error))
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=seconds)
-    except queue.Empty as late:
-        raise TimeoutError(f"no answer within {seconds:g} seconds") from late
-    if error is not None:
-        raise error
-    return answer
+            return patiently(
+                lambda: work(fs, f"{root}/{name}".rstrip("/")),
+                told,
+                PATIENCE if patience is None else patience,
+                attempt=ATTEMPT,
+                final=(BadSample,),
+                stopped=self._closed,
+            )
+        except PermissionError as error:
+            raise DataError(f"{told} may not be read: {error}; mend the access and start again") from error
+        except GaveUp as error:
+            raise DataError(
+                f"{error.strerror}: start again when the store answers, nothing is lost"
+            ) from error

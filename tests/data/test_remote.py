@@ -257,6 +257,28 @@ def test_a_store_that_takes_a_question_and_never_answers_ends_the_start_soon(
             ShardFolder(url)
 
 
+def test_a_request_that_is_never_answered_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "ATTEMPT", 0.2)
+    opened = ShardFolder(f"file://{good_set(tmp_path / 'names', (3,))}")
+    answered = threading.Event()
+    own, silent = opened._remote._connect()[0], iter([answered, answered])
+    real = own.cat_file
+
+    def cat_file(*arguments: object, **options: object) -> bytes:
+        for answer in silent:  # of the first two requests
+            answer.wait()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(own, "cat_file", cat_file)
+    begun = time.monotonic()
+    assert opened.sample(0) == sample(0)
+    assert 0.2 + 0.4 <= time.monotonic() - begun < remote.PATIENCE  # the second had twice as long
+    answered.set()
+    opened.close()
+
+
 def test_a_store_on_the_web_that_tells_no_sizes_serves(tmp_path: Path) -> None:
     folder = good_set(tmp_path / "names", (3, 4))
 
