@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ class Drops:
     `path`, if given, gets a line for each; what it tells of `start_step` and later belongs to a run that did not get
     so far, and is removed by `begin`, the rest counted. `manifests` of all sources say how much a lost shard holds.
     `counts` are for telling: they may be of fewer ranks, each of which read more. Judged is what is read from now on.
+    Lines for which the disk has no room are kept until it has; that is told, and no reason to end a run.
     """
 
     def __init__(self, path: Path | None, start_step: int, manifests: Mapping[str, Manifest]) -> None:
@@ -30,12 +32,15 @@ class Drops:
         self._last = ""
         found = [] if path is None else _lines([path])
         self._kept = [line for line in found if line["step"] < start_step]
+        self._waiting: list[Mapping[str, object]] = []  # lines that are not in the file
+        self._is_begun = False  # the file has no line of a later step
+        self._is_told = False
         self._tell([Dropped(*(line[name] for name in Dropped._fields)) for line in self._kept])
 
     def begin(self) -> None:
         """The run goes on from its step: what a later one had told is gone."""
-        if self._path is not None:
-            write_atomic(self._path, _text(self._kept).encode())
+        self._waiting = [*self._kept]
+        self._write()
 
     def add(self, step: int, dropped: Sequence[Dropped]) -> None:
         """A whole shard counts once, also if it is told at every resume."""
@@ -46,9 +51,26 @@ class Drops:
         for sample in dropped:
             if sample.reason not in OF_SHARDS:
                 self._single[sample.kind] = self._single.get(sample.kind, 0) + 1
-        if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(_text({"step": step, **sample._asdict()} for sample in dropped))
+        self._waiting += [{"step": step, **sample._asdict()} for sample in dropped]
+        self._write()
+
+    def _write(self) -> None:
+        """Brings the file up to date, where the disk lets it."""
+        content, path = _text(self._waiting).encode(), self._path
+        if path is not None:
+            try:
+                write = _append if self._is_begun else write_atomic
+                write(path, content)
+            except OSError as error:
+                if not self._is_told:
+                    warnings.warn(
+                        f"{path} cannot be written ({error}): training goes on, bad samples are counted, and listed "
+                        "there as soon as it can: make room on that disk",
+                        stacklevel=4,
+                    )
+                self._is_told = True
+                return
+        self._waiting, self._is_begun, self._is_told = [], True, False
 
     def _tell(self, dropped: Sequence[Dropped]) -> None:
         for sample in dropped:
@@ -86,6 +108,18 @@ def file_of(folder: Path, rank: int, world: int) -> Path:
         for path in gone:
             path.unlink()
     return own
+
+
+def _append(path: Path, content: bytes) -> None:
+    """All of it or nothing, so that no line is cut by a full disk."""
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def _lines(paths: Sequence[Path]) -> list[dict[str, object]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -13,8 +15,8 @@ import torch
 
 from pretrain.config import Mixing, Run, Source
 from pretrain.data.batch import Batch
-from pretrain.data.drops import file_of
-from pretrain.data.faults import DataError, beyond_chance, check_bad_share
+from pretrain.data.drops import Drops, file_of
+from pretrain.data.faults import DataError, Dropped, beyond_chance, check_bad_share
 from pretrain.data.loader import Loader
 from tests.data.delivered import assert_same, batches, joined
 from tests.data.sets import good_set, sample, small_run, write_set, write_tokenizer
@@ -108,6 +110,42 @@ def test_a_resume_on_data_that_became_bad_stops(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"of the \d+ samples read so far are bad"):
         list(islice(loader, 3))
     loader.close()
+
+
+@contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes: the last write before the end is cut."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_delays_the_list_and_ends_nothing(tmp_path: Path) -> None:
+    log = tmp_path / "dropped.jsonl"
+    bad = [[Dropped("names", "000000.tar", index, "truncated", "it ends early")] for index in range(6)]
+
+    def listed() -> list[tuple[int, int]]:
+        return [(line["step"], line["index"]) for line in map(json.loads, log.read_text().splitlines())]
+
+    drops = Drops(log, 0, {})
+    drops.begin()
+    drops.add(3, bad[0])
+    warned = pytest.warns(UserWarning, match=r"dropped.jsonl cannot be written .*: make room")
+    with warned as told, full_disk(log.stat().st_size + 50):  # in the middle of a line
+        drops.add(4, bad[1])
+        drops.add(5, bad[2])
+    assert len(told) == 1 and listed() == [(3, 0)] and drops.counts == {"names: truncated": 3}
+    drops.add(6, bad[3])
+    assert listed() == [(3, 0), (4, 1), (5, 2), (6, 3)]
+    resumed = Drops(log, 5, {})
+    with pytest.warns(UserWarning, match="cannot be written"), full_disk(10):
+        resumed.begin()
+        resumed.add(5, bad[4])
+    resumed.add(7, bad[5])
+    assert listed() == [(3, 0), (4, 1), (5, 4), (7, 5)] and resumed.counts == {"names: truncated": 4}
 
 
 def test_the_replacement_is_the_next_sample_of_the_source(tmp_path: Path) -> None:
