@@ -27,7 +27,8 @@ from pretrain.data.steps import Delivery, Steps
 from pretrain.preemption import ASKING
 
 MOST_A_CORE = 16  # workers: more have no use
-MAX_DEATHS = 5  # of workers, before the machine counts as too small
+MAX_DEATHS = 5  # of workers within DEATHS_WITHIN, before the machine counts as too small
+DEATHS_WITHIN = 3600.0  # seconds
 LONGEST_CLOSE = 10.0  # seconds that closing waits for a batch that is being made
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -38,8 +39,8 @@ class Made:
     They are made by `workers` processes, or in this one without.
     Every process works two batches ahead, and a thread has the next one ready here: what it takes to receive a batch
     is no time of the trainer's. Signals that ask the whole job to stop are the trainer's business: no worker ends by
-    them, but all end with it. Workers that die are replaced with a warning and nothing is lost; the death after
-    MAX_DEATHS raises DataError. ValueError for more workers than this machine can have a use for.
+    them, but all end with it. Workers that die are replaced with a warning and nothing is lost; more
+    than MAX_DEATHS within an hour raise DataError. ValueError for more workers than this machine can have a use for.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class Made:
             raise ValueError(
                 f"workers={workers} must lie in [0, {most}], {MOST_A_CORE} a core: take one or two a core"
             )
-        self._steps, self._workers, self._deaths = steps, workers, 0
+        self._steps, self._workers = steps, workers
+        self._deaths: list[float] = []  # when; those of the last DEATHS_WITHIN seconds
         self._left_out = frozenset(left_out)
         self._next_step = next_kept(start_step, self._left_out)
         self._deliveries: Iterator[Packed | DataError] | None = None
@@ -123,11 +125,13 @@ class Made:
                 dead = _dead_workers(self._deliveries)
                 if not dead or self._is_closed.is_set():
                     raise
-            self._deaths += 1
+            now = time.monotonic()
+            self._deaths = [*(died for died in self._deaths if now - died < DEATHS_WITHIN), now]
             told = f"worker processes {dead} of the loader died at step {self._next_step}"
-            if self._deaths > MAX_DEATHS:
+            if len(self._deaths) > MAX_DEATHS:
                 raise DataError(
-                    f"{told}, for the {self._deaths}. time: if the system killed them for memory, lower --workers"
+                    f"{told}, for the {len(self._deaths)}. time within {DEATHS_WITHIN / 60:g} minutes: if the system "
+                    "killed them for memory, lower --workers"
                 )
             warnings.warn(f"{told}: new ones go on from there", stacklevel=3)
             self._deliveries = None  # ends the others
