@@ -11,10 +11,8 @@ import contextlib
 import errno
 import hashlib
 import os
-import random
 import re
 import shutil
-import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -23,13 +21,12 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import fsspec
 
 from pretrain import intact
-from pretrain.data.remote import OUR_FAULTS, Place, is_url
+from pretrain.data.remote import Place, is_url
+from pretrain.retries import patiently
 
 PIECE = 2**24  # bytes, written or read at once
 PART = 50 * 2**20  # bytes, of one part of an upload
 PATIENCE = 300.0  # seconds that a store may fail before a save, or the start of a run, is given up
-FIRST_PAUSE = 0.2  # seconds before an attempt is repeated; doubled each time
-LONGEST_PAUSE = 20.0  # seconds
 STEP_NAME = re.compile(r"step_(\d{6,})")  # of the folder of a checkpoint
 HIDDEN = ".tmp-"  # begins the names of folders that are not finished
 T = TypeVar("T")
@@ -245,23 +242,12 @@ class Remote:
         url = f"{self.url}/{name}".rstrip("/")
         fs = _connected(self.url)
         path = fs._strip_protocol(url)
-        begun, pause = time.monotonic(), FIRST_PAUSE
-        while True:
-            try:
-                return work(fs, path)
-            except (FileNotFoundError, *OUR_FAULTS):
-                raise
-            except PermissionError as error:
-                raise PermissionError(
-                    f"{url} is refused by the store ({error}): mend the keys or rights (list, read, write, delete)"
-                ) from error
-            except Exception as error:  # every store has errors of its own
-                if time.monotonic() - begun > PATIENCE:
-                    raise OSError(
-                        errno.EIO, f"{url} has failed for {PATIENCE:g} seconds: {error!r}"
-                    ) from error
-            time.sleep(random.uniform(pause / 2, pause))  # of many ranks not all at once
-            pause = min(2 * pause, LONGEST_PAUSE)
+        try:  # for as long as it takes: what was left behind would be written or removed later
+            return patiently(lambda: work(fs, path), url, PATIENCE)
+        except PermissionError as error:
+            raise PermissionError(
+                f"{url} is refused by the store ({error}): mend the keys or rights (list, read, write, delete)"
+            ) from error
 
 
 def _connected(url: str) -> Any:

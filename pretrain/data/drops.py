@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,11 +18,13 @@ class Drops:
 
     `path`, if given, gets a line for each; what it tells of `start_step` and later belongs to a run that did not get
     so far, and is removed by `begin`, the rest counted. `manifests` of all sources say how much a lost shard holds.
+    `counts` are for telling: they may be of fewer ranks, each of which read more. Judged is what is read from now on.
+    Lines for which the disk has no room are kept until it has; that is told, and no reason to end a run.
     """
 
     def __init__(self, path: Path | None, start_step: int, manifests: Mapping[str, Manifest]) -> None:
         self.counts: dict[str, int] = {}  # "source: reason" -> samples
-        self._single: dict[str, int] = {}  # the same, of samples whose shard is there
+        self._single: dict[str, int] = {}  # the same, of samples whose shard is there, of this start
         self._lost: dict[
             tuple[str, str], int
         ] = {}  # source and name of a shard that is not as it was -> samples
@@ -29,37 +32,59 @@ class Drops:
         self._last = ""
         found = [] if path is None else _lines([path])
         self._kept = [line for line in found if line["step"] < start_step]
-        self._add([Dropped(*(line[name] for name in Dropped._fields)) for line in self._kept])
+        self._waiting: list[Mapping[str, object]] = []  # lines that are not in the file
+        self._is_begun = False  # the file has no line of a later step
+        self._is_told = False
+        self._tell([Dropped(*(line[name] for name in Dropped._fields)) for line in self._kept])
 
     def begin(self) -> None:
         """The run goes on from its step: what a later one had told is gone."""
-        if self._path is not None:
-            write_atomic(self._path, _text(self._kept).encode())
+        self._waiting = [*self._kept]
+        self._write()
 
     def add(self, step: int, dropped: Sequence[Dropped]) -> None:
         """A whole shard counts once, also if it is told at every resume."""
         dropped = [
             one for one in dropped if one.index != WHOLE_SHARD or (one.source, one.shard) not in self._lost
         ]
-        self._add(dropped)
-        if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(_text({"step": step, **sample._asdict()} for sample in dropped))
+        self._tell(dropped)
+        for sample in dropped:
+            if sample.reason not in OF_SHARDS:
+                self._single[sample.kind] = self._single.get(sample.kind, 0) + 1
+        self._waiting += [{"step": step, **sample._asdict()} for sample in dropped]
+        self._write()
 
-    def _add(self, dropped: Sequence[Dropped]) -> None:
+    def _write(self) -> None:
+        """Brings the file up to date, where the disk lets it."""
+        content, path = _text(self._waiting).encode(), self._path
+        if path is not None:
+            try:
+                write = _append if self._is_begun else write_atomic
+                write(path, content)
+            except OSError as error:
+                if not self._is_told:
+                    warnings.warn(
+                        f"{path} cannot be written ({error}): training goes on, bad samples are counted, and listed "
+                        "there as soon as it can: make room on that disk",
+                        stacklevel=4,
+                    )
+                self._is_told = True
+                return
+        self._waiting, self._is_begun, self._is_told = [], True, False
+
+    def _tell(self, dropped: Sequence[Dropped]) -> None:
         for sample in dropped:
             self.counts[sample.kind] = self.counts.get(sample.kind, 0) + 1
             self._last = str(sample)
-            if sample.reason not in OF_SHARDS:
-                self._single[sample.kind] = self._single.get(sample.kind, 0) + 1
-            elif (sample.source, sample.shard) not in self._lost and sample.source in self._manifests:
+            is_known = (sample.source, sample.shard) in self._lost or sample.source not in self._manifests
+            if sample.reason in OF_SHARDS and not is_known:
                 shards = self._manifests[sample.source].shards
                 samples = [shard.num_samples for shard in shards if shard.name == sample.shard]
                 self._lost[sample.source, sample.shard] = sum(samples)
 
     def check(self, num_images: int, limit: float) -> None:
-        """DataError when single samples are more than `limit` of those read for `num_images`, or the shards that
-        were lost hold more than that of a source: one of few thousand shards may go, at any time."""
+        """DataError when single samples are more than `limit` of those read for `num_images` since the start, or the
+        shards that were lost hold more than that of a source: one of few thousand shards may go, at any time."""
         check_bad_share(self._single, num_images, limit, self._last, beyond_chance)
         for name, manifest in self._manifests.items():
             lost = {shard: samples for (source, shard), samples in self._lost.items() if source == name}
@@ -83,6 +108,18 @@ def file_of(folder: Path, rank: int, world: int) -> Path:
         for path in gone:
             path.unlink()
     return own
+
+
+def _append(path: Path, content: bytes) -> None:
+    """All of it or nothing, so that no line is cut by a full disk."""
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def _lines(paths: Sequence[Path]) -> list[dict[str, object]]:

@@ -93,7 +93,6 @@ class Loader:
         manifests = {source.name: source.shards.manifest for source in sources.opened}
         self._drops = Drops(dropped_to, start_step, manifests)
         self._is_begun = False
-        self._images_before = start_step * run.images_per_rank(world)
         self.num_captions = self.num_tokens = 0  # delivered on this rank
         self.num_cut = 0  # of these captions, those longer than run.text.length
         self.seconds = dict.fromkeys(STAGES, 0.0)  # of work so far for this rank, of all its workers
@@ -177,7 +176,7 @@ class Loader:
     def _count(self, dropped: Sequence[Dropped], number: int) -> None:
         """Keeps and tells what was replaced in this batch; DataError when it is too much."""
         self._drops.add(number, dropped)
-        self._drops.check(self.num_images + self._images_before, self._steps.run.max_bad)
+        self._drops.check(self.num_images, self._steps.run.max_bad)
 
     @property
     def captions(self) -> dict[str, int]:

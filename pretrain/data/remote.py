@@ -7,13 +7,11 @@ import errno
 import hashlib
 import os
 import queue
-import random
 import re
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import fsspec
@@ -21,21 +19,14 @@ import fsspec
 from data_prep.schema import MANIFEST_NAME, Shard, write_atomic
 from pretrain.data.cache import CACHE_GIB, PARTIAL, Cache, lock_of
 from pretrain.data.faults import BadSample, DataError
+from pretrain.retries import GaveUp, patiently
 
 PIECE = 2**24  # bytes, of one request; what fails is asked for again, not the whole shard
 PATIENCE = 600.0  # seconds that a store may fail, or a full cache stay full, before the run ends
 PATIENCE_AT_START = 20.0  # seconds: a wrong address or key is told soon
-SILENT = 10.0  # seconds after which it is told that a store fails
-FIRST_PAUSE = 0.1  # seconds before an attempt is repeated; doubled each time
-LONGEST_PAUSE = 30.0  # seconds
+ATTEMPT = 60.0  # seconds that one request may take, the next one twice as long
+NOT_YET = 0.1  # seconds between two looks at what other processes do
 AHEAD = 4  # shards that one process copies at once before they are needed
-NO_ACCESS = (
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "ProfileNotFound",
-    "CredentialRetrievalError",
-)  # boto's
-OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
 
 Place = Path | str  # a folder, or a URL that fsspec opens
 T = TypeVar("T")
@@ -43,6 +34,12 @@ T = TypeVar("T")
 
 def is_url(place: Place) -> bool:
     return isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
+
+
+def leads_out(name: str) -> bool:
+    """Would a file of this name, which others gave, lie outside the folder that it is written to?"""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def place_of(text: str) -> Place:
@@ -100,12 +97,20 @@ class RemoteFolder:
         self._keep(MANIFEST_NAME, content)
 
     def copy_folder(self, name: str) -> Path:
-        """Fetches all files of a folder beside the shards; where there are none, the folder does not exist."""
+        """Fetches all files of a folder beside the shards; where there are none, the folder does not exist.
+
+        ValueError for a name that leads out of it.
+        """
         try:
             files = self._patiently(name, lambda fs, path: [file[len(path) + 1 :] for file in fs.find(path)])
         except FileNotFoundError:
             files = []
-        for file in files:
+        if outside := [file for file in files if leads_out(file)]:
+            raise ValueError(
+                f"{self.url}/{name} holds {outside[0]!r}, which would be written outside {self.folder / name}: "
+                "nothing is copied; remove that object, or take the data set from those who built it"
+            )
+        for file in (file for file in files if file[-1:] not in ("", "/")):  # what marks a folder is no file
             self._keep(
                 f"{name}/{file}", self._patiently(f"{name}/{file}", lambda fs, path: fs.cat_file(path))
             )
@@ -163,7 +168,7 @@ class RemoteFolder:
                 shard = self._queue.get(timeout=1.0)
                 with contextlib.suppress(BadSample, DataError, OSError):  # told when it is read
                     if not self._fetch(shard, wait=False) and self.cache.path_of(shard) in self._needed:
-                        self._closed.wait(FIRST_PAUSE)
+                        self._closed.wait(NOT_YET)
                         self._queue.put(shard)  # another process is at it: see later that it is there
                         continue
                 self._asked.discard(shard.sha256)
@@ -220,7 +225,7 @@ class RemoteFolder:
                     f"{partial.parent} is full of shards that are being written, {CACHE_GIB} allows "
                     f"{self.cache.max_bytes / 2**30:.3g} GiB: raise it"
                 )
-            self._closed.wait(FIRST_PAUSE)
+            self._closed.wait(NOT_YET)
         return True
 
     def _require_size(self, fs: Any, path: str, shard: Shard) -> None:
@@ -271,53 +276,21 @@ class RemoteFolder:
         return self._fs
 
     def _patiently(self, name: str, work: Callable[[Any, str], T], patience: float | None = None) -> T:
-        """What `work` gives for the file system and the path of a file, repeated while the store fails."""
+        """What `work`, which only reads, gives for the file system and the path of a file, asked again if need be."""
         fs, root = self._connect()
-        told, patience = f"{self.url}/{name}".rstrip("/"), PATIENCE if patience is None else patience
-        begun, is_told, pause = time.monotonic(), False, FIRST_PAUSE
-        while True:
-            try:
-                return _within(patience, lambda: work(fs, f"{root}/{name}".rstrip("/")))
-            except (FileNotFoundError, BadSample, *OUR_FAULTS):
-                raise
-            except PermissionError as error:
-                raise DataError(
-                    f"{told} may not be read: {error}; mend the access and start again"
-                ) from error
-            except Exception as error:  # every store has errors of its own
-                failing = time.monotonic() - begun
-                if self._closed.is_set():
-                    raise DataError(f"{told} was not read: the loader is closed") from error
-                if failing > patience:
-                    raise DataError(
-                        f"{told} has failed for {patience:g} seconds, at last with {error!r}: start again when the "
-                        "store answers, nothing is lost"
-                    ) from error
-                if failing > SILENT and not is_told:
-                    is_told = True
-                    warnings.warn(
-                        f"{told} fails since {failing:.0f} seconds: {error!r}; tried again for {patience:g} in all",
-                        stacklevel=2,
-                    )
-            self._closed.wait(random.uniform(pause / 2, pause))  # of many processes not all at once
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """What `work` gives; TimeoutError when it takes longer: a store may take a question and never answer."""
-    answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def ask() -> None:
+        told = f"{self.url}/{name}".rstrip("/")
         try:
-            answers.put((work(), None))
-        except BaseException as error:  # raised where it was asked
-            answers.put((None, error))
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=seconds)
-    except queue.Empty as late:
-        raise TimeoutError(f"no answer within {seconds:g} seconds") from late
-    if error is not None:
-        raise error
-    return answer
+            return patiently(
+                lambda: work(fs, f"{root}/{name}".rstrip("/")),
+                told,
+                PATIENCE if patience is None else patience,
+                attempt=ATTEMPT,
+                final=(BadSample,),
+                stopped=self._closed,
+            )
+        except PermissionError as error:
+            raise DataError(f"{told} may not be read: {error}; mend the access and start again") from error
+        except GaveUp as error:
+            raise DataError(
+                f"{error.strerror}: start again when the store answers, nothing is lost"
+            ) from error

@@ -8,10 +8,12 @@ import itertools
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 import time
 import warnings
 from collections.abc import Collection, Iterator
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 
 import cv2
@@ -22,9 +24,11 @@ from pretrain.data.faults import DataError
 from pretrain.data.left_out import next_kept
 from pretrain.data.packed import Packed, pack, unpack
 from pretrain.data.steps import Delivery, Steps
+from pretrain.preemption import ASKING
 
 MOST_A_CORE = 16  # workers: more have no use
-MAX_DEATHS = 5  # of workers, before the machine counts as too small
+MAX_DEATHS = 5  # of workers within DEATHS_WITHIN, before the machine counts as too small
+DEATHS_WITHIN = 3600.0  # seconds
 LONGEST_CLOSE = 10.0  # seconds that closing waits for a batch that is being made
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -34,8 +38,9 @@ class Made:
 
     They are made by `workers` processes, or in this one without.
     Every process works two batches ahead, and a thread has the next one ready here: what it takes to receive a batch
-    is no time of the trainer's. Workers that die are replaced with a warning and nothing is lost; the death after
-    MAX_DEATHS raises DataError. ValueError for more workers than this machine can have a use for.
+    is no time of the trainer's. Signals that ask the whole job to stop are the trainer's business: no worker ends by
+    them, but all end with it. Workers that die are replaced with a warning and nothing is lost; more
+    than MAX_DEATHS within an hour raise DataError. ValueError for more workers than this machine can have a use for.
     """
 
     def __init__(
@@ -46,7 +51,8 @@ class Made:
             raise ValueError(
                 f"workers={workers} must lie in [0, {most}], {MOST_A_CORE} a core: take one or two a core"
             )
-        self._steps, self._workers, self._deaths = steps, workers, 0
+        self._steps, self._workers = steps, workers
+        self._deaths: list[float] = []  # when; those of the last DEATHS_WITHIN seconds
         self._left_out = frozenset(left_out)
         self._next_step = next_kept(start_step, self._left_out)
         self._deliveries: Iterator[Packed | DataError] | None = None
@@ -70,15 +76,16 @@ class Made:
         return received
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers, after the batches that they are at or LONGEST_CLOSE seconds."""
         if self._workers:
             self._is_closed.set()
-            self._thread.join(LONGEST_CLOSE)
-            if self._thread.is_alive():  # it waits for a worker, which waits for its data
-                for worker in _workers_of(self._deliveries):
-                    worker.terminate()
-                self._thread.join(LONGEST_CLOSE)
+            workers = _workers_of(self._deliveries)
+            late = threading.Timer(LONGEST_CLOSE, lambda: [worker.kill() for worker in workers])
+            late.daemon = True
+            late.start()
+            self._thread.join(2 * LONGEST_CLOSE)  # it may wait for a worker
             self._deliveries = None  # the DataLoader's iterator joins its workers when it goes
+            late.cancel()
 
     def _receive(self) -> None:
         if self._device is not None:
@@ -118,11 +125,13 @@ class Made:
                 dead = _dead_workers(self._deliveries)
                 if not dead or self._is_closed.is_set():
                     raise
-            self._deaths += 1
+            now = time.monotonic()
+            self._deaths = [*(died for died in self._deaths if now - died < DEATHS_WITHIN), now]
             told = f"worker processes {dead} of the loader died at step {self._next_step}"
-            if self._deaths > MAX_DEATHS:
+            if len(self._deaths) > MAX_DEATHS:
                 raise DataError(
-                    f"{told}, for the {self._deaths}. time: if the system killed them for memory, lower --workers"
+                    f"{told}, for the {len(self._deaths)}. time within {DEATHS_WITHIN / 60:g} minutes: if the system "
+                    "killed them for memory, lower --workers"
                 )
             warnings.warn(f"{told}: new ones go on from there", stacklevel=3)
             self._deliveries = None  # ends the others
@@ -161,6 +170,7 @@ def _data_loader(steps: Steps, workers: int, start_step: int, left_out: frozense
     of a trainer that runs threads (NCCL, gloo) may deadlock."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    _start_servers()
     return DataLoader(
         _Told(steps),  # a map-style dataset is what has __getitem__
         sampler=_StepNumbers(start_step, left_out),
@@ -172,6 +182,19 @@ def _data_loader(steps: Steps, workers: int, start_step: int, left_out: frozense
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # of seeds that nothing uses; the global one belongs to training
     )
+
+
+def _start_servers() -> None:
+    """Starts what makes the workers; signals that ask the whole job to stop are blocked there, and in its forks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        for ensure_running in (resource_tracker.ensure_running, forkserver.ensure_running):
+            signal.pthread_sigmask(
+                signal.SIG_BLOCK, ASKING
+            )  # each time: Python's tracker lets SIGTERM in again
+            ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _workers_of(deliveries: Iterator[Packed | DataError] | None) -> list[BaseProcess]:
@@ -201,16 +224,30 @@ def keep_memory() -> None:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread, an allocator that keeps its memory (page faults cost as much as decoding), and an end with
-    the trainer: torch's own watchdog sees only the fork server, which outlives a trainer that was killed."""
+    """One thread, an allocator that keeps its memory (page faults cost as much as decoding), and an end by the
+    trainer alone: torch's own watchdog sees only the fork server, which outlives a trainer that was killed."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     keep_memory()
-    threading.Thread(target=_end_with_trainer, daemon=True).start()
+    for end in (_end_with_trainer, _end_when_told):
+        threading.Thread(target=end, daemon=True).start()
 
 
 def _end_with_trainer() -> None:
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None, "only worker processes wait for the trainer's end"
-    trainer.join()
+    _trainer().join()
     os._exit(1)
+
+
+def _end_when_told() -> None:
+    """Signals that come from elsewhere are for the trainer, which then needs what is made here."""
+    trainer = _trainer().pid
+    while signal.sigwaitinfo(ASKING).si_pid != trainer:
+        pass
+    os._exit(1)
+
+
+def _trainer() -> BaseProcess:
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None, "only worker processes wait for the trainer"
+    return trainer

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -13,8 +15,8 @@ import torch
 
 from pretrain.config import Mixing, Run, Source
 from pretrain.data.batch import Batch
-from pretrain.data.drops import file_of
-from pretrain.data.faults import DataError, beyond_chance, check_bad_share
+from pretrain.data.drops import Drops, file_of
+from pretrain.data.faults import DataError, Dropped, beyond_chance, check_bad_share
 from pretrain.data.loader import Loader
 from tests.data.delivered import assert_same, batches, joined
 from tests.data.sets import good_set, sample, small_run, write_set, write_tokenizer
@@ -83,6 +85,67 @@ def test_what_was_dropped_is_told_once_whatever_the_kills_and_ranks(tmp_path: Pa
     lines = [json.loads(line) for line in (tmp_path / "dropped-rank_00000.jsonl").read_text().splitlines()]
     assert len(lines) == 20 == len({(line["shard"], line["index"]) for line in lines})
     assert {line["step"] for line in lines} <= set(range(10))
+
+
+def test_a_resume_on_more_ranks_is_judged_by_what_it_reads_itself(tmp_path: Path) -> None:
+    """One rank met 20 bad samples of 400, within 8 %; of twenty ranks the first would have read 20 images by then."""
+    broken = {**sample(0, has_text=False), "jpg": b"\xff\xd8 broken"}
+    folder = spoilt(tmp_path, dict.fromkeys(range(0, 200, 20), broken))
+    run = small_run(data={"spoilt": Source("category")}, batch=40, max_bad=0.08)
+    log = tmp_path / "dropped.jsonl"
+    for world, first, until in ((1, 0, 10), (20, 10, 20)):
+        loader = Loader(run, {"spoilt": folder}, None, rank=0, world=world, start_step=first, dropped_to=log)
+        list(islice(loader, until - first))
+        loader.close()
+        told = sum(loader.dropped.values())
+        assert told == 20 if world == 1 else told > 20  # the old ones are told on
+    assert len(log.read_text().splitlines()) == told
+
+
+def test_a_resume_on_data_that_became_bad_stops(tmp_path: Path) -> None:
+    broken = {**sample(0, has_text=False), "jpg": b"\xff\xd8 broken"}
+    folder = spoilt(tmp_path, dict.fromkeys(range(0, 200, 2), broken))
+    run = small_run(data={"spoilt": Source("category")}, batch=40, max_bad=0.08)
+    loader = Loader(run, {"spoilt": folder}, None, rank=0, world=1, start_step=1000)
+    with pytest.raises(DataError, match=r"of the \d+ samples read so far are bad"):
+        list(islice(loader, 3))
+    loader.close()
+
+
+@contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes: the last write before the end is cut."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_delays_the_list_and_ends_nothing(tmp_path: Path) -> None:
+    log = tmp_path / "dropped.jsonl"
+    bad = [[Dropped("names", "000000.tar", index, "truncated", "it ends early")] for index in range(6)]
+
+    def listed() -> list[tuple[int, int]]:
+        return [(line["step"], line["index"]) for line in map(json.loads, log.read_text().splitlines())]
+
+    drops = Drops(log, 0, {})
+    drops.begin()
+    drops.add(3, bad[0])
+    warned = pytest.warns(UserWarning, match=r"dropped.jsonl cannot be written .*: make room")
+    with warned as told, full_disk(log.stat().st_size + 50):  # in the middle of a line
+        drops.add(4, bad[1])
+        drops.add(5, bad[2])
+    assert len(told) == 1 and listed() == [(3, 0)] and drops.counts == {"names: truncated": 3}
+    drops.add(6, bad[3])
+    assert listed() == [(3, 0), (4, 1), (5, 2), (6, 3)]
+    resumed = Drops(log, 5, {})
+    with pytest.warns(UserWarning, match="cannot be written"), full_disk(10):
+        resumed.begin()
+        resumed.add(5, bad[4])
+    resumed.add(7, bad[5])
+    assert listed() == [(3, 0), (4, 1), (5, 4), (7, 5)] and resumed.counts == {"names: truncated": 4}
 
 
 def test_the_replacement_is_the_next_sample_of_the_source(tmp_path: Path) -> None:

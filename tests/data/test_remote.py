@@ -257,6 +257,28 @@ def test_a_store_that_takes_a_question_and_never_answers_ends_the_start_soon(
             ShardFolder(url)
 
 
+def test_a_request_that_is_never_answered_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "ATTEMPT", 0.2)
+    opened = ShardFolder(f"file://{good_set(tmp_path / 'names', (3,))}")
+    answered = threading.Event()
+    own, silent = opened._remote._connect()[0], iter([answered, answered])
+    real = own.cat_file
+
+    def cat_file(*arguments: object, **options: object) -> bytes:
+        for answer in silent:  # of the first two requests
+            answer.wait()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(own, "cat_file", cat_file)
+    begun = time.monotonic()
+    assert opened.sample(0) == sample(0)
+    assert 0.2 + 0.4 <= time.monotonic() - begun < remote.PATIENCE  # the second had twice as long
+    answered.set()
+    opened.close()
+
+
 def test_a_store_on_the_web_that_tells_no_sizes_serves(tmp_path: Path) -> None:
     folder = good_set(tmp_path / "names", (3, 4))
 
@@ -298,6 +320,20 @@ def test_a_store_that_fails_ends_the_start_soon(
 class Broken:
     def cat_file(self, path: str) -> bytes:
         raise OSError("no route")
+
+
+def test_names_that_lead_out_of_the_cache_are_refused(
+    store: Store, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    url = store.put(folders["talk"], "sets/evil")
+    marker = {"Bucket": BUCKET, "Key": "sets/evil/tokenizer/", "Body": b""}
+    store.files.call_s3("put_object", **marker)  # by which browsers of buckets show a folder
+    run = small_run(data={"talk": Source("text")})
+    Loader(run, {"talk": url}, None, rank=0, world=1).close()
+    store.files.pipe_file(f"{BUCKET}/sets/evil/tokenizer/../../../../evil.txt", b"evil")
+    with pytest.raises(ValueError, match=r"holds '../../../../evil.txt', which would be written outside"):
+        Loader(run, {"talk": url}, None, rank=0, world=1)
+    assert not list(tmp_path.rglob("evil.txt"))
 
 
 @pytest.mark.parametrize("told", ["nan", "0", "-3", "ten"])

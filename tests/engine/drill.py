@@ -47,6 +47,7 @@ from tests.engine.drill_faults import (  # noqa: E402
     PACKAGE,
     SAVING,
     Fault,
+    asked_with_workers,
     both,
     count_calls,
     in_batch,
@@ -64,7 +65,7 @@ WORLD = 2
 STEPS, SAVE_EVERY = 9, 3
 KILLS = 20
 DISK_BYTES = 64 * 2**20  # of a disk that holds the checkpoints of a run, and no more than that
-LONGEST = 60.0  # seconds of a start; a start that takes longer is a failure of the drill
+LONGEST = 120.0  # seconds of a start; a start that takes longer is a failure of the drill
 
 
 class End(TypedDict):
@@ -101,10 +102,11 @@ class Drill:
         work: Callable[[Namespace], int] | None = None,
         grace: float = LONGEST,
         kept: Path | str | None = None,
+        workers: int = 0,
     ) -> End:
         """One start of the run in FOLDER/NAME; ranks that outlive one that failed by `grace` seconds are killed.
 
-        `kept` is where its checkpoints go, if not there.
+        `kept` is where its checkpoints go, if not there; the last rank has `workers`.
         """
         self._num_starts += 1
         begun, log = time.monotonic(), self.folder / f"{self._num_starts:03d}-{name}.txt"
@@ -112,7 +114,14 @@ class Drill:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         processes = [
-            self._fork(self.paths(name, timeout, kept), r, port, log, (faults or {}).get(r), work)
+            self._fork(
+                self.paths(name, timeout, kept, workers * (r == WORLD - 1)),
+                r,
+                port,
+                log,
+                (faults or {}).get(r),
+                work,
+            )
             for r in range(WORLD)
         ]
         codes = _wait(processes, begun + LONGEST, grace)
@@ -153,7 +162,7 @@ class Drill:
             sys.stderr.flush()
             os._exit(code)
 
-    def paths(self, name: str, timeout: float, kept: Path | str | None) -> Namespace:
+    def paths(self, name: str, timeout: float, kept: Path | str | None, workers: int) -> Namespace:
         data = {source: self.folder / "data" / source for source in self.run.data}
         return Namespace(
             data=data,
@@ -161,7 +170,7 @@ class Drill:
             ds_config=ROOT / "ds_configs" / "zero2.json",
             tokenizer=None,
             guide=None,
-            workers=0,
+            workers=workers,
             checkpoints=kept,
             timeout=timeout,
             micro_batches=1,
@@ -258,9 +267,9 @@ def undisturbed(drill: Drill) -> dict[str, Any]:
 
 
 def asked_to_stop(drill: Drill) -> dict[str, Any]:
-    """SIGTERM to rank 1, then SIGUSR1 to rank 0 of the start that goes on, then nothing."""
+    """SIGTERM to rank 1 and its workers, then SIGUSR1 to rank 0 of the start that goes on, then nothing."""
     ends = [
-        drill.start("asked", {1: in_batch(4, signalled(signal.SIGTERM))}),
+        drill.start("asked", {1: asked_with_workers(4)}, workers=2),
         drill.start("asked", {0: in_batch(7, signalled(signal.SIGUSR1))}),
         drill.start("asked"),
     ]

@@ -125,3 +125,13 @@ def signalled(number: int) -> Callable[[Batch], Batch]:
         return batch
 
     return send
+
+
+def asked_with_workers(batch: int) -> Fault:
+    """SIGTERM to the rank and all that it has started, as a queue sends it, when the rank gets the batch."""
+
+    def send(given: Batch) -> Batch:
+        os.system(f"kill -{int(signal.SIGTERM)} 0")
+        return given
+
+    return both(os.setpgrp, in_batch(batch, send))

@@ -56,6 +56,7 @@ def test_a_signal_to_any_rank_saves_and_ends_all_with_the_code_to_start_again(dr
     assert _codes(found) == [[PREEMPTED] * 2, [PREEMPTED] * 2, [FINISHED] * 2]
     for end, step in zip(found["ends"], (5, 8), strict=False):
         assert end["output"].count(f"stopped: asked to stop by a signal, after step {step} of 9") == 1
+        assert "worker" not in end["output"], "its workers, who got the signal too, were there until the save"
     assert _is_like(found, drill["undisturbed"]["straight"])
 
 

@@ -1,0 +1,88 @@
+"""How is a store that fails asked again? With growing pauses, for so many seconds."""
+
+from __future__ import annotations
+
+import errno
+import queue
+import random
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+FIRST_PAUSE = 0.1  # seconds before an attempt is repeated; doubled each time
+LONGEST_PAUSE = 30.0  # seconds
+SILENT = 10.0  # seconds after which it is told that a store fails
+OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
+T = TypeVar("T")
+
+
+class GaveUp(OSError):
+    """A store has failed for as long as it may."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EIO, message)
+
+
+def patiently(
+    work: Callable[[], T],
+    told: str,
+    seconds: float,
+    *,
+    attempt: float | None = None,
+    final: tuple[type[Exception], ...] = (),
+    stopped: threading.Event | None = None,
+) -> T:
+    """What `work` gives; while it fails it is done again, for `seconds`, then GaveUp; `told` names what is asked.
+
+    FileNotFoundError, PermissionError and the errors in `final` are raised at once. A set `stopped` ends it after an
+    attempt. One that takes longer than `attempt` seconds fails, and the next has twice as long: a store may take a
+    question and never answer. What is left behind may still be done later: bound only what reads.
+    """
+    stopped = stopped or threading.Event()
+    begun, is_told, pause = time.monotonic(), False, FIRST_PAUSE
+    while True:
+        try:
+            if attempt is None:
+                return work()
+            left = seconds - (time.monotonic() - begun)
+            return _within(min(attempt, max(left, pause)), work)
+        except (FileNotFoundError, PermissionError, *final, *OUR_FAULTS):
+            raise
+        except Exception as error:  # every store has errors of its own
+            failing = time.monotonic() - begun
+            if stopped.is_set():
+                raise GaveUp(f"{told} was given up, at last with {error!r}") from error
+            if failing >= seconds:
+                raise GaveUp(f"{told} has failed for {seconds:g} seconds, at last with {error!r}") from error
+            if failing > SILENT and not is_told:
+                is_told = True
+                warnings.warn(
+                    f"{told} fails since {failing:.0f} seconds: {error!r}; tried again for {seconds:g} in all",
+                    stacklevel=2,
+                )
+            if attempt is not None and isinstance(error, TimeoutError):
+                attempt *= 2
+        stopped.wait(random.uniform(pause / 2, pause))  # of many processes not all at once
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` gives; TimeoutError when it takes longer."""
+    answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put((work(), None))
+        except BaseException as error:  # raised where it was asked
+            answers.put((None, error))
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except queue.Empty as late:
+        raise TimeoutError(f"no answer within {seconds:.3g} seconds") from late
+    if error is not None:
+        raise error
+    return answer
