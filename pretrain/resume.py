@@ -5,9 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import reprlib
+from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import latest, left_out, read_json, steps_in
+from pretrain.checkpoint import (
+    PLACE_RECORD,
+    latest,
+    left_out,
+    place_name,
+    read_json,
+    recorded_place,
+    steps_in,
+)
 from pretrain.config import Guard, Run
 from pretrain.data.remote import Place, is_url
 from pretrain.evidence import Journal
@@ -22,6 +31,23 @@ HARMLESS = (
     "backbone.activation_checkpoint",
     *(f"guard.{field.name}" for field in dataclasses.fields(Guard)),
 )  # fields of Run that may change at a resume
+
+
+def require_same_place(out: Path, kept: Place) -> None:
+    """ValueError when the run in `out` kept its checkpoints elsewhere, and got further there than in `kept`.
+
+    Without them it would begin anew, and empty the log of what it did. Where they were moved to `kept`, it goes on.
+    """
+    before = recorded_place(out)
+    if before is None or place_name(before) == place_name(kept):
+        return
+    there, here = (max(steps_in(place), default=-1) for place in (before, kept))
+    if there > here:
+        raise ValueError(
+            f"the run in {out} keeps its checkpoints in {before}, up to step {there} ({out / PLACE_RECORD}); this "
+            f"start keeps them in {kept}, where there are {'none' if here < 0 else f'those up to step {here}'}: name "
+            f"that place by --checkpoints {before} to go on, copy them to {kept}, or begin anew with another --out"
+        )
 
 
 def newest_or_none(place: Place) -> Place | None:

@@ -83,6 +83,7 @@ def _train(
     watchdog: Watchdog,
     require: Require,
 ) -> None:
+    from_first_rank(lambda: resume.require_same_place(paths.out, paths.kept))
     folder = from_first_rank(lambda: resume.newest_or_none(paths.kept))
     first_step = 0 if folder is None else step_of(folder)
     window = Window(paths.profile, paths.out, first_step, run.steps)

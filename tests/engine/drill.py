@@ -395,9 +395,12 @@ def s3_refuses(drill: Drill) -> dict[str, Any]:
         steps = _apart(lambda: sorted(steps_in(kept)))
         _apart(lambda: store_at(kept).remove(step_name(STEPS)))
         ends.append(drill.start("s3", kept=kept))
+        log = (drill.folder / "s3" / "log.jsonl").read_text()
+        elsewhere = drill.start("s3")
+        assert (drill.folder / "s3" / "log.jsonl").read_text() == log
         outcome = _apart(lambda: drill.outcome("s3", kept))
         server.terminate()
-    return {"ends": ends, "steps": steps, **outcome}
+    return {"ends": ends, "steps": steps, "elsewhere": elsewhere, **outcome}
 
 
 def _apart(work: Callable[[], Any]) -> Any:

@@ -62,6 +62,28 @@ def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(tmp_path: Pa
     assert resume.newest_or_none(tmp_path / "new") is None
 
 
+def test_a_run_whose_checkpoints_lie_elsewhere_does_not_begin_anew(tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    own = checkpoint.checkpoints_of(out)
+    _whole(elsewhere, 3)
+    out.mkdir()
+    record = out / checkpoint.PLACE_RECORD
+    record.write_text(checkpoint.record_place(out, elsewhere))
+    with pytest.raises(ValueError, match=rf"up to step 3 .* are none: .*--checkpoints {elsewhere} to go on"):
+        resume.require_same_place(out, own)
+    _whole(own, 0)
+    with pytest.raises(ValueError, match=r"where there are those up to step 0: name that place"):
+        resume.require_same_place(out, own)
+    resume.require_same_place(out, elsewhere)
+    _whole(own, 3)  # they were copied
+    resume.require_same_place(out, own)
+    record.write_text("")
+    with pytest.raises(ValueError, match=r"is damaged .* write there where the run keeps them"):
+        resume.require_same_place(out, own)
+    record.unlink()
+    resume.require_same_place(out, own)
+
+
 @pytest.mark.parametrize("damage", ["unlink", "empty"])
 def test_without_its_mark_nothing_is_used(tmp_path: Path, damage: str) -> None:
     mark = _whole(tmp_path, 3) / intact.COMPLETE

@@ -142,6 +142,9 @@ def test_a_store_that_refuses_is_told_and_the_run_goes_on(drill: dict[str, Any])
     assert refused.count("NOT SAVED") == 1 and "step_000006 could not be written" in refused
     assert found["steps"] == [0, 3, 9]
     assert "from s3://bucket/checkpoints/step_000003" in again
+    assert found["elsewhere"]["codes"] == [FAILED] * 2
+    told = found["elsewhere"]["output"]
+    assert told.count("keeps its checkpoints in s3://bucket/checkpoints, up to step 9") == 1
     assert _is_like(found, drill["undisturbed"]["straight"])
 
 
