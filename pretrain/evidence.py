@@ -19,13 +19,18 @@ from typing import Any
 
 from safetensors.torch import load_file, save
 
+from data_prep.schema import write_atomic
+from pretrain.config import Run
 from pretrain.data.batch import Batch
-from pretrain.data.remote import Place
+from pretrain.data.remote import Place, place_of
 from pretrain.guard import Verdict
 from pretrain.host import host_name
+from pretrain.intact import write_text
+from pretrain.paths import Paths
 
 JOURNAL = "guard.jsonl"
 BUNDLES = "replay"
+REFUSED = "refused.json"
 MOST_BUNDLES = 16  # of a run; the oldest go first
 
 
@@ -82,7 +87,8 @@ class Journal:
 def _line(text: str) -> dict[str, Any] | None:
     """None for a line that a crash damaged."""
     try:
-        return json.loads(text)
+        told = json.loads(text)
+        return told if isinstance(told, dict) and "event" in told else None
     except ValueError:
         return None
 
@@ -98,9 +104,9 @@ def write_rank(
     """This rank's part of a bundle; OSError where it cannot be written."""
     bundle.mkdir(parents=True, exist_ok=True)
     tensors = {field.name: getattr(batch, field.name).cpu().contiguous() for field in fields(batch)}
-    (bundle / f"rank_{rank:05d}.safetensors").write_bytes(save(tensors))  # whose errors are the system's
+    write_atomic(bundle / rank_file(rank, "safetensors"), save(tensors))
     told = {"rank": rank, "host": host_name(), "losses": losses, "samples": samples}
-    (bundle / f"rank_{rank:05d}.json").write_text(json.dumps(told, indent=1))
+    write_text(bundle / rank_file(rank, "json"), json.dumps(told, indent=1))
 
 
 def write_common(
@@ -117,17 +123,51 @@ def write_common(
     """
     bundle.mkdir(parents=True, exist_ok=True)
     for name in ("recipe.json", "data.json"):
-        shutil.copyfile(bundle.parent.parent / name, bundle / name)
+        write_atomic(bundle / name, (bundle.parent.parent / name).read_bytes())
     told = asdict(verdict) | {"left_out": sorted(left_out)} | how
     told["places"] = {
         name: str(place.resolve()) if isinstance(place, Path) else place for name, place in places.items()
     }
-    (bundle / "refused.json").write_text(json.dumps(told, indent=1))
+    write_text(bundle / REFUSED, json.dumps(told, indent=1))
     kept = sorted(bundle.parent.glob("step_*-batch_*"), key=lambda path: path.name.rpartition("_")[2])
     for old in kept[:-MOST_BUNDLES]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def rank_file(rank: int, suffix: str) -> str:
+    """Name of a file of a rank in a bundle."""
+    return f"rank_{rank:05d}.{suffix}"
+
+
+def missing_from(bundle: Path, world: int) -> list[str]:
+    """Names of the files that a whole bundle of so many ranks has and this one has not; each file is whole or not
+    there.
+    """
+    of_ranks = [rank_file(number, suffix) for number in range(world) for suffix in ("safetensors", "json")]
+    return [name for name in ("recipe.json", "data.json", *of_ranks) if not (bundle / name).is_file()]
+
+
+def read_bundle(bundle: Path) -> tuple[dict[str, Any], Run, Paths]:
+    """What refused.json says, the run, and where its inputs lay; ValueError when it is no bundle, or not whole."""
+    try:
+        recorded = json.loads((bundle / REFUSED).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"--replay {bundle} holds no {REFUSED}: name a folder below OUT/replay") from None
+    if missing := missing_from(bundle, recorded["world"]):
+        raise ValueError(
+            f"--replay {bundle} lacks {', '.join(missing[:3])} ({len(missing)} files in all): its run ended, or its "
+            "disk was full, while it was written; name another one"
+        )
+    run = Run.from_json((bundle / "recipe.json").read_text())
+    data = {name: place_of(place) for name, place in json.loads((bundle / "data.json").read_text()).items()}
+    places: dict[str, Any] = {
+        name: None if place is None else Path(place) for name, place in recorded["places"].items()
+    }
+    places["checkpoints"] = place_of(recorded["places"]["checkpoints"])
+    how = {name: recorded[name] for name in ("micro_batches", "compile")}
+    return recorded, run, Paths(data=data, out=bundle.resolve().parent.parent, **how, **places)
+
+
 def read_batch(bundle: Path, rank: int) -> Batch:
     """The rank's part of the batch, as it was on the CPU."""
-    return Batch(**load_file(bundle / f"rank_{rank:05d}.safetensors"))
+    return Batch(**load_file(bundle / rank_file(rank, "safetensors")))

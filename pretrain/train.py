@@ -14,13 +14,12 @@ import torch.distributed as dist
 
 from data_prep.claim import Require, unclaimed
 from pretrain import checkpoint, resume
-from pretrain.checkpoint import PLACE_RECORD, Saver, place_name, read_json, record_place, step_of
+from pretrain.checkpoint import PLACE_RECORD, Saver, place_name, record_place, step_of
 from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.compiled import check_compile, compile_blocks
 from pretrain.config import Run
 from pretrain.data import drops
 from pretrain.data.loader import Loader
-from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_folder
 from pretrain.distributed import start_distributed
 from pretrain.ds_config import describe, read_ds_config, resolve_config
@@ -29,7 +28,8 @@ from pretrain.evaluate.in_training import TeacherCheck
 from pretrain.evidence import Journal
 from pretrain.exits import RankLost
 from pretrain.facts import DataFacts
-from pretrain.initial.start import Start, found, open_start
+from pretrain.initial.begun import beginning, record
+from pretrain.initial.start import Start
 from pretrain.intact import write_text
 from pretrain.lock import only_saver, only_writer
 from pretrain.loop import Job, run_steps
@@ -46,8 +46,6 @@ from pretrain.pretrainer import Pretrainer
 from pretrain.provenance import hardware
 from pretrain.towers import Towers, targets_without_labels
 from pretrain.watchdog import FIRST, REMEDY, Watchdog
-
-INIT_RECORD = "init.json"  # in a run's folder: the weights that it began with
 
 
 def train(run: Run, paths: Paths) -> None:
@@ -209,8 +207,7 @@ def _write_inputs(run: Run, paths: Paths, start: Start | None) -> None:
     write_text(paths.out / "data.json", json.dumps(places, indent=1))
     write_text(paths.out / PLACE_RECORD, record_place(paths.out, paths.kept))
     if start is not None:
-        told = {"named": place_name(paths.init.place)} | start.record()
-        write_text(paths.out / INIT_RECORD, json.dumps(told, indent=1))
+        record(paths, start)
 
 
 def speed_of(run: Run, facts: DataFacts, engine: Engine, price: float | None) -> Speed:
@@ -252,36 +249,6 @@ def with_guide(facts: DataFacts, guide: Guide | None) -> DataFacts:
         return facts
     sha256 = facts.sha256 | {"guide": guide.sha256}
     return dataclasses.replace(facts, guide_width=guide.width, guide_codes=guide.num_codes, sha256=sha256)
-
-
-def beginning(
-    run: Run, paths: Paths, facts: DataFacts, folder: Place | None
-) -> tuple[Start | None, DataFacts]:
-    """The weights of `--init`, on all ranks the same, and the facts with the bytes by which they are known.
-
-    None without them, and where a run goes on: the bytes that it began with are known by their place then, as a
-    run that they came from may have other checkpoints now.
-    """
-    if paths.init is None:
-        return None, facts
-    digest = from_first_rank(lambda: _known_start(paths, folder))
-    start = None
-    if digest is None:
-        init = dataclasses.replace(paths.init, place=from_first_rank(lambda: found(paths.init.place)))
-        start = open_start(init, run, facts)
-        digest = start.sha256
-    facts = dataclasses.replace(facts, sha256=facts.sha256 | {"init": digest})
-    return (start if folder is None else None), facts
-
-
-def _known_start(paths: Paths, folder: Place | None) -> str | None:
-    """SHA-256 of the weights that a run began with which goes on from `folder`; None if others are named now."""
-    record = paths.out / INIT_RECORD
-    if folder is None or not record.is_file():
-        return None
-    if json.loads(record.read_text()).get("named") != place_name(paths.init.place):
-        return None
-    return read_json(folder, "facts.json").get("sha256", {}).get("init")
 
 
 def is_told_by_this_rank(error: Exception) -> bool:
