@@ -182,9 +182,9 @@ class Guard:
     deviations: float = 20.0  # above the median; 0 = spikes are not looked for
     norm_factor: float = 10.0  # a spike of the norm is also above so many medians
     loss_rise: float = 0.5  # a spike of a loss is also above the median by so much of its size
-    skips: int = 4  # refused steps in a row before the run goes back to its last checkpoint
+    skips: int = 4  # refused steps in a row before the run goes back to its last good checkpoint
     margin: int = 8  # accepted batches before them that are left out with them; twice as many each time
-    rewinds: int = 3  # times that the run goes back to the same checkpoint before it ends
+    rewinds: int = 3  # times that the run goes back without getting further before it ends
 
     def __post_init__(self) -> None:
         positive("guard", window=self.window, skips=self.skips)

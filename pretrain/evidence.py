@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save
 
@@ -32,6 +32,14 @@ JOURNAL = "guard.jsonl"
 BUNDLES = "replay"
 REFUSED = "refused.json"
 MOST_BUNDLES = 16  # of a run; the oldest go first
+
+
+class Rewind(NamedTuple):
+    """The run went back from step `step` to the checkpoint of step `to`."""
+
+    step: int
+    to: int
+    before: int  # rewinds right before it after which the run got no further
 
 
 class Journal:
@@ -63,9 +71,9 @@ class Journal:
         }
         self._write({"event": "refused", **told, "losses": verdict.losses, "bundle": bundle.name})
 
-    def rewound(self, step: int, to: int, left_out: Sequence[int]) -> None:
-        """The run went back from `step` to the checkpoint of step `to`."""
-        self._write({"event": "rewound", "step": step, "to": to, "left_out": list(left_out)})
+    def rewound(self, rewind: Rewind, left_out: Sequence[int]) -> None:
+        """The run went back, and does without these batches from there."""
+        self._write({"event": "rewound", **rewind._asdict(), "left_out": list(left_out)})
 
     def left_out(self) -> set[int]:
         """Numbers of all batches that the run does without."""
@@ -74,9 +82,10 @@ class Journal:
         }
         return rewound | {line["batch"] for line in self._lines if line["event"] == "refused"}
 
-    def num_rewinds(self, to: int) -> int:
-        """How often the run went back to the checkpoint of step `to`."""
-        return sum(line["event"] == "rewound" and line["to"] == to for line in self._lines)
+    def rewinds(self) -> list[Rewind]:
+        """Each time that the run went back, in their order."""
+        told = (line for line in self._lines if line["event"] == "rewound")
+        return [Rewind(line["step"], line["to"], line.get("before", 0)) for line in told]
 
     def _write(self, told: dict[str, Any]) -> None:
         self._lines.append({"time": time.time(), **told})

@@ -82,12 +82,12 @@ def _train(
     require: Require,
 ) -> None:
     from_first_rank(lambda: resume.require_same_place(paths.out, paths.kept))
-    folder = from_first_rank(lambda: resume.newest_or_none(paths.kept))
+    journal = Journal(paths.out)
+    folder = from_first_rank(lambda: resume.newest_or_none(paths.kept, journal.rewinds()))
     first_step = 0 if folder is None else step_of(folder)
     window = Window(paths.profile, paths.out, first_step, run.steps)
     if paths.compile:
         check_compile(run.backbone.family, describe(config)["stage"])
-    journal = Journal(paths.out)
     skipped = from_first_rank(lambda: resume.batches_left_out(folder, journal))
     tokenizer = tokenizer_folder(run, paths.data, paths.tokenizer)
     guide = read_guide(run, paths.guide)
@@ -105,6 +105,7 @@ def _train(
             check = TeacherCheck(run, facts, paths.evaluate_data, tokenizer)
         engine = build_engine(run, facts, config, device, guide, paths, start)
         engine.guard.left_out |= skipped
+        engine.guard.num_rewinds = from_first_rank(lambda: len(journal.rewinds()))
         if rank() == 0:
             _write_inputs(run, paths, start)
         origin = start.told() if start is not None else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 from pretrain.checkpoint.stores import STEP_NAME, store_at
@@ -93,12 +94,12 @@ def folder_in(place: Place, step: int) -> Place:
     return place / step_name(step) if isinstance(place, Path) else f"{place.rstrip('/')}/{step_name(step)}"
 
 
-def latest(place: Place, *, hashes: bool = False) -> Place | None:
+def latest(place: Place, *, hashes: bool = False, without: Collection[int] = ()) -> Place | None:
     """The newest whole checkpoint in a place, or None; warns about newer ones that are broken.
 
-    Sizes are always compared; with `hashes` every byte is read.
+    Sizes are always compared; with `hashes` every byte is read. Steps `without` are not looked at.
     """
-    for step in sorted(steps_in(place), reverse=True):
+    for step in sorted(steps_in(place) - set(without), reverse=True):
         folder = folder_in(place, step)
         problem = store_at(folder).problem(hashes=hashes)
         if problem is None:

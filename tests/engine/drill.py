@@ -51,6 +51,7 @@ from tests.engine.drill_faults import (  # noqa: E402
     count_calls,
     in_batch,
     kill_at_call,
+    lose_weights_once,
     poison,
     signalled,
     without,
@@ -249,7 +250,13 @@ def killed(drill: Drill) -> dict[str, Any]:
 def undisturbed(drill: Drill) -> dict[str, Any]:
     """The run as it should be, and those that never had the batches which others refuse."""
     found = {}
-    for name, batches in {"straight": set(), "without_4": {4}, "without_345": {3, 4, 5}}.items():
+    runs = {
+        "straight": set(),
+        "without_4": {4},
+        "without_345": {3, 4, 5},
+        "without_4_to_9": {4, 5, 6, 7, 8, 9},
+    }
+    for name, batches in runs.items():
         faults = {0: both(without(batches), count_calls(drill.folder / "calls")), 1: without(batches)}
         end = drill.start(name, faults)
         assert end["codes"] == [main.FINISHED] * WORLD, end["output"]
@@ -321,6 +328,15 @@ def poisoned_for_ever(drill: Drill) -> dict[str, Any]:
     """All batches of rank 1 are bad from batch 4 on."""
     faults = both(*(in_batch(number, poison) for number in range(4, 12)))
     return {"ends": [drill.start("for_ever", {1: faults})], "curve": drill.curve("for_ever")}
+
+
+def poisoned_state(drill: Drill) -> dict[str, Any]:
+    """The weights are lost in step 6, just before it is saved; what was saved at step 3 is sound."""
+    run = drill.run
+    drill.run = dataclasses.replace(run, guard=dataclasses.replace(run.guard, rewinds=2))
+    end = drill.start("state", dict.fromkeys(range(WORLD), lose_weights_once(step=6)))
+    drill.run = run
+    return {"ends": [end], **drill.outcome("state")}
 
 
 def full_disk(drill: Drill) -> dict[str, Any]:
@@ -434,6 +450,7 @@ SCENARIOS: dict[str, Callable[[Drill], dict[str, Any]]] = {
     "poisoned": poisoned,
     "poisoned_twice": poisoned_twice,
     "poisoned_for_ever": poisoned_for_ever,
+    "poisoned_state": poisoned_state,
     "full_disk": full_disk,
     "full_tmpfs": full_tmpfs,
     "s3_refuses": s3_refuses,

@@ -117,6 +117,29 @@ def poison(batch: Batch) -> Batch:
     return dataclasses.replace(batch, boxes=torch.full_like(batch.boxes, torch.nan))
 
 
+def lose_weights_once(step: int) -> Fault:
+    """The student is NaN after it has made this step for the first time; a fault of all ranks at once."""
+
+    def install() -> None:
+        from pretrain.engine import Engine
+
+        own, is_first = Engine.step, True
+
+        def changed(engine: Engine, *arguments: Any, **options: Any) -> Any:
+            nonlocal is_first
+            losses = own(engine, *arguments, **options)
+            if is_first and engine.steps_done == step:
+                is_first = False
+                for weights in engine.owned.masters().values():
+                    weights.fill_(torch.nan)
+                engine.owned.publish()
+            return losses
+
+        Engine.step = changed
+
+    return install
+
+
 def signalled(number: int) -> Callable[[Batch], Batch]:
     """The rank sends itself a signal when it gets the batch."""
 

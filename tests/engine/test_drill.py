@@ -107,6 +107,18 @@ def test_refused_steps_in_a_row_go_back_and_leave_out_what_led_there(drill: dict
     assert _is_like(found, drill["undisturbed"]["without_345"])
 
 
+def test_a_checkpoint_that_was_saved_while_the_run_diverged_is_given_up_for_the_older_one(
+    drill: dict[str, Any],
+) -> None:
+    found = drill["poisoned_state"]
+    assert _codes(found) == [[FINISHED] * 2]
+    again, older = [line for line in found["ends"][0]["output"].splitlines() if line.startswith("BACK from")]
+    assert "checkpoints/step_000006, after 2 refused" in again
+    assert "checkpoints/step_000003, after 2 refused" in older
+    assert "those of steps [6] led there again and are given up: batches [4, 5, 8, 9] are left out" in older
+    assert _is_like(found, drill["undisturbed"]["without_4_to_9"])
+
+
 def test_refused_steps_without_end_end_the_run_with_the_evidence(drill: dict[str, Any]) -> None:
     found = drill["poisoned_for_ever"]
     assert _codes(found) == [[DIVERGED] * 2]
