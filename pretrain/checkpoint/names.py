@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Collection
 from pathlib import Path
 
-from pretrain.checkpoint.stores import STEP_NAME, store_at
+from pretrain.checkpoint.store import STEP_NAME
+from pretrain.checkpoint.stores import store_at
 from pretrain.data.remote import Place, place_of
 
 PLACE_RECORD = "checkpoints.json"  # in a run's folder: where its checkpoints lie

@@ -22,7 +22,8 @@ from data_prep.claim import ClaimLost, Require, unclaimed
 from pretrain import intact
 from pretrain.checkpoint.names import folder_in, step_name, steps_in
 from pretrain.checkpoint.snapshot import Snapshot, Trainable
-from pretrain.checkpoint.stores import Content, put, store_at
+from pretrain.checkpoint.store import Content, put
+from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.data.remote import Place
 from pretrain.facts import DataFacts
