@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file, save
 
 from data_prep.schema import write_atomic
+from pretrain.appended import Appended
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.remote import Place, place_of
@@ -43,23 +44,22 @@ class Rewind(NamedTuple):
 
 
 class Journal:
-    """Refused steps and rewinds of a run, one line of JSON each, beside its checkpoints; for one process.
+    """Refused steps and rewinds of a run, one line of JSON each, beside its log; for one process.
 
-    What cannot be written is remembered all the same, and OSError raised.
+    What cannot be written is remembered all the same (pretrain/appended.py).
     """
 
     def __init__(self, out: Path) -> None:
         self._path = out / JOURNAL
-        self._lines = (
-            [line for line in map(_line, self._path.read_text().splitlines()) if line]
-            if self._path.exists()
-            else []
-        )
+        self._file = Appended(self._path)
+        text = self._path.read_text(errors="replace") if self._path.exists() else ""
+        self._lines = [line for line in map(_line, text.splitlines()) if line]
+        self._before = "\n" if text and not text.endswith("\n") else ""  # a crash has cut the last line
 
     def clear(self) -> None:
         """The run begins from the beginning."""
         self._path.unlink(missing_ok=True)
-        self._lines = []
+        self._lines, self._before = [], ""
 
     def refused(self, verdict: Verdict, bundle: Path) -> None:
         """A step did not move the weights."""
@@ -75,6 +75,10 @@ class Journal:
         """The run went back, and does without these batches from there."""
         self._write({"event": "rewound", **rewind._asdict(), "left_out": list(left_out)})
 
+    def catch_up(self) -> None:
+        """Writes what found no room, if anything."""
+        self._file.write()
+
     def left_out(self) -> set[int]:
         """Numbers of all batches that the run does without."""
         rewound = {
@@ -89,8 +93,8 @@ class Journal:
 
     def _write(self, told: dict[str, Any]) -> None:
         self._lines.append({"time": time.time(), **told})
-        with self._path.open("a") as file:
-            file.write(json.dumps(self._lines[-1]) + "\n")
+        self._file.add(f"{self._before}{json.dumps(self._lines[-1])}\n".encode())
+        self._before = ""
 
 
 def _line(text: str) -> dict[str, Any] | None:

@@ -83,6 +83,7 @@ def _accepted(job: Job, loader: Loader, monitor: Monitor, losses: Any) -> None:
         with engine.clock.during("evaluate"):
             monitor.evaluated(engine.steps_done, job.check(engine))
     monitor.after_step(engine, losses, loader.dropped, loader.captions)
+    job.journal.catch_up()
     if engine.steps_done % run.save_every == 0 or is_last:
         job.watchdog.at(engine.steps_done, "saves a checkpoint")
         with monitor.saving():

@@ -134,7 +134,11 @@ def quieten() -> None:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    if code == LOST:  # what waits for the lost rank would wait at the interpreter's end too
+    try:
+        sys.stdout.flush()
         sys.stderr.flush()
+    except OSError:  # the disk of the output is full: the interpreter would end with a code of its own
+        os._exit(code)
+    if code == LOST:  # what waits for the lost rank would wait at the interpreter's end too
         os._exit(code)
     sys.exit(code)

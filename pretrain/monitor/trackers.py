@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
+import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from pretrain.appended import Appended
 from pretrain.config import Run
+from pretrain.host import host_name
 from pretrain.intact import write_text
 
 WANDB_PROJECT = "m3i"
@@ -51,24 +55,42 @@ class Wandb:
 
 
 class TensorBoard:
-    """Event files in OUT/tensorboard; a resume hides what came after its step."""
+    """Event files in OUT/tensorboard; a resume hides what came after its step.
+
+    A record is the length of an event, its checksum, the event and its checksum (tensorboardX.record_writer); the
+    writer of tensorboardX would wait for ever once its thread has met a full disk.
+    """
 
     def __init__(self, out: Path, run: Run, first_step: int) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import SessionLog
 
-        self._writer = SummaryWriter(str(out / TENSORBOARD), purge_step=first_step + 1)
-        self._writer.add_text("recipe", f"```json\n{run.to_json()}\n```", first_step)
+        self._summary = summary
+        folder = out / TENSORBOARD
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = Appended(folder / f"events.out.tfevents.{time.time_ns() // 1000}.{host_name()}")
+        self._add(file_version="brain.Event:2")
+        self._add(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._add(step=first_step, summary=summary.text("recipe", f"```json\n{run.to_json()}\n```"))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        for name, value in scalars(record):
-            self._writer.add_scalar(name, value, record["step"])
-        self._writer.flush()
+        values = [self._summary.scalar(name, value).value[0] for name, value in scalars(record)]
+        self._add(step=record["step"], summary=self._summary.Summary(value=values))
 
     def alert(self, title: str, text: str) -> None:
-        self._writer.add_text(title, text)
+        self._add(summary=self._summary.text(title, text))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _add(self, **event: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import masked_crc32c
+
+        content = Event(wall_time=time.time(), **event).SerializeToString()
+        length = struct.pack("<Q", len(content))
+        sums = (struct.pack("<I", masked_crc32c(part)) for part in (length, content))
+        self._file.add(b"".join((length, next(sums), content, next(sums))))
 
 
 TRACKERS: dict[str, Callable[[Path, Run, int], Tracker]] = {"wandb": Wandb, "tensorboard": TensorBoard}
