@@ -23,7 +23,8 @@ from pretrain.config import Run
 from pretrain.monitor.console import Unbroken, block, line
 from pretrain.monitor.log import LOG, line_of, open_log, records
 from pretrain.monitor.ranks import Sources, hosts, mean_scalars, nats_by_source, resources, sum_counts
-from pretrain.monitor.speed import Speed, Spent
+from pretrain.monitor.speed import Speed
+from pretrain.monitor.spent import Spent
 from pretrain.monitor.trackers import Tracker
 
 SECONDS_BETWEEN_BARS = {True: 0.2, False: 20.0}  # is stderr a terminal? A file gets few lines
@@ -33,7 +34,8 @@ LINES_A_BLOCK = 20  # lines of the console after which one is told in full
 class Monitor:
     """Follows the steps of one process; only rank 0 writes. Use as `with Monitor(...) as monitor`.
 
-    `clock` is that of the engine; `trackers` (of rank 0) are told what the log is. A collective call.
+    `clock` is that of the engine; `trackers` (of rank 0) are told what the log is; `spent` counts on where a run has
+    gone back. A collective call.
     """
 
     def __init__(
@@ -45,20 +47,20 @@ class Monitor:
         *,
         sources: Sources | None = None,
         speed: Speed | None = None,
+        spent: Spent | None = None,
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self._run, self._clock, self._sources, self._speed = run, clock, sources, speed
         self._first_rank = rank() == 0
         self._hosts = hosts()
         self._steps = self._lines = 0
-        self._spent = Spent(world_size(), None if speed is None else speed.price)
+        self._spent = spent or Spent(world_size())
         self._trackers = trackers
         self._evaluation: dict[str, Any] | None = None  # that the next line of the log tells
         clock.look()  # what came before is none of a step's
         if not self._first_rank:
             return
         kept = records(out / LOG, until=first_step)
-        self._spent.gpu_hours = kept[-1].get("gpu_hours", 0.0) if kept else 0.0
         self._watch = replay(run, kept)
         self._bar = tqdm(
             total=run.steps,
@@ -145,7 +147,7 @@ class Monitor:
             "images_per_second": self._run.batch / taken,
             "step_seconds": taken,
             **used,
-            **self._spent.after(self._steps, taken, self._run.steps - engine.steps_done),
+            **self._spent.after(taken, self._run.steps - engine.steps_done),
             "skipped_steps": engine.skipped_steps,
         }
         if self._run.objective.input.mixed == 2:

@@ -17,6 +17,7 @@ from pretrain.host import host_name
 from pretrain.intact import write_text
 
 WANDB_PROJECT = "m3i"
+WANDB_ID = "wandb_id"  # file beside the log
 TENSORBOARD = "tensorboard"  # folder beside the log
 
 
@@ -30,7 +31,11 @@ class Tracker(Protocol):
 
 
 class Wandb:
-    """A run of wandb that a resume continues; WANDB_MODE=offline keeps it on this machine."""
+    """A run of wandb that a resume continues; WANDB_MODE=offline keeps it on this machine.
+
+    The axis of its charts is our step and not wandb's, which never goes back: what a run that has gone back logs
+    again below its last step would be dropped (docs.wandb.ai/models/track/log/customize-logging-axes).
+    """
 
     def __init__(self, out: Path, run: Run, first_step: int) -> None:
         import wandb
@@ -38,14 +43,16 @@ class Wandb:
         self._run = wandb.init(
             project=WANDB_PROJECT,
             name=out.name,
-            id=wandb_id(out, first_step),
+            id=wandb_id(out),
             dir=str(out),
             resume="allow",
             config=dataclasses.asdict(run),
         )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, record: Mapping[str, Any]) -> None:
-        self._run.log(dict(record), step=record["step"])
+        self._run.log(dict(record))
 
     def alert(self, title: str, text: str) -> None:
         self._run.alert(title=title, text=text)
@@ -105,9 +112,14 @@ def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", float(value)
 
 
-def wandb_id(out: Path, first_step: int) -> str:
-    """By which wandb knows a run: drawn when it begins, the same for every start that goes on from a checkpoint."""
-    path = out / "wandb_id"
-    if first_step == 0 or not path.exists():
+def wandb_id(out: Path) -> str:
+    """By which wandb knows a run: drawn when it begins, the same for every start that goes on."""
+    path = out / WANDB_ID
+    if not path.exists():
         write_text(path, secrets.token_hex(8))
     return path.read_text()
+
+
+def forget(out: Path) -> None:
+    """A run begins in a folder of an earlier one, and is to be known as another."""
+    (out / WANDB_ID).unlink(missing_ok=True)
