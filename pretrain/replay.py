@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pretrain import checkpoint, evidence
 from pretrain.checkpoint import folder_in, steps_in
 from pretrain.checkpoint.stores import store_at
-from pretrain.collectives import rank, world_size
+from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_folder
 from pretrain.distributed import start_distributed
@@ -40,7 +40,8 @@ def replay(bundle: Path) -> bool:
         )
     config, _ = resolve_config(read_ds_config(paths.ds_config), run, device)
     left_out = set(recorded["left_out"])
-    folder = checkpoint_before(paths.kept, recorded["step"], left_out)
+    # Every byte is read: by one rank, not by each of hundreds.
+    folder = from_first_rank(lambda: checkpoint_before(paths.kept, recorded["step"], left_out))
     guide = read_guide(run, paths.guide)
     tokenizer = tokenizer_folder(run, paths.data, paths.tokenizer)
     with closing(
