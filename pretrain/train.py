@@ -147,7 +147,7 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
 def _left_at(paths: Paths, journal: Journal) -> Place | None:
     """The checkpoint that the run goes on from, if any; by the first rank, which holds the place."""
     resume.require_same_place(paths.out, paths.kept)
-    store_at(paths.kept).tidy()  # a checkpoint may still have the name that a killed process gave it
+    store_at(paths.kept).recover()  # a checkpoint may still have the name that a killed process gave it
     return resume.newest_or_none(paths.kept, journal.rewinds())
 
 

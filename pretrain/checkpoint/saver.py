@@ -54,6 +54,7 @@ class Saver:
     ) -> None:
         self._engine, self.place, self._require = engine, place, require
         self._store = store_at(place)
+        from_first_rank(self._store.tidy)
         self._run_token = from_first_rank(lambda: secrets.token_hex(4))
         self._snapshot = Snapshot(engine, facts, tokenizer)
         self._board = dist.distributed_c10d._get_default_store()

@@ -51,6 +51,9 @@ class Store(Protocol):
     def remove(self, name: str) -> None:
         """Removes a folder; a reader never sees a part of it as whole."""
 
+    def recover(self) -> None:
+        """Gives its name back to what a process that is gone was about to replace; nothing is removed."""
+
     def tidy(self) -> None:
         """Removes what processes left unfinished that are gone."""
 

@@ -100,13 +100,14 @@ class Disk:
     def give_up(self, name: str, attempt: str) -> None:
         shutil.rmtree(self._hidden(name, attempt), ignore_errors=True)
 
-    def tidy(self) -> None:
-        for replaced in self.folder.glob(
-            f"{HIDDEN}*.replaced"
-        ):  # by a process that ended before it put the new one
+    def recover(self) -> None:
+        for replaced in self.folder.glob(f"{HIDDEN}*.replaced"):
             name = STEP_NAME.search(replaced.name)
             if name and not (self.folder / name[0]).exists():
                 os.rename(replaced, self.folder / name[0])
+
+    def tidy(self) -> None:
+        self.recover()
         for left_over in self.folder.glob(f"{HIDDEN}*"):
             shutil.rmtree(left_over, ignore_errors=True)
 
@@ -179,6 +180,9 @@ class Remote:
 
     def give_up(self, name: str, attempt: str) -> None:
         pass  # it has no COMPLETE and `tidy` removes it: a store that fails is not asked again for that
+
+    def recover(self) -> None:
+        pass  # nothing is renamed there
 
     def tidy(self) -> None:
         for name in self.folders():

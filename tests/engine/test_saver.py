@@ -231,7 +231,7 @@ def test_what_a_killed_process_left_in_a_store_is_never_used(
     s3.files.rm_file(f"{place}/step_000002/{intact.COMPLETE}")
     with pytest.warns(UserWarning, match="step_000002 is skipped, since COMPLETE is missing"):
         assert checkpoint.latest(place) == f"{place}/step_000001"
-    store_at(place).tidy()
+    saver_of(engine, place)
     assert checkpoint.steps_in(place) == {1}
 
 
