@@ -35,7 +35,8 @@ from pretrain.checkpoint import checkpoints_of  # noqa: E402
 from pretrain.checkpoint.image import Image  # noqa: E402
 from pretrain.checkpoint.names import step_name  # noqa: E402
 from pretrain.checkpoint.ranges import rank_name  # noqa: E402
-from pretrain.checkpoint.stores import put, store_at  # noqa: E402
+from pretrain.checkpoint.store import put  # noqa: E402
+from pretrain.checkpoint.stores import store_at  # noqa: E402
 from pretrain.config import Run  # noqa: E402
 from pretrain.export.formats import EXPORTERS  # noqa: E402
 from pretrain.facts import DataFacts  # noqa: E402

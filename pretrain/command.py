@@ -7,8 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-MISTAKE = 1  # exit code for what the user can mend
-INTERRUPTED = 130
+from pretrain.exits import FAILED, FINISHED, INTERRUPTED
 
 
 def exit_code(
@@ -24,11 +23,11 @@ def exit_code(
         work(None if arguments is None else list(arguments))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+        return FAILED
     except KeyboardInterrupt:
         print(f"\ninterrupted: {interrupted}", file=sys.stderr)
         return INTERRUPTED
-    return 0
+    return FINISHED
 
 
 def require_place(option: str, path: Path) -> None:

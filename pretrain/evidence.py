@@ -15,38 +15,51 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save
 
+from data_prep.schema import write_atomic
+from pretrain.appended import Appended
+from pretrain.config import Run
 from pretrain.data.batch import Batch
-from pretrain.data.remote import Place
+from pretrain.data.remote import Place, place_of
 from pretrain.guard import Verdict
 from pretrain.host import host_name
+from pretrain.intact import write_text
+from pretrain.paths import Paths
 
 JOURNAL = "guard.jsonl"
 BUNDLES = "replay"
+REFUSED = "refused.json"
 MOST_BUNDLES = 16  # of a run; the oldest go first
 
 
-class Journal:
-    """Refused steps and rewinds of a run, one line of JSON each, beside its checkpoints; for one process.
+class Rewind(NamedTuple):
+    """The run went back from step `step` to the checkpoint of step `to`."""
 
-    What cannot be written is remembered all the same, and OSError raised.
+    step: int
+    to: int
+    before: int  # rewinds right before it after which the run got no further
+
+
+class Journal:
+    """Refused steps and rewinds of a run, one line of JSON each, beside its log; for one process.
+
+    What cannot be written is remembered all the same (pretrain/appended.py).
     """
 
     def __init__(self, out: Path) -> None:
         self._path = out / JOURNAL
-        self._lines = (
-            [line for line in map(_line, self._path.read_text().splitlines()) if line]
-            if self._path.exists()
-            else []
-        )
+        self._file = Appended(self._path)
+        text = self._path.read_text(errors="replace") if self._path.exists() else ""
+        self._lines = [line for line in map(_line, text.splitlines()) if line]
+        self._before = "\n" if text and not text.endswith("\n") else ""  # a crash has cut the last line
 
     def clear(self) -> None:
         """The run begins from the beginning."""
         self._path.unlink(missing_ok=True)
-        self._lines = []
+        self._lines, self._before = [], ""
 
     def refused(self, verdict: Verdict, bundle: Path) -> None:
         """A step did not move the weights."""
@@ -58,9 +71,13 @@ class Journal:
         }
         self._write({"event": "refused", **told, "losses": verdict.losses, "bundle": bundle.name})
 
-    def rewound(self, step: int, to: int, left_out: Sequence[int]) -> None:
-        """The run went back from `step` to the checkpoint of step `to`."""
-        self._write({"event": "rewound", "step": step, "to": to, "left_out": list(left_out)})
+    def rewound(self, rewind: Rewind, left_out: Sequence[int]) -> None:
+        """The run went back, and does without these batches from there."""
+        self._write({"event": "rewound", **rewind._asdict(), "left_out": list(left_out)})
+
+    def catch_up(self) -> None:
+        """Writes what found no room, if anything."""
+        self._file.write()
 
     def left_out(self) -> set[int]:
         """Numbers of all batches that the run does without."""
@@ -69,20 +86,22 @@ class Journal:
         }
         return rewound | {line["batch"] for line in self._lines if line["event"] == "refused"}
 
-    def num_rewinds(self, to: int) -> int:
-        """How often the run went back to the checkpoint of step `to`."""
-        return sum(line["event"] == "rewound" and line["to"] == to for line in self._lines)
+    def rewinds(self) -> list[Rewind]:
+        """Each time that the run went back, in their order."""
+        told = (line for line in self._lines if line["event"] == "rewound")
+        return [Rewind(line["step"], line["to"], line.get("before", 0)) for line in told]
 
     def _write(self, told: dict[str, Any]) -> None:
         self._lines.append({"time": time.time(), **told})
-        with self._path.open("a") as file:
-            file.write(json.dumps(self._lines[-1]) + "\n")
+        self._file.add(f"{self._before}{json.dumps(self._lines[-1])}\n".encode())
+        self._before = ""
 
 
 def _line(text: str) -> dict[str, Any] | None:
     """None for a line that a crash damaged."""
     try:
-        return json.loads(text)
+        told = json.loads(text)
+        return told if isinstance(told, dict) and "event" in told else None
     except ValueError:
         return None
 
@@ -98,9 +117,9 @@ def write_rank(
     """This rank's part of a bundle; OSError where it cannot be written."""
     bundle.mkdir(parents=True, exist_ok=True)
     tensors = {field.name: getattr(batch, field.name).cpu().contiguous() for field in fields(batch)}
-    (bundle / f"rank_{rank:05d}.safetensors").write_bytes(save(tensors))  # whose errors are the system's
+    write_atomic(bundle / rank_file(rank, "safetensors"), save(tensors))
     told = {"rank": rank, "host": host_name(), "losses": losses, "samples": samples}
-    (bundle / f"rank_{rank:05d}.json").write_text(json.dumps(told, indent=1))
+    write_text(bundle / rank_file(rank, "json"), json.dumps(told, indent=1))
 
 
 def write_common(
@@ -117,17 +136,51 @@ def write_common(
     """
     bundle.mkdir(parents=True, exist_ok=True)
     for name in ("recipe.json", "data.json"):
-        shutil.copyfile(bundle.parent.parent / name, bundle / name)
+        write_atomic(bundle / name, (bundle.parent.parent / name).read_bytes())
     told = asdict(verdict) | {"left_out": sorted(left_out)} | how
     told["places"] = {
         name: str(place.resolve()) if isinstance(place, Path) else place for name, place in places.items()
     }
-    (bundle / "refused.json").write_text(json.dumps(told, indent=1))
+    write_text(bundle / REFUSED, json.dumps(told, indent=1))
     kept = sorted(bundle.parent.glob("step_*-batch_*"), key=lambda path: path.name.rpartition("_")[2])
     for old in kept[:-MOST_BUNDLES]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def rank_file(rank: int, suffix: str) -> str:
+    """Name of a file of a rank in a bundle."""
+    return f"rank_{rank:05d}.{suffix}"
+
+
+def missing_from(bundle: Path, world: int) -> list[str]:
+    """Names of the files that a whole bundle of so many ranks has and this one has not; each file is whole or not
+    there.
+    """
+    of_ranks = [rank_file(number, suffix) for number in range(world) for suffix in ("safetensors", "json")]
+    return [name for name in ("recipe.json", "data.json", *of_ranks) if not (bundle / name).is_file()]
+
+
+def read_bundle(bundle: Path) -> tuple[dict[str, Any], Run, Paths]:
+    """What refused.json says, the run, and where its inputs lay; ValueError when it is no bundle, or not whole."""
+    try:
+        recorded = json.loads((bundle / REFUSED).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"--replay {bundle} holds no {REFUSED}: name a folder below OUT/replay") from None
+    if missing := missing_from(bundle, recorded["world"]):
+        raise ValueError(
+            f"--replay {bundle} lacks {', '.join(missing[:3])} ({len(missing)} files in all): its run ended, or its "
+            "disk was full, while it was written; name another one"
+        )
+    run = Run.from_json((bundle / "recipe.json").read_text())
+    data = {name: place_of(place) for name, place in json.loads((bundle / "data.json").read_text()).items()}
+    places: dict[str, Any] = {
+        name: None if place is None else Path(place) for name, place in recorded["places"].items()
+    }
+    places["checkpoints"] = place_of(recorded["places"]["checkpoints"])
+    how = {name: recorded[name] for name in ("micro_batches", "compile")}
+    return recorded, run, Paths(data=data, out=bundle.resolve().parent.parent, **how, **places)
+
+
 def read_batch(bundle: Path, rank: int) -> Batch:
     """The rank's part of the batch, as it was on the CPU."""
-    return Batch(**load_file(bundle / f"rank_{rank:05d}.safetensors"))
+    return Batch(**load_file(bundle / rank_file(rank, "safetensors")))

@@ -37,7 +37,7 @@ def norms_by_part(model: nn.Module, device: torch.device) -> dict[str, Float[Ten
     """
     owned: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        held, local = owned.setdefault(part_of(name), []), _local(parameter)
+        held, local = owned.setdefault(part_of(name), []), local_gradient(parameter)
         held += [] if local is None else [local]
     squares = torch.zeros(len(owned), device=device)
     for index, held in enumerate(owned.values()):
@@ -47,8 +47,8 @@ def norms_by_part(model: nn.Module, device: torch.device) -> dict[str, Float[Ten
     return dict(zip(owned, sum_over_ranks(squares).sqrt().unbind(), strict=True))
 
 
-def _local(parameter: nn.Parameter) -> Tensor | None:
-    """This rank's slice of a parameter's gradient; None where it owns nothing of it."""
+def local_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """This rank's slice of a parameter's gradient, between backward and step; None where it owns nothing of it."""
     if hasattr(parameter, "ds_id"):
         return safe_get_local_grad(parameter)
     mapping = parameter._hp_mapping

@@ -12,6 +12,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from pretrain.config import Guard
@@ -45,6 +46,7 @@ class StepGuard:
         self.left_out: set[int] = set()  # numbers of batches
         self.refused_in_a_row: list[Verdict] = []
         self.num_refused = 0  # since the start of this process
+        self.num_rewinds = 0  # of the run: how often it has gone back
         self._names: tuple[str, ...] = ()
         self._accepted: deque[tuple[float, ...]] = deque(maxlen=limits.window)  # of NORM its logarithm
 
@@ -98,24 +100,25 @@ class StepGuard:
             "names": list(self._names),
             "accepted": [list(row) for row in self._accepted],
             "left_out": sorted(self.left_out),
+            "rewinds": self.num_rewinds,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave; what is left out already stays so."""
+        """Takes over what `state_dict` gave; what is left out already stays so, and rewinds stay counted."""
         self._names = tuple(state["names"])
         self._accepted = deque(map(tuple, state["accepted"]), maxlen=self.limits.window)
         self.left_out |= set(state["left_out"])
         self.refused_in_a_row = []
 
-    def leave_out_since(self, first: int, times: int) -> Sequence[int]:
-        """The refused batches in a row, and with them `margin` x 2^times accepted ones before, not before `first`."""
+    def leave_out_since(self, first: int, times: int, ends: Sequence[int] = ()) -> Sequence[int]:
+        """The refused batches in a row, and with them `margin` x 2^times accepted ones before, not before `first`.
+
+        As many are left out before each of `ends`, where a checkpoint was written that is of no use.
+        """
         refused = [verdict.batch for verdict in self.refused_in_a_row]
-        wanted = self.limits.margin * 2**times
-        before: list[int] = []
-        number = refused[0] - 1
-        while number >= first and len(before) < wanted:
-            if number not in self.left_out:
-                before.append(number)
-            number -= 1
+        wanted, before = self.limits.margin * 2**times, set[int]()
+        for end in (refused[0], *ends):
+            accepted = (number for number in range(end - 1, first - 1, -1) if number not in self.left_out)
+            before |= set(islice(accepted, wanted))
         self.left_out |= {*refused, *before}
-        return sorted([*refused, *before])
+        return sorted({*refused, *before})

@@ -5,12 +5,14 @@ A reader trusts a folder only with its COMPLETE file, {"files": {relative path: 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+
+from data_prep.schema import sha256_file as sha256
+from data_prep.schema import write_atomic
 
 COMPLETE = "COMPLETE"
 
@@ -93,9 +95,8 @@ def compare(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file and flushes it to the disk."""
-    path.write_text(text)
-    flush(path)
+    """Writes a file whole or not at all, also over an older one, so that it stays after a power cut."""
+    write_atomic(path, text.encode())
 
 
 def flush(path: Path) -> None:
@@ -105,9 +106,3 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in lower-case hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

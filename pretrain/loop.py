@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from data_prep.claim import ClaimLost
 from pretrain import evidence
 from pretrain.checkpoint import Saver
 from pretrain.collectives import rank, world_size
@@ -44,7 +45,8 @@ class Job:
 def run_steps(job: Job, loader: Loader, monitor: Monitor) -> Place | None:
     """Trains until the last step, or until the guard asks for the checkpoint that is returned.
 
-    Preempted when the ranks agree that one of them was asked to stop; Diverged as `go_back`.
+    Preempted when the ranks agree that one of them was asked to stop, ClaimLost when the place of the checkpoints was
+    taken over by another process; Diverged as `go_back`.
     """
     run, engine, saver, watchdog = job.run, job.engine, job.saver, job.watchdog
     batches, times = iter(loader), FIRST
@@ -54,7 +56,7 @@ def run_steps(job: Job, loader: Loader, monitor: Monitor) -> Place | None:
         with monitor.waiting_for_data():
             batch = next(batches)
         watchdog.at(engine.steps_done, "computes a step", times=times)
-        losses = engine.step(batch, asks_to_stop=bool(job.signals.received))
+        losses = engine.step(batch, asks_to_stop=bool(job.signals.received) or saver.is_lost)
         times = 1.0
         if not engine.verdict.is_accepted:
             folder = _refused(job, loader, monitor, batch, losses)
@@ -83,6 +85,7 @@ def _accepted(job: Job, loader: Loader, monitor: Monitor, losses: Any) -> None:
         with engine.clock.during("evaluate"):
             monitor.evaluated(engine.steps_done, job.check(engine))
     monitor.after_step(engine, losses, loader.dropped, loader.captions)
+    job.journal.catch_up()
     if engine.steps_done % run.save_every == 0 or is_last:
         job.watchdog.at(engine.steps_done, "saves a checkpoint")
         with monitor.saving():
@@ -95,12 +98,16 @@ def _say_saved(job: Job, monitor: Monitor) -> None:
 
 
 def _stop(job: Job, monitor: Monitor) -> None:
-    """Saves and raises Preempted; all ranks have agreed on it."""
+    """Saves and raises Preempted; ClaimLost where nothing can be saved any more. All ranks have agreed on it."""
     step = job.engine.steps_done
     job.watchdog.at(step, "saves a checkpoint")
     where = "from there"
-    with suppress(OSError):  # of the save before, which `poll` tells
+    try:
         job.saver.finish()
+    except ClaimLost:
+        raise
+    except OSError:  # of the save before, which `poll` tells
+        pass
     try:
         if job.saver.saved_step != step:
             job.saver.save(wait=True)
@@ -146,6 +153,13 @@ def _refused(job: Job, loader: Loader, monitor: Monitor, batch: Batch, losses: A
     job.watchdog.at(verdict.step, "goes back to a checkpoint", times=FIRST)
     with suppress(OSError):  # of the last save, which `poll` tells: the one before it is there
         job.saver.finish()
-    folder, line = go_back(engine.guard, job.journal, job.paths.kept, job.paths.out)
+    try:
+        folder, line = go_back(engine.guard, job.journal, job.paths.kept, job.paths.out)
+    except OSError as error:  # on all ranks
+        monitor.say(
+            f"NOT GONE BACK after {len(engine.guard.refused_in_a_row)} refused steps in a row, as no checkpoint can "
+            f"be read: {error}. The next batch is tried, and going back after each that is refused"
+        )
+        return None
     monitor.say(line)
     return folder

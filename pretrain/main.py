@@ -52,7 +52,8 @@ def start(run: Run, paths: argparse.Namespace) -> int:
     """Trains; exit code as of `main`. Imports torch and DeepSpeed, which takes seconds."""
     quieten()
     from pretrain.paths import Paths
-    from pretrain.train import is_told_by_this_rank, train
+    from pretrain.tellers import is_told_by_this_rank
+    from pretrain.train import train
 
     try:
         train(
@@ -91,7 +92,7 @@ def start_replay(bundle: Path) -> int:
     """Runs a refused step again; FAILED also when it does not come out the same."""
     quieten()
     from pretrain.replay import replay
-    from pretrain.train import is_told_by_this_rank
+    from pretrain.tellers import is_told_by_this_rank
 
     try:
         return FINISHED if replay(bundle) else FAILED
@@ -134,7 +135,11 @@ def quieten() -> None:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    if code == LOST:  # what waits for the lost rank would wait at the interpreter's end too
+    try:
+        sys.stdout.flush()
         sys.stderr.flush()
+    except OSError:  # the disk of the output is full: the interpreter would end with a code of its own
+        os._exit(code)
+    if code == LOST:  # what waits for the lost rank would wait at the interpreter's end too
         os._exit(code)
     sys.exit(code)

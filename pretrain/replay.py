@@ -10,21 +10,18 @@ import json
 import math
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from pretrain import checkpoint, evidence
 from pretrain.checkpoint import folder_in, steps_in
 from pretrain.checkpoint.stores import store_at
-from pretrain.collectives import rank, world_size
-from pretrain.config import Run
-from pretrain.data.remote import Place, place_of
+from pretrain.collectives import from_first_rank, rank, world_size
+from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_folder
 from pretrain.distributed import start_distributed
 from pretrain.ds_config import read_ds_config, resolve_config
 from pretrain.guard import NORM
-from pretrain.paths import Paths
 from pretrain.train import build_engine, open_loader, read_guide, with_guide
 
 Numbers = dict[str, float]  # by what they are: a target's nats, or the norm
@@ -35,7 +32,7 @@ def replay(bundle: Path) -> bool:
 
     ValueError when the bundle is none, was made by another number of ranks, or no checkpoint before it is left.
     """
-    recorded, run, paths = read(bundle)
+    recorded, run, paths = evidence.read_bundle(bundle)
     device = start_distributed()
     if world_size() != recorded["world"]:
         raise ValueError(
@@ -43,7 +40,8 @@ def replay(bundle: Path) -> bool:
         )
     config, _ = resolve_config(read_ds_config(paths.ds_config), run, device)
     left_out = set(recorded["left_out"])
-    folder = checkpoint_before(paths.kept, recorded["step"], left_out)
+    # Every byte is read: by one rank, not by each of hundreds.
+    folder = from_first_rank(lambda: checkpoint_before(paths.kept, recorded["step"], left_out))
     guide = read_guide(run, paths.guide)
     tokenizer = tokenizer_folder(run, paths.data, paths.tokenizer)
     with closing(
@@ -69,30 +67,13 @@ def replay(bundle: Path) -> bool:
     known = [("all ranks", {NORM: recorded["norm"], **recorded["losses"]})]
     for number, numbers in enumerate(of_ranks):
         found.append((f"rank {number}", numbers))
-        known.append(
-            (f"rank {number}", json.loads((bundle / f"rank_{number:05d}.json").read_text())["losses"])
-        )
+        told = json.loads((bundle / evidence.rank_file(number, "json")).read_text())
+        known.append((f"rank {number}", told["losses"]))
     if rank() == 0:
         print(f"batch {recorded['batch']} after step {recorded['step']}, from {folder}:")
         print("\n".join(table(known, found)), flush=True)
     dist.destroy_process_group()
     return all(is_equal(old, new) for (_, old), (_, new) in zip(known, found, strict=True))
-
-
-def read(bundle: Path) -> tuple[dict[str, Any], Run, Paths]:
-    """What refused.json says, the run, and where its inputs lay."""
-    try:
-        recorded = json.loads((bundle / "refused.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(f"--replay {bundle} holds no refused.json: name a folder below OUT/replay") from None
-    run = Run.from_json((bundle / "recipe.json").read_text())
-    data = {name: place_of(place) for name, place in json.loads((bundle / "data.json").read_text()).items()}
-    places: dict[str, Any] = {
-        name: None if place is None else Path(place) for name, place in recorded["places"].items()
-    }
-    places["checkpoints"] = place_of(recorded["places"]["checkpoints"])
-    how = {name: recorded[name] for name in ("micro_batches", "compile")}
-    return recorded, run, Paths(data=data, out=bundle.resolve().parent.parent, **how, **places)
 
 
 def checkpoint_before(place: Place, step: int, left_out: set[int]) -> Place:

@@ -5,12 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import reprlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import latest, left_out, read_json, steps_in
+from pretrain.checkpoint import (
+    PLACE_RECORD,
+    folder_in,
+    latest,
+    left_out,
+    place_name,
+    read_json,
+    recorded_place,
+    steps_in,
+)
 from pretrain.config import Guard, Run
 from pretrain.data.remote import Place, is_url
-from pretrain.evidence import Journal
+from pretrain.evidence import Journal, Rewind
 from pretrain.facts import DataFacts
 
 HARMLESS = (
@@ -24,18 +36,60 @@ HARMLESS = (
 )  # fields of Run that may change at a resume
 
 
-def newest_or_none(place: Place) -> Place | None:
-    """The newest whole checkpoint; None when there never was one, ValueError when all are broken.
+def require_same_place(out: Path, kept: Place) -> None:
+    """ValueError when the run in `out` kept its checkpoints elsewhere, and got further there than in `kept`.
+
+    Without them it would begin anew, and empty the log of what it did. Where they were moved to `kept`, it goes on.
+    """
+    before = recorded_place(out)
+    if before is None or place_name(before) == place_name(kept):
+        return
+    there, here = (max(steps_in(place), default=-1) for place in (before, kept))
+    if there > here:
+        raise ValueError(
+            f"the run in {out} keeps its checkpoints in {before}, up to step {there} ({out / PLACE_RECORD}); this "
+            f"start keeps them in {kept}, where there are {'none' if here < 0 else f'those up to step {here}'}: name "
+            f"that place by --checkpoints {before} to go on, copy them to {kept}, or begin anew with another --out"
+        )
+
+
+def newest_or_none(place: Place, rewinds: Sequence[Rewind] = ()) -> Place | None:
+    """The newest whole checkpoint that is not given up; None where there is none, ValueError when all are broken.
 
     On disk every byte is read; behind a URL sizes are compared, since a rank reads only what it needs.
     """
-    folder = latest(place, hashes=not is_url(place))
+    gone = given_up(place, rewinds)
+    if gone:
+        warnings.warn(
+            f"the checkpoints of steps {sorted(gone)} in {place} are not used: the run has gone back from them to an "
+            "older one",
+            stacklevel=2,
+        )
+    folder = latest(place, hashes=not is_url(place), without=gone)
     if folder is None and (steps := steps_in(place)):
         raise ValueError(
             f"none of the checkpoints of steps {sorted(steps)} in {place} is whole: copy them again, or delete "
             "them to start from the beginning, or name another place"
         )
     return folder
+
+
+def given_up(place: Place, rewinds: Sequence[Rewind]) -> set[int]:
+    """Steps of the checkpoints from which the run has gone back to an older one since they were written."""
+    oldest = min((one.to for one in rewinds), default=None)
+    if oldest is None:
+        return set()
+    later = (step for step in steps_in(place) if step > oldest)
+    return {step for step in later if any(one.to < step for one in since(folder_in(place, step), rewinds))}
+
+
+def since(folder: Place, rewinds: Sequence[Rewind]) -> Sequence[Rewind]:
+    """Rewinds after a checkpoint was written; none where it does not say how many there were before."""
+    try:
+        known = read_json(folder, "state.json")["guard"]["rewinds"]
+    except (FileNotFoundError, ValueError, KeyError):  # broken, or written by an older version
+        return ()
+    return rewinds[known:]
 
 
 def batches_left_out(folder: Place | None, journal: Journal) -> set[int]:

@@ -1,35 +1,83 @@
-"""Where does a run go on from when refused steps do not end? From its last checkpoint, without what led there."""
+"""Where does a run go on from when refused steps do not end? From its last good checkpoint, without what led there.
+
+The newest whole checkpoint is taken first. Where refused steps follow again and nothing newer was saved, it may have
+been written when the run was diverging already: the next rewind takes the older one, and so on to the oldest that
+there is, which is taken again and again, that of step 0 only where there is no other. A checkpoint that was passed
+over is given up (pretrain/resume.py): a later start does not take it either, and the run overwrites it when it comes
+there again. A rewind counts until the run has saved a checkpoint behind the step from which it went back.
+"""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
-from pretrain import resume
-from pretrain.checkpoint import step_of
+from pretrain.checkpoint import folder_in, step_of, steps_in
+from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_first_rank
-from pretrain.data.remote import Place
-from pretrain.evidence import Journal, bundle_of
+from pretrain.data.remote import Place, is_url
+from pretrain.evidence import Journal, Rewind, bundle_of
 from pretrain.exits import Diverged
 from pretrain.guard import StepGuard
+from pretrain.resume import given_up, since
+
+
+class Choice(NamedTuple):
+    """Where a run may go back to."""
+
+    folder: Place | None  # a whole checkpoint; None when there is none
+    passed: tuple[int, ...]  # steps of newer whole ones, which led to refused steps again
+    before: int  # rewinds after which the run got no further
 
 
 def go_back(guard: StepGuard, journal: Journal, checkpoints: Place, out: Path) -> tuple[Place, str]:
     """The checkpoint to restore, and the line that tells it; on all ranks.
 
-    The refused batches and some accepted ones before them are left out from there, more each time: the same weights
-    on the same batches would come to the same end. Diverged, with the evidence, after guard.rewinds times.
+    The refused batches and some accepted ones before them are left out from there, more each time, and as many before
+    each checkpoint that is passed over: the same weights on the same batches would come to the same end. Diverged,
+    with the evidence, after guard.rewinds times without getting further.
     """
-    folder = from_first_rank(lambda: resume.newest_or_none(checkpoints))
-    times = from_first_rank(lambda: 0 if folder is None else journal.num_rewinds(step_of(folder)))
+    folder, passed, before = from_first_rank(lambda: choose(checkpoints, journal.rewinds()))
     step = guard.refused_in_a_row[-1].step
-    if folder is None or times >= guard.limits.rewinds:
-        raise Diverged(_evidence(guard, folder, times, out))
-    left_out = guard.leave_out_since(guard.next_batch(step_of(folder)), times)
-    from_first_rank(lambda: journal.rewound(step, step_of(folder), left_out))
+    if folder is None or before >= guard.limits.rewinds:
+        raise Diverged(_evidence(guard, folder, before, out))
+    ends = [guard.next_batch(one) for one in passed]
+    left_out = guard.leave_out_since(guard.next_batch(step_of(folder)), before, ends)
+    from_first_rank(lambda: journal.rewound(Rewind(step, step_of(folder), before), left_out))
+    guard.num_rewinds += 1
+    newer = f"; those of steps {list(passed)} led there again and are given up" if passed else ""
     return folder, (
-        f"BACK from step {step} to {folder}, after {len(guard.refused_in_a_row)} refused steps in a row: batches "
-        f"{left_out} are left out from now on ({times + 1} of {guard.limits.rewinds} times)"
+        f"BACK from step {step} to {folder}, after {len(guard.refused_in_a_row)} refused steps in a row{newer}: "
+        f"batches {left_out} are left out from now on ({before + 1} of {guard.limits.rewinds} times)"
     )
+
+
+def choose(place: Place, rewinds: list[Rewind]) -> Choice:
+    """The newest whole checkpoint to which the run has not gone back since it was written, else the oldest one."""
+    whole: list[int] = []
+    for step in sorted(steps_in(place) - given_up(place, rewinds), reverse=True):
+        if step == 0 and whole:
+            break
+        folder = folder_in(place, step)
+        if problem := store_at(folder).problem(hashes=not is_url(place)):
+            warnings.warn(f"{folder} is skipped, since {problem}: delete it", stacklevel=2)
+            continue
+        whole.append(step)
+        if all(one.to != step for one in since(folder, rewinds)):
+            break
+    if not whole:
+        return Choice(None, (), 0)
+    *passed, step = whole
+    return Choice(folder_in(place, step), tuple(passed), _without_progress(rewinds, whole[0]))
+
+
+def _without_progress(rewinds: list[Rewind], newest: int) -> int:
+    """How many of the last rewinds are not overcome by a checkpoint of step `newest`."""
+    if not rewinds:
+        return 0
+    chain = rewinds[-rewinds[-1].before - 1 :]
+    return 0 if newest > max(one.step for one in chain) else len(chain)
 
 
 def _evidence(guard: StepGuard, folder: Place | None, times: int, out: Path) -> str:
@@ -38,7 +86,8 @@ def _evidence(guard: StepGuard, folder: Place | None, times: int, out: Path) -> 
     bundle = bundle_of(out, refused[0])
     return (
         f"{len(refused)} steps in a row were refused after step {refused[-1].step}, and the run has gone back "
-        f"{times} times to {folder}: {told}. The samples and the losses of every rank are in {bundle.parent}; run "
-        f"the first one again with `--replay {bundle}`. If the samples are sound, start with another --out and a "
-        "lower optim.lr or with optim.clip, or go on from here with a larger guard.rewinds"
+        f"{times} times to {folder or 'a checkpoint, of which none is left'}: {told}. The samples and the losses of "
+        f"every rank are in {bundle.parent}; run the first one again with `--replay {bundle}`. If the samples are "
+        "sound, start with another --out and a lower optim.lr or with optim.clip, or go on from here with a larger "
+        "guard.rewinds"
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import time
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch.distributed as dist
 
 from data_prep.claim import Require, unclaimed
 from pretrain import checkpoint, resume
-from pretrain.checkpoint import PLACE_RECORD, Saver, place_name, read_json, record_place, step_of
+from pretrain.checkpoint import PLACE_RECORD, Saver, place_name, record_place, step_of
+from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.compiled import check_compile, compile_blocks
 from pretrain.config import Run
@@ -29,7 +32,8 @@ from pretrain.evaluate.in_training import TeacherCheck
 from pretrain.evidence import Journal
 from pretrain.exits import RankLost
 from pretrain.facts import DataFacts
-from pretrain.initial.start import Start, found, open_start
+from pretrain.initial.begun import beginning, record
+from pretrain.initial.start import Start
 from pretrain.intact import write_text
 from pretrain.lock import only_saver, only_writer
 from pretrain.loop import Job, run_steps
@@ -37,17 +41,32 @@ from pretrain.models.guides import Guide, open_guide
 from pretrain.monitor import Monitor
 from pretrain.monitor.ranks import Sources
 from pretrain.monitor.speed import Speed, measured_peak, peak_of
+from pretrain.monitor.spent import Spent, spent_before
+from pretrain.monitor.spent import forget as forget_spent
 from pretrain.monitor.trackers import TRACKERS
+from pretrain.monitor.trackers import forget as forget_id
 from pretrain.monitor.window import Window
 from pretrain.paths import Paths
 from pretrain.plan.flops import step_flops
 from pretrain.preemption import Signals
 from pretrain.pretrainer import Pretrainer
 from pretrain.provenance import hardware
+from pretrain.tellers import is_of_another_rank
 from pretrain.towers import Towers, targets_without_labels
 from pretrain.watchdog import FIRST, REMEDY, Watchdog
 
-INIT_RECORD = "init.json"  # in a run's folder: the weights that it began with
+
+@dataclass(frozen=True)
+class Started:
+    """What a rank has before it knows what there is to do."""
+
+    config: dict[str, Any]  # of DeepSpeed
+    machine: str  # what it trains on, in words
+    device: torch.device
+    signals: Signals
+    watchdog: Watchdog
+    require: Require  # of the place of checkpoints
+    begun: float  # time.monotonic() at the start
 
 
 def train(run: Run, paths: Paths) -> None:
@@ -55,6 +74,7 @@ def train(run: Run, paths: Paths) -> None:
 
     Preempted, Diverged and RankLost tell how else than finished or failed it ended.
     """
+    begun = time.monotonic()
     ds_config = read_ds_config(paths.ds_config)
     device = start_distributed(paths.timeout * FIRST * 2)  # the watchdog, which names the rank, comes first
     config, machine = resolve_config(ds_config, run, device)
@@ -63,8 +83,10 @@ def train(run: Run, paths: Paths) -> None:
         require = _sole(held, paths)
         signals = held.enter_context(Signals())
         watchdog = held.enter_context(Watchdog(paths.out, rank(), world_size(), paths.timeout))
+        started = Started(config, machine, device, signals, watchdog, require, begun)
         try:
-            _train(run, paths, config, machine, device, signals, watchdog, require)
+            with ExitStack() as inner:
+                _train(run, paths, started, inner)
         except RuntimeError as error:
             if not is_of_another_rank(error):
                 raise
@@ -73,73 +95,76 @@ def train(run: Run, paths: Paths) -> None:
     dist.destroy_process_group()  # NCCL complains of what is left to the end of the process
 
 
-def _train(
-    run: Run,
-    paths: Paths,
-    config: dict[str, Any],
-    machine: str,
-    device: torch.device,
-    signals: Signals,
-    watchdog: Watchdog,
-    require: Require,
-) -> None:
-    folder = from_first_rank(lambda: resume.newest_or_none(paths.kept))
+def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
+    """Builds the run and takes it to its end, as often as it goes back; `held` closes what is open then."""
+    journal = Journal(paths.out)
+    folder = from_first_rank(lambda: _left_at(paths, journal))
     first_step = 0 if folder is None else step_of(folder)
     window = Window(paths.profile, paths.out, first_step, run.steps)
+    held.callback(window.close)
     if paths.compile:
-        check_compile(run.backbone.family, describe(config)["stage"])
-    journal = Journal(paths.out)
+        check_compile(run.backbone.family, describe(started.config)["stage"])
     skipped = from_first_rank(lambda: resume.batches_left_out(folder, journal))
     tokenizer = tokenizer_folder(run, paths.data, paths.tokenizer)
     guide = read_guide(run, paths.guide)
     dropped = drops.file_of(paths.out, rank(), world_size())
-    with ExitStack() as held:
-        held.callback(window.close)
-        loader = open_loader(run, paths, tokenizer, device, first_step, skipped, dropped)
-        held.enter_context(closing(loader))
-        facts = with_guide(loader.facts, guide)
-        start, facts = beginning(run, paths, facts, folder)
-        if folder is not None:  # refuses another recipe before minutes of building
-            resume.check_resumable(folder, run, facts)
-        check = None
-        if paths.evaluate_every:
-            check = TeacherCheck(run, facts, paths.evaluate_data, tokenizer)
-        engine = build_engine(run, facts, config, device, guide, paths, start)
-        engine.guard.left_out |= skipped
-        if rank() == 0:
-            _write_inputs(run, paths, start)
-        origin = start.told() if start is not None else []
-        start = None  # the weights of a file, which the model has now
-        saver = Saver(engine, paths.kept, facts, tokenizer, require)
-        job = Job(run, paths, engine, saver, journal, signals, watchdog, window, check)
-        speed = speed_of(run, facts, engine, paths.price)
-        while True:
-            if folder is not None:
-                watchdog.at(step_of(folder), "reads a checkpoint", times=FIRST)
-                checkpoint.restore(engine, folder)
-            first_step = engine.steps_done
-            trackers = [TRACKERS[name](paths.out, run, first_step) for name in paths.trackers if rank() == 0]
-            sources = Sources(tuple(run.data), loader.cycle.to(device))
-            with Monitor(
-                paths.out, run, first_step, engine.clock, sources=sources, speed=speed, trackers=trackers
-            ) as monitor:
-                started = "from the beginning" if folder is None else f"from {folder}"
-                compiled = ", compiled blocks" if paths.compile else ""
-                monitor.say(f"{machine}, {engine.chosen}{compiled}; {started}")
-                monitor.say(speed.told(hardware(device)))
-                if line := left_out(run, facts):
-                    monitor.say(line)
-                for line in origin if folder is None else ():
-                    monitor.say(line)
-                if folder is None:  # a place that cannot be written to ends the run in its first minute
-                    saver.save(wait=True)
-                folder = run_steps(job, loader, monitor)
-            if folder is None:
-                return
-            loader.close()
-            skipped = engine.guard.left_out
-            loader = open_loader(run, paths, tokenizer, device, step_of(folder), skipped, dropped)
-            held.enter_context(closing(loader))
+    load = partial(open_loader, run, paths, tokenizer, started.device, dropped_to=dropped)
+    loader = held.enter_context(closing(load(first_step, skipped)))
+    facts = with_guide(loader.facts, guide)
+    start, facts = beginning(run, paths, facts, folder)  # None where the run goes on
+    if folder is not None:  # refuses another recipe before minutes of building
+        resume.check_resumable(folder, run, facts)
+    check = TeacherCheck(run, facts, paths.evaluate_data, tokenizer) if paths.evaluate_every else None
+    engine = build_engine(run, facts, started.config, started.device, guide, paths, start)
+    engine.guard.left_out |= skipped
+    engine.guard.num_rewinds = from_first_rank(lambda: len(journal.rewinds()))
+    gpu_hours = from_first_rank(lambda: _write_inputs(run, paths, start, is_new=folder is None))
+    lines = [line for line in (left_out(run, facts), *(start.told() if start is not None else ())) if line]
+    start = None  # the weights of a file, which the model has now
+    saver = Saver(engine, paths.kept, facts, tokenizer, started.require)
+    job = Job(run, paths, engine, saver, journal, started.signals, started.watchdog, window, check)
+    speed = speed_of(run, facts, engine)
+    spent = Spent(world_size(), paths.price, gpu_hours, started.begun)
+    while True:
+        if folder is not None:
+            _restore(job, folder)
+        with _monitor(job, speed, spent, Sources(tuple(run.data), loader.cycle.to(engine.device))) as monitor:
+            where = "from the beginning" if folder is None else f"from {folder}"
+            compiled = ", compiled blocks" if paths.compile else ""
+            monitor.say(f"{started.machine}, {engine.chosen}{compiled}; {where}")
+            monitor.say(speed.told(hardware(engine.device)))
+            for line in lines:
+                monitor.say(line)
+            if folder is None:  # a place that cannot be written to ends the run in its first minute
+                saver.save(wait=True)
+            folder = run_steps(job, loader, monitor)
+        if folder is None:
+            return
+        loader.close()
+        loader = held.enter_context(closing(load(step_of(folder), engine.guard.left_out)))
+
+
+def _left_at(paths: Paths, journal: Journal) -> Place | None:
+    """The checkpoint that the run goes on from, if any; by the first rank, which holds the place."""
+    resume.require_same_place(paths.out, paths.kept)
+    store_at(paths.kept).recover()  # a checkpoint may still have the name that a killed process gave it
+    return resume.newest_or_none(paths.kept, journal.rewinds())
+
+
+def _restore(job: Job, folder: Place) -> None:
+    job.watchdog.at(step_of(folder), "reads a checkpoint", times=FIRST)
+    checkpoint.restore(job.engine, folder)
+    job.saver.saved_step = step_of(folder)  # it is there, and need not be written again
+
+
+def _monitor(job: Job, speed: Speed, spent: Spent, sources: Sources) -> Monitor:
+    """What follows the run from the engine's present step on."""
+    step, of_first_rank = job.engine.steps_done, job.paths.trackers if rank() == 0 else ()
+    trackers = [TRACKERS[name](job.paths.out, job.run, step) for name in of_first_rank]
+    clock = job.engine.clock
+    return Monitor(
+        job.paths.out, job.run, step, clock, sources=sources, speed=speed, spent=spent, trackers=trackers
+    )
 
 
 def _sole(held: ExitStack, paths: Paths) -> Require:
@@ -201,24 +226,27 @@ def open_loader(
     )
 
 
-def _write_inputs(run: Run, paths: Paths, start: Start | None) -> None:
-    """What this start was given, for those who read the run's folder."""
+def _write_inputs(run: Run, paths: Paths, start: Start | None, *, is_new: bool) -> float:
+    """What this start was given, for those who read the run's folder; the GPU-hours of the starts before it."""
+    if is_new:  # what an earlier run in this folder had is not its own
+        forget_id(paths.out)
+        forget_spent(paths.out)
     write_text(paths.out / "recipe.json", run.to_json())
     places = {name: place_name(place) for name, place in paths.data.items()}
     write_text(paths.out / "data.json", json.dumps(places, indent=1))
     write_text(paths.out / PLACE_RECORD, record_place(paths.out, paths.kept))
     if start is not None:
-        told = {"named": place_name(paths.init.place)} | start.record()
-        write_text(paths.out / INIT_RECORD, json.dumps(told, indent=1))
+        record(paths, start)
+    return 0.0 if is_new else spent_before(paths.out)
 
 
-def speed_of(run: Run, facts: DataFacts, engine: Engine, price: float | None) -> Speed:
+def speed_of(run: Run, facts: DataFacts, engine: Engine) -> Speed:
     """What the run's figures are measured against, on all ranks at once: on a CPU they share its cores."""
     if engine.device.type == "cpu":
         peak = measured_peak(engine.dtype)
     else:
         peak = peak_of(hardware(engine.device), engine.dtype)
-    return Speed(step_flops(run, facts), world_size(), peak, price)
+    return Speed(step_flops(run, facts), world_size(), peak)
 
 
 def left_out(run: Run, facts: DataFacts) -> str | None:
@@ -251,55 +279,3 @@ def with_guide(facts: DataFacts, guide: Guide | None) -> DataFacts:
         return facts
     sha256 = facts.sha256 | {"guide": guide.sha256}
     return dataclasses.replace(facts, guide_width=guide.width, guide_codes=guide.num_codes, sha256=sha256)
-
-
-def beginning(
-    run: Run, paths: Paths, facts: DataFacts, folder: Place | None
-) -> tuple[Start | None, DataFacts]:
-    """The weights of `--init`, on all ranks the same, and the facts with the bytes by which they are known.
-
-    None without them, and where a run goes on: the bytes that it began with are known by their place then, as a
-    run that they came from may have other checkpoints now.
-    """
-    if paths.init is None:
-        return None, facts
-    digest = from_first_rank(lambda: _known_start(paths, folder))
-    start = None
-    if digest is None:
-        init = dataclasses.replace(paths.init, place=from_first_rank(lambda: found(paths.init.place)))
-        start = open_start(init, run, facts)
-        digest = start.sha256
-    facts = dataclasses.replace(facts, sha256=facts.sha256 | {"init": digest})
-    return (start if folder is None else None), facts
-
-
-def _known_start(paths: Paths, folder: Place | None) -> str | None:
-    """SHA-256 of the weights that a run began with which goes on from `folder`; None if others are named now."""
-    record = paths.out / INIT_RECORD
-    if folder is None or not record.is_file():
-        return None
-    if json.loads(record.read_text()).get("named") != place_name(paths.init.place):
-        return None
-    return read_json(folder, "facts.json").get("sha256", {}).get("init")
-
-
-def is_told_by_this_rank(error: Exception) -> bool:
-    """True on the first rank that fails with this message, so that what all ranks find wrong is told once."""
-    if not dist.is_initialized():
-        return rank_of_launcher() == 0 or isinstance(
-            error, ConnectionError
-        )  # which node fails to meet matters
-    try:
-        return dist.distributed_c10d._get_default_store().add(f"told/{error}", 1) == 1
-    except (RuntimeError, ValueError):  # rank 0 hosts the store: it has told its error and gone
-        return False
-
-
-def rank_of_launcher() -> int:
-    """This process's rank as the launcher says it, also before the process group exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def is_of_another_rank(error: RuntimeError) -> bool:
-    """Did a collective call fail since a rank, or the way to it, is gone?"""
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))

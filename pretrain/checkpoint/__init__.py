@@ -25,6 +25,7 @@ from pretrain.checkpoint.names import (
     latest,
     place_name,
     record_place,
+    recorded_place,
     step_of,
     steps_in,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "place_name",
     "read_json",
     "record_place",
+    "recorded_place",
     "restore",
     "step_of",
     "steps_in",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
-from pretrain.checkpoint.stores import STEP_NAME, store_at
+from pretrain.checkpoint.store import STEP_NAME
+from pretrain.checkpoint.stores import store_at
 from pretrain.data.remote import Place, place_of
 
 PLACE_RECORD = "checkpoints.json"  # in a run's folder: where its checkpoints lie
@@ -17,25 +19,36 @@ def checkpoints_of(out: Path) -> Path:
     return out / "checkpoints"
 
 
+def recorded_place(out: Path) -> Place | None:
+    """Where the run that has its folder `out` last kept its checkpoints; None when none is recorded.
+
+    ValueError for a damaged record.
+    """
+    record = out / PLACE_RECORD
+    if not record.is_file():
+        return None
+    try:
+        told = json.loads(record.read_text())["checkpoints"]
+        return checkpoints_of(out) if told is None else place_of(told)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{record} is damaged ({error!r}): it must say {{"checkpoints": null, FOLDER or URL}}; write there where '
+            "the run keeps them"
+        ) from error
+
+
 def kept_of(out: Path) -> Place:
     """Where the checkpoints of a run lie that has its folder `out`, as its record tells.
 
     ValueError for a damaged record, and where the folder itself holds some that the record does not mean.
     """
-    record, own = out / PLACE_RECORD, checkpoints_of(out)
-    if not record.is_file():  # of an older run
+    place, own = recorded_place(out), checkpoints_of(out)
+    if place is None:  # of an older run
         return own
-    try:
-        told = json.loads(record.read_text())["checkpoints"]
-        place = own if told is None else place_of(told)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{record} is damaged ({error!r}): it must say {{"checkpoints": null, FOLDER or URL}}'
-        ) from error
     if place != own and steps_in(own):
         raise ValueError(
-            f"{own} holds checkpoints, and {record} says that the run keeps them in {place}: delete that folder, or "
-            "the record, whichever is not meant"
+            f"{own} holds checkpoints, and {out / PLACE_RECORD} says that the run keeps them in {place}: delete that "
+            "folder, or the record, whichever is not meant"
         )
     return place
 
@@ -82,12 +95,12 @@ def folder_in(place: Place, step: int) -> Place:
     return place / step_name(step) if isinstance(place, Path) else f"{place.rstrip('/')}/{step_name(step)}"
 
 
-def latest(place: Place, *, hashes: bool = False) -> Place | None:
+def latest(place: Place, *, hashes: bool = False, without: Collection[int] = ()) -> Place | None:
     """The newest whole checkpoint in a place, or None; warns about newer ones that are broken.
 
-    Sizes are always compared; with `hashes` every byte is read.
+    Sizes are always compared; with `hashes` every byte is read. Steps `without` are not looked at.
     """
-    for step in sorted(steps_in(place), reverse=True):
+    for step in sorted(steps_in(place) - set(without), reverse=True):
         folder = folder_in(place, step)
         problem = store_at(folder).problem(hashes=hashes)
         if problem is None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.stores import Store
+from pretrain.checkpoint.store import Store
 
 LARGEST = 2**25  # bytes of one request
 LARGEST_GAP = 2**18  # bytes that nobody needs, read all the same since another request takes longer

@@ -13,7 +13,8 @@ from torch import Tensor
 from pretrain import randomness
 from pretrain.checkpoint.ranges import Files, rank_name
 from pretrain.checkpoint.snapshot import Trainable
-from pretrain.checkpoint.stores import Store, store_at
+from pretrain.checkpoint.store import Store
+from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import rank, world_size
 from pretrain.config import Run
 from pretrain.data.remote import Place

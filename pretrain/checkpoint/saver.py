@@ -22,7 +22,8 @@ from data_prep.claim import ClaimLost, Require, unclaimed
 from pretrain import intact
 from pretrain.checkpoint.names import folder_in, step_name, steps_in
 from pretrain.checkpoint.snapshot import Snapshot, Trainable
-from pretrain.checkpoint.stores import Content, put, store_at
+from pretrain.checkpoint.store import Content, put
+from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.data.remote import Place
 from pretrain.facts import DataFacts
@@ -38,8 +39,9 @@ class Saver:
     `place` holds one folder a checkpoint: a folder on a file system that all ranks see, or a URL. Step 0 is kept,
     from which evaluation tells what pre-training changed, with the newest `run.keep_last` and, where
     `run.keep_every` is not 0, every checkpoint whose step is a multiple of it. All ranks make one, and call `save`
-    and `finish` alike; `require` raises ClaimLost once another process has taken the place over. ValueError for a URL
-    that nothing here opens; OSError when the place cannot be used.
+    and `finish` alike; `require` raises ClaimLost once another process has taken the place over, and all ranks have
+    `is_lost` then, each when its thread hears of it. ValueError for a URL that nothing here opens; OSError when the
+    place cannot be used.
     """
 
     def __init__(
@@ -59,8 +61,8 @@ class Saver:
         self._attempts = 0
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # of the last save that ended
-        self._is_lost = False  # the place, to another process
-        self.saved_step: int | None = None  # of the newest checkpoint that this process wrote
+        self.is_lost = False  # the place, to another process: nothing of this run would ever be saved again
+        self.saved_step: int | None = None  # of the newest checkpoint that this process wrote, or restored
         self._news: list[str] = []
 
     def save(self, wait: bool = False) -> None:
@@ -87,22 +89,19 @@ class Saver:
             self.finish()
 
     def poll(self) -> list[str]:
-        """Lines to say about saves that ended since the last call; on the first rank, the others have none.
-
-        ClaimLost once the place is another process's: nothing of this run would ever be saved again.
-        """
-        if self._is_lost:
-            raise ClaimLost(self._problem)
+        """Lines to say about saves that ended since the last call; on the first rank, the others have none."""
         told, self._news = self._news, []
         return told if rank() == 0 else []
 
     def finish(self) -> None:
-        """Returns when no save is under way; OSError on all ranks when the last one failed."""
+        """Returns when no save is under way; OSError on all ranks when the last one failed, ClaimLost once the place
+        is another process's.
+        """
         if self._thread is not None:
             self._thread.join()
         dist.barrier()  # with the first rank goes the store through which the threads of the others still hear
         if self._problem is not None:
-            raise OSError(self._problem)
+            raise (ClaimLost if self.is_lost else OSError)(self._problem)
 
     def _write(self, step: int, attempt: str, files: dict[str, Content]) -> None:
         """The thread: what became of the attempt, for `poll` and `finish`."""
@@ -110,7 +109,7 @@ class Saver:
         tried = _tried(lambda: self._attempt(step_name(step), attempt, files))
         error = tried["error"]
         if tried["is_lost"]:
-            self._problem, self._is_lost = f"checkpoint {folder} was not written: {error}", True
+            self._problem, self.is_lost = f"checkpoint {folder} was not written: {error}", True
             return
         self._problem = error and (
             f"checkpoint {folder} could not be written ({error}); earlier ones are untouched: free space there, mend "
@@ -128,9 +127,10 @@ class Saver:
 
     def _attempt(self, name: str, attempt: str, files: dict[str, Content]) -> None:
         """OSError on all ranks when any of them fails."""
-        self._snapshot.copy()
+        copied = _tried(self._snapshot.copy)  # what went wrong is told where the others look for it
         self._agreed(f"{attempt}/begun", lambda: self._make_room(name, attempt))
-        self._tell(f"{attempt}/rank_{rank()}", _tried(lambda: self._put_all(name, attempt, files)))
+        told = copied if copied["error"] else _tried(lambda: self._put_all(name, attempt, files))
+        self._tell(f"{attempt}/rank_{rank()}", told)
         self._agreed(f"{attempt}/ended", lambda: self._publish(name, attempt))
 
     def _make_room(self, name: str, attempt: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pretrain import provenance, randomness
 from pretrain.checkpoint.image import Image
 from pretrain.checkpoint.ranges import Layout, Slice, rank_name
-from pretrain.checkpoint.stores import Content
+from pretrain.checkpoint.store import Content
 from pretrain.collectives import rank, world_size
 from pretrain.config import Run
 from pretrain.facts import DataFacts

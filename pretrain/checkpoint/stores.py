@@ -8,73 +8,24 @@ comes last. A store that fails is asked again, with growing pauses, for PATIENCE
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import os
-import re
 import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import fsspec
 
 from pretrain import intact
+from pretrain.checkpoint.store import PIECE, STEP_NAME, Content, Store, problem_of
 from pretrain.data.remote import Place, is_url
 from pretrain.retries import patiently
 
-PIECE = 2**24  # bytes, written or read at once
 PART = 50 * 2**20  # bytes, of one part of an upload
 PATIENCE = 300.0  # seconds that a store may fail before a save, or the start of a run, is given up
-STEP_NAME = re.compile(r"step_(\d{6,})")  # of the folder of a checkpoint
 HIDDEN = ".tmp-"  # begins the names of folders that are not finished
 T = TypeVar("T")
-Content = bytes | bytearray
-
-
-@runtime_checkable
-class Store(Protocol):
-    """A folder of checkpoints, or that of one; names are relative, with forward slashes."""
-
-    def child(self, name: str) -> Store:
-        """The folder of this name inside."""
-
-    def folders(self) -> list[str]:
-        """Names of the folders right inside; none where there is nothing."""
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of all files by name, at any depth; none where there is nothing."""
-
-    def read(self, name: str, start: int = 0, end: int | None = None) -> bytearray:
-        """Bytes of a file from `start` to before `end`; FileNotFoundError without it."""
-
-    def write(self, name: str, content: Content) -> None:
-        """Writes a file whole, so that it stays after a power cut."""
-
-    def room(self) -> int | None:
-        """Bytes that are free; None where there is no such limit."""
-
-    def begin(self, name: str, attempt: str) -> None:
-        """Makes way for a checkpoint of this name."""
-
-    def unfinished(self, name: str, attempt: str) -> Store:
-        """Where the files of a checkpoint are written before it is published."""
-
-    def publish(self, name: str, attempt: str, digests: intact.Digests) -> None:
-        """Makes what was written appear under its name, in one step."""
-
-    def give_up(self, name: str, attempt: str) -> None:
-        """Removes what an attempt has written that is not to be published."""
-
-    def remove(self, name: str) -> None:
-        """Removes a folder; a reader never sees a part of it as whole."""
-
-    def tidy(self) -> None:
-        """Removes what processes left unfinished that are gone."""
-
-    def problem(self, *, hashes: bool, of: str = "") -> str | None:
-        """What is wrong with the checkpoint in this folder, as `intact.compare`; of names that begin with `of`."""
 
 
 def store_at(place: Place) -> Store:
@@ -145,18 +96,19 @@ class Disk:
     def give_up(self, name: str, attempt: str) -> None:
         shutil.rmtree(self._hidden(name, attempt), ignore_errors=True)
 
-    def tidy(self) -> None:
-        for replaced in self.folder.glob(
-            f"{HIDDEN}*.replaced"
-        ):  # by a process that ended before it put the new one
+    def recover(self) -> None:
+        for replaced in self.folder.glob(f"{HIDDEN}*.replaced"):
             name = STEP_NAME.search(replaced.name)
             if name and not (self.folder / name[0]).exists():
                 os.rename(replaced, self.folder / name[0])
+
+    def tidy(self) -> None:
+        self.recover()
         for left_over in self.folder.glob(f"{HIDDEN}*"):
             shutil.rmtree(left_over, ignore_errors=True)
 
     def problem(self, *, hashes: bool, of: str = "") -> str | None:
-        return _problem(self, hashes, of)
+        return problem_of(self, hashes, of)
 
     def _hidden(self, name: str, attempt: str) -> Path:
         return self.folder / f"{HIDDEN}{name}-{attempt}"
@@ -225,13 +177,16 @@ class Remote:
     def give_up(self, name: str, attempt: str) -> None:
         pass  # it has no COMPLETE and `tidy` removes it: a store that fails is not asked again for that
 
+    def recover(self) -> None:
+        pass  # nothing is renamed there
+
     def tidy(self) -> None:
         for name in self.folders():
             if STEP_NAME.fullmatch(name) and intact.COMPLETE not in self.child(name).sizes():
                 self.remove(name)  # other folders of a bucket are not ours
 
     def problem(self, *, hashes: bool, of: str = "") -> str | None:
-        return _problem(self, hashes, of)
+        return problem_of(self, hashes, of)
 
     def _forget(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -264,33 +219,3 @@ def _connected(url: str) -> Any:
 def _file_system(store: str, keys: tuple[tuple[str, str], ...]) -> Any:
     """One for a store and the environment that says who asks it."""
     return fsspec.url_to_fs(store, use_listings_cache=False, skip_instance_cache=True)[0]
-
-
-def _problem(store: Store, hashes: bool, of: str) -> str | None:
-    try:
-        mark = bytes(store.read(intact.COMPLETE))
-    except FileNotFoundError:
-        mark = None
-    sizes = store.sizes()
-
-    def hashed(name: str) -> str:
-        return sha256(store, name, sizes[name])
-
-    return intact.compare(mark, sizes, hashed if hashes else None, of)
-
-
-def sha256(store: Store, name: str, num_bytes: int) -> str:
-    """Of the first bytes of a file, read now, in lower-case hexadecimal."""
-    hashed = hashlib.sha256()
-    for start in range(0, num_bytes, PIECE):
-        hashed.update(store.read(name, start, min(start + PIECE, num_bytes)))
-    return hashed.hexdigest()
-
-
-def put(store: Store, name: str, content: Content) -> dict[str, int | str]:
-    """Writes a file, reads it again, and gives its entry for COMPLETE; OSError when it reads otherwise."""
-    written = hashlib.sha256(content).hexdigest()
-    store.write(name, content)
-    if sha256(store, name, len(content)) != written:
-        raise OSError(errno.EIO, f"{store}/{name} reads back with other bytes than were written")
-    return {"bytes": len(content), "sha256": written}

@@ -70,6 +70,10 @@ class ShardFolder:
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self.manifest.shards)
 
+    def is_here(self, shard: int) -> bool:
+        """Can the shard of this number be read without a store? It lies on a disk, or in the cache."""
+        return self._remote is None or self._remote.cache.path_of(self.manifest.shards[shard]).exists()
+
     @property
     def is_remote(self) -> bool:
         return self._remote is not None

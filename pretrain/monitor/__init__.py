@@ -20,7 +20,7 @@ since the line before, the rest is of the step; a field that a run has nothing f
     slowest                       rank, host and own seconds, where one takes clearly longer than the others
     memory_bytes                  allocated and reserved on the GPU, and of the process on the host: most of any rank
     eta_seconds                   that remain at the pace of the last steps
-    gpu_hours, gpu_hours_left     ranks x hours of the steps in the log; those that remain at that pace
+    gpu_hours, gpu_hours_left     ranks x hours of all starts so far, also of what was undone; those that remain
     cost, cost_left               the same times --price
     dropped, captions             counts of the loader, over all ranks
     evaluation                    of the teacher since the line before, if asked for: step, and by protocol accuracy,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from pretrain.appended import Appended
 
 LOG = "log.jsonl"
 
 
-def records(path: Path, until: int) -> list[dict[str, Any]]:
+def records(path: Path, until: float) -> list[dict[str, Any]]:
     """Lines of a log up to a step, without those that a crash damaged."""
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return [record for record in map(_record_of, lines) if record is not None and record["step"] <= until]
@@ -24,9 +26,11 @@ def _record_of(line: str) -> dict[str, Any] | None:
         return None
 
 
-def open_log(path: Path, kept: list[dict[str, Any]]) -> IO[str]:
+def line_of(record: dict[str, Any]) -> bytes:
+    """A record as the log has it."""
+    return (json.dumps(record) + "\n").encode()
+
+
+def open_log(path: Path, kept: list[dict[str, Any]], say: Callable[[str], object]) -> Appended:
     """The log for appending, with nothing but the records that are kept."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(partial, path)
-    return path.open("a")
+    return Appended(path, say, whole=b"".join(map(line_of, kept)))

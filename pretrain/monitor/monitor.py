@@ -6,7 +6,6 @@ ranks and the features of all targets measured, and a collapse is told loudly.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,10 +20,11 @@ from pretrain.clock import Clock
 from pretrain.collapse import Collapse, alarm, measure, replay
 from pretrain.collectives import rank, world_size
 from pretrain.config import Run
-from pretrain.monitor.console import block, line
-from pretrain.monitor.log import LOG, open_log, records
+from pretrain.monitor.console import Unbroken, block, line
+from pretrain.monitor.log import LOG, line_of, open_log, records
 from pretrain.monitor.ranks import Sources, hosts, mean_scalars, nats_by_source, resources, sum_counts
-from pretrain.monitor.speed import Speed, Spent
+from pretrain.monitor.speed import Speed
+from pretrain.monitor.spent import Spent
 from pretrain.monitor.trackers import Tracker
 
 SECONDS_BETWEEN_BARS = {True: 0.2, False: 20.0}  # is stderr a terminal? A file gets few lines
@@ -34,7 +34,8 @@ LINES_A_BLOCK = 20  # lines of the console after which one is told in full
 class Monitor:
     """Follows the steps of one process; only rank 0 writes. Use as `with Monitor(...) as monitor`.
 
-    `clock` is that of the engine; `trackers` (of rank 0) are told what the log is. A collective call.
+    `clock` is that of the engine; `trackers` (of rank 0) are told what the log is; `spent` counts on where a run has
+    gone back. A collective call.
     """
 
     def __init__(
@@ -46,30 +47,31 @@ class Monitor:
         *,
         sources: Sources | None = None,
         speed: Speed | None = None,
+        spent: Spent | None = None,
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self._run, self._clock, self._sources, self._speed = run, clock, sources, speed
         self._first_rank = rank() == 0
         self._hosts = hosts()
         self._steps = self._lines = 0
-        self._spent = Spent(world_size(), None if speed is None else speed.price)
+        self._spent = spent or Spent(world_size())
         self._trackers = trackers
         self._evaluation: dict[str, Any] | None = None  # that the next line of the log tells
         clock.look()  # what came before is none of a step's
         if not self._first_rank:
             return
         kept = records(out / LOG, until=first_step)
-        self._spent.gpu_hours = kept[-1].get("gpu_hours", 0.0) if kept else 0.0
         self._watch = replay(run, kept)
-        self._log = open_log(out / LOG, kept)
         self._bar = tqdm(
             total=run.steps,
             initial=first_step,
             desc="pre-training",
             unit="step",
+            file=Unbroken(sys.stderr),
             mininterval=SECONDS_BETWEEN_BARS[sys.stderr.isatty()],
             dynamic_ncols=True,
         )
+        self._log = open_log(out / LOG, kept, self.say)
         self._tell(list(self._watch.collapsed.values()))  # before the checkpoint from which the run goes on
 
     def __enter__(self) -> Monitor:
@@ -78,8 +80,8 @@ class Monitor:
     def __exit__(self, *error: object) -> None:
         if self._first_rank:
             self._tell(list(self._watch.collapsed.values()))
-            self._bar.close()
             self._log.close()
+            self._bar.close()
             for tracker in self._trackers:
                 tracker.close()
 
@@ -119,9 +121,9 @@ class Monitor:
     def say(self, line: str) -> None:
         """One line on the console of rank 0, above the progress bar."""
         if self._first_rank and sys.stderr.isatty():
-            self._bar.write(line, file=sys.stdout)
+            self._bar.write(line, file=Unbroken(sys.stdout))
         elif self._first_rank:  # a file: redrawing the bar around every line would fill it
-            print(line, flush=True)
+            print(line, file=Unbroken(sys.stdout), flush=True)
 
     def _record(self, engine: Any, losses: Any, seconds: dict[str, float]) -> dict[str, Any]:
         """What all ranks know of the step; those of `seconds` are this rank's."""
@@ -145,7 +147,7 @@ class Monitor:
             "images_per_second": self._run.batch / taken,
             "step_seconds": taken,
             **used,
-            **self._spent.after(self._steps, taken, self._run.steps - engine.steps_done),
+            **self._spent.after(taken, self._run.steps - engine.steps_done),
             "skipped_steps": engine.skipped_steps,
         }
         if self._run.objective.input.mixed == 2:
@@ -162,8 +164,7 @@ class Monitor:
         new = self._watch.after(record["step"], record["collapse"])
         if self._watch.collapsed:
             record["collapsed"] = sorted(self._watch.collapsed)
-        self._log.write(json.dumps(record) + "\n")
-        self._log.flush()
+        self._log.add(line_of(record))
         self.say(line(record, self._run))
         is_last = record["step"] == self._run.steps
         if (

@@ -1,4 +1,4 @@
-"""How fast is a run for what the hardware could do, how long will it take, and what does it cost?
+"""How fast is a run for what the hardware could do?
 
 Model FLOP/s are the operations that the mathematics of a step needs, a multiply-add counting as two, divided by the
 time of a step: student forward once and backward twice, teacher forward once. What activation checkpointing or
@@ -27,7 +27,6 @@ class Speed:
     flops: float  # of one step over the global batch, of the model
     world: int  # ranks, a GPU each
     peak: float | None = None  # FLOP/s of one device; None where nobody knows
-    price: float | None = None  # of an hour of one GPU, in any currency
 
     def figures(self, seconds: float) -> dict[str, float]:
         """Model FLOP/s and MFU of a step that took so long."""
@@ -45,26 +44,6 @@ class Speed:
             f"{self.flops:.4g} FLOP a step (student 3 x forward, teacher 1 x; nothing computed twice is counted); "
             f"MFU = FLOP / (step seconds x {self.world} ranks x peak), {against}"
         )
-
-
-@dataclass
-class Spent:
-    """Time and money of a run, from line to line of its log."""
-
-    world: int
-    price: float | None
-    gpu_hours: float = 0.0  # so far
-    pace: float | None = None  # seconds of a step, of late
-
-    def after(self, steps: int, seconds: float, remaining: int) -> dict[str, float]:
-        """Figures after so many more steps of so many seconds each, with so many to go."""
-        # The first steps warm up: the pace forgets them by half with every line.
-        self.pace = seconds if self.pace is None else (self.pace + seconds) / 2
-        self.gpu_hours += steps * seconds * self.world / 3600
-        hours = {"gpu_hours": self.gpu_hours, "gpu_hours_left": remaining * self.pace * self.world / 3600}
-        if self.price is not None:
-            hours |= {name.replace("gpu_hours", "cost"): self.price * value for name, value in hours.items()}
-        return {"eta_seconds": remaining * self.pace, **hours}
 
 
 def peak_of(name: str, dtype: torch.dtype) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -50,12 +51,16 @@ class Window:
         """Writes what an open window saw, also where the run ends before it."""
         if self._profile is None:
             return None
-        self._profile.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        seen, self._profile = self._profile, None
+        seen.stop()
         first, last = self._steps
         trace = self._folder / f"steps_{first}-{last}.json.gz"
-        self._profile.export_chrome_trace(str(trace))
         by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        write_text(trace.with_suffix("").with_suffix(".txt"), self._profile.key_averages().table(by, ROWS))
-        self._profile = None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            seen.export_chrome_trace(str(trace))
+            write_text(trace.with_suffix("").with_suffix(".txt"), seen.key_averages().table(by, ROWS))
+        except OSError as error:
+            warnings.warn(f"NOT WRITTEN: {trace} ({error}): training goes on without it", stacklevel=2)
+            return None
         return trace

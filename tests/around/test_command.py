@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.command import INTERRUPTED, MISTAKE, exit_code, require_place
+from pretrain.command import exit_code, require_place
+from pretrain.exits import FAILED, INTERRUPTED
 from pretrain.transfer import __main__ as transfer
 
 
@@ -25,8 +26,8 @@ def test_a_command_hands_its_arguments_on_and_ends_well() -> None:
 
 
 def test_mistakes_are_told_and_others_are_not_hidden(capsys: pytest.CaptureFixture[str]) -> None:
-    assert failing(ValueError("--x 3 must be even: take 4")) == MISTAKE
-    assert failing(FileNotFoundError("no folder x")) == MISTAKE
+    assert failing(ValueError("--x 3 must be even: take 4")) == FAILED
+    assert failing(FileNotFoundError("no folder x")) == FAILED
     assert failing(KeyboardInterrupt()) == INTERRUPTED
     told = capsys.readouterr().err
     assert (

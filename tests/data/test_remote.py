@@ -90,6 +90,24 @@ def test_what_was_copied_is_not_asked_for_again(store: Store, urls: dict[str, st
     assert len(list((cache_folder() / "shards").glob("*.tar"))) == 5
 
 
+def test_where_samples_lie_is_told_without_a_store_that_is_away(
+    store: Store, urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = Loader(small_run(), urls, None, rank=0, world=1)
+    positions = next(loader).position.tolist()
+    store.faults.refused = 1.0
+    before = store.faults.num_requests
+    assert all(sample["key"] for sample in loader.samples(positions))
+    for copy in (cache_folder() / "shards").glob("*.tar"):
+        copy.unlink()
+    for source in loader._steps.sources.opened:
+        source.shards.close()
+    told = loader.samples(positions)
+    assert [sample["key"] for sample in told] == [None] * len(positions) and all(s["shard"] for s in told)
+    assert store.faults.num_requests == before
+    loader.close()
+
+
 def test_the_next_window_is_copied_before_it_is_read(store: Store, tmp_path: Path) -> None:
     url = store.put(good_set(tmp_path / "many", (4,) * 6), "sets/many")
     run = small_run(data={"many": Source("category")}, batch=4, mixing=Mixing(window=1))

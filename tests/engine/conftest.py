@@ -21,5 +21,10 @@ def ranks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(ranks_folder: Path) -> dict[str, Any]:
     """What two ranks found."""
     return launch(
-        ranks_folder, "compare_stages", "average_in_bfloat16", "stop_and_resume", "refuse_what_is_bad"
+        ranks_folder,
+        "compare_stages",
+        "average_in_bfloat16",
+        "stop_and_resume",
+        "refuse_what_is_bad",
+        "copy_fails",
     )

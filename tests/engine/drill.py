@@ -6,7 +6,6 @@ seconds less. The run is a shrunken m3i.vit_b16 through pretrain/main.py's `star
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -43,6 +42,7 @@ from pretrain.checkpoint.names import step_name  # noqa: E402
 from pretrain.checkpoint.stores import store_at  # noqa: E402
 from pretrain.config import Guard, Run  # noqa: E402
 from pretrain.data.batch import Batch  # noqa: E402
+from pretrain.intact import COMPLETE  # noqa: E402
 from tests.engine.drill_faults import (  # noqa: E402
     PACKAGE,
     SAVING,
@@ -50,10 +50,15 @@ from tests.engine.drill_faults import (  # noqa: E402
     asked_with_workers,
     both,
     count_calls,
+    fill,
+    free,
     in_batch,
     kill_at_call,
+    lose_weights_once,
     poison,
+    poisoned_in,
     signalled,
+    small_disk,
     without,
 )
 from tests.fakes import shrink  # noqa: E402
@@ -64,7 +69,7 @@ main.quieten()
 WORLD = 2
 STEPS, SAVE_EVERY = 9, 3
 KILLS = 20
-DISK_BYTES = 64 * 2**20  # of a disk that holds the checkpoints of a run, and no more than that
+BY_ZERO3 = "killed_1"  # of the runs that are killed, the one whose weights are divided among the ranks
 LONGEST = 120.0  # seconds of a start; a start that takes longer is a failure of the drill
 
 
@@ -103,10 +108,12 @@ class Drill:
         grace: float = LONGEST,
         kept: Path | str | None = None,
         workers: int = 0,
+        **changed: Any,
     ) -> End:
         """One start of the run in FOLDER/NAME; ranks that outlive one that failed by `grace` seconds are killed.
 
-        `kept` is where its checkpoints go, if not there; the last rank has `workers`.
+        `kept` is where its checkpoints go, if not there; the last rank has `workers`; `changed` are other options of
+        the command line.
         """
         self._num_starts += 1
         begun, log = time.monotonic(), self.folder / f"{self._num_starts:03d}-{name}.txt"
@@ -115,7 +122,7 @@ class Drill:
             port = free.getsockname()[1]
         processes = [
             self._fork(
-                self.paths(name, timeout, kept, workers * (r == WORLD - 1)),
+                self.paths(name, timeout, kept, changed | {"workers": workers * (r == WORLD - 1)}),
                 r,
                 port,
                 log,
@@ -162,15 +169,15 @@ class Drill:
             sys.stderr.flush()
             os._exit(code)
 
-    def paths(self, name: str, timeout: float, kept: Path | str | None, workers: int) -> Namespace:
+    def paths(self, name: str, timeout: float, kept: Path | str | None, changed: dict[str, Any]) -> Namespace:
         data = {source: self.folder / "data" / source for source in self.run.data}
-        return Namespace(
+        options = dict(
             data=data,
             out=self.folder / name,
-            ds_config=ROOT / "ds_configs" / "zero2.json",
+            ds_config=_ds_config("zero2"),
             tokenizer=None,
             guide=None,
-            workers=workers,
+            workers=0,
             checkpoints=kept,
             timeout=timeout,
             micro_batches=1,
@@ -183,6 +190,7 @@ class Drill:
             evaluate_data=None,
             init=None,
         )
+        return Namespace(**options | changed)
 
     def curve(self, name: str) -> list[dict[str, Any]]:
         """What the log says of the mathematics of every step."""
@@ -196,6 +204,10 @@ class Drill:
         teacher = {} if folder is None else load_teacher(folder)
         sums = {key: value.double().sum().item() for key, value in teacher.items()}
         return {"curve": self.curve(name), "teacher": sums}
+
+
+def _ds_config(name: str) -> Path:
+    return ROOT / "ds_configs" / f"{name}.json"
 
 
 def _wait(processes: list[int], deadline: float, grace: float) -> list[int]:
@@ -230,7 +242,9 @@ def killed(drill: Drill) -> dict[str, Any]:
             where = SAVING if kills % 2 else PACKAGE
             number = random.randrange(1, num_calls[where] // 2)
             fault = {0: kill_at_call(number, where)} if kills < KILLS else {}
-            end = drill.start(name, fault, grace=0)
+            end = drill.start(
+                name, fault, grace=0, ds_config=_ds_config("zero3" if name == BY_ZERO3 else "zero2")
+            )
             out = drill.folder / name
             place = checkpoints_of(out)
             folder = resume.newest_or_none(place) if steps_in(place) else None
@@ -251,14 +265,20 @@ def killed(drill: Drill) -> dict[str, Any]:
                 break
             kills += 1
             during_a_save += bool(list((out / "checkpoints").glob(".tmp-*")))
-    outcomes = [drill.outcome(name) for name in names]
+    outcomes = {name: drill.outcome(name) for name in names}
     return {"kills": kills, "during_a_save": during_a_save, "problems": problems, "outcomes": outcomes}
 
 
 def undisturbed(drill: Drill) -> dict[str, Any]:
     """The run as it should be, and those that never had the batches which others refuse."""
     found = {}
-    for name, batches in {"straight": set(), "without_4": {4}, "without_345": {3, 4, 5}}.items():
+    runs = {
+        "straight": set(),
+        "without_4": {4},
+        "without_345": {3, 4, 5},
+        "without_4_to_9": {4, 5, 6, 7, 8, 9},
+    }
+    for name, batches in runs.items():
         faults = {0: both(without(batches), count_calls(drill.folder / "calls")), 1: without(batches)}
         end = drill.start(name, faults)
         assert end["codes"] == [main.FINISHED] * WORLD, end["output"]
@@ -274,6 +294,17 @@ def asked_to_stop(drill: Drill) -> dict[str, Any]:
         drill.start("asked"),
     ]
     return {"ends": ends, **drill.outcome("asked")}
+
+
+def asked_before_a_step(drill: Drill) -> dict[str, Any]:
+    """The batch after a checkpoint is bad, and SIGTERM comes with it: the checkpoint is there already."""
+    out = drill.folder / "at_once"
+    shutil.copytree(drill.folder / "straight", out)
+    shutil.rmtree(checkpoint_folder(out, STEPS))
+    mark = checkpoint_folder(out, 6) / COMPLETE
+    before = mark.stat().st_ino
+    end = drill.start("at_once", {1: in_batch(6, lambda batch: signalled(signal.SIGTERM)(poison(batch)))})
+    return {"ends": [end], "is_untouched": mark.stat().st_ino == before}
 
 
 def one_killed(drill: Drill) -> dict[str, Any]:
@@ -322,14 +353,23 @@ def poisoned(drill: Drill) -> dict[str, Any]:
 
 def poisoned_twice(drill: Drill) -> dict[str, Any]:
     """Batches 4 and 5 of rank 1 are bad whenever they come."""
-    end = drill.start("twice", {1: both(in_batch(4, poison), in_batch(5, poison))})
+    end = drill.start("twice", {1: both(*map(poisoned_in, (4, 5)))})
     return {"ends": [end], **drill.outcome("twice")}
 
 
 def poisoned_for_ever(drill: Drill) -> dict[str, Any]:
     """All batches of rank 1 are bad from batch 4 on."""
-    faults = both(*(in_batch(number, poison) for number in range(4, 12)))
+    faults = both(*map(poisoned_in, range(4, 12)))
     return {"ends": [drill.start("for_ever", {1: faults})], "curve": drill.curve("for_ever")}
+
+
+def poisoned_state(drill: Drill) -> dict[str, Any]:
+    """The weights are lost in step 6, just before it is saved; what was saved at step 3 is sound."""
+    run = drill.run
+    drill.run = dataclasses.replace(run, guard=dataclasses.replace(run.guard, rewinds=2))
+    end = drill.start("state", dict.fromkeys(range(WORLD), lose_weights_once(step=6)))
+    drill.run = run
+    return {"ends": [end], **drill.outcome("state")}
 
 
 def full_disk(drill: Drill) -> dict[str, Any]:
@@ -354,28 +394,25 @@ def full_disk(drill: Drill) -> dict[str, Any]:
 def full_tmpfs(drill: Drill) -> dict[str, Any]:
     """Somebody else fills the small disk of the checkpoints before step 6 is saved, and frees it before step 9."""
     kept = drill.folder / "small_disk"
-    kept.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(kept)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"not_mounted": done.stderr.strip()}
-    filler = kept / "filler"
-
-    def fill(batch: Batch) -> Batch:
-        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-            while file.write(bytes(2**16)):
-                pass
-        return batch
-
-    def free(batch: Batch) -> Batch:
-        filler.unlink()
-        return batch
-
-    try:
-        end = drill.start("tmpfs", {0: both(in_batch(4, fill), in_batch(7, free))}, kept=kept)
+    with small_disk(kept) as not_mounted:
+        if not_mounted:
+            return {"not_mounted": not_mounted}
+        fault = both(in_batch(4, fill(kept)), in_batch(7, free(kept)))
+        end = drill.start("tmpfs", {0: fault}, kept=kept)
         return {"ends": [end], "steps": sorted(steps_in(kept)), **drill.outcome("tmpfs", kept)}
-    finally:
-        subprocess.run(["umount", str(kept)], check=True)
+
+
+def full_out(drill: Drill) -> dict[str, Any]:
+    """The small disk of --out is full while the run refuses batches 4 and 5 and goes back, and until batch 7."""
+    out, kept = drill.folder / "full_out", drill.folder / "full_out_kept"
+    with small_disk(out) as not_mounted:
+        if not_mounted:
+            return {"not_mounted": not_mounted}
+        faults = {0: both(in_batch(4, fill(out)), in_batch(7, free(out))), 1: both(*map(poisoned_in, (4, 5)))}
+        end = drill.start("full_out", faults, kept=kept, tensorboard=True)
+        journal = (out / "guard.jsonl").read_text().splitlines()
+        events = [json.loads(line)["event"] for line in journal]
+        return {"ends": [end], "events": events, **drill.outcome("full_out", kept)}
 
 
 def s3_refuses(drill: Drill) -> dict[str, Any]:
@@ -404,9 +441,36 @@ def s3_refuses(drill: Drill) -> dict[str, Any]:
         steps = _apart(lambda: sorted(steps_in(kept)))
         _apart(lambda: store_at(kept).remove(step_name(STEPS)))
         ends.append(drill.start("s3", kept=kept))
+        log = (drill.folder / "s3" / "log.jsonl").read_text()
+        elsewhere = drill.start("s3")
+        assert (drill.folder / "s3" / "log.jsonl").read_text() == log
+        lost = s3_fails_when_needed(drill, server.pid, be_impatient)
         outcome = _apart(lambda: drill.outcome("s3", kept))
         server.terminate()
-    return {"ends": ends, "steps": steps, **outcome}
+    return {"ends": ends, "steps": steps, "elsewhere": elsewhere, "lost": lost, **outcome}
+
+
+def s3_fails_when_needed(drill: Drill, server: int, be_impatient: Fault) -> End:
+    """The store refuses all when the run should go back, serves again, then has the claim of another process."""
+    kept = "s3://bucket/lost"
+
+    def turn(batch: Batch) -> Batch:
+        while store_at(kept).child(step_name(3)).problem(hashes=False) is not None:
+            time.sleep(0.05)
+        os.kill(server, signal.SIGUSR1)
+        return batch
+
+    def take_over(batch: Batch) -> Batch:
+        store_at(kept).write(".build/claim", b'{"owner": "another"}')
+        return batch
+
+    def serve(batch: Batch) -> Batch:
+        os.kill(server, signal.SIGUSR1)
+        return batch
+
+    first = both(be_impatient, in_batch(4, turn), in_batch(6, serve), in_batch(7, take_over))
+    other = both(be_impatient, *map(poisoned_in, (4, 5, 6)))
+    return drill.start("s3_lost", {0: first, 1: other}, kept=kept)
 
 
 def _apart(work: Callable[[], Any]) -> Any:
@@ -421,9 +485,13 @@ def _apart(work: Callable[[], Any]) -> Any:
 
 
 def truncated(drill: Drill) -> dict[str, Any]:
-    """The newest checkpoint of the undisturbed run has lost half of a file."""
+    """The newest checkpoint of the undisturbed run has lost half of a file, the one before its name."""
     shutil.copytree(drill.folder / "straight", drill.folder / "truncated")
     newest = checkpoint_folder(drill.folder / "truncated", STEPS)
+    older = checkpoint_folder(drill.folder / "truncated", 6)
+    older.rename(
+        older.with_name(f".tmp-{older.name}-1.replaced")
+    )  # as a kill leaves it in the midst of publishing
     largest = max(
         (path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
     )
@@ -435,13 +503,16 @@ SCENARIOS: dict[str, Callable[[Drill], dict[str, Any]]] = {
     "undisturbed": undisturbed,
     "killed": killed,
     "asked_to_stop": asked_to_stop,
+    "asked_before_a_step": asked_before_a_step,
     "one_killed": one_killed,
     "one_hung": one_hung,
     "poisoned": poisoned,
     "poisoned_twice": poisoned_twice,
     "poisoned_for_ever": poisoned_for_ever,
+    "poisoned_state": poisoned_state,
     "full_disk": full_disk,
     "full_tmpfs": full_tmpfs,
+    "full_out": full_out,
     "s3_refuses": s3_refuses,
     "truncated": truncated,
 }

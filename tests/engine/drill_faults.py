@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +25,8 @@ from tests.paths import ROOT
 
 PACKAGE = str(ROOT / "pretrain")
 SAVING = str(ROOT / "pretrain" / "checkpoint")  # of it
+
+DISK_BYTES = 64 * 2**20  # of a disk that holds the checkpoints of a run, and no more than that
 
 Fault = Callable[[], None]
 
@@ -115,6 +119,73 @@ def both(*faults: Fault) -> Fault:
 def poison(batch: Batch) -> Batch:
     """A NaN where the decoder reads where the views lie."""
     return dataclasses.replace(batch, boxes=torch.full_like(batch.boxes, torch.nan))
+
+
+def lose_weights_once(step: int) -> Fault:
+    """The student is NaN after it has made this step for the first time; a fault of all ranks at once."""
+
+    def install() -> None:
+        from pretrain.engine import Engine
+
+        own, is_first = Engine.step, True
+
+        def changed(engine: Engine, *arguments: Any, **options: Any) -> Any:
+            nonlocal is_first
+            losses = own(engine, *arguments, **options)
+            if is_first and engine.steps_done == step:
+                is_first = False
+                for weights in engine.owned.masters().values():
+                    weights.fill_(torch.nan)
+                engine.owned.publish()
+            return losses
+
+        Engine.step = changed
+
+    return install
+
+
+def poisoned_in(number: int) -> Fault:
+    """The batch of this number is bad whenever the rank gets it."""
+    return in_batch(number, poison)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[str]:
+    """A disk of DISK_BYTES at `folder`; gives why there is none, or ""."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        yield done.stderr.strip()
+        return
+    try:
+        yield ""
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Callable[[Batch], Batch]:
+    """Somebody else fills the disk when the rank gets the batch."""
+
+    def change(batch: Batch) -> Batch:
+        with (disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
+            for size in (2**16, 1):
+                with suppress(OSError):
+                    while file.write(bytes(size)):
+                        pass
+        return batch
+
+    return change
+
+
+def free(disk: Path) -> Callable[[Batch], Batch]:
+    """There is room again when the rank gets the batch."""
+
+    def change(batch: Batch) -> Batch:
+        (disk / "filler").unlink()
+        return batch
+
+    return change
 
 
 def signalled(number: int) -> Callable[[Batch], Batch]:

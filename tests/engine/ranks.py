@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from pretrain import checkpoint, intact  # noqa: E402
+from pretrain.checkpoint import saver as saver_module  # noqa: E402
+from pretrain.checkpoint.snapshot import Snapshot  # noqa: E402
 from pretrain.collectives import mean_over_ranks, rank, world_size  # noqa: E402
 from pretrain.config import Guard, Teacher  # noqa: E402
 from pretrain.main import quieten  # noqa: E402
@@ -240,7 +242,31 @@ def die_while_saving(folder: Path) -> dict[str, Any]:
     raise AssertionError("SIGKILL did not come")
 
 
+def copy_fails(folder: Path) -> dict[str, Any]:
+    """Rank 1 cannot copy what it owns: what each rank hears of it; then it can."""
+    saver_module.PATIENCE = 20.0
+    engine = engine_of("zero2", toy_run())
+    saver, copy = checkpoint.Saver(engine, folder, FACTS, None), Snapshot.copy
+
+    def fail(snapshot: Snapshot) -> None:
+        copy(snapshot)
+        raise MemoryError("no memory is left on the device")
+
+    Snapshot.copy = fail if rank() == 1 else copy
+    saver.save()
+    told: list[str] = [""] * world_size()
+    try:
+        saver.finish()
+    except OSError as error:
+        torch.distributed.all_gather_object(told, str(error))
+    Snapshot.copy = copy
+    before = sorted(checkpoint.steps_in(folder))
+    saver.save(wait=True)
+    return {"told": told, "before": before, "after": sorted(checkpoint.steps_in(folder))}
+
+
 SCENARIOS = {
+    "copy_fails": copy_fails,
     "go_on_alone": go_on_alone,
     "go_on_in_bfloat16": go_on_in_bfloat16,
     "go_on_by_four": go_on_by_four,

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 import pytest
 import torch
 
-from pretrain.collectives import mean_over_ranks, rank
+from pretrain.collectives import mean_over_ranks, rank, sum_over_ranks, world_size
 from pretrain.config import Run
 from pretrain.objective import Target
 from pretrain.recipes import load
@@ -45,6 +45,7 @@ MORE = {
 PARTS = {"m3i": 2, "clip": 4}  # of a rank's four pairs, of its eight images
 CASES = [(method, stage) for method in PARTS for stage in STAGES]
 REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter_tensor")  # of DeepSpeed's backend; ours go past it
+SMALL = 1e-3  # of the whole gradient's norm: smaller ones of a parameter are compared with that
 LARGE = 100  # numbers: reductions of more are of gradients, of fewer of norms
 
 
@@ -89,12 +90,46 @@ def counted(counts: Counter[str]) -> Iterator[None]:
             delattr(comm.cdb, name)
 
 
-def learn(method: str, stage: str, micro_batches: int) -> dict[str, Any]:
-    """What the log says of every step, and what the last one reduced."""
+def keep_gradients(engine: Any) -> list[dict[str, torch.Tensor]]:
+    """Gets this rank's slices of the gradient of every step, by parameter, before the optimizer moves."""
+    from pretrain.gradient_parts import local_gradient
+
+    kept, move = [], engine._move
+
+    def look_and_move() -> None:
+        slices = {name: local_gradient(p) for name, p in engine._student.module.named_parameters()}
+        kept.append({name: one.flatten().clone() for name, one in slices.items() if one is not None})
+        move()
+
+    engine._move = look_and_move
+    return kept
+
+
+def differences(parts: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Norm of the difference of two gradients over that of the second, by parameter; a collective call."""
+    assert parts.keys() == whole.keys()
+    names: list[list[str]] = [[] for _ in range(world_size())]
+    torch.distributed.all_gather_object(names, sorted(whole))
+    every = sorted({name for of_rank in names for name in of_rank})
+    squares = torch.zeros(len(every), 2)
+    for index, name in enumerate(every):
+        if name in whole:
+            pair = parts[name] - whole[name], whole[name]
+            squares[index] = torch.stack([one.float().square().sum() for one in pair])
+    norms = sum_over_ranks(squares).sqrt()
+    floor = norms[:, 1].norm() * SMALL
+    return dict(zip(every, (norms[:, 0] / norms[:, 1].clamp(min=floor)).tolist(), strict=True))
+
+
+def learn(
+    method: str, stage: str, micro_batches: int
+) -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
+    """What the log says of every step and what the last one reduced; the gradient of every step."""
     from tests.engine.whole_engine import float32_engine  # here: only ranks need DeepSpeed
 
     run, (name, changes) = run_of(method), STAGES[stage]
     engine = float32_engine(run, FACTS, name, changes, smooth=True, micro_batches=micro_batches)
+    gradients = keep_gradients(engine)
     curve, counts = [], Counter()
     for step in range(STEPS):
         batch = random_batch(run, IMAGES, seed=step)
@@ -109,7 +144,7 @@ def learn(method: str, stage: str, micro_batches: int) -> dict[str, Any]:
             "image_norm": engine.balance.image_norm.item(),
             "label_norm": engine.balance.label_norm.item(),
         }
-    return {"curve": curve, "reduced": dict(counts)}
+    return {"curve": curve, "reduced": dict(counts)}, gradients
 
 
 def run_rank(folder: Path) -> None:
@@ -119,11 +154,11 @@ def run_rank(folder: Path) -> None:
     quieten()
     torch.set_num_threads(1)
     start_distributed()
-    found = {
-        f"{method}-{stage}-{parts}": learn(method, stage, parts)
-        for method, stage in CASES
-        for parts in (1, PARTS[method])
-    }
+    found: dict[str, Any] = {}
+    for method, stage in CASES:
+        found[f"{method}-{stage}-1"], whole = learn(method, stage, 1)
+        found[f"{method}-{stage}-{PARTS[method]}"], parts = learn(method, stage, PARTS[method])
+        found[f"{method}-{stage}-gradient"] = list(map(differences, parts, whole))
     if rank() == 0:
         (folder / "result.json").write_text(json.dumps(found))
 
@@ -143,6 +178,17 @@ def test_micro_batches_equal_one_batch(found: dict[str, Any], method: str, stage
     assert len(parts) == STEPS
     for step, (computed, expected) in enumerate(zip(parts, whole, strict=True)):
         assert computed == pytest.approx(expected, rel=TOLERANCE), f"step {step}"
+
+
+@pytest.mark.parametrize(("method", "stage"), CASES)
+def test_the_gradient_in_parts_is_that_of_the_whole_batch(
+    found: dict[str, Any], method: str, stage: str
+) -> None:
+    steps = found[f"{method}-{stage}-gradient"]
+    assert len(steps) == STEPS and all(len(of_step) > 40 for of_step in steps)
+    for step, of_step in enumerate(steps):
+        worst = max(of_step, key=of_step.get)
+        assert of_step[worst] < TOLERANCE, f"step {step}: {worst}"
 
 
 @pytest.mark.parametrize(("method", "stage"), CASES)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,15 +14,18 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.appended import Appended
 from pretrain.balance import BalanceTracker
 from pretrain.clock import PARTS, Clock
 from pretrain.collapse import Seen
 from pretrain.monitor import LOG, Monitor
 from pretrain.monitor.ranks import Sources, nats_by_source, slowest
-from pretrain.monitor.speed import Speed, Spent, measured_peak, peak_of
-from pretrain.monitor.trackers import TensorBoard, scalars, wandb_id
+from pretrain.monitor.speed import Speed, measured_peak, peak_of
+from pretrain.monitor.spent import Spent, spent_before
+from pretrain.monitor.trackers import TensorBoard, Wandb, forget, scalars, wandb_id
 from pretrain.monitor.window import Window
 from pretrain.scoring import Each
+from tests.engine.test_records import files_of_at_most
 from tests.engine.toy import ToyLosses, toy_run
 
 SPREAD = Seen(torch.randn(16, 8, generator=torch.Generator().manual_seed(0)))
@@ -47,7 +54,7 @@ def _losses(value: float) -> ToyLosses:
 
 
 def _follow(out: Path, first_step: int, until: int) -> None:
-    with _monitor(out, first_step, 2, speed=Speed(flops=3e9, world=1, peak=1e12, price=2.0)) as monitor:
+    with _monitor(out, first_step, 2, speed=Speed(3e9, 1, 1e12), spent=Spent(1, 2.0)) as monitor:
         for step in range(first_step + 1, until + 1):
             with monitor.waiting_for_data():
                 pass
@@ -92,9 +99,26 @@ def test_between_logged_steps_nothing_is_read_from_the_device(tmp_path: Path) ->
 
 
 def test_wandb_continues_a_resumed_run_and_no_other(tmp_path: Path) -> None:
-    first = wandb_id(tmp_path, 0)
-    assert wandb_id(tmp_path, 40) == first
-    assert wandb_id(tmp_path, 0) != first  # begun again in the same folder
+    first = wandb_id(tmp_path)
+    assert wandb_id(tmp_path) == first
+    forget(tmp_path)  # begun again in the same folder
+    assert wandb_id(tmp_path) != first
+
+
+def test_wandb_draws_over_our_step_so_that_a_run_that_has_gone_back_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes, logged = {}, []
+    run = SimpleNamespace(
+        define_metric=lambda name, step_metric=None: axes.update({name: step_metric}),
+        log=lambda record, step=None: logged.append((record["step"], step)),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    board = Wandb(tmp_path, toy_run(), 0)
+    for step in (1, 2, 1):
+        board.log({"step": step})
+    assert axes == {"step": None, "*": "step"}
+    assert logged == [(1, None), (2, None), (1, None)]  # a step of wandb's own would drop the last
 
 
 def _collapse_from(out: Path, first_step: int, until: int, seen: Seen) -> None:
@@ -205,12 +229,107 @@ def test_figures_of_speed_are_those_of_the_formula() -> None:
     assert peak_of("NVIDIA H200", torch.float32) is None and peak_of("Unheard Of", torch.bfloat16) is None
 
 
-def test_time_and_money_add_up_over_a_resume() -> None:
-    spent = Spent(world=8, price=3.0, gpu_hours=2.0)
-    told = spent.after(steps=100, seconds=9.0, remaining=400)  # 900 s on 8 GPUs
+def test_time_and_money_add_up_over_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = Spent(world=8, price=3.0, gpu_hours=2.0, begun=100.0)
+    monkeypatch.setattr("pretrain.monitor.spent.time.monotonic", lambda: 1000.0)  # 900 s on 8 GPUs
+    told = spent.after(seconds=9.0, remaining=400)
     assert told["gpu_hours"] == 4.0 and told["cost"] == 12.0
     assert told["eta_seconds"] == 3600.0 and told["gpu_hours_left"] == 8.0 and told["cost_left"] == 24.0
-    assert spent.after(steps=1, seconds=3.0, remaining=100)["eta_seconds"] == 600.0  # between 9 and 3
+    assert spent.after(seconds=3.0, remaining=100)["eta_seconds"] == 600.0  # between 9 and 3
+
+
+def test_hours_that_a_kill_or_a_rewind_undid_were_paid_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("pretrain.monitor.spent.time.monotonic", lambda: now[0])
+
+    def follow(first: int, until: int, spent: Spent) -> None:
+        with _monitor(tmp_path, first, spent=spent) as monitor:
+            for step in range(first + 1, until + 1):
+                now[0] += 3600.0
+                monitor.after_step(_engine(step), _losses(1.0), {}, {})
+
+    spent = Spent(2, gpu_hours=spent_before(tmp_path))
+    follow(0, 4, spent)
+    follow(1, 3, spent)  # gone back to step 1 after step 4
+    assert [line["gpu_hours"] for line in _lines(tmp_path)] == [2.0, 10.0, 12.0]
+    for _ in range(2):  # two starts from step 1, of which the first tells nothing
+        spent = Spent(2, gpu_hours=spent_before(tmp_path))
+        with _monitor(tmp_path, 1, spent=spent):
+            pass
+    follow(1, 2, spent)
+    assert [line["gpu_hours"] for line in _lines(tmp_path)] == [2.0, 14.0]
+
+
+def _follow_on_a_full_disk(out: Path, most: int) -> None:
+    """Six steps; after step 2 no file may grow beyond `most` bytes, until step 5."""
+    with _monitor(out, 0, trackers=[TensorBoard(out, toy_run(), 0)]) as monitor, ExitStack() as full:
+        for step in range(1, 7):
+            if step == 3:
+                full.enter_context(files_of_at_most(most))
+            if step == 5:
+                full.close()
+            monitor.after_step(_engine(step), _losses(1.0), {}, {})
+
+
+def test_a_full_disk_is_told_once_and_its_lines_are_written_when_there_is_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _follow_on_a_full_disk(tmp_path / "roomy", 2**30)
+    (tmp_path / "full").mkdir()
+    size = (tmp_path / "roomy" / LOG).stat().st_size
+    capsys.readouterr()
+    _follow_on_a_full_disk(tmp_path / "full", size * 5 // 12)  # a part of the third line finds room
+    told, of_board = capsys.readouterr()
+    assert (
+        told.count(f"NOT WRITTEN: {tmp_path / 'full' / LOG} ([Errno 27] File too large): training goes on")
+        == 1
+    )
+    assert told.count("log.jsonl is written again, with the 3 records that were kept") == 1
+    assert of_board.count("NOT WRITTEN") == of_board.count("is written again") == 1 and "tfevents" in of_board
+    assert [line["step"] for line in _lines(tmp_path / "full")] == [1, 2, 3, 4, 5, 6]
+    boards = [next((tmp_path / name / "tensorboard").iterdir()) for name in ("roomy", "full")]
+    assert [step for step, tags in _events(boards[1]) if "nats/dense" in tags] == [1, 2, 3, 4, 5, 6]
+    assert len(_events(boards[0])) == len(_events(boards[1]))
+
+
+def test_a_console_on_a_full_disk_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Full())
+    _follow(tmp_path, 0, 4)
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 4]
+
+
+def test_what_finds_no_room_for_long_is_bounded_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.appended.MOST_KEPT", 3)
+    told: list[str] = []
+    file = Appended(tmp_path / "no" / "file", told.append)
+    for number in range(5):
+        file.add(f"{number}\n".encode())
+    file.close()
+    assert told[-1].startswith("LOST: 5 records of ")
+    (tmp_path / "no").mkdir()
+    file.add(b"5\n")
+    assert told[-1].endswith("is written again, with the 3 records that were kept, but for the oldest 3")
+    assert (tmp_path / "no" / "file").read_text() == "3\n4\n5\n"
+
+
+def test_a_log_that_cannot_be_cut_where_a_run_goes_back_is_cut_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _follow(tmp_path, 0, 6)
+    with files_of_at_most(10):
+        monitor = _monitor(tmp_path, 4)
+    with monitor:
+        monitor.after_step(_engine(5), _losses(9.0), {}, {})
+    assert [(line["step"], line["nats"]["dense"]) for line in _lines(tmp_path)][-2:] == [(4, 5.0), (5, 9.0)]
 
 
 def test_a_rank_that_takes_clearly_longer_is_named() -> None:
@@ -230,22 +349,32 @@ def test_losses_of_sources_are_means_over_their_images_that_count() -> None:
 
 
 def test_tensorboard_holds_every_number_of_the_log(tmp_path: Path) -> None:
-    from tensorboardX.proto.event_pb2 import Event
-
     board = TensorBoard(tmp_path, toy_run(), 0)
     board.log(
         {"step": 7, "nats": {"dense": 1.5}, "lr": 0.25, "collapsed": ["dense"], "grad_norm": float("inf")}
     )
     board.close()
     (path,) = (tmp_path / "tensorboard").iterdir()
-    data, found = path.read_bytes(), {}
-    while data:  # length, its checksum, event, checksum
-        length = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + length])
-        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
-        data = data[16 + length :]
+    found = {tag: (step, value) for step, tags in _events(path) for tag, value in tags.items()}
     assert found["nats/dense"] == (7, 1.5) and found["lr"] == (7, 0.25)
     assert "grad_norm" not in found
+
+
+def _events(path: Path) -> list[tuple[int, dict[str, float]]]:
+    """Step and numbers of every event, whose checksums are right."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    data, found = path.read_bytes(), []
+    while data:  # length, its checksum, event, checksum
+        length = int.from_bytes(data[:8], "little")
+        content = data[12 : 12 + length]
+        sums = (int.from_bytes(one, "little") for one in (data[8:12], data[12 + length : 16 + length]))
+        assert tuple(sums) == (masked_crc32c(data[:8]), masked_crc32c(content))
+        event = Event.FromString(content)
+        found.append((event.step, {value.tag: value.simple_value for value in event.summary.value}))
+        data = data[16 + length :]
+    return found
 
 
 def test_a_profile_of_steps_that_the_run_has_not_is_refused(tmp_path: Path) -> None:

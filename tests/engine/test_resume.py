@@ -90,6 +90,13 @@ def test_a_run_goes_on_in_bfloat16(ranks: dict[str, Any], alone: dict[str, Any],
     assert found["dense"] != expected
 
 
+def test_a_rank_that_cannot_copy_its_part_is_named_on_all_at_once(ranks: dict[str, Any]) -> None:
+    found = ranks["copy_fails"]
+    assert found["before"] == [] and found["after"] == [0]
+    for told in found["told"]:
+        assert "step_000000 could not be written (rank 1: no memory is left on the device)" in told
+
+
 def test_a_kill_while_saving_leaves_the_older_checkpoint(alone: dict[str, Any], ranks_folder: Path) -> None:
     out = ranks_folder / "die_while_saving"
     assert checkpoint.latest(out, hashes=True) == checkpoint.folder_in(out, 1)

@@ -163,7 +163,9 @@ def test_samples_are_counted_where_the_data_still_is(tmp_path: Path) -> None:
     assert count_samples(place) == {}
     place.write_text(json.dumps({"here": str(tmp_path / "colors"), "gone": str(tmp_path / "gone")}))
     assert count_samples(place) == {"here": 3 * len(COLORS)}
-    next((tmp_path / "colors").glob("*.tar")).write_bytes(b"")  # no matter: the card tells of the manifest's number
+    next((tmp_path / "colors").glob("*.tar")).write_bytes(
+        b""
+    )  # no matter: the card tells of the manifest's number
     assert count_samples(place) == {"here": 3 * len(COLORS)}
     (tmp_path / "colors" / "manifest.json").write_text("{")
     assert count_samples(place) == {}

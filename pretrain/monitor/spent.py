@@ -1,0 +1,59 @@
+"""What has a run cost so far, and what will it? All time that was paid, also of what a rewind or a kill undid."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from pretrain.intact import write_text
+from pretrain.monitor.log import LOG, records
+
+SPENT = "spent.json"  # in a run's folder: GPU-hours of the starts before the last one
+
+
+class Spent:
+    """Hours of the ranks, from `begun` (time.monotonic()) on, with `gpu_hours` of earlier starts.
+
+    Imports before `begun` are not counted, nor what a start did after its last line of the log.
+    """
+
+    def __init__(
+        self, world: int, price: float | None = None, gpu_hours: float = 0.0, begun: float | None = None
+    ) -> None:
+        self._world, self._price, self._before = world, price, gpu_hours  # price of an hour of one GPU
+        self._begun = time.monotonic() if begun is None else begun
+        self._pace: float | None = None  # seconds of a step, of late
+
+    def after(self, seconds: float, remaining: int) -> dict[str, float]:
+        """Figures now, after steps of so many seconds each, with `remaining` steps to go."""
+        # The first steps warm up: the pace forgets them by half with every line.
+        self._pace = seconds if self._pace is None else (self._pace + seconds) / 2
+        left = remaining * self._pace
+        so_far = self._before + self._world * (time.monotonic() - self._begun) / 3600
+        hours = {"gpu_hours": so_far, "gpu_hours_left": self._world * left / 3600}
+        if self._price is not None:
+            costs = {name.replace("gpu_hours", "cost"): self._price * value for name, value in hours.items()}
+            hours |= costs
+        return {"eta_seconds": left, **hours}
+
+
+def spent_before(out: Path) -> float:
+    """GPU-hours that the starts of a run have told, also in lines of the log that a resume cuts; kept for the next.
+
+    Call it before the log is opened.
+    """
+    told = [line["gpu_hours"] for line in records(out / LOG, until=float("inf")) if "gpu_hours" in line]
+    with suppress(
+        FileNotFoundError, ValueError, KeyError, TypeError
+    ):  # of a first start, or an older version
+        told.append(float(json.loads((out / SPENT).read_text())["gpu_hours"]))
+    total = max(told, default=0.0)
+    write_text(out / SPENT, json.dumps({"gpu_hours": total}))
+    return total
+
+
+def forget(out: Path) -> None:
+    """A run begins in the folder of an earlier one, whose hours are not its own."""
+    (out / SPENT).unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""To which checkpoint does a run go back, how often, and what does a later start make of it?"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pretrain import checkpoint, resume
+from pretrain.config import Guard
+from pretrain.evidence import Journal
+from pretrain.exits import Diverged
+from pretrain.guard import StepGuard
+from pretrain.rewind import go_back
+from tests.engine.test_checkpoint import whole
+
+LIMITS = Guard(window=5, deviations=0.0, skips=2, margin=1, rewinds=9)
+
+
+class Training:
+    """A run of one rank that is refused and goes back, without the model."""
+
+    def __init__(self, out: Path, limits: Guard = LIMITS) -> None:
+        self.out, self.place = out, checkpoint.checkpoints_of(out)
+        out.mkdir(exist_ok=True)
+        self.guard, self.journal = StepGuard(limits), Journal(out)
+
+    def save(self, step: int) -> None:
+        whole(self.place, step, guard=json.loads(json.dumps(self.guard.state_dict())))
+
+    def refused_after(self, step: int) -> int:
+        """Two refused steps in a row; the step of the checkpoint to which it goes back."""
+        for _ in range(2):
+            self.guard.judge(step, math.nan, {})
+        folder, _ = go_back(self.guard, self.journal, self.place, self.out)
+        self.guard.refused_in_a_row = []
+        return checkpoint.step_of(folder)
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Training:
+    training = Training(tmp_path / "out")
+    for step in (0, 10, 20, 30):
+        training.save(step)
+    return training
+
+
+def test_without_progress_the_run_goes_back_to_an_older_one_each_time_but_not_to_the_beginning(
+    training: Training,
+) -> None:
+    assert [training.refused_after(35) for _ in range(5)] == [30, 20, 10, 10, 10]
+    assert [rewind.before for rewind in training.journal.rewinds()] == [0, 1, 2, 3, 4]
+
+
+def test_the_beginning_is_gone_back_to_where_nothing_else_is_left(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.save(0)
+    assert [training.refused_after(5) for _ in range(2)] == [0, 0]
+
+
+def test_what_is_saved_on_the_new_way_is_taken_first_and_what_was_given_up_is_not(training: Training) -> None:
+    assert [training.refused_after(35) for _ in range(3)] == [30, 20, 10]
+    training.save(20)  # on the new way; that of step 30 is still of the old one
+    assert training.refused_after(25) == 20
+    assert training.refused_after(25) == 10
+    assert training.journal.rewinds()[-1].before == 4
+
+
+def test_a_checkpoint_behind_where_the_run_failed_is_progress(training: Training) -> None:
+    assert [training.refused_after(35) for _ in range(2)] == [30, 20]
+    training.save(30)
+    training.save(40)
+    assert training.refused_after(45) == 40
+    assert training.journal.rewinds()[-1].before == 0
+
+
+def test_as_many_batches_are_left_out_before_a_checkpoint_that_is_given_up(training: Training) -> None:
+    training.refused_after(35)
+    assert training.guard.left_out == {34, 35, 36}
+    training.refused_after(35)
+    assert training.guard.left_out == {28, 29, 33, 34, 35, 36, 37, 38, 39}
+
+
+def test_a_later_start_does_not_take_what_was_given_up(training: Training) -> None:
+    def next_start() -> Path | None:
+        return resume.newest_or_none(training.place, Journal(training.out).rewinds())
+
+    assert next_start() == training.place / "step_000030"
+    training.refused_after(35)
+    assert next_start() == training.place / "step_000030"
+    training.refused_after(35)
+    with pytest.warns(
+        UserWarning, match=r"checkpoints of steps \[30\] .* are not used: the run has gone back"
+    ):
+        assert next_start() == training.place / "step_000020"
+    training.save(30)
+    assert next_start() == training.place / "step_000030"
+
+
+def test_the_run_ends_after_so_many_rewinds_whichever_checkpoints_they_took(training: Training) -> None:
+    training.guard.limits = replace(LIMITS, rewinds=2)
+    assert [training.refused_after(35) for _ in range(2)] == [30, 20]
+    with pytest.raises(
+        Diverged, match=r"has gone back 2 times to .*step_000010: batch .* larger guard.rewinds"
+    ):
+        training.refused_after(35)
