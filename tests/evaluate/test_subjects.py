@@ -161,7 +161,7 @@ CLIP = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8}
         (TIMM | {"model_args": {"depth": 10**4}}, "pytorch_model.bin"),
         (TIMM | {"model_args": {"img_size": 2**17}}, "pytorch_model.bin"),
         (INTERNIMAGE | {"depths": [1, 1, 10**4, 1]}, "internimage.pth"),
-        (INTERNIMAGE | {"channels": 2**20, "depths": [1, 1, 1, 1]}, "internimage.pth"),
+        (INTERNIMAGE | {"channels": 2**16, "depths": [1, 1, 1, 1]}, "internimage.pth"),
         (CLIP | {"num_hidden_layers": 10**9}, "pytorch_model.bin"),
     ],
     ids=["timm, depth", "timm, size", "internimage, depth", "internimage, width", "huggingface"],
