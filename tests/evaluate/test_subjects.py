@@ -276,9 +276,12 @@ def test_two_ranks_measure_what_one_does(
     for name, accuracy in accuracies(of_run).items():
         assert rows[name]["accuracy"] == pytest.approx(accuracy, abs=2e-3), name
         assert rows[name]["n"] == of_run[name]["n"]
+    assert rows["fine_tune"]["n"] == 20 and not (tmp_path / "two.fine_tuning").exists()
 
 
 if __name__ == "__main__":
     place, run, data = sys.argv[1:4]
     out = str(Path(place) / "two.json")
-    sys.exit(main([run, "--data", data, "--out", out, "--steps", "3", "--k", "5", *PROBES]))
+    sys.exit(
+        main([run, "--data", data, "--out", out, "--steps", "3", "--k", "5", "--fine-tune", "1", *PROBES])
+    )
