@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.record import RESULTS, keep
 from data_prep.schema import write_atomic
 from pretrain.evaluate.checkpoints import find_checkpoint
-from pretrain.evaluate.fine_tune import RECIPES
+from pretrain.evaluate.fine_tune_recipes import RECIPES
 from pretrain.evaluate.probes import ALL, TITLES
 from pretrain.evaluate.protocols import Protocols, best_device, evaluate_checkpoint
 

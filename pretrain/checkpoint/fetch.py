@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path, PurePosixPath
 
+from data_prep.schema import write_atomic
 from pretrain.checkpoint.stores import PIECE, store_at
 from pretrain.intact import COMPLETE, flush
 
@@ -38,11 +40,13 @@ def fetched(url: str, which: str, folder: Path) -> Path:
     for name, size in sizes.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
+        partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may copy the same
+        with partial.open("wb") as file:
             for start in range(0, size, PIECE):
                 file.write(store.read(name, start, min(start + PIECE, size)))
-        flush(path)
-    done.write_bytes(mark)
+        flush(partial)
+        partial.replace(path)
+    write_atomic(done, mark)
     return folder
 
 

@@ -12,21 +12,22 @@ a class. Several ranks share the images: torchrun --nproc-per-node 8 -m pretrain
 from __future__ import annotations
 
 import argparse
-import os
+import json
+import shutil
 import sys
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
 
 from pretrain import provenance
-from pretrain.collectives import rank
-from pretrain.command import exit_code, require_place
+from pretrain.collectives import from_first_rank, rank
+from pretrain.command import require_place
 from pretrain.evaluate import result
 from pretrain.evaluate.few_shot import SHARES
-from pretrain.evaluate.fine_tune import RECIPES
+from pretrain.evaluate.fine_tune_recipes import RECIPES
+from pretrain.evaluate.fine_tune_state import require_recipe
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, SLOW
 from pretrain.evaluate.protocols import Protocols, best_device, measure_subject
 from pretrain.evaluate.published import is_published
@@ -34,10 +35,10 @@ from pretrain.evaluate.sets import SPLITS, read_manifests
 from pretrain.evaluate.shares import TIMEOUT
 from pretrain.evaluate.subjects import find_subjects
 from pretrain.evaluate.templates import AUTO, TEMPLATES
-from pretrain.main import silence
+from pretrain.ranks import exit_code_of_ranks
 
 RESULT = "evaluation.json"
-INTERRUPTED = "the result holds the checkpoints that were measured before, if any"
+INTERRUPTED = "measured checkpoints are in the result, if any; the same command goes on with a fine-tuning"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -107,6 +108,10 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     folders = split_folders(options.data, options.train, options.heldout)
     manifests = read_manifests(folders)
     device = best_device()
+    if protocols.fine_tune is not None:
+        protocols = replace(protocols, states=out.with_name(f"{out.stem}.fine_tuning"))
+        recipe = json.loads(json.dumps(asdict(protocols.fine_tune)))
+        from_first_rank(lambda: require_recipe(protocols.states, recipe))
     evaluated: dict[str, Any] = {"checkpoints": {}}
     if rank() == 0 and (kept := result.set_aside(out, [s.name for s in subjects], protocols.rows)):
         print(f"what {out} held of other checkpoints or probes is kept as {kept}")
@@ -123,6 +128,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     if rank() == 0:
         print(result.table(evaluated))
         print(f"written to {out}")
+        if protocols.states is not None:  # the next one begins anew
+            shutil.rmtree(protocols.states, ignore_errors=True)
     return evaluated
 
 
@@ -183,14 +190,8 @@ def split_folders(data: Path | None, train: Path | None, heldout: Path | None) -
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code. A mistake of the user's is told in one message, of several ranks by the first."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return exit_code(evaluate, arguments, INTERRUPTED)
-    dist.init_process_group("gloo", timeout=TIMEOUT)
-    try:
-        with nullcontext() if rank() == 0 else silence():
-            return exit_code(evaluate, arguments, INTERRUPTED)
-    finally:
-        dist.destroy_process_group()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    return exit_code_of_ranks(evaluate, arguments, INTERRUPTED, TIMEOUT, backend)
 
 
 if __name__ == "__main__":

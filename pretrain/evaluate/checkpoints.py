@@ -8,6 +8,7 @@ from pretrain.checkpoint import folder_in, kept_of, step_of, steps_in
 from pretrain.checkpoint.fetch import fetched
 from pretrain.checkpoint.names import step_name
 from pretrain.checkpoint.stores import store_at
+from pretrain.collectives import from_first_rank
 from pretrain.data.remote import Place
 from pretrain.intact import COMPLETE
 
@@ -19,7 +20,8 @@ def find_checkpoint(run_folder: Path, name: str, which: str = "teacher") -> Path
 
     The last is the newest that was written to its end; where that is damaged, no older one passes for it. They are
     looked for where the run kept them; what lies behind a URL is copied as far as `which`, "teacher" or "student",
-    needs it. Raises FileNotFoundError (no run, no such checkpoint, or not whole) and ValueError (no such name).
+    needs it, by the first of several ranks, all of which must ask. Raises FileNotFoundError (no run, no such
+    checkpoint, or not whole) and ValueError (no such name).
     """
     if not run_folder.is_dir():
         raise FileNotFoundError(f"{run_folder} is no folder: name the --out folder of a pre-training run")
@@ -41,7 +43,8 @@ def find_checkpoint(run_folder: Path, name: str, which: str = "teacher") -> Path
     folder = _whole(place, step)
     if isinstance(folder, Path):
         return folder
-    return fetched(folder, which, run_folder / COPIES / step_name(step_of(folder)))
+    # Of several ranks, which read it all, the first copies it.
+    return from_first_rank(lambda: fetched(folder, which, run_folder / COPIES / step_name(step_of(folder))))
 
 
 def _is_finished(folder: Place) -> bool:

@@ -1,35 +1,37 @@
-"""How well does the encoder tell the categories when all of it is trained on them?
-
-Source of the recipes: M3I (arXiv 2211.09807), appendix, fine-tuning of ViT-B on ImageNet-1k. "paper" has its numbers,
-without an average of the weights, of which the paper tells nothing; "small" is it scaled to small sets: the batch,
-square-root scaling of the rate, milder crops, no RandAugment, erasing or drop path, mixing off.
-"""
+"""How well does the encoder tell the categories when all of it is trained on them, by all ranks together?"""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+import random
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
-from random import Random
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from pretrain.collectives import from_every_rank, rank, sum_over_ranks, world_size
 from pretrain.config import Run
-from pretrain.data.views import cut, draw_crop
-from pretrain.evaluate.augment import rand_augment, seeded
+from pretrain.evaluate import fine_tune_state
+from pretrain.evaluate.augment import seeded
 from pretrain.evaluate.evidence import NotMeasured
 from pretrain.evaluate.features import IMAGES_AT_ONCE, Pictures
+from pretrain.evaluate.fine_tune_order import Batch, Examples, Reader, stacked, steps_of, training_batches
+from pretrain.evaluate.fine_tune_recipes import BASE_BATCH, FineTune
 from pretrain.evaluate.layers import UnknownOrder, layer_order, names_without_decay
 from pretrain.evaluate.published import PublishedEncoder
 from pretrain.models.backbone import build_encoder
@@ -37,72 +39,8 @@ from pretrain.models.drop_path import DropPath
 from pretrain.models.pixels import normalise
 from pretrain.optim import warm_cosine
 
-BASE_BATCH = 1024  # images, at which the paper gives its rate
-
-
-@dataclass(frozen=True)
-class FineTune:
-    """The recipe of fine-tuning."""
-
-    epochs: int = 30  # over the training images
-    batch: int = 64  # images; fewer when the data set has fewer
-    base_lr: float = 2e-3  # peak at a batch of BASE_BATCH
-    warmup: float = 0.05  # fraction of the steps, in [0, 1)
-    layer_decay: float = 0.65  # rate of a layer / rate of the next one, in (0, 1]
-    weight_decay: float = 0.1  # of matrices
-    betas: tuple[float, float] = (0.9, 0.999)
-    smoothing: float = 0.1  # of the labels, in [0, 1)
-    scale: tuple[float, float] = (0.5, 1.0)  # crop area / image area
-    flip: float = 0.5  # probability
-    mixup: float = 0.0  # alpha of the Beta distribution; 0: off
-    cutmix: float = 0.0  # alpha; 0: off
-    rand_augment: str = ""  # timm's notation; "": off
-    erasing: float = 0.0  # probability of a random rectangle of noise
-    drop_path: float = 0.0  # of the last block, rising from 0; only where the encoder can be built anew
-    seed: int = 0  # of order, crops, flips and mixing; the head starts from zero
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 2 or self.batch % 2:
-            raise ValueError(
-                f"fine-tuning with epochs={self.epochs}, batch={self.batch}: epochs must be at least 1, the batch "
-                "positive and even, as mixing pairs its images"
-            )
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1]: 1 means one rate for all")
-        if not (0 <= self.warmup < 1 and 0 <= self.smoothing < 1):
-            raise ValueError(f"warmup={self.warmup} and smoothing={self.smoothing} must lie in [0, 1)")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale={self.scale} must be two rising fractions of the image's area")
-        if not (0 <= self.erasing <= 1 and 0 <= self.drop_path < 1):
-            raise ValueError(f"erasing={self.erasing} and drop_path={self.drop_path} must be probabilities")
-        if self.base_lr <= 0 or min(self.mixup, self.cutmix, self.weight_decay) < 0:
-            raise ValueError(
-                f"base_lr={self.base_lr} must be positive; mixup={self.mixup}, cutmix={self.cutmix} and "
-                f"weight_decay={self.weight_decay} must not be negative"
-            )
-
-
-RECIPES: dict[str, FineTune] = {
-    "small": FineTune(),
-    "paper": FineTune(
-        epochs=100,
-        batch=BASE_BATCH,
-        scale=(0.08, 1.0),
-        mixup=0.8,
-        cutmix=1.0,
-        rand_augment="rand-m9-mstd0.5-inc1",
-        erasing=0.25,
-        drop_path=0.1,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Examples:
-    """The labelled, readable samples of a data set."""
-
-    folder: Path
-    index: Int[Tensor, " n"]  # of the samples in the data set
+LOOKED_AT = 10  # steps between two looks at the clock
+UNREAD = -1  # category of an image that could not be read
 
 
 class Classifier(nn.Module):
@@ -152,19 +90,23 @@ def fine_tune(
     device: torch.device,
     workers: int = 0,
     title: str = "fine-tuning",
+    state: Path | None = None,
 ) -> Classifier:
     """The classifier after the last epoch; nothing is selected by held-out images.
 
-    Float32; on a CPU one seed gives the same bits. `towers`, which are on `device`, stay as they are. Raises
-    NotMeasured when the loss is not finite and for an encoder of unknown layers, ValueError with fewer than two
-    training images.
+    A collective call: the ranks share each batch. Float32, with autocast to bfloat16 on GPUs that have it. On a CPU
+    one seed gives the same bits; another number of ranks rounds sums otherwise, and drops other branches where the
+    recipe drops any. `towers`, which are on `device`, stay as they are. Rank 0 keeps a `state`, if one is named, from
+    which the same call goes on, on any number of ranks. Raises NotMeasured when the loss is not finite and for an
+    encoder of unknown layers, ValueError with fewer than two training images, for a state of another training, and
+    when too many images cannot be read any more.
     """
     num_images = len(train.index)
     if num_images < 2:
         raise ValueError(f"{train.folder} has {num_images} labelled image, fine-tuning needs two or more")
     batch = min(settings.batch, num_images - num_images % 2)
-    steps_an_epoch = num_images // batch
-    steps = settings.epochs * steps_an_epoch
+    an_epoch = steps_of(num_images, batch)
+    steps = settings.epochs * an_epoch
     peak = settings.base_lr * math.sqrt(batch / BASE_BATCH)
     encoder = _encoder(towers, run, settings.drop_path)
     model = Classifier(encoder, num_categories, drops=settings.drop_path > 0).to(device).train()
@@ -173,34 +115,114 @@ def fine_tune(
     except UnknownOrder as error:
         raise NotMeasured(f"each layer has a rate of its own, and {error}") from error
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=settings.betas)
-    mix = Mixup(
-        settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=num_categories
-    )
-    mix.mixup_enabled = settings.mixup > 0 or settings.cutmix > 0
-    erase = RandomErasing(settings.erasing, mode="pixel", device=device) if settings.erasing else None
-    with seeded(settings.seed), tqdm(total=steps, desc=title, unit=" step", mininterval=1.0) as bar:
-        for epoch in range(settings.epochs):
-            total = torch.zeros((), device=device)
-            for views, labels in _augmented(train, run, settings, epoch, batch, workers):
-                rate = warm_cosine(bar.n, steps, round(settings.warmup * steps), peak, 0.0)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["lr_scale"]
-                images = normalise(views.to(device), run.views.mean, run.views.std, torch.float32)
-                if erase is not None:
-                    with seeded(settings.seed * 1_000_003 + bar.n):
-                        images = erase(images)
-                images, targets = mix(images, labels.to(device))
-                loss = F.cross_entropy(model(images), targets)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total += loss.detach()
-                bar.update()
-            mean = float(total) / steps_an_epoch
-            bar.set_postfix_str(f"epoch {epoch + 1}, {mean:.3f} nats")
-            if not math.isfinite(mean):
-                raise NotMeasured(f"the loss of fine-tuning was {mean} in epoch {epoch + 1}")
+    told = _identity(towers, run, train, num_categories, settings) if state is not None else {}
+    begun, total = fine_tune_state.load(state, told, model, optimizer)
+    losses = torch.tensor(total if rank() == 0 else 0.0, device=device)
+    augment = _Augment(run, settings, num_categories, device)
+    trained = _joint(model, device)
+    reader = Reader(Pictures(train.folder, run.views.size), run.max_bad)
+    saved = time.monotonic()
+    bar = tqdm(total=steps, initial=begun, desc=title, unit=" step", mininterval=1.0, disable=rank() > 0)
+    with seeded(settings.seed), bar:
+        found = training_batches(train, run, settings, batch, begun, workers, reader)
+        for step, shown in enumerate(found, begun):
+            rate = warm_cosine(step, steps, round(settings.warmup * steps), peak, 0.0)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_scale"]
+            images, targets = augment(shown, step, step // an_epoch)
+            reseed(settings.seed, step, rank())  # of branches that are dropped
+            with _precision(device):
+                logits = trained(images)
+            of_each = F.cross_entropy(logits.float(), targets, reduction="none")
+            # The ranks' gradients are averaged: this makes them those of the mean over the batch of all.
+            loss = (of_each * shown.counts.to(device)).sum() * (world_size() / batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses += loss.detach() / world_size()
+            bar.update()
+            is_end = (step + 1) % an_epoch == 0
+            if is_end:
+                mean = float(sum_over_ranks(losses)) / an_epoch
+                bar.set_postfix_str(f"epoch {(step + 1) // an_epoch}, {mean:.3f} nats")
+                if not math.isfinite(mean):
+                    raise NotMeasured(f"the loss of fine-tuning was {mean} in epoch {(step + 1) // an_epoch}")
+                losses.zero_()
+            is_last = step + 1 == steps
+            if state is None or not (is_last or step % LOOKED_AT == 0):
+                continue
+            is_due = rank() == 0 and time.monotonic() - saved > fine_tune_state.SAVE_SECONDS
+            if is_last or sum_over_ranks(torch.tensor(int(is_due))):
+                total = float(sum_over_ranks(losses))
+                losses.fill_(total if rank() == 0 else 0.0)  # as after a load
+                if rank() == 0:
+                    left = None if is_last else optimizer
+                    fine_tune_state.save(state, told, model, left, step + 1, total)
+                saved = time.monotonic()
     return model.eval()
+
+
+class _Augment:
+    """What becomes of views on the device: erasing image by image, then mixing with one draw for all of a step."""
+
+    def __init__(self, run: Run, settings: FineTune, num_categories: int, device: torch.device) -> None:
+        self.run, self.settings, self.device = run, settings, device
+        self.mix = Mixup(
+            settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=num_categories
+        )
+        self.mix.mixup_enabled = settings.mixup > 0 or settings.cutmix > 0
+        self.erase = RandomErasing(settings.erasing, mode="pixel", device=device)
+
+    def __call__(
+        self, shown: Batch, step: int, epoch: int
+    ) -> tuple[Float[Tensor, "b 3 s s"], Float[Tensor, "b k"]]:
+        views = self.run.views
+        images = normalise(shown.views.to(self.device), views.mean, views.std, torch.float32)
+        if self.settings.erasing:
+            for image, index in zip(images, shown.index, strict=True):
+                reseed(self.settings.seed, epoch, index, 1)
+                self.erase(image)  # in place
+        reseed(self.settings.seed, step)
+        return self.mix(images, shown.labels.to(self.device))
+
+
+def reseed(*numbers: int) -> None:
+    """Python's, numpy's and torch's global generators from numbers; `seeded` around it puts them back."""
+    seed = random.Random("/".join(map(str, numbers))).getrandbits(32)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _precision(device: torch.device) -> Any:
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
+
+
+def _joint(model: Classifier, device: torch.device) -> nn.Module:
+    """The model, whose gradients are the mean over the ranks; alone itself."""
+    if world_size() == 1:
+        return model
+    # A published trunk may have weights that no token depends on.
+    places = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        model, device_ids=places, broadcast_buffers=False, find_unused_parameters=True
+    )
+
+
+def _identity(
+    towers: nn.Module, run: Run, train: Examples, num_categories: int, settings: FineTune
+) -> dict[str, Any]:
+    """What a training may not differ in from the one that it goes on with."""
+    return {
+        "encoder": fine_tune_state.hash_of(towers.encoder.state_dict()),
+        "recipe": json.loads(json.dumps(asdict(settings))),
+        "views": json.loads(json.dumps(asdict(run.views))),
+        "data": str(train.folder.resolve()),
+        "images": fine_tune_state.hash_of({"index": train.index}),
+        "categories": num_categories,
+    }
 
 
 def _encoder(towers: nn.Module, run: Run, drop_path: float) -> nn.Module:
@@ -224,43 +246,24 @@ def _encoder(towers: nn.Module, run: Run, drop_path: float) -> nn.Module:
 def predict(
     model: Classifier, run: Run, heldout: Examples, *, device: torch.device, workers: int = 0
 ) -> Int[Tensor, " n"]:
-    """Categories that the classifier says of the center views of the examples, in their order."""
-    pictures = Pictures(heldout.folder, run.views.size)
-    predicted = [
-        model(normalise(views.to(device), run.views.mean, run.views.std, torch.float32)).argmax(dim=1).cpu()
-        for views, _ in _batches(pictures, heldout.index.tolist(), IMAGES_AT_ONCE, workers, False)
-    ]
-    return torch.cat(predicted)
+    """Categories that the classifier says of the center views of the examples, in their order; float32.
 
-
-def _augmented(
-    train: Examples, run: Run, settings: FineTune, epoch: int, batch: int, workers: int
-) -> Iterator[tuple[UInt8[Tensor, "b 3 s s"], Int[Tensor, " b"]]]:
-    """Whole batches of one epoch in its own order; what is left over comes in another epoch."""
-    view = partial(_augment, run=run, settings=settings, epoch=epoch)
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
-    order = train.index[torch.randperm(len(train.index), generator=generator)].tolist()
-    yield from _batches(Pictures(train.folder, run.views.size, view=view), order, batch, workers, True)
-
-
-def _augment(
-    image: UInt8[Tensor, "h w 3"], index: int, *, run: Run, settings: FineTune, epoch: int
-) -> UInt8[Tensor, "3 s s"]:
-    seed = f"{settings.seed}/{epoch}/{index}"
-    generator = Random(seed)
-    is_flipped = generator.random() < settings.flip
-    box = draw_crop(image.shape[0], image.shape[1], settings.scale, run.views.ratio, generator)
-    view = cut(image, box, is_flipped, run.views.size)
-    if not settings.rand_augment:
-        return view
-    return rand_augment(view, settings.rand_augment, run.views.mean, generator.getrandbits(32))
-
-
-def _batches(
-    pictures: Pictures, order: list[int], batch: int, workers: int, drop_last: bool
-) -> Iterator[tuple[UInt8[Tensor, "b 3 s s"], Int[Tensor, " b"]]]:
-    loader = DataLoader(
-        Subset(pictures, order), batch, num_workers=workers, drop_last=drop_last, collate_fn=list
-    )
-    for found in loader:
-        yield torch.stack([p.view for p in found]), torch.tensor([p.label for p in found])
+    A collective call: each rank sees a share, all get the whole. UNREAD, which is always wrong, of an image that
+    cannot be read any more; DataError when they are too many.
+    """
+    reader = Reader(Pictures(heldout.folder, run.views.size), run.max_bad)
+    index = heldout.index.tolist()
+    # As many shares on each rank, some of which may be shorter.
+    at_once = IMAGES_AT_ONCE * world_size()
+    rows = [index[start : start + at_once] for start in range(0, len(index), at_once)]
+    own = [row[rank() * len(row) // world_size() : (rank() + 1) * len(row) // world_size()] for row in rows]
+    predicted: list[tuple[int, int]] = []
+    for pictures, share in zip(reader.batches(own, at_once, workers), own, strict=True):
+        if not share:
+            continue
+        shown = stacked(pictures, run.views.size, share)
+        images = normalise(shown.views.to(device), run.views.mean, run.views.std, torch.float32)
+        said = model(images).argmax(dim=1).cpu().where(shown.counts, torch.tensor(UNREAD))
+        predicted += zip(share, said.tolist(), strict=True)
+    by_number = dict(from_every_rank(predicted))
+    return torch.tensor([by_number[number] for number in index])

@@ -53,8 +53,8 @@ def _linear(evidence: Evidence, feature: str) -> Outcome:
     check_trained(evidence, feature)
     rows, labels = is_labelled(evidence.train), heldout_labels(evidence)
     train, heldout = getattr(evidence.train, feature)[rows], of_labelled(evidence, feature)
-    predicted = linear.linear_probe(train, evidence.train.labels[rows], heldout)
-    settings = {"feature": feature, "c": linear.C}
+    predicted = linear.linear_probe(train, evidence.train.labels[rows], heldout, evidence.device)
+    settings = {"feature": feature, "c": linear.C, "solver": linear.solver_of(train)}
     return Outcome(score(predicted, labels, len(evidence.categories)) | settings, predicted)
 
 

@@ -119,7 +119,7 @@ def few_shot_linear(evidence: Evidence, share: int) -> Outcome:
     heldout, truth = _labelled({"tokens": evidence.heldout.tokens}, evidence.heldout)
 
     def predict(rows: Tensor, seed: int) -> Tensor:
-        return linear.linear_probe(train["tokens"][rows], labels[rows], heldout["tokens"])
+        return linear.linear_probe(train["tokens"][rows], labels[rows], heldout["tokens"], evidence.device)
 
     found = few_shot.over_draws(labels, share, truth, predict, len(evidence.categories))
     return Outcome(found | {"feature": "tokens", "c": linear.C})

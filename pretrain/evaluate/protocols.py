@@ -10,19 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from data_prep.schema import Manifest
-from pretrain.collectives import rank
+from pretrain.collectives import from_first_rank
 from pretrain.config import Run
 from pretrain.evaluate import dense, few_shot, result
 from pretrain.evaluate.accuracy import score
-from pretrain.evaluate.evidence import Evidence, Outcome, heldout_labels, is_labelled, outcome_of
-from pretrain.evaluate.features import extract
-from pretrain.evaluate.fine_tune import Examples, FineTune, fine_tune, predict
+from pretrain.evaluate.evidence import (
+    Evidence,
+    NotMeasured,
+    Outcome,
+    heldout_labels,
+    is_labelled,
+    outcome_of,
+)
+from pretrain.evaluate.features import Features, extract
+from pretrain.evaluate.fine_tune import fine_tune, predict
+from pretrain.evaluate.fine_tune_order import Examples
+from pretrain.evaluate.fine_tune_recipes import FineTune
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, measure
 from pretrain.evaluate.sets import SPLITS, Listing, read_manifests
-from pretrain.evaluate.shares import gathered
+from pretrain.evaluate.shares import by_first_rank, gathered
 from pretrain.evaluate.subjects import Subject, embed_with, open_checkpoint
 from pretrain.evaluate.templates import AUTO, check_templates
 
@@ -37,6 +47,7 @@ class Protocols:
     fine_tune: FineTune | None = None  # None: not fine-tuned, which costs a training
     fine_tune_shares: tuple[int, ...] = ()  # of few_shot.SHARES, per cent of the labels to fine-tune on too
     fine_tune_draws: int = 3  # of the labels, each of which costs a training
+    states: Path | None = None  # folder from which an interrupted fine-tuning goes on; None: it begins anew
     workers: int = 0  # processes that decode images; 0: this one
 
     def __post_init__(self) -> None:
@@ -96,7 +107,8 @@ def measure_subject(
 ) -> Measured | None:
     """Runs the encoder once over both data sets, then the probes, then fine-tuning.
 
-    A collective call: on several ranks each reads a share of the images, the rest is done, and given, by the first.
+    A collective call: on several ranks each reads a share of the images and of fine-tuning, the first measures the
+    probes meanwhile, and is given what came out.
     """
     run, towers = subject.run, subject.towers.to(device)
     samplings = {"train": dense.TRAIN, "heldout": dense.HELDOUT}
@@ -115,8 +127,27 @@ def measure_subject(
             kept=kept,
         )
         features[split] = gathered(work, run.max_bad, folders[split])
-    if rank() > 0:
-        return None
+    measured = by_first_rank(lambda: _probed(subject, towers, features, manifests, protocols, device))
+    if protocols.fine_tune is not None:
+        labelled = from_first_rank(lambda: _labelled(measured.evidence, folders))
+        tune = partial(_fine_tune, subject, towers, labelled, protocols, device)
+        tuned = {"fine_tune": outcome_of(tune)}
+        for share in protocols.fine_tune_shares:
+            tuned[f"few_shot_{share}_fine_tune"] = outcome_of(partial(tune, share=share))
+        if measured is not None:
+            measured.outcomes.update(tuned)
+    return measured
+
+
+def _probed(
+    subject: Subject,
+    towers: nn.Module,
+    features: Mapping[str, Features],
+    manifests: Mapping[str, Manifest | Listing],
+    protocols: Protocols,
+    device: torch.device,
+) -> Measured:
+    """What the probes say."""
     evidence = Evidence(
         train=features["train"],
         heldout=features["heldout"],
@@ -128,48 +159,74 @@ def measure_subject(
         embed=embed_with(towers, device),
         device=device,
     )
-    outcomes = measure(evidence, protocols.probes)
-    if protocols.fine_tune is not None:
-        tune = partial(
-            _fine_tune, towers, run, evidence, folders, protocols, device, f"{subject.name} fine-tuning"
-        )
-        outcomes["fine_tune"] = outcome_of(tune)
-        for share in protocols.fine_tune_shares:
-            outcomes[f"few_shot_{share}_fine_tune"] = outcome_of(partial(tune, share=share))
-    return Measured(run, evidence, outcomes)
+    return Measured(subject.run, evidence, measure(evidence, protocols.probes))
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """What fine-tuning trains and is tested on."""
+
+    train: Examples
+    train_labels: Int[Tensor, " n"]
+    heldout: Examples
+    heldout_labels: Int[Tensor, " m"]
+    num_categories: int
+    problem: str = ""  # why there is nothing of it
+
+
+def _labelled(evidence: Evidence, folders: Mapping[str, Path]) -> _Labelled:
+    problem = ""
+    try:
+        heldout_labels(evidence)
+    except NotMeasured as reason:
+        problem = str(reason)
+    rows = {name: is_labelled(getattr(evidence, name)) for name in SPLITS}
+    return _Labelled(
+        Examples(folders["train"], evidence.train.index[rows["train"]]),
+        evidence.train.labels[rows["train"]],
+        Examples(folders["heldout"], evidence.heldout.index[rows["heldout"]]),
+        evidence.heldout.labels[rows["heldout"]],
+        len(evidence.categories),
+        problem,
+    )
 
 
 def _fine_tune(
+    subject: Subject,
     towers: nn.Module,
-    run: Run,
-    evidence: Evidence,
-    folders: Mapping[str, Path],
+    labelled: _Labelled,
     protocols: Protocols,
     device: torch.device,
-    title: str,
     share: int | None = None,
 ) -> Outcome:
-    """All training images, or `share` per cent of each category, drawn several times."""
-    labels, num_categories = heldout_labels(evidence), len(evidence.categories)
-    train, heldout = (
-        Examples(folders[split], features.index[is_labelled(features)])
-        for split, features in (("train", evidence.train), ("heldout", evidence.heldout))
-    )
-    runs_on = {"device": device, "workers": protocols.workers}
-    recipe = protocols.fine_tune
+    """All training images, or `share` per cent of each category, drawn several times. A collective call."""
+    if labelled.problem:
+        raise NotMeasured(labelled.problem)
+    recipe, title = protocols.fine_tune, f"{subject.name} fine-tuning"
+    row = "fine_tune" if share is None else f"few_shot_{share}_fine_tune"
 
-    def predicted_after(rows: torch.Tensor, seed: int) -> torch.Tensor:
-        some = Examples(train.folder, train.index[rows])
-        told = title if share is None else f"{title}, {share} % of the labels, draw {seed}"
-        settings = replace(recipe, seed=recipe.seed + seed)
-        model = fine_tune(towers, run, some, num_categories, settings, title=told, **runs_on)
-        return predict(model, run, heldout, **runs_on)
+    def predicted_after(rows: Tensor, seed: int) -> Tensor:
+        model = fine_tune(
+            towers,
+            subject.run,
+            Examples(labelled.train.folder, labelled.train.index[rows]),
+            labelled.num_categories,
+            replace(recipe, seed=recipe.seed + seed),
+            device=device,
+            workers=protocols.workers,
+            title=title if share is None else f"{title}, {share} % of the labels, draw {seed}",
+            state=None if protocols.states is None else protocols.states / subject.name / f"{row}_{seed}.pt",
+        )
+        return predict(model, subject.run, labelled.heldout, device=device, workers=protocols.workers)
 
+    truth = labelled.heldout_labels
     if share is None:
-        predicted = predicted_after(torch.arange(len(train.index)), 0)
-        settings = {"train_images": len(train.index), "recipe": asdict(recipe)}
-        return Outcome(score(predicted, labels, num_categories) | settings, predicted)
-    train_labels = evidence.train.labels[is_labelled(evidence.train)]
+        num_images = len(labelled.train.index)
+        predicted = predicted_after(torch.arange(num_images), 0)
+        settings = {"train_images": num_images, "recipe": asdict(recipe)}
+        return Outcome(score(predicted, truth, labelled.num_categories) | settings, predicted)
     seeds = few_shot.SEEDS[: protocols.fine_tune_draws]
-    row = few_shot.over_draws(train_labels, share, labels, predicted_after, num_categories, seeds)
-    return Outcome(row | {"recipe": asdict(recipe)})
+    found = few_shot.over_draws(
+        labelled.train_labels, share, truth, predicted_after, labelled.num_categories, seeds
+    )
+    return Outcome(found | {"recipe": asdict(recipe)})

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from pretrain.config import Views
 from pretrain.export.preprocessor import read_preprocessor
+from pretrain.initial.bounds import explained_by, require_numbers, require_pixels
 from pretrain.initial.files import open_weights
 from pretrain.models import internimage_layouts as layouts
 from pretrain.models.guides import open_guide
 from pretrain.models.internimage import InternImage, StrideTokens
+from pretrain.models.internimage_config import InternImageConfig
 from pretrain.models.pooling import prepend_mean
 
 CONFIG, PLAIN_FILE = "config.json", "internimage.pth"
@@ -35,6 +37,7 @@ class PublishedEncoder(nn.Module):
 
     def __init__(self, trunk: nn.Module, tokens: Callable[[nn.Module, Tensor], Tensor], size: int) -> None:
         super().__init__()
+        require_pixels(size, Path("the model"))
         self.trunk, self._tokens = trunk.requires_grad_(False).eval(), tokens
         with torch.no_grad():
             found = tokens(trunk, torch.zeros(1, 3, size, size))
@@ -107,19 +110,31 @@ def is_published(place: Path) -> bool:
 def _open_timm(folder: Path, config: Mapping[str, Any], size: int | None) -> Published:
     import timm
 
-    told = config.get("pretrained_cfg", {})
+    told, placed = config.get("pretrained_cfg", {}), {"device", "dtype"}
     options = {} if size is None else {"img_size": size}
+    tensors = _tensors(folder)
     # Not timm's own reading of the folder, which checks no file; without a source it takes these tensors, strictly.
-    given = {"source": "", "state_dict": _tensors(folder)}
+    given = {"source": "", "state_dict": tensors}
+    arguments = config.get("model_args") or {}
+    if not isinstance(arguments, Mapping) or placed & arguments.keys():
+        raise ValueError(
+            f"{folder / CONFIG} has model_args {arguments!r}, which must be arguments by name without "
+            f"{sorted(placed)}: take the file from its authors again"
+        )
+    require_numbers(arguments, folder / CONFIG)
     try:
+        with torch.device("meta"), explained_by(tensors, folder):
+            timm.create_model(f"local-dir:{folder}")
         trunk = timm.create_model(
             f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=given, **options
         )
         trunk.reset_classifier(0)
-    except (RuntimeError, TypeError, FileNotFoundError) as error:
+    except (RuntimeError, TypeError, FileNotFoundError, AttributeError, AssertionError) as error:
         raise ValueError(f"timm does not open {folder}: {error}; export or save it again") from error
     mean, std = (tuple(told.get(name, getattr(Views, name))) for name in ("mean", "std"))
-    views = Views(size=size or told.get("input_size", (3, DEFAULT_SIZE))[-1], mean=mean, std=std)
+    views = Views(
+        size=size or require_pixels(told.get("input_size", (3, DEFAULT_SIZE))[-1], folder), mean=mean, std=std
+    )
     return Published(PublishedEncoder(trunk.eval(), _of_timm, views.size), views)
 
 
@@ -155,24 +170,35 @@ def _open_internimage(file: Path, fields: Mapping[str, Any], size: int | None) -
             f"{file} is missing: name a folder of `python -m pretrain.export --to internimage`"
         )
     state = _tensors(file)
+    require_numbers(fields, file.parent / CONFIG)
     config = layouts.config_from_published(fields)
     layout = layouts.detect_layout(state)
-    model, head = nn.Module(), "dcnv3_head_x3.weight"
-    dcnv3 = InternImage(config)
-    model.patch_embed, model.levels = dcnv3.patch_embed, dcnv3.levels
-    heads = StrideTokens(config, state[head].shape[0]) if head in state else None
-    if heads is not None:
-        model.dcnv3_head_x4, model.dcnv3_head_x3 = heads.dcnv3_head_x4, heads.dcnv3_head_x3
+    with torch.device("meta"), explained_by(state, file):
+        model, _ = _internimage(config, state)
     tensors, report = layouts.read(state, model, layout)
     if report.missing or report.reshaped:  # what follows the tokens is not read
         raise ValueError(
             f"{file} does not fit its {CONFIG}: {len(report.missing)} tensors are missing and {len(report.reshaped)} "
             f"have another shape, first {(*report.missing, *report.reshaped)[0]!r}: export it again"
         )
+    model, trunk = _internimage(config, state)
     model.load_state_dict(tensors, strict=True)
     pixels = read_preprocessor(file.parent)  # exports of before have none
     views = replace(pixels or Views(), size=size or (pixels.size if pixels else _proven_size(file.parent)))
-    return Published(PublishedEncoder(_InternImageTrunk(dcnv3, heads), _of_internimage, views.size), views)
+    return Published(PublishedEncoder(trunk, _of_internimage, views.size), views)
+
+
+def _internimage(
+    config: InternImageConfig, state: Mapping[str, Tensor]
+) -> tuple[nn.Module, _InternImageTrunk]:
+    """What is read of a file, under the names of its layout, and the same modules as they compute."""
+    model, head = nn.Module(), "dcnv3_head_x3.weight"
+    dcnv3 = InternImage(config)
+    model.patch_embed, model.levels = dcnv3.patch_embed, dcnv3.levels
+    heads = StrideTokens(config, state[head].shape[0]) if head in state else None
+    if heads is not None:
+        model.dcnv3_head_x4, model.dcnv3_head_x3 = heads.dcnv3_head_x4, heads.dcnv3_head_x3
+    return model, _InternImageTrunk(dcnv3, heads)
 
 
 def _tensors(place: Path) -> dict[str, Tensor]:

@@ -6,20 +6,26 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.collectives import rank, world_size
+from pretrain.collectives import rank, to_first_rank, world_size
 from pretrain.data.faults import check_bad_share
 from pretrain.evaluate import dense
 from pretrain.evaluate.cached import CachedTokens
 from pretrain.evaluate.features import Features, NoneReadable
 
-TIMEOUT = timedelta(days=1)  # ranks that have nothing left to do wait for the first, which trains probes
+TIMEOUT = timedelta(days=1)  # of a rank that the others wait for while all read images
+PATIENCE = timedelta(
+    days=3650
+)  # with the first rank, which trains probes alone: gloo tells when it has ended
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,11 +83,37 @@ def gathered(work: Callable[[], Features], max_bad: float, folder: Path) -> Feat
         dropped = judge(counts, max_bad, folder)
     except ValueError as error:
         raise error from share.problem
-    parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(share.features, parts)
+    parts = to_first_rank(share.features)
     if parts is None:
         return None
     return replace(join([part for part in parts if part is not None]), dropped=dict(dropped))
+
+
+def by_first_rank(work: Callable[[], T]) -> T | None:
+    """What `work` gives on the first rank, None on the others, which wait for as long as it takes, or lives.
+
+    A collective call. An OSError or ValueError of it is raised by all; RuntimeError on the others when the first rank
+    has ended.
+    """
+    outcome, problem = None, None
+    group = _patient() if world_size() > 1 else None
+    if rank() == 0:
+        try:
+            outcome = work()
+        except (OSError, ValueError) as error:
+            problem = error
+    if group is not None:
+        told = [problem]
+        dist.broadcast_object_list(told, group=group)
+        problem = problem or told[0]
+    if problem is not None:
+        raise problem
+    return outcome
+
+
+@cache
+def _patient() -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def join(parts: Sequence[Features]) -> Features:

@@ -19,6 +19,7 @@ from pretrain.evaluate.published import CONFIG, EncoderAlone, is_published, open
 from pretrain.evaluate.zero_shot import Encode
 from pretrain.export.safetensors_file import WEIGHTS
 from pretrain.facts import DataFacts
+from pretrain.initial.bounds import explained_by, require_pixels
 from pretrain.initial.files import open_weights
 from pretrain.intact import verify
 from pretrain.models.undrawn import undrawn
@@ -93,10 +94,14 @@ def _open_towers(folder: Path, size: int | None) -> Subject:
         run, facts = (
             kind.from_json(json.dumps(told[key])) for kind, key in ((Run, "run"), (DataFacts, "facts"))
         )
+        require_pixels(run.views.size, folder / CONFIG)
+        tensors = dict(open_weights(folder / WEIGHTS).tensors)
+        with torch.device("meta"), explained_by(tensors, folder):
+            Towers(run, facts)
         with undrawn():
             towers = Towers(run, facts).requires_grad_(False).eval()
         towers.fold_norms()
-        towers.load_state_dict(dict(open_weights(folder / WEIGHTS).tensors), strict=True)
+        towers.load_state_dict(tensors, strict=True)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"{WEIGHTS} of {folder} does not fit its {CONFIG} ({error!r}): export it again"

@@ -12,7 +12,7 @@ import pickletools
 import stat
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ CALLED = {  # what the pickle of a state dict names
     "torch._utils _rebuild_parameter",
     "torch._utils _rebuild_tensor_v2",
 }
+MOST_SHARED = (
+    4  # bytes of all tensors / bytes of the file: tied weights and two names of one mapping are shared
+)
 CALLING = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}  # other ways to call
 NOT_READ = "is not read: take the file from its authors again, or another one"
 
@@ -154,7 +157,44 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
         raise ValueError(
             f"{path} holds a {type(content).__name__}, no tensors by name: save model.state_dict()"
         )
+    _check_tensors(path, content)
     return content
+
+
+def tensors_in(content: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in containers in one another, once, with the last name on the way to it."""
+    waiting, seen = [("", content)], set()
+    while waiting:
+        name, value = waiting.pop()
+        if id(value) in seen:  # also of a container that holds itself
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
+            waiting += [(str(key), inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple | set):
+            waiting += [(name, inner) for inner in value]
+
+
+def _check_tensors(path: Path, content: Any) -> None:
+    """ValueError for tensors that are larger than their bytes in the file: a stride of 0 repeats one number."""
+    total = 0
+    for name, tensor in tensors_in(content):
+        size, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        total += size
+        if size > stored:
+            raise ValueError(
+                f"{path} holds {name!r} of shape {tuple(tensor.shape)}, {size:,} bytes made of {stored:,} by "
+                f"repeating them; a tensor must be as large as what is stored of it. It {NOT_READ}; where you trust "
+                "it, save tensor.contiguous() of each"
+            )
+    if total > MOST_SHARED * path.stat().st_size:
+        raise ValueError(
+            f"{path} holds tensors of {total:,} bytes in {path.stat().st_size:,}, of which many share the same; at "
+            f"most {MOST_SHARED} times the file are allowed. It {NOT_READ}; where you trust it, save "
+            "each tensor once"
+        )
 
 
 def _check_archive(path: Path) -> None:

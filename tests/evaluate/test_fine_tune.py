@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from pretrain.checkpoint import load_towers
 from pretrain.evaluate.augment import rand_augment
 from pretrain.evaluate.evidence import NotMeasured
-from pretrain.evaluate.fine_tune import RECIPES, Classifier, Examples, FineTune, _encoder, fine_tune, predict
+from pretrain.evaluate.fine_tune import Classifier, _encoder, fine_tune, predict
+from pretrain.evaluate.fine_tune_order import Examples
+from pretrain.evaluate.fine_tune_recipes import RECIPES, FineTune
 from pretrain.evaluate.layers import layer_order
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint, measure_subject
 from pretrain.evaluate.published import EncoderAlone, PublishedEncoder

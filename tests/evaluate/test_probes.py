@@ -79,6 +79,34 @@ def test_linear_probe_agrees_with_scikit_learn_on_standardised_features() -> Non
     assert linear.linear_probe(train, labels, heldout).tolist() == theirs.tolist()
 
 
+@pytest.mark.parametrize("num_categories", [NUM_CATEGORIES, 2])
+def test_linear_probe_of_a_large_set_agrees_with_scikit_learn(
+    num_categories: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, labels = clusters(300, seed=0)
+    labels = 3 * (labels % num_categories) + 1  # numbers with gaps
+    train[:, 0] = 7.0  # a constant
+    monkeypatch.setattr(linear, "MOST_VALUES", 300 * 16 - 1)
+    monkeypatch.setattr(linear, "ROWS_AT_ONCE", 70)
+    scaler = StandardScaler().fit(train.double().numpy())
+    theirs = LogisticRegression(C=linear.C, tol=1e-6, max_iter=5000).fit(
+        scaler.transform(train.double()), labels
+    )
+    ours = linear.Large(train, labels, "cpu").fit()
+    expected = np.concatenate([theirs.coef_.T, theirs.intercept_[None]])
+    centred = ours.weights.numpy()
+    if num_categories > 2:  # a bias that all share changes nothing
+        centred[-1] -= centred[-1].mean()
+        expected[-1] -= expected[-1].mean()
+    # Both end where the slope of the mean loss is below 1e-4.
+    np.testing.assert_allclose(centred, expected, atol=5e-3)
+    heldout, _ = clusters(200, seed=1)
+    agreeing = linear.linear_probe(train, labels, heldout) == torch.from_numpy(
+        theirs.predict(scaler.transform(heldout.double()))
+    )
+    assert agreeing.float().mean() >= 0.99 and linear.solver_of(train) == linear.SOLVERS[1]
+
+
 def test_linear_probe_does_not_depend_on_the_units_of_a_feature() -> None:
     train, labels = clusters(300, seed=0)
     heldout, _ = clusters(200, seed=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +150,59 @@ def test_hostile_weights_are_not_read(config: dict[str, Any], name: str, tmp_pat
         open_published(tmp_path)
 
 
+TIMM = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}
+INTERNIMAGE = {"channels": 16, "groups": [1, 2, 4, 8]}
+CLIP = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (TIMM | {"model_args": {"depth": 10**4}}, "pytorch_model.bin"),
+        (TIMM | {"model_args": {"img_size": 2**17}}, "pytorch_model.bin"),
+        (INTERNIMAGE | {"depths": [1, 1, 10**4, 1]}, "internimage.pth"),
+        (INTERNIMAGE | {"channels": 2**16, "depths": [1, 1, 1, 1]}, "internimage.pth"),
+        (CLIP | {"num_hidden_layers": 10**9}, "pytorch_model.bin"),
+    ],
+    ids=["timm, depth", "timm, size", "internimage, depth", "internimage, width", "huggingface"],
+)
+def test_a_config_that_its_weights_do_not_explain_is_refused(
+    config: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    """Before it takes memory: a billion layers, or 30 GB of positions, come from 300 bytes."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save({"levels.0.blocks.0.norm1.weight": torch.zeros(4)}, tmp_path / name)
+    limit = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + 2**30, limit[1]))
+    try:
+        with pytest.raises(ValueError, match=r"where its weights are 1 tensors that explain at most 520 of"):
+            open_published(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limit)
+
+
+def data_bytes() -> int:
+    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmData"))
+    return 1024 * int(line.split()[1])
+
+
+def test_images_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
+    model = timm.create_model("resnet10t", num_classes=0)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    config: dict[str, Any] = {"architecture": "resnet10t", "num_classes": 0}
+    for more, told in (
+        ({"pretrained_cfg": {"input_size": [3, 10**6, 10**6]}}, "tells images of 1000000 pixels a side"),
+        (
+            {"model_args": {"stem_width": 10**9}},
+            r"tells a model by the number 1000000000, where none is above",
+        ),
+        ({"model_args": {"device": "cpu"}}, r"arguments by name without \['device', 'dtype'\]"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | more))
+        with pytest.raises(ValueError, match=told):
+            open_published(tmp_path)
+
+
 def test_an_export_of_all_towers_is_opened_whole(tmp_path: Path) -> None:
     run, facts = shrink(load("m3i.vit_b16")), DataFacts(tuple(COLORS), 0)
     towers = Towers(run, facts).requires_grad_(False).eval()
@@ -222,9 +276,12 @@ def test_two_ranks_measure_what_one_does(
     for name, accuracy in accuracies(of_run).items():
         assert rows[name]["accuracy"] == pytest.approx(accuracy, abs=2e-3), name
         assert rows[name]["n"] == of_run[name]["n"]
+    assert rows["fine_tune"]["n"] == 20 and not (tmp_path / "two.fine_tuning").exists()
 
 
 if __name__ == "__main__":
     place, run, data = sys.argv[1:4]
     out = str(Path(place) / "two.json")
-    sys.exit(main([run, "--data", data, "--out", out, "--steps", "3", "--k", "5", *PROBES]))
+    sys.exit(
+        main([run, "--data", data, "--out", out, "--steps", "3", "--k", "5", "--fine-tune", "1", *PROBES])
+    )

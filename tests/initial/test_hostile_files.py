@@ -104,6 +104,22 @@ def test_a_tensor_larger_than_its_storage_is_told(tmp_path: Path, peak: Callable
     assert peak() < 2**26
 
 
+def test_a_tensor_that_repeats_its_bytes_is_told(tmp_path: Path, peak: Callable[[], int]) -> None:
+    """2 kB that LayerScale, or a search for what is not finite, would multiply out to gigabytes."""
+    path = tmp_path / "weights.pth"
+    told = r"holds 'b' of shape \(32768, 32768\), 4,294,967,296 bytes made of 4 by repeating them.*" + SAID
+    torch.save({"model": [{"a": torch.zeros(3)}, {"b": torch.zeros(1).expand(2**15, 2**15)}]}, path)
+    with pytest.raises(ValueError, match=told):
+        open_weights(path)
+    shared = torch.zeros(2**14)
+    torch.save({str(number): shared.view(-1) for number in range(64)}, path)
+    with pytest.raises(ValueError, match=r"holds tensors of 4,194,304 bytes in .* at most 4 times the file"):
+        open_weights(path)
+    torch.save({"tied": shared, "to": shared.view(-1), "ids": torch.arange(9).expand(1, -1)}, path)
+    assert len(open_weights(path).tensors) == 3  # as models that are whole have them
+    assert peak() < 2**24
+
+
 def test_a_pickle_by_another_way_to_call_is_not_read(tmp_path: Path) -> None:
     path = rewritten(tmp_path / "weights.pth", lambda _: pickle.dumps(Calls(os.getcwd), protocol=4))
     with pytest.raises(ValueError, match=r"would call 'STACK_GLOBAL'"):

@@ -231,7 +231,7 @@ def test_pickle_that_would_run_code_is_refused(
     copy = Path(shutil.copytree(request.getfixturevalue(kind)[0], tmp_path / "copy"))
     (copy / safe).unlink()
     torch.save({"weight": Harmful(tmp_path / "ran")}, copy / harmful)
-    with pytest.raises(ValueError, match="copy cannot be read"):
+    with pytest.raises(ValueError, match="would call 'posix mkdir' when it is read"):
         open_guide(copy)
     assert not (tmp_path / "ran").exists()
     torch.load(copy / harmful, weights_only=False)  # it would have run

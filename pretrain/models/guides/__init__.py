@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from pretrain.initial.bounds import explained_by, weights_of
 from pretrain.models.guides import huggingface, open_clip_vit, own, tokenizer
 from pretrain.models.guides.guide import Guide, Opened
 
@@ -19,6 +21,9 @@ __all__ = ["Guide", "open_guide"]
 class Format:
     is_folder: Callable[[Path], bool]
     open_folder: Callable[[Path], Opened]
+    is_foreign: bool = (
+        False  # made by another program, whose settings and weights are judged before they are used
+    )
 
 
 # The first that knows a folder opens it: many hold a Hugging Face model and the same one for open_clip.
@@ -26,10 +31,10 @@ ENCODERS: dict[str, Format] = {
     "the --out folder of one of our runs": Format(own.is_run, own.open_run),
     "one of its folders checkpoints/step_N": Format(own.is_checkpoint, own.open_checkpoint),
     "a Hugging Face folder (config.json with model_type, model.safetensors)": Format(
-        huggingface.is_folder, huggingface.open_folder
+        huggingface.is_folder, huggingface.open_folder, is_foreign=True
     ),
     "an open_clip folder (open_clip_config.json, open_clip_model.safetensors)": Format(
-        open_clip_vit.is_folder, open_clip_vit.open_folder
+        open_clip_vit.is_folder, open_clip_vit.open_folder, is_foreign=True
     ),
 }
 TOKENIZER = "a tokenizer of `python -m pretrain.codebook` (codebook.json)"
@@ -85,7 +90,8 @@ def _open_encoder(folder: Path) -> Opened:
     for known in ENCODERS.values():
         try:
             if known.is_folder(folder):
-                return _require_sound(known.open_folder(folder))
+                with explained_by(weights_of(folder), folder) if known.is_foreign else nullcontext():
+                    return _require_sound(known.open_folder(folder))
         except (ValueError, OSError):
             raise
         except Exception as error:  # of any library, for settings that it did not expect

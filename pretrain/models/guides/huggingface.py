@@ -15,6 +15,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from pretrain.initial.bounds import MOST_PIXELS
 from pretrain.models.guides.guide import Opened
 
 CONFIG = "config.json"
@@ -165,8 +166,12 @@ def _square(folder: Path, config: Any, name: str) -> int:
     """A size of the model's config, in pixels; ValueError unless there is one for both sides."""
     value = getattr(config, name, None)
     sides = set(value) if isinstance(value, (list, tuple)) else {value}
-    if len(sides) != 1 or not isinstance(side := sides.pop(), int):
-        raise ValueError(_no_grid(folder, f"its {CONFIG} has {name}={value}, not one number of pixels"))
+    if len(sides) != 1 or not isinstance(side := sides.pop(), int) or not 0 < side <= MOST_PIXELS:
+        raise ValueError(
+            _no_grid(
+                folder, f"its {CONFIG} has {name}={value}, not one number of pixels in [1, {MOST_PIXELS}]"
+            )
+        )
     return side
 
 

@@ -36,6 +36,8 @@ def open_folder(folder: Path) -> Opened:
             "folder"
         )
     try:
+        with torch.device("meta"):  # what is too large is refused here, by those who count
+            open_clip.create_model(f"local-dir:{folder}", load_weights=False, device="meta")
         model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True, weights_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(

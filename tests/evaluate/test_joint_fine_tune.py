@@ -1,0 +1,193 @@
+"""Do two ranks fine-tune as one does, and does an interrupted fine-tuning go on as if it had not been?"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.checkpoint import load_towers
+from pretrain.collectives import rank
+from pretrain.data.faults import DataError
+from pretrain.evaluate import fine_tune as tuning
+from pretrain.evaluate import fine_tune_order, fine_tune_state
+from pretrain.evaluate.fine_tune import UNREAD, fine_tune, predict
+from pretrain.evaluate.fine_tune_order import Examples, own_pairs
+from pretrain.evaluate.fine_tune_recipes import FineTune
+from pretrain.evaluate.shares import by_first_rank
+from pretrain.facts import DataFacts
+from pretrain.recipes import load
+from tests.engine.launch import start
+from tests.evaluate.runs import write_run
+from tests.evaluate.sets import COLORS
+from tests.evaluate.test_evaluate import damage
+from tests.fakes import shrink
+
+CPU = torch.device("cpu")
+# Five pairs of images a step, which two ranks cannot share evenly; four steps an epoch.
+RECIPE = FineTune(
+    epochs=2, batch=10, mixup=0.8, cutmix=1.0, erasing=0.5, rand_augment="rand-m9-mstd0.5-inc1", base_lr=1e-2
+)
+STOPPED = 6  # steps: in the second epoch
+
+
+class Stopped(Exception):
+    """On all ranks at the same step, as if their processes ended."""
+
+
+@contextmanager
+def stopping(after: int) -> Iterator[None]:
+    """Training saves its state at every step and ends before step `after`."""
+    schedule, looked, seconds = tuning.warm_cosine, tuning.LOOKED_AT, fine_tune_state.SAVE_SECONDS
+
+    def rate(step: int, *others: object) -> float:
+        if step == after:
+            raise Stopped
+        return schedule(step, *others)
+
+    tuning.warm_cosine, tuning.LOOKED_AT, fine_tune_state.SAVE_SECONDS = rate, 1, -1.0
+    try:
+        yield
+    except Stopped:
+        pass
+    finally:
+        tuning.warm_cosine, tuning.LOOKED_AT, fine_tune_state.SAVE_SECONDS = schedule, looked, seconds
+
+
+def tuned(step: Path, data: Path, state: Path | None = None) -> dict[str, Tensor]:
+    """Weights after the recipe, and what they say of the held-out images."""
+    run, _, towers = load_towers(step)
+    train, heldout = (
+        Examples(data / split, torch.arange(n)) for split, n in (("train", 40), ("heldout", 20))
+    )
+    model = fine_tune(towers, run, train, len(COLORS), RECIPE, device=CPU, state=state)
+    return model.state_dict() | {"predicted": predict(model, run, heldout, device=CPU)}
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    facts = DataFacts(categories=tuple(COLORS), vocab_size=0)
+    run = write_run(tmp_path_factory.mktemp("vit"), shrink(load("m3i.vit_b16")), facts, steps=(0,))
+    return run / "checkpoints" / "step_000000"
+
+
+def test_two_ranks_are_one_and_go_on_where_they_were_stopped(step: Path, data: Path, tmp_path: Path) -> None:
+    codes, output = start(tmp_path, "tune", str(step), str(data), world=2, script=Path(__file__))
+    assert codes == [0, 0], output
+    two, resumed = (torch.load(tmp_path / f"{name}.pt") for name in ("straight", "resumed"))
+    assert all(torch.equal(value, resumed[name]) for name, value in two.items())
+    one = tuned(step, data)
+    with stopping(STOPPED):
+        tuned(step, data, tmp_path / "one.pt")
+    states = [torch.load(tmp_path / f"{name}.pt") for name in ("one", "stopped")]
+    assert states[0]["step"] == states[1]["step"] == STOPPED
+    # The losses of the steps since the epoch began; float32 sums in another order, and what AdamW makes of that.
+    assert states[0]["total"] == pytest.approx(states[1]["total"], rel=1e-4)
+    on_one = tuned(step, data, tmp_path / "stopped.pt")  # by one rank, what two began
+    for other in (two, on_one):
+        assert (other["predicted"] == one["predicted"]).float().mean() >= 0.9
+        assert apart(other, one) < 1e-2 < apart(load_towers(step)[2].encoder.state_dict(), one, "encoder.")
+
+
+def apart(found: dict[str, Tensor], expected: dict[str, Tensor], prefix: str = "") -> float:
+    """Relative distance of all weights."""
+    pairs = [(v, expected[f"{prefix}{n}"]) for n, v in found.items() if v.is_floating_point()]
+    return (
+        float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)) ** 0.5
+    )
+
+
+def test_a_state_of_another_training_is_refused(step: Path, data: Path, tmp_path: Path) -> None:
+    state = tmp_path / "a" / "state.pt"
+    with stopping(1):
+        tuned(step, data, state)
+    run, _, towers = load_towers(step)
+    for examples, recipe, told in (
+        (Examples(data / "train", torch.arange(30)), RECIPE, "with images="),
+        (Examples(data / "train", torch.arange(40)), replace(RECIPE, mixup=0.0), "with recipe="),
+    ):
+        with pytest.raises(ValueError, match=f"is the state of a fine-tuning {told}.*name another --out"):
+            fine_tune(towers, run, examples, len(COLORS), recipe, device=CPU, state=state)
+    recipe = json.loads(json.dumps(asdict(RECIPE)))
+    fine_tune_state.require_recipe(tmp_path, recipe | {"seed": 2})
+    with pytest.raises(ValueError, match="is the state of a fine-tuning with epochs=2, not 9"):
+        fine_tune_state.require_recipe(tmp_path, recipe | {"epochs": 9})
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"is no sound state of a fine-tuning .*delete it"):
+        tuned(step, data, state)
+
+
+def test_pairs_of_a_batch_are_shared_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    order, seen = list(range(10)), []
+    monkeypatch.setattr(fine_tune_order, "world_size", lambda: 7)
+    for number in range(7):  # more than pairs
+        monkeypatch.setattr(fine_tune_order, "rank", lambda: number)  # noqa: B023  called at once
+        own, counts = own_pairs(order)
+        assert [a + b for a, b in zip(own, reversed(own), strict=True)] == [9] * len(own) != []
+        seen += own if counts else []
+    assert sorted(seen) == order
+
+
+def test_an_image_that_fails_later_is_left_out_and_wrong(step: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "heldout", tmp_path / "data")
+    damage(tmp_path / "data", 3)
+    run, _, towers = load_towers(step)
+    examples = Examples(tmp_path / "data", torch.arange(20))
+    recipe = FineTune(epochs=1, batch=10)
+    tolerant = replace(run, max_bad=0.5)
+    model = fine_tune(towers, tolerant, examples, len(COLORS), recipe, device=CPU)
+    predicted = predict(model, tolerant, examples, device=CPU)
+    assert (predicted == UNREAD).nonzero().tolist() == [[3]]
+    with pytest.raises(DataError, match="samples read so far are bad"):
+        fine_tune(towers, replace(run, max_bad=0.0), examples, len(COLORS), recipe, device=CPU)
+
+
+def test_ranks_wait_for_the_first_longer_than_for_a_call_and_end_when_it_does(tmp_path: Path) -> None:
+    codes, output = start(tmp_path, "wait", world=2, script=Path(__file__), timeout=60)
+    assert codes == [9, 7], output
+    assert "all heard no file" in output
+
+
+def scenario(folder: Path, name: str, *places: str) -> None:
+    if name == "wait":
+        dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+        assert by_first_rank(lambda: time.sleep(3) or "done") == ("done" if rank() == 0 else None)
+        try:
+            by_first_rank(lambda: (folder / "no file").read_text())
+        except FileNotFoundError:
+            print("all heard no file" if rank() else "")
+        try:
+            by_first_rank(lambda: os._exit(9))
+        except RuntimeError:
+            sys.exit(7)
+    step, data = map(Path, places)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    straight = tuned(step, data)
+    with stopping(STOPPED):
+        tuned(step, data, folder / "state.pt")
+    if rank() == 0:
+        shutil.copy(folder / "state.pt", folder / "stopped.pt")
+    resumed = tuned(step, data, folder / "state.pt")
+    if rank() == 0:
+        torch.save(straight, folder / "straight.pt")
+        torch.save(resumed, folder / "resumed.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    scenario(Path(sys.argv[1]), *sys.argv[2:])
