@@ -248,13 +248,26 @@ def test_too_many_neighbours_are_told_and_the_others_measured(run_folder: Path, 
     assert "k = 41 - (k=41 is more than the 40" in shown
 
 
-def test_a_result_with_rows_that_are_not_measured_again_is_kept(tmp_path: Path) -> None:
-    out = tmp_path / "evaluation.json"
-    write(out, {"checkpoints": {"first": {"knn": {}, "dropped": {}}, "last": {"knn": {}, "linear": {}}}})
-    assert set_aside(out, ["first", "last"], ["linear", "knn"]) is None and out.is_file()
-    kept = set_aside(out, ["last"], ["linear", "knn"])
+def test_a_result_of_other_rows_or_data_is_kept(tmp_path: Path) -> None:
+    out, data = tmp_path / "evaluation.json", {"heldout": {"folder": "photos"}}
+    rows = {"first": {"knn": {}, "dropped": {}}, "last": {"knn": {}, "linear": {}}}
+    write(out, {"data": data, "checkpoints": rows})
+    same = (["first", "last"], ["linear", "knn"])
+    assert set_aside(out, *same, data) is None and out.is_file()
+    kept = set_aside(out, ["last"], ["linear", "knn"], data)
     assert kept is not None and kept.is_file() and not out.exists()
-    assert set_aside(out, ["last"], ["knn"]) is None
+    assert set_aside(out, ["last"], ["knn"], data) is None
+    kept.rename(out)
+    assert set_aside(out, *same, {"heldout": {"folder": "drawings"}}) == kept
+
+
+@pytest.mark.parametrize("text", ["notes", "[1]", '{"name": "a run"}', '{"checkpoints": {"last": 3}}'])
+def test_a_file_that_is_no_result_is_not_overwritten(run_folder: Path, tmp_path: Path, text: str) -> None:
+    out = tmp_path / "mine.json"
+    out.write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.json is there and is no result .*: name another file"):
+        evaluate([str(run_folder), "--data", str(tmp_path), "--out", str(out)])
+    assert out.read_text() == text
 
 
 def test_a_size_of_images_is_not_asked_of_a_run(run_folder: Path) -> None:
