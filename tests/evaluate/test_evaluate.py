@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pretrain.data.decode import decode_image
 from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
 from pretrain.evaluate.__main__ import evaluate, main
-from pretrain.evaluate.features import extract
+from pretrain.evaluate.features import Pictures, extract, readable
 from pretrain.evaluate.probes import DEFAULT, PROBES
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
 from pretrain.evaluate.result import set_aside, table, write
@@ -275,11 +276,24 @@ def test_a_size_of_images_is_not_asked_of_a_run(run_folder: Path) -> None:
         find_subjects(run_folder, ["last"], 64)
 
 
-def test_neighbours_that_are_no_numbers_are_refused(run_folder: Path, data: Path) -> None:
+def test_numbers_that_cannot_be_are_refused(run_folder: Path, data: Path) -> None:
     with pytest.raises(ValueError, match=r"--k '5,many' must be whole numbers with commas between"):
         evaluate([str(run_folder), "--data", str(data), "--k", "5,many"])
     with pytest.raises(ValueError, match=r"--k \(0,\) must be positive"):
         evaluate([str(run_folder), "--data", str(data), "--k", "0"])
+    with pytest.raises(ValueError, match="--workers -1 must not be negative: 0 decodes in this process"):
+        evaluate([str(run_folder), "--data", str(data), "--workers", "-1"])
+
+
+def test_an_image_that_cannot_be_read_is_told_by_its_place(data: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "photos" / "cats" / "x.png"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"no picture")
+    shutil.copytree(data / "heldout", tmp_path / "shards")
+    damage(tmp_path / "shards", sample=3)
+    for name, told in (("photos", str(broken)), ("shards", f"{tmp_path}/shards/000000.tar sample 3")):
+        with pytest.raises(ValueError, match=rf"the last: {told}: .*mend or remove such images of a folder"):
+            list(readable(Pictures(tmp_path / name, 32), Counter(), limit=0.001, workers=0, title="test"))
 
 
 def damage(folder: Path, sample: int) -> None:
