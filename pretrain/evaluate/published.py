@@ -24,6 +24,7 @@ from pretrain.models.pooling import prepend_mean
 CONFIG, PLAIN_FILE = "config.json", "internimage.pth"
 KEYS = "keys.json"  # of an export: its format, and how it was proven
 SERVED = ("timm", "internimage", "safetensors")  # formats that every run fits one of
+MOST_BLOCKS, SLACK = 1000, 2**24  # of a model that is built; numbers that a file may lack
 DEFAULT_SIZE = 224  # pixels, where no file tells the size of the images
 
 
@@ -110,7 +111,7 @@ def _open_timm(folder: Path, config: Mapping[str, Any], size: int | None) -> Pub
     told = config.get("pretrained_cfg", {})
     options = {} if size is None else {"img_size": size}
     # Not timm's own reading of the folder, which checks no file; without a source it takes these tensors, strictly.
-    given = {"source": "", "state_dict": _tensors(folder)}
+    given = {"source": "", "state_dict": read_tensors(folder)}
     try:
         trunk = timm.create_model(
             f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=given, **options
@@ -154,9 +155,15 @@ def _open_internimage(file: Path, fields: Mapping[str, Any], size: int | None) -
         raise FileNotFoundError(
             f"{file} is missing: name a folder of `python -m pretrain.export --to internimage`"
         )
-    state = _tensors(file)
-    config = layouts.config_from_published(fields)
+    state = read_tensors(file)
+    try:
+        config = layouts.config_from_published(fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file.parent / CONFIG} describes no InternImage ({error}): export it again"
+        ) from error
     layout = layouts.detect_layout(state)
+    require_size(lambda: InternImage(config), sum(config.depths), state, file)
     model, head = nn.Module(), "dcnv3_head_x3.weight"
     dcnv3 = InternImage(config)
     model.patch_embed, model.levels = dcnv3.patch_embed, dcnv3.levels
@@ -175,7 +182,7 @@ def _open_internimage(file: Path, fields: Mapping[str, Any], size: int | None) -
     return Published(PublishedEncoder(_InternImageTrunk(dcnv3, heads), _of_internimage, views.size), views)
 
 
-def _tensors(place: Path) -> dict[str, Tensor]:
+def read_tensors(place: Path) -> dict[str, Tensor]:
     """The tensors by name of a file, or of the one in a folder, also under "model"; ValueError for anything else."""
     content = open_weights(place).tensors
     content = content.get("model", content)
@@ -189,6 +196,27 @@ def _tensors(place: Path) -> dict[str, Tensor]:
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ValueError(f"{place}: {name} holds other than finite numbers: take other weights")
     return dict(content)
+
+
+def require_size(
+    build: Callable[[], nn.Module], num_blocks: int, state: Mapping[str, Tensor], file: Path
+) -> None:
+    """ValueError when a configuration asks for far more than its file holds, before memory is taken for it.
+
+    Where a little is missing, loading tells its name.
+    """
+    try:
+        is_larger = num_blocks > MOST_BLOCKS
+        if not is_larger:
+            with torch.device("meta"):
+                asked = sum(weight.numel() for weight in build().parameters())
+            is_larger = asked > 2 * sum(tensor.numel() for tensor in state.values()) + SLACK
+    except RuntimeError:  # a size that overflows
+        is_larger = True
+    if is_larger:
+        raise ValueError(
+            f"{file.parent / CONFIG} describes a larger model than {file.name} holds: export it again"
+        )
 
 
 def _proven_size(folder: Path) -> int:
