@@ -158,7 +158,7 @@ class Run:
     keep_last: int = 2  # newest checkpoints that are kept, besides that of step 0
     keep_every: int = 0  # steps: multiples of it are kept for good; 0 = none
     log_every: int = 10  # steps between log lines
-    seed: int = 0
+    seed: int = 0  # in [0, 2^32)
 
     def __post_init__(self) -> None:
         positive(
@@ -175,6 +175,8 @@ class Run:
                 f"for good: set {-(-abs(self.keep_every) // self.save_every) * self.save_every}"
             )
         fraction("run", label_smoothing=self.label_smoothing, max_bad=self.max_bad)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must lie in [0, {2**32 - 1}]: set another number")
         if not self.data:
             raise ValueError("run.data is empty; name at least one source")
         if self.batch % self.objective.input.mixed:

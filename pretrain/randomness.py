@@ -11,7 +11,7 @@ import torch
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seeds torch's global generators, the only randomness inside the modules, for one step of one rank."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**64)  # torch's seeds have 64 bits
 
 
 def states() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from data_prep.schema import write_atomic
 from pretrain import recipes
 from pretrain.arguments import match_sources, override
-from pretrain.command import exit_code
+from pretrain.command import exit_code, require_place
 from pretrain.config import Run
 from pretrain.data.measure import Measured, SourceCount, count_sources, measure
 from pretrain.data.remote import is_url
@@ -60,6 +60,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Run, argparse.Namespace]:
         )
     if options.out.is_dir() or not options.out.parent.is_dir():
         raise ValueError(f"--out {options.out} must be a file in a folder that exists, such as data.html")
+    require_place("--out", options.out)
     return run, options
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 WHOLE_SHARD = -1
 MIN_READS = 100  # the limit on bad samples is taken over at least this many reads
 A_FEW = 3  # bad samples beyond what chance explains
+OF_TRAINING = "run `python -m data_prep check` on the data sets and build them again, or raise max_bad"
 OF_SHARDS = (  # reasons that concern a shard as a whole
     "missing_shard",
     "unreadable",
@@ -66,16 +67,16 @@ def check_bad_share(
     limit: float,
     last: str,
     allowed: Callable[[float, int], float] = exactly,
+    remedy: str = OF_TRAINING,
 ) -> None:
     """Raise DataError when more of the samples read were bad than a share of `limit` allows.
 
-    `last` describes the latest bad sample, so that the message leads to one.
+    `last` describes the latest bad sample, so that the message leads to one; `remedy` says what to do.
     """
     num_bad, most = sum(dropped.values()), allowed(limit, num_reads)
     if num_bad > most:
         counts = ", ".join(f"{kind} {count}" for kind, count in sorted(dropped.items()))
         raise DataError(
             f"{num_bad} of the {num_reads} samples read so far are bad ({counts}; the last: {last}), "
-            f"max_bad={limit} allows {int(most)}: run `python -m data_prep check` "
-            "on the data sets and build them again, or raise max_bad"
+            f"max_bad={limit} allows {int(most)}: {remedy}"
         )

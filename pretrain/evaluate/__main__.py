@@ -105,6 +105,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file, such as {out / RESULT}")
     require_place("--out", out)
+    result.rows_there(out)
     folders = split_folders(options.data, options.train, options.heldout)
     manifests = read_manifests(folders)
     device = best_device()
@@ -113,17 +114,19 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         recipe = json.loads(json.dumps(asdict(protocols.fine_tune)))
         from_first_rank(lambda: require_recipe(protocols.states, recipe))
     evaluated: dict[str, Any] = {"checkpoints": {}}
-    if rank() == 0 and (kept := result.set_aside(out, [s.name for s in subjects], protocols.rows)):
-        print(f"what {out} held of other checkpoints or probes is kept as {kept}")
+    data = result.data_of(folders, manifests)
     for subject in subjects:
         measured = measure_subject(subject.open(), folders, manifests, protocols, device)
         if measured is None:
             continue
         evidence, outcomes = measured.evidence, measured.outcomes
+        is_first = not evaluated["checkpoints"]
         evaluated |= result.header(measured.run, folders, manifests, provenance.hardware(device))
         evaluated["checkpoints"][subject.name] = result.of_checkpoint(evidence, outcomes)
         evaluated["confusion"] = result.confusion(subject.name, evidence, outcomes)
         evaluated["neighbours"] = result.neighbours(subject.name, evidence)
+        if is_first and (kept := result.set_aside(out, [s.name for s in subjects], protocols.rows, data)):
+            print(f"what {out} held of other checkpoints, probes or data is kept as {kept}")
         result.write(out, evaluated)  # what is measured is kept, whatever becomes of the next subject
     if rank() == 0:
         print(result.table(evaluated))

@@ -59,5 +59,9 @@ def _whole(place: Place, step: int) -> Place:
     if problem is None:
         return folder
     whole = [one for one in sorted(steps) if store_at(folder_in(place, one)).problem(hashes=False) is None]
-    remedy = f"choose one of the whole ones, steps {whole}" if whole else "the run holds no whole checkpoint"
+    remedy = (
+        f"choose one of the whole ones, steps {whole}"
+        if whole
+        else "the run holds no whole checkpoint: name another run"
+    )
     raise FileNotFoundError(f"{folder} cannot be used, since {problem}: {remedy}")

@@ -27,10 +27,13 @@ from pretrain.evaluate.cached import CachedTokens, TokenCache
 from pretrain.evaluate.dense import NOTHING, DenseFeatures, Sampling, TokenCollector, chosen_images
 from pretrain.evaluate.layers import LAYER, layer_means
 from pretrain.evaluate.masks import Mask, read_mask
-from pretrain.evaluate.sets import open_set, read_set
+from pretrain.evaluate.sets import open_set, place_in, read_set
 from pretrain.models.pixels import normalise
 
 IMAGES_AT_ONCE = 128
+REMEDY = (
+    "mend or remove such images of a folder; build a data set again, `python -m data_prep check` says why"
+)
 MASKED, LAYERS, TOKENS = "masked tokens", "means of layers", "tokens"  # that `extract` keeps if asked
 
 
@@ -147,8 +150,8 @@ def readable(
             dropped.update(picture.reason for picture in batch if picture.view is None)
             bar.update(len(batch))
             if bad := [picture for picture in batch if picture.view is None]:
-                told = f"{pictures.shards.folder}: {bad[-1].message}"
-                check_bad_share(dropped, share_of or bar.n, limit, told)
+                told = f"{place_in(pictures.shards, bad[-1].index)}: {bad[-1].message}"
+                check_bad_share(dropped, share_of or bar.n, limit, told, remedy=REMEDY)
             if good:
                 yield good
     if sum(dropped.values()) == len(pictures):

@@ -57,6 +57,8 @@ class Protocols:
             raise ValueError(f"probes {unknown} are unknown; choose from {[*PROBES, ALL]}")
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"--k {self.ks} must be positive numbers of neighbours, such as 20,10,200")
+        if self.workers < 0:
+            raise ValueError(f"--workers {self.workers} must not be negative: 0 decodes in this process")
         check_templates(self.templates)
 
     @property

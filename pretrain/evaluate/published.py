@@ -112,7 +112,7 @@ def _open_timm(folder: Path, config: Mapping[str, Any], size: int | None) -> Pub
 
     told, placed = config.get("pretrained_cfg", {}), {"device", "dtype"}
     options = {} if size is None else {"img_size": size}
-    tensors = _tensors(folder)
+    tensors = finite_tensors(folder)
     # Not timm's own reading of the folder, which checks no file; without a source it takes these tensors, strictly.
     given = {"source": "", "state_dict": tensors}
     arguments = config.get("model_args") or {}
@@ -169,9 +169,14 @@ def _open_internimage(file: Path, fields: Mapping[str, Any], size: int | None) -
         raise FileNotFoundError(
             f"{file} is missing: name a folder of `python -m pretrain.export --to internimage`"
         )
-    state = _tensors(file)
+    state = finite_tensors(file)
     require_numbers(fields, file.parent / CONFIG)
-    config = layouts.config_from_published(fields)
+    try:
+        config = layouts.config_from_published(fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file.parent / CONFIG} describes no InternImage ({error}): export it again"
+        ) from error
     layout = layouts.detect_layout(state)
     with torch.device("meta"), explained_by(state, file):
         model, _ = _internimage(config, state)
@@ -201,7 +206,7 @@ def _internimage(
     return model, _InternImageTrunk(dcnv3, heads)
 
 
-def _tensors(place: Path) -> dict[str, Tensor]:
+def finite_tensors(place: Path) -> dict[str, Tensor]:
     """The tensors by name of a file, or of the one in a folder, also under "model"; ValueError for anything else."""
     content = open_weights(place).tensors
     content = content.get("model", content)

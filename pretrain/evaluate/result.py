@@ -30,15 +30,7 @@ def header(
 ) -> dict[str, Any]:
     """What the numbers were measured on: data, recipe, commit, hardware, date."""
     return {
-        "data": {
-            split: {
-                "folder": str(folders[split]),
-                "name": manifest.name,
-                "split": manifest.split,
-                "num_samples": manifest.num_samples,
-            }
-            for split, manifest in manifests.items()
-        },
+        "data": data_of(folders, manifests),
         "recipe": run.name,
         "image_size": run.views.size,
         "commit": provenance.commit(),
@@ -46,6 +38,21 @@ def header(
         "hardware": device,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "categories": list(manifests["heldout"].categories),
+    }
+
+
+def data_of(
+    folders: Mapping[str, Path], manifests: Mapping[str, Manifest | Listing]
+) -> dict[str, dict[str, Any]]:
+    """Which images taught and tested, by split."""
+    return {
+        split: {
+            "folder": str(folders[split]),
+            "name": manifest.name,
+            "split": manifest.split,
+            "num_samples": manifest.num_samples,
+        }
+        for split, manifest in manifests.items()
     }
 
 
@@ -90,19 +97,41 @@ def write(path: Path, result: Mapping[str, Any]) -> None:
     write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
-def set_aside(path: Path, names: Collection[str], probes: Collection[str]) -> Path | None:
-    """Renames the result at `path` if it has rows that these checkpoints and probes would not have; the new path."""
-    try:
-        there = json.loads(path.read_text())["checkpoints"]
-        rows = {(name, probe) for name, measured in there.items() for probe in measured if probe in TITLES}
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None
-    if rows <= {(name, probe) for name in names for probe in probes}:
+def set_aside(
+    path: Path, names: Collection[str], probes: Collection[str], data: Mapping[str, Any]
+) -> Path | None:
+    """Renames the result at `path` if it is of other data, or has rows that these checkpoints and probes would not
+    have; the new path. ValueError as `rows_there`.
+    """
+    data_there, rows = rows_there(path)
+    if not rows or (data_there == data and rows <= {(name, probe) for name in names for probe in probes}):
         return None
     written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
     kept = path.with_name(f"{path.stem}.{written:%Y%m%dT%H%M%S}{path.suffix}")
     path.rename(kept)
     return kept
+
+
+def rows_there(path: Path) -> tuple[Any, set[tuple[str, str]]]:
+    """The data of the result at `path` and its rows, by checkpoint and probe; no rows without a file.
+
+    ValueError for a file that is no result.
+    """
+    if not path.exists():
+        return None, set()
+    try:
+        there = json.loads(path.read_text())
+        rows = {
+            (name, probe)
+            for name, measured in there["checkpoints"].items()
+            for probe in measured
+            if probe in TITLES
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--out {path} is there and is no result of an evaluation: name another file, or remove that one"
+        ) from error
+    return there.get("data"), rows
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -50,6 +50,10 @@ class ClassFolders:
             raise BadSample("unreadable", f"{path}: {error}") from error
         return {SUFFIXES[Path(path).suffix.lower()]: content, "cls": str(category).encode()}
 
+    def place(self, index: int) -> str:
+        """The file of a sample."""
+        return self._samples[index][0]
+
     def close(self) -> None:
         """Nothing stays open."""
 
@@ -57,6 +61,14 @@ class ClassFolders:
 def open_set(folder: Path) -> ShardFolder | ClassFolders:
     """The samples of a data set of either kind."""
     return ShardFolder(folder) if (folder / MANIFEST_NAME).is_file() else ClassFolders(folder)
+
+
+def place_in(samples: ShardFolder | ClassFolders, index: int) -> str:
+    """Where a sample lies, to be told."""
+    if isinstance(samples, ClassFolders):
+        return samples.place(index)
+    shard, inside = samples.locate(index)
+    return f"{samples.folder / samples.manifest.shards[shard].name} sample {inside}"
 
 
 def read_set(folder: Path) -> Manifest | Listing:

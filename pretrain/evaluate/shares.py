@@ -18,7 +18,7 @@ from pretrain.collectives import rank, to_first_rank, world_size
 from pretrain.data.faults import check_bad_share
 from pretrain.evaluate import dense
 from pretrain.evaluate.cached import CachedTokens
-from pretrain.evaluate.features import Features, NoneReadable
+from pretrain.evaluate.features import REMEDY, Features, NoneReadable
 
 TIMEOUT = timedelta(days=1)  # of a rank that the others wait for while all read images
 PATIENCE = timedelta(
@@ -62,7 +62,7 @@ def judge(
         raise ValueError(told[0])
     dropped = sum((dropped for _, dropped, _ in counts), Counter())
     num_seen = sum(num_seen for _, _, num_seen in counts)
-    check_bad_share(dropped, num_seen + dropped.total(), max_bad, f"one of {folder}")
+    check_bad_share(dropped, num_seen + dropped.total(), max_bad, f"one of {folder}", remedy=REMEDY)
     if not num_seen:
         raise ValueError(f"{folder} has no readable image ({dict(dropped)}): build the data set again")
     return dropped

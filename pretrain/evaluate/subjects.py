@@ -15,12 +15,17 @@ from pretrain.checkpoint import load_towers
 from pretrain.config import Mask, Run
 from pretrain.data.text import Captions
 from pretrain.evaluate.checkpoints import find_checkpoint
-from pretrain.evaluate.published import CONFIG, EncoderAlone, is_published, open_published
+from pretrain.evaluate.published import (
+    CONFIG,
+    EncoderAlone,
+    finite_tensors,
+    is_published,
+    open_published,
+)
 from pretrain.evaluate.zero_shot import Encode
 from pretrain.export.safetensors_file import WEIGHTS
 from pretrain.facts import DataFacts
 from pretrain.initial.bounds import explained_by, require_pixels
-from pretrain.initial.files import open_weights
 from pretrain.intact import verify
 from pretrain.models.undrawn import undrawn
 from pretrain.recipes import load
@@ -89,20 +94,20 @@ def _open_towers(folder: Path, size: int | None) -> Subject:
     """An export --to safetensors: all of a run's towers, without its tokenizer. ValueError for what does not fit."""
     if size is not None:
         raise ValueError(f"--image-size {size} is of published models: {folder} tells its own, leave it out")
+    tensors = finite_tensors(folder / WEIGHTS)
     try:
         told = json.loads((folder / CONFIG).read_text())
         run, facts = (
             kind.from_json(json.dumps(told[key])) for kind, key in ((Run, "run"), (DataFacts, "facts"))
         )
         require_pixels(run.views.size, folder / CONFIG)
-        tensors = dict(open_weights(folder / WEIGHTS).tensors)
         with torch.device("meta"), explained_by(tensors, folder):
             Towers(run, facts)
         with undrawn():
             towers = Towers(run, facts).requires_grad_(False).eval()
         towers.fold_norms()
         towers.load_state_dict(tensors, strict=True)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"{WEIGHTS} of {folder} does not fit its {CONFIG} ({error!r}): export it again"
         ) from error

@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 from pretrain.checkpoint import WEIGHTS
-from pretrain.command import MISTAKE, exit_code, require_place
+from pretrain.command import exit_code, require_place
 from pretrain.config import Run
 from pretrain.evaluate.checkpoints import find_checkpoint
+from pretrain.exits import FAILED
 from pretrain.export.agreement import NotProven, summary
 from pretrain.export.formats import EXPORTERS, Exported, check_target, choose, export
 from pretrain.export.trained import read_trained
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except NotProven as error:
         print(f"error: the export is not proven and was not kept: {error}", file=sys.stderr)
-        return MISTAKE
+        return FAILED
     if code == 0 and done[0].unproven:
         print(f"kept, but not proven by its toolkit: {done[0].unproven}", file=sys.stderr)
         return UNPROVEN

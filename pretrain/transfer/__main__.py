@@ -62,6 +62,10 @@ def run(arguments: list[str] | None = None) -> dict[str, Any]:
         numbers = replace(numbers, optimisation=changed)
     if not 0 <= options.max_bad < 1:
         raise ValueError(f"--max-bad {options.max_bad} must lie in [0, 1): it is a share")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed {options.seed} must lie in [0, {2**32 - 1}]: give another number")
+    if options.workers < 0:
+        raise ValueError(f"--workers {options.workers} must not be negative: 0 reads images in this process")
     step = find_checkpoint(options.run, options.step)
     out = options.out or options.run / "transfer" / f"{options.task}-{options.recipe}-{step.name}"
     require_place("--out", out / RESULT)

@@ -13,7 +13,7 @@ from pycocotools import mask as rle
 
 from pretrain.data.faults import BadSample
 from pretrain.intact import sha256
-from pretrain.transfer.examples import Drops, Example, read_image, resolved
+from pretrain.transfer.examples import Drops, Example, read_image, repeated, resolved
 
 LISTS = ("images", "annotations", "categories")
 FORMAT = "https://cocodataset.org/#format-data"
@@ -52,8 +52,8 @@ class CocoSet:
                 bad_things.add(error.reason, str(error))
         bad_things.require_few(f"annotations of {path}", len(content["annotations"]), max_bad)
         self.dropped = {**bad_images.counts, **bad_things.counts}
-        if not self._things:
-            raise ValueError(f"{path} has no annotation that can be used: name another file")
+        if not any(not thing.get("iscrowd") for things in self._things.values() for thing in things):
+            raise ValueError(f"{path} has no annotation that can be used but crowds: name another file")
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -108,8 +108,14 @@ def read_lists(path: Path) -> dict[str, list[dict[str, Any]]]:
             raise ValueError(
                 f"{path}: its {len(ids)} {name} must each have an integer `id` of its own: see {FORMAT}"
             )
+    if odd := [thing for thing in content["annotations"] if not isinstance(thing, dict)]:
+        raise ValueError(f"{path}: its annotations must be objects, not {str(odd[0])[:40]}: see {FORMAT}")
     if any("name" not in category for category in content["categories"]):
         raise ValueError(f"{path}: every category must have a `name`: see {FORMAT}")
+    if twice := repeated(str(category["name"]) for category in content["categories"]):
+        raise ValueError(
+            f"{path} names {twice!r} twice: categories are told apart by their names, rename one"
+        )
     return content
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,11 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from pretrain.data.decode import decode_image
-from pretrain.data.faults import BadSample
+from pretrain.data.faults import BadSample, beyond_chance
 
 IGNORED = 255  # number of pixels that are neither taught nor judged
 MAX_BAD = 0.01  # share of annotations or images that may be left out, unless told otherwise
+LOOKED_AT = 200  # examples of a set that are read before anything is trained
 FEW = 100  # the share is taken over at least this many
 
 
@@ -66,6 +68,11 @@ def resolved(paths: Iterable[Path]) -> frozenset[Path]:
     return frozenset(homes[path.parent] / path.name for path in paths)
 
 
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that is there more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
 @dataclass
 class Drops:
     """What is left out of one set: counts and the first message by reason."""
@@ -90,3 +97,20 @@ class Drops:
             f"{what}: {num_bad} of {total} cannot be used ({reasons}), and --max-bad {limit} allows {allowed}: mend "
             "them, or raise --max-bad"
         )
+
+
+def look_at(examples: AnnotatedSet, what: str, max_bad: float) -> None:
+    """Reads examples spread over a set, so that a fault of it is told before hours of training and not after.
+
+    All of a small set are read. ValueError when more of them cannot be used than `max_bad` lets through; by more
+    than chance, where they are not all.
+    """
+    number = min(len(examples), LOOKED_AT)
+    drops = Drops()
+    for place in range(number):
+        try:
+            examples.example(place * len(examples) // number)
+        except BadSample as error:
+            drops.add(error.reason, str(error))
+    if number == len(examples) or sum(drops.counts.values()) > beyond_chance(max_bad, number):
+        drops.require_few(what, number, max_bad)

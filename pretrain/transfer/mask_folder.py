@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image
 
 from pretrain.data.faults import BadSample
 from pretrain.intact import sha256
-from pretrain.transfer.examples import IGNORED, Drops, Example, read_image, resolved
+from pretrain.transfer.examples import IGNORED, Drops, Example, read_image, repeated, resolved
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ONE_CHANNEL = ("1", "L", "P", "I", "I;16")
@@ -115,17 +114,15 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], list[int]]:
             "one that is neither taught nor judged"
         )
     try:
-        lines = path.read_text("utf-8").rstrip("\n").split("\n")
+        lines = path.read_text("utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 ({error}): save the names of the classes as UTF-8") from error
     names = tuple(line.strip() for line in lines if line.strip() != UNNAMED)
     if len(names) < 2 or "" in names or len(lines) > IGNORED:
         empty = ", an empty one among them" if "" in names else ""
         raise ValueError(f"{path} has {len(names)} names{empty}: 2 to {IGNORED} are needed, a line each")
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(
-            f"{path} names {twice[0]!r} twice: classes are told apart by their names, rename one"
-        )
+    if twice := repeated(names):
+        raise ValueError(f"{path} names {twice!r} twice: classes are told apart by their names, rename one")
     numbers = [IGNORED if line.strip() == UNNAMED else names.index(line.strip()) for line in lines]
     return names, numbers
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep.schema import MANIFEST_NAME
 from pretrain.transfer.coco import CocoSet
-from pretrain.transfer.examples import AnnotatedSet
+from pretrain.transfer.examples import AnnotatedSet, look_at
 from pretrain.transfer.mask_folder import MaskFolder, MaskPlaces
 from pretrain.transfer.masked_shards import MaskedShards
 
@@ -51,6 +51,7 @@ def open_sets(task: str, named: Named, max_bad: float) -> tuple[AnnotatedSet, An
             f"the set that teaches has {len(train.names)} classes, the one that tests {len(heldout.names)}, and they "
             f"must be the same (differing: {odd}): take both from one source"
         )
+    look_at(heldout, "held-out images", max_bad)
     return train, heldout
 
 

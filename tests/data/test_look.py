@@ -90,6 +90,7 @@ def test_replaced_samples_are_counted_and_listed(tmp_path: Path, capsys: pytest.
         (["--images", "0"], "--images 0 must be at least 1"),
         (["--workers", "-1"], "--workers -1 not negative"),
         (["--out", "."], "--out . must be a file in a folder that exists"),
+        (["--out", "/proc/page.html"], "--out /proc/page.html cannot be written (No such file or directory)"),
         (["--mixing.pairs", "other", "--data.names.weight", "9"], "one source gives 0.9 of all where half"),
     ],
 )

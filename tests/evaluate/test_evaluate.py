@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pretrain.data.decode import decode_image
 from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
 from pretrain.evaluate.__main__ import evaluate, main
-from pretrain.evaluate.features import extract
+from pretrain.evaluate.features import Pictures, extract, readable
 from pretrain.evaluate.probes import DEFAULT, PROBES
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
 from pretrain.evaluate.result import set_aside, table, write
@@ -248,13 +249,26 @@ def test_too_many_neighbours_are_told_and_the_others_measured(run_folder: Path, 
     assert "k = 41 - (k=41 is more than the 40" in shown
 
 
-def test_a_result_with_rows_that_are_not_measured_again_is_kept(tmp_path: Path) -> None:
-    out = tmp_path / "evaluation.json"
-    write(out, {"checkpoints": {"first": {"knn": {}, "dropped": {}}, "last": {"knn": {}, "linear": {}}}})
-    assert set_aside(out, ["first", "last"], ["linear", "knn"]) is None and out.is_file()
-    kept = set_aside(out, ["last"], ["linear", "knn"])
+def test_a_result_of_other_rows_or_data_is_kept(tmp_path: Path) -> None:
+    out, data = tmp_path / "evaluation.json", {"heldout": {"folder": "photos"}}
+    rows = {"first": {"knn": {}, "dropped": {}}, "last": {"knn": {}, "linear": {}}}
+    write(out, {"data": data, "checkpoints": rows})
+    same = (["first", "last"], ["linear", "knn"])
+    assert set_aside(out, *same, data) is None and out.is_file()
+    kept = set_aside(out, ["last"], ["linear", "knn"], data)
     assert kept is not None and kept.is_file() and not out.exists()
-    assert set_aside(out, ["last"], ["knn"]) is None
+    assert set_aside(out, ["last"], ["knn"], data) is None
+    kept.rename(out)
+    assert set_aside(out, *same, {"heldout": {"folder": "drawings"}}) == kept
+
+
+@pytest.mark.parametrize("text", ["notes", "[1]", '{"name": "a run"}', '{"checkpoints": {"last": 3}}'])
+def test_a_file_that_is_no_result_is_not_overwritten(run_folder: Path, tmp_path: Path, text: str) -> None:
+    out = tmp_path / "mine.json"
+    out.write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.json is there and is no result .*: name another file"):
+        evaluate([str(run_folder), "--data", str(tmp_path), "--out", str(out)])
+    assert out.read_text() == text
 
 
 def test_a_size_of_images_is_not_asked_of_a_run(run_folder: Path) -> None:
@@ -262,11 +276,24 @@ def test_a_size_of_images_is_not_asked_of_a_run(run_folder: Path) -> None:
         find_subjects(run_folder, ["last"], 64)
 
 
-def test_neighbours_that_are_no_numbers_are_refused(run_folder: Path, data: Path) -> None:
+def test_numbers_that_cannot_be_are_refused(run_folder: Path, data: Path) -> None:
     with pytest.raises(ValueError, match=r"--k '5,many' must be whole numbers with commas between"):
         evaluate([str(run_folder), "--data", str(data), "--k", "5,many"])
     with pytest.raises(ValueError, match=r"--k \(0,\) must be positive"):
         evaluate([str(run_folder), "--data", str(data), "--k", "0"])
+    with pytest.raises(ValueError, match="--workers -1 must not be negative: 0 decodes in this process"):
+        evaluate([str(run_folder), "--data", str(data), "--workers", "-1"])
+
+
+def test_an_image_that_cannot_be_read_is_told_by_its_place(data: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "photos" / "cats" / "x.png"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"no picture")
+    shutil.copytree(data / "heldout", tmp_path / "shards")
+    damage(tmp_path / "shards", sample=3)
+    for name, told in (("photos", str(broken)), ("shards", f"{tmp_path}/shards/000000.tar sample 3")):
+        with pytest.raises(ValueError, match=rf"the last: {told}: .*mend or remove such images of a folder"):
+            list(readable(Pictures(tmp_path / name, 32), Counter(), limit=0.001, workers=0, title="test"))
 
 
 def damage(folder: Path, sample: int) -> None:

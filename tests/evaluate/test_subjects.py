@@ -112,13 +112,19 @@ def test_damaged_models_are_told(data: Path, tmp_path: Path, capsys: pytest.Capt
         (folder / "config.json").write_text(config)
         assert main(where) == 1
         assert told in capsys.readouterr().err
-    (folder / "config.json").write_text(
-        json.dumps(
-            {"channels": 16, "depths": [1, 1, 1, 1], "groups": [1, 2, 4, 8], "use_clip_projector": True}
-        )
-    )
+    tiny = {"channels": 16, "depths": [1, 1, 1, 1], "groups": [1, 2, 4, 8], "use_clip_projector": True}
+    (folder / "config.json").write_text(json.dumps(tiny))
     torch.save({"model": {"levels.0.norm.0.weight": torch.ones(16)}}, folder / "internimage.pth")
     assert main(where) == 1 and "does not fit its config.json" in capsys.readouterr().err
+    for fields, told in (
+        ({"channels": "wide"}, "describes no InternImage"),
+        ({"channels": 10**9}, "describes a larger model than internimage.pth holds: export it again"),
+        ({"channels": 2**14}, "describes a larger model"),
+        ({"depths": [10**9, 1, 1, 1]}, "describes a larger model"),
+    ):
+        (folder / "config.json").write_text(json.dumps(tiny | fields))
+        assert main(where) == 1 and told in capsys.readouterr().err
+    (folder / "config.json").write_text(json.dumps(tiny))
     (folder / "internimage.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     assert main(where) == 1 and "is no archive as torch.save writes" in capsys.readouterr().err
 
@@ -213,9 +219,12 @@ def test_an_export_of_all_towers_is_opened_whole(tmp_path: Path) -> None:
     assert (found.run, found.facts.categories) == (run, facts.categories)
     state = found.towers.state_dict()
     assert all(torch.equal(state[name], value) for name, value in towers.state_dict().items())
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"does not fit its config\.json .*: export it again"):
-        named.open()
+    told = json.loads((tmp_path / "config.json").read_text())
+    told["facts"]["vocab_size"] = 10**10
+    for text in ("{}", "{", json.dumps(told)):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"does not fit its config\.json .*: export it again"):
+            named.open()
 
 
 def test_exports_that_are_not_evaluated_say_which_are(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from pretrain import main as entry
 from pretrain.arguments import parse
-from pretrain.command import MISTAKE
+from pretrain.exits import FAILED
 from pretrain.plan import __main__ as command
 from pretrain.plan.machines import Cluster
 from pretrain.plan.plan import Plan, make_plan
@@ -53,7 +53,7 @@ def test_a_mistake_is_told_before_torch_is_needed(
     changes: list[str], message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "pretrain.plan.plan", None)  # its import would fail
-    assert command.main([*SHORT, *changes]) == MISTAKE
+    assert command.main([*SHORT, *changes]) == FAILED
     told = capsys.readouterr().err
     assert re.search(message, told), told
 

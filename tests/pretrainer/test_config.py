@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from pretrain.config import Backbone, Clusters, Decoder, Mask, Mixing, Optim, Run, Source, Tags, Views
 from pretrain.facts import DataFacts
@@ -14,6 +15,7 @@ from pretrain.models.backbone import build_encoder
 from pretrain.objective import Input, Objective, Target
 from pretrain.objectives import OBJECTIVES
 from pretrain.optim import learning_rate, make_optimizer, teacher_momentum
+from pretrain.randomness import seed_step
 from pretrain.recipes import load, names
 from tests.fakes import FACTS, shrink
 
@@ -172,6 +174,8 @@ def test_unknown_recipe_lists_the_choices():
         (lambda: Mixing(temperature=0.0), r"mixing\.temperature=0\.0 must be positive"),
         (lambda: Mixing(temperature=math.inf), r"mixing\.temperature=inf must be finite"),
         (lambda: Optim(lr=math.inf), r"optim\.lr=inf must be finite"),
+        (lambda: replace(load("m3i.demo"), seed=2**32), r"seed=4294967296 must lie in \[0, 4294967295\]"),
+        (lambda: replace(load("m3i.demo"), seed=-1), r"seed=-1 must lie in \[0, 4294967295\]"),
         (
             lambda: replace(load("m3i.demo"), mask=Mask(patch=64)),
             r"mask\.patch=64 leaves 1 x 1 squares .* a mask needs 2 x 2: set views\.size=128 or more",
@@ -241,6 +245,14 @@ def test_biases_norms_and_tokens_do_not_decay():
     assert "vit.cls_token" in constant and "vit.norm.weight" in constant
     assert {"vit.patch_embed.proj.weight", "vit.pos_embed", "vit.blocks.0.mlp.fc1.weight"} <= decaying
     assert all(name.endswith(("weight", "pos_embed")) for name in decaying)
+
+
+def test_the_largest_seed_fits_torch_at_any_step_and_rank():
+    with torch.random.fork_rng():
+        seed_step(2**32 - 1, step=10**7, rank=10**4)
+        first = torch.rand(4)
+        seed_step(2**32 - 2, step=10**7, rank=10**4)
+        assert not torch.equal(first, torch.rand(4))
 
 
 def test_micro_batches_divide_a_rank_s_inputs():

@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from pretrain.data.faults import BadSample
+from pretrain.transfer import examples
 from pretrain.transfer.coco import CocoSet, outline_of
 from pretrain.transfer.detect import things_of
 from pretrain.transfer.mask_folder import MaskFolder, MaskPlaces
@@ -95,6 +96,15 @@ def test_an_annotation_that_cannot_be_used_is_counted_or_refused(reason: str, co
         ('[{"image_id": 1}]', r"holds list, but COCO's format has the lists .*results of a detector"),
         ('{"images": [], "annotations": []}', "lists"),
         ('{"images": [], "annotations": [], "categories": []}', "0 images must each have an integer `id`"),
+        (
+            '{"images": [{"id": 1}], "annotations": [7], "categories": [{"id": 1}]}',
+            "annotations must be objects, not 7",
+        ),
+        (
+            '{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}, '
+            '{"id": 2, "name": "a"}]}',
+            "names 'a' twice: .* rename one",
+        ),
     ],
 )
 def test_another_format_is_told(content: str, message: str, tmp_path: Path) -> None:
@@ -134,6 +144,12 @@ def test_crowds_are_not_taught_and_boxes_end_at_the_edge(coco: Path) -> None:
     assert things_of(found.example(0), found).boxes.tolist() == [[0, 8, 17, 48]]
     assert things_of(found.example(0), found).labels.tolist() == [1]  # category 20 is the second name
     assert len(things_of(found.example(1), found).labels) == 0
+
+
+def test_a_set_of_crowds_alone_is_refused(coco: Path) -> None:
+    path = change(coco, lambda content: [thing.update(iscrowd=1) for thing in content["annotations"]])
+    with pytest.raises(ValueError, match="has no annotation that can be used but crowds"):
+        CocoSet(path, coco / "images", 0.0)
 
 
 def test_lvis_is_known_by_its_fields(coco: Path) -> None:
@@ -193,6 +209,29 @@ def test_names_of_classes_that_do_not_tell_them_apart(tmp_path: Path, content: b
     places.classes.write_bytes(content)
     with pytest.raises(ValueError, match=told):
         MaskFolder(places, MANY)
+
+
+def test_classes_saved_with_a_byte_order_mark_keep_their_names(tmp_path: Path) -> None:
+    places = mask_places(tmp_path)
+    places.classes.write_bytes("-\nsky\nsea\n".encode("utf-8-sig"))
+    assert MaskFolder(places, 0.0).names == ("sky", "sea")
+
+
+def test_masks_that_name_nothing_are_told_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "heldout"):
+        (tmp_path / split).mkdir()
+        places = mask_places(tmp_path / split)
+    Image.new("L", (8, 6), 255).save(places.masks / "b.png")
+    told = r"held-out images: 1 of 2 cannot be used \(nothing_named 1, first: .*b\.png .*raise --max-bad"
+    with pytest.raises(ValueError, match=told):
+        open_sets("segment", Named(tmp_path), 0.0)
+    monkeypatch.setattr(
+        examples, "LOOKED_AT", 1
+    )  # of a larger set some are read, and one bad one may be chance
+    Image.new("L", (8, 6), 255).save(places.masks / "a.png")
+    open_sets("segment", Named(tmp_path), 0.0)
 
 
 def test_things_of_shards_are_what_their_masks_show(shards: Path) -> None:

@@ -183,6 +183,8 @@ def test_an_image_that_breaks_later_is_counted_or_stops_the_training(
         (["--max-bad", "1.5"], r"--max-bad 1.5 must lie in \[0, 1\)"),
         (["--step", "7"], "cannot be used, since there is none"),
         (["--train-steps", "0"], "optimisation.steps=0 must be positive"),
+        (["--seed", "4294967296"], r"--seed 4294967296 must lie in \[0, 4294967295\]"),
+        (["--workers", "-1"], "--workers -1 must not be negative"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_done(
