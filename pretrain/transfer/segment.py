@@ -99,24 +99,29 @@ def crop_side(size: int, divisor: int) -> int:
 
 
 @torch.inference_mode()
-def evaluate(
+def count(
     model: Segmenter,
     recipe: Segment,
     heldout: AnnotatedSet,
-    found: Iterable[Example],
+    examples: Iterable[Example],
     device: torch.device,
-) -> dict[str, Any]:
-    """Mean IoU over the classes with its bootstrap interval (see `score_regions`); whole images, one scale."""
+) -> Int[Tensor, "n 3 k"]:
+    """What `score` reads: pixels of held-out images by class, of whole images at one scale."""
     model.eval()
-    num_classes, counts = len(heldout.names), []
-    for example in found:
+    num_classes = len(heldout.names)
+    counts = [torch.zeros(0, 3, num_classes, dtype=torch.long)]
+    for example in examples:
         predicted = predict(model, example.image.to(device), recipe.size)[None].cpu()
         truth = example.classes[None].long()
         is_judged = truth != IGNORED
         pair = (torch.where(is_judged, said, num_classes) for said in (predicted, truth))
         counts.append(count_pixels(*pair, num_classes + 1)[..., :num_classes])
-    scored = torch.cat(counts)
-    return score_regions(scored, heldout.names, everywhere=int(scored[:, 2].sum(0).argmax()))
+    return torch.cat(counts)
+
+
+def score(counts: Int[Tensor, "n 3 k"], names: tuple[str, ...]) -> dict[str, Any]:
+    """Mean IoU over the classes with its bootstrap interval (see `score_regions`)."""
+    return score_regions(counts, names, everywhere=int(counts[:, 2].sum(0).argmax()))
 
 
 def predict(model: Segmenter, image: UInt8[Tensor, "3 h w"], size: int) -> Int[Tensor, "h w"]:

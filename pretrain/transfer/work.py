@@ -73,16 +73,18 @@ def transfer(work: Work, train_set: AnnotatedSet, heldout: AnnotatedSet, machine
     test_drops = Drops()
     found = _examples(heldout, machine, test_drops, f"{work.step.name} test")
     if task == "segment":
-        scores: dict[str, Any] = segment.evaluate(model, work.recipe, heldout, found, machine.device)
+        counts = segment.count(model, work.recipe, heldout, found, machine.device)
+        scores = segment.score(counts, heldout.names)
     else:
-        scores, detections = detect.evaluate(model, heldout, found, machine.device)
-        write_atomic(work.out / DETECTIONS, json.dumps(detections).encode())
-    counts = Counter(train_set.dropped) + Counter(dropped)
+        things = detect.find(model, heldout, found, machine.device)
+        write_atomic(work.out / DETECTIONS, json.dumps(things.detections).encode())
+        scores = detect.score(things, heldout)
+    left_out = Counter(train_set.dropped) + Counter(dropped)
     result = {
         "task": task,
         **settings,
         "scores": scores,
-        "dropped": {"train": dict(counts), "heldout": {**heldout.dropped, **test_drops.counts}},
+        "dropped": {"train": dict(left_out), "heldout": {**heldout.dropped, **test_drops.counts}},
         "commit": provenance.commit(),
         "versions": provenance.versions(),
         "hardware": provenance.hardware(machine.device),
