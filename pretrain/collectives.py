@@ -1,8 +1,8 @@
-"""What do the ranks tell each other? Sums, means and gathered rows; no-ops without torch.distributed."""
+"""What do the ranks tell each other? Sums, means, rows and errors; no-ops without torch.distributed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -51,6 +51,44 @@ def from_first_rank(work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def from_every_rank(own: Sequence[T]) -> list[T]:
+    """What the ranks have to tell, one after the other; usually nothing, which costs them one number.
+
+    A collective call, of a process group that reduces on the CPU.
+    """
+    if world_size() == 1 or not sum_over_ranks(torch.tensor(len(own))):
+        return list(own)
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, list(own))
+    return [one for part in parts for one in part]
+
+
+def on_every_rank(work: Callable[[], T]) -> T:
+    """What `work` returns on this rank; an OSError or ValueError on one of them ends it on all, with its message.
+
+    A collective call, as from_every_rank. An error of one rank alone would leave the others waiting for it.
+    """
+    try:
+        outcome, problem = work(), None
+    except (OSError, ValueError) as error:
+        outcome, problem = None, error
+    told = from_every_rank([] if problem is None else [str(problem)])
+    if problem is not None and told[0] == str(problem):
+        raise problem
+    if told:
+        raise ValueError(told[0]) from problem
+    return outcome
+
+
+def to_first_rank(own: T) -> list[T] | None:
+    """What the ranks have, in their order, on rank 0; None on the others. A collective call."""
+    if world_size() == 1:
+        return [own]
+    parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(own, parts)
+    return parts
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -12,18 +12,14 @@ a class. Several ranks share the images: torchrun --nproc-per-node 8 -m pretrain
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from pretrain import provenance
 from pretrain.collectives import rank
-from pretrain.command import exit_code, require_place
+from pretrain.command import require_place
 from pretrain.evaluate import result
 from pretrain.evaluate.few_shot import SHARES
 from pretrain.evaluate.fine_tune import RECIPES
@@ -34,7 +30,7 @@ from pretrain.evaluate.sets import SPLITS, read_manifests
 from pretrain.evaluate.shares import TIMEOUT
 from pretrain.evaluate.subjects import find_subjects
 from pretrain.evaluate.templates import AUTO, TEMPLATES
-from pretrain.main import silence
+from pretrain.ranks import exit_code_of_ranks
 
 RESULT = "evaluation.json"
 INTERRUPTED = "the result holds the checkpoints that were measured before, if any"
@@ -183,14 +179,7 @@ def split_folders(data: Path | None, train: Path | None, heldout: Path | None) -
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code. A mistake of the user's is told in one message, of several ranks by the first."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return exit_code(evaluate, arguments, INTERRUPTED)
-    dist.init_process_group("gloo", timeout=TIMEOUT)
-    try:
-        with nullcontext() if rank() == 0 else silence():
-            return exit_code(evaluate, arguments, INTERRUPTED)
-    finally:
-        dist.destroy_process_group()
+    return exit_code_of_ranks(evaluate, arguments, INTERRUPTED, TIMEOUT)
 
 
 if __name__ == "__main__":

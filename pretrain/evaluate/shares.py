@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.collectives import rank, world_size
+from pretrain.collectives import to_first_rank, world_size
 from pretrain.data.faults import check_bad_share
 from pretrain.evaluate import dense
 from pretrain.evaluate.cached import CachedTokens
@@ -77,8 +77,7 @@ def gathered(work: Callable[[], Features], max_bad: float, folder: Path) -> Feat
         dropped = judge(counts, max_bad, folder)
     except ValueError as error:
         raise error from share.problem
-    parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(share.features, parts)
+    parts = to_first_rank(share.features)
     if parts is None:
         return None
     return replace(join([part for part in parts if part is not None]), dropped=dict(dropped))

@@ -111,7 +111,13 @@ class Found:
 
 
 @torch.inference_mode()
-def find(model: nn.Module, heldout: AnnotatedSet, examples: Iterable[Example], device: torch.device) -> Found:
+def find(
+    model: nn.Module,
+    recipe: Detect,
+    heldout: AnnotatedSet,
+    examples: Iterable[Example],
+    device: torch.device,
+) -> Found:
     """What the model finds in held-out images."""
     model.eval()
     found = Found({}, [], [])
