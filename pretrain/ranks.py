@@ -1,20 +1,30 @@
-"""How does a command run, and end, that several ranks of torchrun work on together?"""
+"""How does a command run, and end, that several ranks of torchrun work on together? The first one speaks for all."""
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import redirect_stderr
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from pretrain.command import exit_code
 from pretrain.main import silence
 
+TOLD = (
+    "pretrain/told"  # key of the ranks' store: the code with which the first rank has ended, having said why
+)
+PATIENCE = timedelta(seconds=20)  # of a rank with an error, for the first, which may have the same
+
+Work = Callable[[list[str] | None], object]
+
 
 def exit_code_of_ranks(
-    work: Callable[[list[str] | None], object],
+    work: Work,
     arguments: Sequence[str] | None,
     interrupted: str,
     timeout: timedelta,
@@ -22,13 +32,43 @@ def exit_code_of_ranks(
 ) -> int:
     """`command.exit_code` of this rank; of several, those of the launcher's environment, the first alone prints.
 
-    A collective call that takes longer than `timeout` fails.
+    A rank whose error the first does not share tells it itself. Another rank ends with an error only after it was
+    told, since launchers then kill the first. A collective call that takes longer than `timeout` fails.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return exit_code(work, arguments, interrupted)
-    dist.init_process_group(backend, timeout=timeout)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
-        with nullcontext() if dist.get_rank() == 0 else silence():
-            return exit_code(work, arguments, interrupted)
+        if rank == 0:
+            code = exit_code(work, arguments, interrupted)
+            store.set(TOLD, str(code))
+            return code
+        with redirect_stderr(io.StringIO()) as said:
+            code = exit_code(_hushed(work), arguments, interrupted)
+        if code and not _is_told(store):
+            print(f"rank {rank}: {said.getvalue()}", end="", file=sys.stderr)
+        return code
     finally:
         dist.destroy_process_group()
+
+
+def _hushed(work: Work) -> Work:
+    """What comes out of `exit_code` afterwards is the message alone."""
+
+    def hushed(arguments: list[str] | None) -> object:
+        with silence():
+            return work(arguments)
+
+    return hushed
+
+
+def _is_told(store: dist.Store) -> bool:
+    """Has the first rank told an error?"""
+    try:
+        store.wait([TOLD], PATIENCE)
+    except dist.DistStoreError:  # the first rank does other work
+        return False
+    except dist.DistError:  # it is gone, with its store
+        return True
+    return store.get(TOLD) != b"0"

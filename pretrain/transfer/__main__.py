@@ -65,6 +65,8 @@ def run(arguments: list[str] | None = None) -> dict[str, Any] | None:
     options = parse(arguments)
     work, (train_set, heldout) = on_every_rank(lambda: prepared(options))
     machine = Machine(best_device(), options.workers, options.max_bad)
+    if machine.device.type == "cuda":
+        torch.cuda.set_device(machine.device)
     result = transfer(work, train_set, heldout, machine)
     if result is not None:
         print(table(result))

@@ -119,6 +119,8 @@ def scenarios(given: list[str] | None) -> None:
     told["has_result"] = of_rank_0 is not None
     (folder / f"rank{rank()}.json").write_text(json.dumps(told))
     torch.save({"gradients": kept, "detector": WEIGHTS}, folder / f"rank{rank()}.pt")
+    if rank() == 1:
+        raise ValueError("rank 1 has a problem of its own")
 
 
 LEARNT = [("segment", "small"), ("detect", "small_detr")]
@@ -154,7 +156,9 @@ def test_two_ranks_train_and_test_as_one(
     stop_after_one_step(arguments("segment", run, shards, tmp_path / "segment"), monkeypatch)
 
     codes, output = start(tmp_path, *map(str, (run, shards, coco)), world=2, script=Path(__file__))
-    assert codes == [0, 0], output
+    assert codes == [0, 1], output
+    assert output.count("rank 1: error: rank 1 has a problem of its own") == 1, output
+    assert output.count("AP of LVIS") == 2, "rank 0 alone prints box and mask AP"
     told = [json.loads((tmp_path / f"rank{number}.json").read_text()) for number in (0, 1)]
     kept = [torch.load(tmp_path / f"rank{number}.pt", weights_only=True) for number in (0, 1)]
 
