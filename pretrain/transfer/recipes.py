@@ -72,8 +72,9 @@ class Detect:
 def _vitdet(lr: float, steps: int) -> Detect:
     """ViTDet: large-scale jitter at 1024 px, step schedule, 100 epochs (M3I, appendix; arXiv 2203.16527, appendix).
 
-    Steps, milestones and the decay by layer are those of ViT-B in detectron2 (projects/ViTDet, mask_rcnn_vitdet_b_100ep
-    of COCO and of LVIS): the rate falls at 163,889 and 177,546 of 184,375 steps, at 138,889 and 150,463 of 156,250.
+    Steps, milestones and the decay by layer are those of ViT-B in detectron2 (projects/ViTDet,
+    mask_rcnn_vitdet_b_100ep of COCO and of LVIS): the rate falls at 163,889 and 177,546 of 184,375 steps, at 138,889
+    and 150,463 of 156,250.
     """
     return Detect(
         Optimisation(
@@ -98,16 +99,16 @@ def coco() -> Detect:
 
 
 def lvis() -> Detect:
-    """LVIS v1: 100 epochs of 100,000 images, 156,250 steps of 64, at twice the rate; 300 things an image, as LVIS asks.
-    Without what ViTDet's does for rare categories there (images repeated by frequency, sigmoid and federated loss), so
-    expect less of APr. Not run by us."""
+    """LVIS v1: 100 epochs of 100,000 images, 156,250 steps of 64, at twice the rate; 300 things an image, as LVIS
+    asks. Without what ViTDet's does for rare categories there (images repeated by frequency, sigmoid and federated
+    loss), so expect less of APr. Not run by us."""
     return replace(_vitdet(2e-4, 156_250), detections=300, options={"box_score_thresh": 0.02})
 
 
 def ade20k() -> Segment:
-    """ADE20k: 160,000 steps of 16 crops at 512 px, linear schedule (M3I, appendix). The decay by layer, which the paper
-    does not name, is that of MAE's ViT-B with the same other numbers (mmsegmentation, mae-base_upernet). Not run by
-    us."""
+    """ADE20k: 160,000 steps of 16 crops at 512 px, linear schedule (M3I, appendix). The decay by layer, which the
+    paper does not name, is that of MAE's ViT-B with the same other numbers (mmsegmentation, mae-base_upernet). Not
+    run by us."""
     return Segment(
         Optimisation(
             steps=160_000,
