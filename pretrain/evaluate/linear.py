@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
@@ -26,5 +28,9 @@ def linear_probe(
             "evaluate on other --data"
         )
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=MAX_ITERATIONS))
-    probe.fit(train.double().numpy(), labels.numpy())
+    with warnings.catch_warnings():
+        # One image a category, as few labels have it, makes scikit-learn ask whether the labels are quantities:
+        # https://github.com/scikit-learn/scikit-learn/pull/26335
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%", UserWarning)
+        probe.fit(train.double().numpy(), labels.numpy())
     return torch.from_numpy(probe.predict(heldout.double().numpy()))
