@@ -61,7 +61,7 @@ class Some:
         self.whole, self.most = whole, min(most, len(whole))
         self.names, self.category_ids = whole.names, whole.category_ids
         self.image_ids, self.dropped = whole.image_ids[: self.most], whole.dropped
-        self.has_masks, self.is_federated = whole.has_masks, whole.is_federated
+        self.has_masks, self.federation = whole.has_masks, whole.federation
         self.files, self.place, self.sha256 = whole.files, whole.place, whole.sha256
 
     def __len__(self) -> int:

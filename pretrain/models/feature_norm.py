@@ -36,7 +36,7 @@ class FeatureNorm(nn.Module):
     def forward(self, features: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         if not self.training:
             return ((features.float() - self.mean) * (self.variance + EPS).rsqrt()).to(features.dtype)
-        out, mean, variance = _Standardise.apply(features, self.mean.clone())
+        out, mean, variance = standardise(features, self.mean.clone())
         with torch.no_grad():  # the optimizer skips a batch that is not finite, and so does the average
             is_finite = mean.isfinite() & variance.isfinite()
             self.mean.lerp_(torch.where(is_finite, mean, self.mean), MOMENTUM)
@@ -66,6 +66,17 @@ class FeatureNorm(nn.Module):
         if not kept[0].is_meta:
             self.mean, self.variance = (old.to(self.mean.device) for old in kept)
         return self
+
+
+def standardise(
+    features: Float[Tensor, "*b d"], near: Float[Tensor, " d"]
+) -> tuple[Float[Tensor, "*b d"], Float[Tensor, " d"], Float[Tensor, " d"]]:
+    """Features with mean 0 and variance 1 over all rows of all ranks, and the mean and variance that they had.
+
+    The statistics are float32 without gradient; `near` is any guess of the mean. A collective call, forward and
+    backward, with as many rows on every rank.
+    """
+    return _Standardise.apply(features, near)
 
 
 class _Standardise(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 python -m pretrain.transfer segment RUN --data DIR     UperNet: mean IoU
 python -m pretrain.transfer detect RUN --data DIR      Mask R-CNN or RT-DETR: box and mask AP
+
+Several ranks share each batch and the test: torchrun --nproc-per-node 8 -m pretrain.transfer segment RUN --data DIR
 """
 
 from __future__ import annotations
@@ -9,17 +11,25 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from pretrain.command import exit_code, require_place
+import torch
+
+from pretrain.collectives import on_every_rank
+from pretrain.command import require_place
 from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.evaluate.protocols import best_device
-from pretrain.transfer.examples import MAX_BAD
+from pretrain.ranks import exit_code_of_ranks
+from pretrain.transfer.examples import MAX_BAD, AnnotatedSet
+from pretrain.transfer.order import share_of
 from pretrain.transfer.places import FORMATS, Named, open_sets
 from pretrain.transfer.recipes import RECIPES, recipe
 from pretrain.transfer.training import Machine
 from pretrain.transfer.work import RESULT, Work, table, transfer
+
+TIMEOUT = timedelta(minutes=30)  # of a rank that the others wait for
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -41,17 +51,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         of.add_argument(
             "--max-bad", type=float, default=MAX_BAD, help="share that may be unusable (%(default)s)"
         )
+        of.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by DeepSpeed's launcher
         if task == "detect":
             of.add_argument("--images", type=Path, help="folder of the images that a .json file names")
     return parser.parse_args(arguments)
 
 
-def run(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Trains and tests, writes the JSON result and prints the table; returns the result.
+def run(arguments: list[str] | None = None) -> dict[str, Any] | None:
+    """Trains and tests, writes the JSON result and prints the table; returns the result, on several ranks the first.
 
     Raises FileNotFoundError and ValueError for what the user can mend, before the first step.
     """
     options = parse(arguments)
+    work, (train_set, heldout) = on_every_rank(lambda: prepared(options))
+    machine = Machine(best_device(), options.workers, options.max_bad)
+    if machine.device.type == "cuda":
+        torch.cuda.set_device(machine.device)
+    result = transfer(work, train_set, heldout, machine)
+    if result is not None:
+        print(table(result))
+        print(f"written to {work.out / RESULT}")
+    return result
+
+
+def prepared(options: argparse.Namespace) -> tuple[Work, tuple[AnnotatedSet, AnnotatedSet]]:
+    """What the command line asks for, and its data."""
     numbers = recipe(options.task, options.recipe)
     if options.train_steps is not None:
         changed = replace(
@@ -66,22 +90,20 @@ def run(arguments: list[str] | None = None) -> dict[str, Any]:
         raise ValueError(f"--seed {options.seed} must lie in [0, {2**32 - 1}]: give another number")
     if options.workers < 0:
         raise ValueError(f"--workers {options.workers} must not be negative: 0 reads images in this process")
+    share_of(numbers.optimisation)
     step = find_checkpoint(options.run, options.step)
     out = options.out or options.run / "transfer" / f"{options.task}-{options.recipe}-{step.name}"
     require_place("--out", out / RESULT)
     named = Named(options.data, options.train, options.heldout, getattr(options, "images", None))
-    train_set, heldout = open_sets(options.task, named, options.max_bad)
     work = Work(step, numbers, options.recipe, out, options.frozen, options.seed)
-    machine = Machine(best_device(), options.workers, options.max_bad)
-    result = transfer(work, train_set, heldout, machine)
-    print(table(result))
-    print(f"written to {out / RESULT}")
-    return result
+    return work, open_sets(options.task, named, options.max_bad)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code. A mistake of the user's is told in one message."""
-    return exit_code(run, arguments, "the same command goes on from the last state that was kept, if any")
+    """Exit code. A mistake of the user's is told in one message, of several ranks by the first."""
+    left = "the same command goes on from the last state that was kept, if any"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    return exit_code_of_ranks(run, arguments, left, TIMEOUT, backend)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -30,6 +31,7 @@ DRAWS = 100  # bootstrap samples of the interval
 NORMAL_95 = 1.96  # standard deviations to each side of 95 %
 SEED = 0  # of the bootstrap: one set of detections has one interval
 Annotation = Mapping[str, Any]
+Matches = Mapping[int, Mapping[str, Any]]  # of one category: place of an image -> pycocotools' matches in it
 
 
 def truth_of(
@@ -55,59 +57,84 @@ def truth_of(
 def average_precision(truth: COCO, detections: Sequence[Annotation], kind: str) -> dict[str, Any]:
     """COCO's twelve measures of `kind` "bbox" or "segm", AP by category, and the 95 % interval of AP.
 
-    Detections are in COCO's format of results. The interval is 1.96 standard deviations of AP, over DRAWS samples of
-    the images with replacement, to both sides of it, inside [0, 1]: percentiles of such samples lie too high, since
-    AP rises where images come twice. A measure that nothing in the truth asks for is None. Source: cocodataset.org.
+    Detections are in COCO's format of results. The interval is that of `interval_of`. A measure that nothing in the
+    truth asks for is None. Source: cocodataset.org.
     """
-    # Of a detection with a box, loadRes takes the area of the box, by which a mask would be sorted into s, m and l.
-    left_out = {"bbox"} if kind == "segm" else set()
-    judged = [{k: copy.deepcopy(v) for k, v in one.items() if k not in left_out} for one in detections]
+    judge = judge_of(truth, detections, kind)
     with contextlib.redirect_stdout(io.StringIO()):
-        found = truth.loadRes(judged) if judged else _nothing(truth)
-        judge = COCOeval(truth, found, kind)
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
     measured = {
         name: None if value < 0 else float(value) for name, value in zip(MEASURES, judge.stats, strict=True)
     }
-    precision = judge.eval["precision"][:, :, :, 0, -1]  # [thresholds, recalls, categories], all areas
-    by_category = {
-        truth.cats[number]["name"]: float(precision[:, :, place].mean())
-        for place, number in enumerate(judge.params.catIds)
-        if (precision[:, :, place] > -1).all()
-    }
+    num_categories, num_areas = len(judge.params.catIds), len(judge.params.areaRng)
+    found = np.array(judge.evalImgs, dtype=object).reshape(num_categories, num_areas, -1)[:, 0]
+    matches = [{place: one for place, one in enumerate(row) if one is not None} for row in found]
     return {
         "accuracy": measured["AP"],
         "metric": f"{kind} AP",
-        "interval": _interval(judge, measured["AP"]),
+        "measure": "COCO's, by pycocotools",
+        "interval": interval_of(judge, matches, measured["AP"]),
         "n": len(judge.params.imgIds),
         "detections": len(detections),
         **measured,
-        "by_category": by_category,
+        "by_category": by_category(judge, judge.eval["precision"][:, :, :, 0, -1]),
     }
 
 
-def _interval(judge: COCOeval, told: float | None) -> list[float] | None:
-    """Two bounds about the AP that was told; matches of the samples are as they were found."""
-    params = copy.deepcopy(judge.params)
-    num_images, num_categories, num_areas = len(params.imgIds), len(params.catIds), len(params.areaRng)
-    matches = np.array(judge.evalImgs, dtype=object).reshape(num_categories, num_areas, num_images)[:, :1]
-    params.areaRng, params.areaRngLbl = params.areaRng[:1], params.areaRngLbl[:1]
-    params.maxDets, params.imgIds = params.maxDets[-1:], list(range(num_images))
-    sample, generator, drawn = copy.copy(judge), np.random.default_rng(SEED), []
-    sample.params = sample._paramsEval = params
-    for _ in range(DRAWS):
-        sample.evalImgs = matches[:, :, generator.integers(num_images, size=num_images)].ravel().tolist()
-        with contextlib.redirect_stdout(io.StringIO()):
-            sample.accumulate()
-        precision = sample.eval["precision"]
-        if (precision > -1).any():
-            drawn.append(precision[precision > -1].mean())
+def judge_of(truth: COCO, detections: Sequence[Annotation], kind: str) -> COCOeval:
+    """pycocotools' own, about to compare copies of the detections with the truth."""
+    # Of a detection with a box, loadRes takes the area of the box, by which a mask would be sorted into s, m and l.
+    left_out = {"bbox"} if kind == "segm" else set()
+    judged = [{k: copy.deepcopy(v) for k, v in one.items() if k not in left_out} for one in detections]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCOeval(truth, truth.loadRes(judged) if judged else _nothing(truth), kind)
+
+
+def by_category(judge: COCOeval, precision: Float[np.ndarray, "t r k"]) -> dict[str, float]:
+    """AP by name of those categories that something is judged of; thresholds, recalls, categories."""
+    return {
+        judge.cocoGt.cats[number]["name"]: float(precision[:, :, place].mean())
+        for place, number in enumerate(judge.params.catIds)
+        if (precision[:, :, place] > -1).all()
+    }
+
+
+def interval_of(judge: COCOeval, matches: Sequence[Matches], told: float | None) -> list[float] | None:
+    """95 % interval of the AP that was told: two bounds in [0, 1], or None without an AP.
+
+    `matches` are those of all areas by category. 1.96 standard deviations of AP, over DRAWS samples of the images
+    with replacement, to both sides: percentiles of such samples lie too high, since AP rises where images come twice.
+    """
     if told is None:
         return None
+    num_images, generator, drawn = len(judge.params.imgIds), np.random.default_rng(SEED), []
+    asked = [row for row in matches if any((one["gtIgnore"] == 0).any() for one in row.values())]
+    for _ in range(DRAWS):
+        times = np.bincount(generator.integers(num_images, size=num_images), minlength=num_images).tolist()
+        some = ([one for place, one in row.items() for _ in range(times[place])] for row in asked)
+        precision = np.concatenate([accumulated(judge, [row])["precision"].ravel() for row in some])
+        if (precision > -1).any():
+            drawn.append(precision[precision > -1].mean())
     margin = NORMAL_95 * float(np.std(drawn))
     return [max(told - margin, 0.0), min(told + margin, 1.0)]
+
+
+def accumulated(judge: COCOeval, matches: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """pycocotools' precision [t, r, 1, areas, 1] and recall [t, 1, areas, 1] of one category.
+
+    `matches` has for each area, of the first of the judge's, as many images' matches.
+    """
+    params = copy.copy(judge.params)
+    params.imgIds, params.catIds, params.maxDets = list(range(len(matches[0]))), [0], params.maxDets[-1:]
+    params.areaRng, params.areaRngLbl = (kept[: len(matches)] for kept in (params.areaRng, params.areaRngLbl))
+    sample = copy.copy(judge)
+    sample.params = sample._paramsEval = params
+    sample.evalImgs = [one for area in matches for one in area]
+    with contextlib.redirect_stdout(io.StringIO()):
+        sample.accumulate()
+    return sample.eval
 
 
 def _nothing(truth: COCO) -> COCO:

@@ -14,6 +14,7 @@ from pycocotools import mask as rle
 from pretrain.data.faults import BadSample
 from pretrain.intact import sha256
 from pretrain.transfer.examples import Drops, Example, read_image, repeated, resolved
+from pretrain.transfer.lvis import federation_of
 
 LISTS = ("images", "annotations", "categories")
 FORMAT = "https://cocodataset.org/#format-data"
@@ -23,8 +24,9 @@ LEAST_SIDE = 1.0  # pixels of a box inside its image
 class CocoSet:
     """An AnnotatedSet of one JSON file and the folder that its file names are relative to; boxes, RLE, polygons.
 
-    Read once, so that all that the file alone can tell is told at once. A box that reaches over the edge is taken
-    as it is; one with less than LEAST_SIDE inside is left out. Raises FileNotFoundError and ValueError.
+    Federated where it has the fields of LVIS. Read once, so that all that the file alone can tell is told at once. A
+    box that reaches over the edge is taken as it is; one with less than LEAST_SIDE inside is left out. Raises
+    FileNotFoundError and ValueError.
     """
 
     def __init__(self, path: Path, images: Path, max_bad: float) -> None:
@@ -33,7 +35,7 @@ class CocoSet:
         content = read_lists(path)
         categories = {category["id"]: str(category["name"]) for category in content["categories"]}
         self.category_ids, self.names = tuple(categories), tuple(categories.values())
-        self.is_federated = any("neg_category_ids" in image for image in content["images"])
+        self.federation = federation_of(path, content["images"], content["categories"])
         bad_images, bad_things = Drops(), Drops()
         self._entries = self._readable(content["images"], bad_images)
         bad_images.require_few(f"images of {path}", len(content["images"]), max_bad)

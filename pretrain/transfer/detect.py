@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,15 +19,11 @@ from pretrain.towers import Towers
 from pretrain.transfer.average_precision import average_precision, truth_of
 from pretrain.transfer.coco import compressed, outline_of
 from pretrain.transfer.examples import AnnotatedSet, Example
+from pretrain.transfer.federated import federated_precision
 from pretrain.transfer.mask_rcnn import MaskRCNNHead
 from pretrain.transfer.recipes import Detect
 from pretrain.transfer.rt_detr import RTDetrHead
 from pretrain.transfer.things import Shown, Things
-
-FEDERATED = (
-    "absent categories of an image are unknown in this set (LVIS), and the federated AP that it asks for is not "
-    "built: score detections.json with the lvis package"
-)
 
 
 class Detector(Protocol):
@@ -105,34 +101,57 @@ def things_of(example: Example, examples: AnnotatedSet) -> Things:
     return Things(corners.clamp(min=0).minimum(limits), labels, None, masks)
 
 
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module, heldout: AnnotatedSet, found: Iterable[Example], device: torch.device
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """COCO's measures of boxes, and of masks where there are any, and the detections in COCO's format.
+@dataclass(frozen=True)
+class Found:
+    """What was seen of held-out images, and what was found in them."""
 
-    With federated annotations the accuracy is None, with the reason.
-    """
+    sizes: dict[int, tuple[int, int]]  # height, width by number of the image
+    truth: list[dict[str, Any]]  # annotations in COCO's format
+    detections: list[dict[str, Any]]  # in COCO's format of results
+
+
+@torch.inference_mode()
+def find(
+    model: nn.Module,
+    recipe: Detect,
+    heldout: AnnotatedSet,
+    examples: Iterable[Example],
+    device: torch.device,
+) -> Found:
+    """What the model finds in held-out images."""
     model.eval()
-    sizes, truth, detections = {}, [], []
-    for example in found:
+    found = Found({}, [], [])
+    for example in examples:
         image_id = heldout.image_ids[example.index]
-        sizes[image_id] = tuple(example.image.shape[1:])
-        truth += [{**thing, "image_id": image_id} for thing in example.things]
+        found.sizes[image_id] = tuple(example.image.shape[1:])
+        found.truth.extend({**thing, "image_id": image_id} for thing in example.things)
         (things,) = model.find([example.image.to(device)])
-        detections += list(as_results(things, image_id, heldout.category_ids))
-    if heldout.is_federated:
-        return {
-            "accuracy": None,
-            "reason": FEDERATED,
-            "n": len(sizes),
-            "detections": len(detections),
-        }, detections
-    judge = truth_of(sizes, truth, dict(zip(heldout.category_ids, heldout.names, strict=True)))
-    scores = {"box": average_precision(judge, detections, "bbox")}
-    if heldout.has_masks and all("segmentation" in found for found in detections):
-        scores["mask"] = average_precision(judge, detections, "segm")
-    return scores, detections
+        found.detections.extend(as_results(things, image_id, heldout.category_ids))
+    return found
+
+
+def join(parts: Sequence[Found]) -> Found:
+    """What was found in the parts of a set."""
+    return Found(
+        {image: size for part in parts for image, size in part.sizes.items()},
+        [thing for part in parts for thing in part.truth],
+        [thing for part in parts for thing in part.detections],
+    )
+
+
+def score(found: Found, heldout: AnnotatedSet) -> dict[str, Any]:
+    """COCO's measures, or LVIS's of a federated set, of boxes, and of masks where there are any."""
+    names = dict(zip(heldout.category_ids, heldout.names, strict=True))
+    truth = truth_of(found.sizes, found.truth, names)
+    kinds = {"box": "bbox"}
+    if heldout.has_masks and all("segmentation" in one for one in found.detections):
+        kinds["mask"] = "segm"
+    if heldout.federation is None:
+        return {name: average_precision(truth, found.detections, kind) for name, kind in kinds.items()}
+    federation = heldout.federation
+    return {
+        name: federated_precision(truth, federation, found.detections, kind) for name, kind in kinds.items()
+    }
 
 
 def as_results(things: Things, image_id: int, category_ids: tuple[int, ...]) -> Iterable[dict[str, Any]]:

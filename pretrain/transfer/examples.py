@@ -32,6 +32,18 @@ class Example:
     ] = ()  # annotations in COCO's format, pixels of this image; for detection
 
 
+@dataclass(frozen=True)
+class Federation:
+    """What a set like LVIS says of things that are absent; its other absent categories are unknown.
+
+    Source: arXiv 1908.03195, section 2.
+    """
+
+    negative: Mapping[int, frozenset[int]]  # by image: categories of which it shows nothing
+    not_exhaustive: Mapping[int, frozenset[int]]  # by image: categories of which not all things are annotated
+    frequency: Mapping[int, str]  # by category, of its training images: r(are), c(ommon) or f(requent)
+
+
 @runtime_checkable
 class AnnotatedSet(Protocol):
     """A data set with random access. `example` raises BadSample for what cannot be used."""
@@ -40,7 +52,7 @@ class AnnotatedSet(Protocol):
     category_ids: tuple[int, ...]  # of the annotations, in the order of the names; for detection
     image_ids: tuple[int, ...]  # as the set numbers its images
     has_masks: bool  # do all things have outlines?
-    is_federated: bool  # are absent categories of an image unknown, as in LVIS?
+    federation: Federation | None  # None: a category without annotations is absent from an image
     place: Path  # as it was named
     sha256: str  # of what tells its images and annotations apart from others
     files: frozenset[Path]  # that hold its images, without links

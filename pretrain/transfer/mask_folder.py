@@ -38,7 +38,7 @@ class MaskFolder:
     """
 
     category_ids: tuple[int, ...] = ()
-    has_masks, is_federated = False, False
+    has_masks, federation = False, None
 
     def __init__(self, places: MaskPlaces, max_bad: float) -> None:
         self.places = places

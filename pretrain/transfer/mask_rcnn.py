@@ -83,7 +83,11 @@ class MaskRCNNHead(nn.Module):
         self.net = (MaskRCNN if has_masks else FasterRCNN)(maps, **shared)
 
     def loss(self, shown: list[Shown]) -> Float[Tensor, ""]:
-        """Sum of torchvision's losses, nats but for the boxes' smooth L1."""
+        """Sum of torchvision's losses, nats but for the boxes' smooth L1.
+
+        Means over the anchors, proposals and things that are sampled of these images; on several ranks each takes the
+        mean of its own, as all toolkits do, so a rank with few things gives each of them more weight.
+        """
         device = next(self.parameters()).device
         images, targets = [], []
         for one in shown:

@@ -70,7 +70,12 @@ class Detect:
 
 
 def _vitdet(lr: float, steps: int) -> Detect:
-    """ViTDet: large-scale jitter at 1024 px, step schedule (m3i, appendix; arXiv 2203.16527, appendix)."""
+    """ViTDet: large-scale jitter at 1024 px, step schedule, 100 epochs (M3I, appendix; arXiv 2203.16527, appendix).
+
+    Steps, milestones and the decay by layer are those of ViT-B in detectron2 (projects/ViTDet,
+    mask_rcnn_vitdet_b_100ep of COCO and of LVIS): the rate falls at 163,889 and 177,546 of 184,375 steps, at 138,889
+    and 150,463 of 156,250.
+    """
     return Detect(
         Optimisation(
             steps=steps,
@@ -88,19 +93,22 @@ def _vitdet(lr: float, steps: int) -> Detect:
 
 
 def coco() -> Detect:
-    """COCO: 100 epochs of 118,000 images. Without ViTDet's windows, relative positions and the convolutions of its
-    box head. Not run by us."""
+    """COCO: 100 epochs of 118,000 images, 184,375 steps of 64. Without ViTDet's windows, relative positions and the
+    convolutions of its box head. Not run by us."""
     return _vitdet(1e-4, 184_375)
 
 
 def lvis() -> Detect:
-    """LVIS v1: 100 epochs of 100,000 images at twice the rate; 300 things an image, as LVIS asks. Not run by us."""
+    """LVIS v1: 100 epochs of 100,000 images, 156,250 steps of 64, at twice the rate; 300 things an image, as LVIS
+    asks. Without what ViTDet's does for rare categories there (images repeated by frequency, sigmoid and federated
+    loss), so expect less of APr. Not run by us."""
     return replace(_vitdet(2e-4, 156_250), detections=300, options={"box_score_thresh": 0.02})
 
 
 def ade20k() -> Segment:
-    """ADE20k: 160,000 steps at 512 px (M3I, appendix). The decay by layer is BEiT's (arXiv 2106.08254), as the
-    paper names none. Not run by us."""
+    """ADE20k: 160,000 steps of 16 crops at 512 px, linear schedule (M3I, appendix). The decay by layer, which the
+    paper does not name, is that of MAE's ViT-B with the same other numbers (mmsegmentation, mae-base_upernet). Not
+    run by us."""
     return Segment(
         Optimisation(
             steps=160_000,
@@ -168,10 +176,19 @@ def small_detr() -> Detect:
 
 
 def coco_detr() -> Detect:
-    """RT-DETR's own 72 epochs of COCO at 640 px, batch 16 (arXiv 2304.08069, appendix). Not run by us."""
+    """RT-DETR's own 72 epochs of COCO's 118,287 images at 640 px, 7,393 steps of 16 each (arXiv 2304.08069, appendix;
+    the published rtdetr_r50vd_6x_coco): a rate that stays after the warm-up, a tenth of it for the backbone. Without
+    its average of the weights, colours and crops. Not run by us."""
     return Detect(
         Optimisation(
-            steps=72 * 7_393, batch=16, lr=1e-4, warmup=2000, weight_decay=1e-4, layer_decay=0.8, clip=0.1
+            steps=72 * 7_393,
+            batch=16,
+            lr=1e-4,
+            warmup=2000,
+            schedule="step",  # without a milestone
+            weight_decay=1e-4,
+            backbone_rate=0.1,
+            clip=0.1,
         ),
         size=640,
         scales=(0.5, 1.5),

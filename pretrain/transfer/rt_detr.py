@@ -10,6 +10,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_convert
 from transformers import RTDetrConfig, RTDetrForObjectDetection
 
+from pretrain.collectives import sum_over_ranks, world_size
 from pretrain.config import Run
 from pretrain.models.pyramid import strides_of
 from pretrain.towers import Towers
@@ -53,7 +54,11 @@ class RTDetrHead(nn.Module):
         self.num_classes = num_classes
 
     def loss(self, shown: list[Shown]) -> Float[Tensor, ""]:
-        """Transformers' weighted sum over the decoder's layers."""
+        """Transformers' weighted sum over the decoder's layers, of which each is a sum / the number of boxes.
+
+        A collective call: transformers counts the boxes of this rank, and the mean over the ranks is that sum / all
+        boxes. Noisy queries are as many as this rank's images allow, so they differ with the number of ranks.
+        """
         device = next(self.parameters()).device
         targets = [
             {"boxes": one.things.boxes.to(device), "labels": one.things.labels.to(device)} for one in shown
@@ -68,7 +73,10 @@ class RTDetrHead(nn.Module):
             }
             for target in targets
         ]
-        return self.net(batch.tensors, labels=labels).loss
+        num_boxes = sum(len(target["labels"]) for target in targets)
+        of_all = int(sum_over_ranks(torch.tensor(num_boxes)))
+        share = world_size() * max(num_boxes, 1) / max(of_all, 1)  # a count of 0 is taken as 1, here as there
+        return share * self.net(batch.tensors, labels=labels).loss
 
     def find(self, images: list[UInt8[Tensor, "3 _ _"]]) -> list[Things]:
         """As many things as there are queries, by falling score."""

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead
 
+from pretrain.collectives import sum_over_ranks, world_size
 from pretrain.config import Run
 from pretrain.evaluate.regions import count_pixels, score_regions
 from pretrain.models.pixels import normalise
@@ -54,14 +55,19 @@ class Segmenter(nn.Module):
         return self.net(images).logits
 
     def loss(self, examples: list[Example]) -> Float[Tensor, ""]:
-        """Cross-entropy in nats over taught pixels (0 without any), main head + weight x auxiliary head."""
+        """Cross-entropy in nats over taught pixels (0 without any), main head + weight x auxiliary head.
+
+        A collective call: the mean over the ranks is that over all of their pixels.
+        """
         device = next(self.parameters()).device
+        classes = torch.stack([example.classes for example in examples]).long()
+        num_taught = int((classes != IGNORED).sum())
+        share = world_size() * num_taught / max(int(sum_over_ranks(torch.tensor(num_taught))), 1)
+        if not num_taught:  # crops beside all that is labelled: a mean over no pixel is no number
+            classes = torch.zeros_like(classes)
         images = torch.stack([example.image for example in examples]).to(device)
-        classes = torch.stack([example.classes for example in examples]).to(device).long()
         images = normalise(images, self.mean, self.std, torch.float32)
-        if (classes == IGNORED).all():  # crops beside all that is labelled: a mean over no pixel is no number
-            return 0 * self.net(images).logits.sum()
-        return self.net(images, labels=classes).loss
+        return share * self.net(images, labels=classes.to(device)).loss
 
 
 def loss_of(model: Segmenter, examples: list[Example]) -> Float[Tensor, ""]:
@@ -99,24 +105,29 @@ def crop_side(size: int, divisor: int) -> int:
 
 
 @torch.inference_mode()
-def evaluate(
+def count(
     model: Segmenter,
     recipe: Segment,
     heldout: AnnotatedSet,
-    found: Iterable[Example],
+    examples: Iterable[Example],
     device: torch.device,
-) -> dict[str, Any]:
-    """Mean IoU over the classes with its bootstrap interval (see `score_regions`); whole images, one scale."""
+) -> Int[Tensor, "n 3 k"]:
+    """What `score` reads: pixels of held-out images by class, of whole images at one scale."""
     model.eval()
-    num_classes, counts = len(heldout.names), []
-    for example in found:
+    num_classes = len(heldout.names)
+    counts = [torch.zeros(0, 3, num_classes, dtype=torch.long)]
+    for example in examples:
         predicted = predict(model, example.image.to(device), recipe.size)[None].cpu()
         truth = example.classes[None].long()
         is_judged = truth != IGNORED
         pair = (torch.where(is_judged, said, num_classes) for said in (predicted, truth))
         counts.append(count_pixels(*pair, num_classes + 1)[..., :num_classes])
-    scored = torch.cat(counts)
-    return score_regions(scored, heldout.names, everywhere=int(scored[:, 2].sum(0).argmax()))
+    return torch.cat(counts)
+
+
+def score(counts: Int[Tensor, "n 3 k"], names: tuple[str, ...]) -> dict[str, Any]:
+    """Mean IoU over the classes with its bootstrap interval (see `score_regions`)."""
+    return score_regions(counts, names, everywhere=int(counts[:, 2].sum(0).argmax()))
 
 
 def predict(model: Segmenter, image: UInt8[Tensor, "3 h w"], size: int) -> Int[Tensor, "h w"]:

@@ -19,14 +19,23 @@ from tqdm import tqdm
 from data_prep.schema import write_atomic
 from pretrain import provenance
 from pretrain.checkpoint import load_towers
+from pretrain.collectives import (
+    from_every_rank,
+    from_first_rank,
+    on_every_rank,
+    rank,
+    to_first_rank,
+    world_size,
+)
 from pretrain.config import Run
 from pretrain.data.faults import BadSample
 from pretrain.towers import Towers
 from pretrain.transfer import detect, segment
 from pretrain.transfer.backbone import load_trunk
 from pretrain.transfer.examples import AnnotatedSet, Drops, Example
+from pretrain.transfer.order import Draws, share_of
 from pretrain.transfer.recipes import Detect, Segment
-from pretrain.transfer.training import Draws, Machine, require_same, train
+from pretrain.transfer.training import Machine, require_same, train
 
 RESULT, DETECTIONS = "result.json", "detections.json"
 
@@ -43,12 +52,16 @@ class Work:
     seed: int = 0  # of the head's first weights, the order and the crops
 
 
-def transfer(work: Work, train_set: AnnotatedSet, heldout: AnnotatedSet, machine: Machine) -> dict[str, Any]:
+def transfer(
+    work: Work, train_set: AnnotatedSet, heldout: AnnotatedSet, machine: Machine
+) -> dict[str, Any] | None:
     """Trains, tests, writes `work.out`/result.json and returns it; started again, it goes on where it was.
 
-    Raises ValueError when the folder holds a training with other numbers.
+    A collective call: the ranks share the training and the test, rank 0 alone writes, and the others get None. Raises
+    ValueError when the folder holds a training with other numbers, or the ranks read other data.
     """
-    run, _, towers = load_towers(work.step)
+    run, _, towers = on_every_rank(lambda: load_towers(work.step))
+    share_of(work.recipe.optimisation)
     settings = {
         "checkpoint": str(work.step),
         "recipe": work.name,
@@ -61,7 +74,8 @@ def transfer(work: Work, train_set: AnnotatedSet, heldout: AnnotatedSet, machine
         "heldout_set": _identity(heldout),
         "classes": list(heldout.names),
     }
-    require_same(work.out, settings)
+    require_same_data(settings)
+    from_first_rank(lambda: require_same(work.out, settings))
     torch.manual_seed(work.seed)
     task = "segment" if isinstance(work.recipe, Segment) else "detect"
     model, draw, loss_of = TASKS[task](run, towers, work.recipe, train_set)
@@ -70,19 +84,23 @@ def transfer(work: Work, train_set: AnnotatedSet, heldout: AnnotatedSet, machine
     title = f"{work.step.name} {task}"
     draws = Draws(len(train_set), draw, work.seed)
     dropped = train(model, encoder, draws, loss_of, work.recipe.optimisation, machine, work.out, title=title)
+    bad: list[tuple[str, str]] = []  # reason and message
+    found = _examples(heldout, machine, bad, f"{work.step.name} test")
+    seen = on_every_rank(lambda: TESTS[task](model, work.recipe, heldout, found, machine.device))
     test_drops = Drops()
-    found = _examples(heldout, machine, test_drops, f"{work.step.name} test")
-    if task == "segment":
-        scores: dict[str, Any] = segment.evaluate(model, work.recipe, heldout, found, machine.device)
-    else:
-        scores, detections = detect.evaluate(model, heldout, found, machine.device)
-        write_atomic(work.out / DETECTIONS, json.dumps(detections).encode())
-    counts = Counter(train_set.dropped) + Counter(dropped)
+    for reason, message in from_every_rank(bad):
+        test_drops.add(reason, message)
+    test_drops.require_few("held-out images", len(heldout), machine.max_bad)
+    parts = to_first_rank(seen)
+    if parts is None:
+        return None
+    left_out = Counter(train_set.dropped) + Counter(dropped)
     result = {
         "task": task,
         **settings,
-        "scores": scores,
-        "dropped": {"train": dict(counts), "heldout": {**heldout.dropped, **test_drops.counts}},
+        "scores": SCORES[task](parts, heldout, work.out),
+        "dropped": {"train": dict(left_out), "heldout": {**heldout.dropped, **test_drops.counts}},
+        "ranks": world_size(),
         "commit": provenance.commit(),
         "versions": provenance.versions(),
         "hardware": provenance.hardware(machine.device),
@@ -90,6 +108,18 @@ def transfer(work: Work, train_set: AnnotatedSet, heldout: AnnotatedSet, machine
     }
     write_atomic(work.out / RESULT, (json.dumps(result, indent=1) + "\n").encode())
     return result
+
+
+def require_same_data(settings: dict[str, Any]) -> None:
+    """ValueError, on all ranks, where one of them was told something else or reads other files. Collective."""
+    told = from_every_rank([json.dumps(settings | {"train_set": None, "heldout_set": None})])
+    read = from_every_rank([(settings["train_set"]["sha256"], settings["heldout_set"]["sha256"])])
+    for name, of_rank in (("settings", told), ("data sets", read)):
+        if odd := [number for number, found in enumerate(of_rank) if found != of_rank[0]]:
+            raise ValueError(
+                f"rank {odd[0]} has other {name} than rank 0 ({of_rank[odd[0]]} and {of_rank[0]}): start all ranks "
+                "with one command, on the same files"
+            )
 
 
 def _identity(examples: AnnotatedSet) -> dict[str, str]:
@@ -110,34 +140,48 @@ def _detect(run: Run, towers: Towers, recipe: Detect, examples: AnnotatedSet) ->
     return model, detect.Draw(examples, recipe), detect.loss_of
 
 
+def _score_segments(parts: list[Any], heldout: AnnotatedSet, out: Path) -> dict[str, Any]:
+    return segment.score(torch.cat(parts), heldout.names)
+
+
+def _score_detections(parts: list[Any], heldout: AnnotatedSet, out: Path) -> dict[str, Any]:
+    found = detect.join(parts)
+    write_atomic(out / DETECTIONS, json.dumps(found.detections).encode())
+    return detect.score(found, heldout)
+
+
 TASKS: dict[str, Callable[..., Built]] = {"segment": _segment, "detect": _detect}
+TESTS: dict[str, Callable[..., Any]] = {"segment": segment.count, "detect": detect.find}
+SCORES: dict[str, Callable[..., dict[str, Any]]] = {"segment": _score_segments, "detect": _score_detections}
 
 
 class Tested(Dataset):
-    """The examples of a set, or why one cannot be used."""
+    """The examples of this rank's share of a set, or why one cannot be used."""
 
     def __init__(self, examples: AnnotatedSet) -> None:
         self.examples = examples
+        self.own = range(rank() * len(examples) // world_size(), (rank() + 1) * len(examples) // world_size())
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.own)
 
-    def __getitem__(self, index: int) -> Example | tuple[str, str]:
+    def __getitem__(self, place: int) -> Example | tuple[str, str]:
         try:
-            return self.examples.example(index)
+            return self.examples.example(self.own[place])
         except BadSample as error:
             return error.reason, str(error)
 
 
-def _examples(heldout: AnnotatedSet, machine: Machine, drops: Drops, title: str) -> Iterator[Example]:
+def _examples(
+    heldout: AnnotatedSet, machine: Machine, bad: list[tuple[str, str]], title: str
+) -> Iterator[Example]:
     loader = DataLoader(Tested(heldout), batch_size=None, num_workers=machine.workers)
     interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds between two states of the bar
     for found in tqdm(loader, desc=title, unit=" image", mininterval=interval):
         if isinstance(found, Example):
             yield found
         else:
-            drops.add(*found)
-            drops.require_few("held-out images", len(heldout), machine.max_bad)
+            bad.append(found)
 
 
 def table(result: dict[str, Any]) -> str:

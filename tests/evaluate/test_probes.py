@@ -115,6 +115,13 @@ def test_linear_probe_does_not_depend_on_the_units_of_a_feature() -> None:
     assert (ours == linear.linear_probe(train, labels, heldout)).float().mean() > 0.99
 
 
+def test_linear_probe_of_one_image_a_category_says_nothing_of_regression() -> None:
+    """scikit-learn warns of more classes than half of its samples, above 20; warnings are errors here."""
+    labels = torch.arange(24)
+    features = 10 * torch.eye(24)
+    assert linear.linear_probe(features, labels, features).tolist() == labels.tolist()
+
+
 def test_linear_probe_refuses_a_single_category() -> None:
     with pytest.raises(ValueError, match=r"1 category.*two or more.*--data"):
         linear.linear_probe(torch.randn(9, 4), torch.zeros(9, dtype=torch.long), torch.randn(2, 4))

@@ -118,9 +118,9 @@ def test_damaged_models_are_told(data: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(where) == 1 and "does not fit its config.json" in capsys.readouterr().err
     for fields, told in (
         ({"channels": "wide"}, "describes no InternImage"),
-        ({"channels": 10**9}, "describes a larger model than internimage.pth holds: export it again"),
-        ({"channels": 2**14}, "describes a larger model"),
-        ({"depths": [10**9, 1, 1, 1]}, "describes a larger model"),
+        ({"channels": 10**9}, "tells a model by the number 1000000000, where none is above"),
+        ({"channels": 2**14}, "its settings do not belong to its weights"),
+        ({"depths": [10**9, 1, 1, 1]}, "tells a model by the number 1000000000"),
     ):
         (folder / "config.json").write_text(json.dumps(tiny | fields))
         assert main(where) == 1 and told in capsys.readouterr().err

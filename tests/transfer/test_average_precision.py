@@ -12,6 +12,8 @@ from pycocotools.cocoeval import COCOeval
 
 from pretrain.transfer.average_precision import MEASURES, average_precision, truth_of
 from pretrain.transfer.coco import outline_of
+from pretrain.transfer.examples import Federation
+from pretrain.transfer.federated import federated_precision
 
 NAMES = {3: "cat", 7: "dog"}
 SIZES = {number: (100, 120) for number in (11, 12, 13)}
@@ -81,7 +83,7 @@ def test_the_interval_holds_the_precision_and_repeats() -> None:
     told = average_precision(truth, FOUND, "bbox")
     assert low < told["AP"] < high and told["interval"] == [low, high]
     exact = average_precision(truth, [{**one, "score": 1.0} for one in TRUTH if not one["iscrowd"]], "bbox")
-    assert exact["interval"] == [exact["AP"], exact["AP"]] == [pytest.approx(1), pytest.approx(1)]
+    assert exact["AP"] == pytest.approx(1) and exact["interval"] == pytest.approx([1, 1])
 
 
 def test_no_detections_are_no_precision() -> None:
@@ -96,3 +98,62 @@ def test_masks_are_small_or_large_by_their_own_area() -> None:
     found = [{**thing(12, 3, [0, 0, 100, 100]), **diagonal}, thing(11, 3, [0, 0, 100, 100], score=0.5)]
     told = average_precision(truth, found, "segm")
     assert (told["APl"], told["AP"]) == (pytest.approx(1), pytest.approx(0.5))
+
+
+def federation(negative: set[int] = frozenset(), not_exhaustive: set[int] = frozenset()) -> Federation:
+    """Of image 12 both sets; the other images say nothing."""
+    nothing = dict.fromkeys(SIZES, frozenset())
+    return Federation(
+        nothing | {12: frozenset(negative)},
+        nothing | {12: frozenset(not_exhaustive)},
+        {3: "r", 7: "f"},
+    )
+
+
+CAT = thing(11, 3, [10, 10, 20, 20])
+DOG = thing(12, 7, [0, 0, 100, 100])
+FOUND_CAT = {**CAT, "score": 0.5}
+WRONG_CAT = thing(12, 3, [10, 10, 20, 20], score=0.9)
+
+
+@pytest.mark.parametrize(
+    ("known", "precision"),
+    [
+        (federation(), 1.0),  # nothing is known of cats in image 12: its detection is not judged
+        (federation(negative={3}), 0.5),  # there is none: one of two detections is right
+        (federation(negative={3}, not_exhaustive={3}), 1.0),  # there may be one: the detection is passed over
+    ],
+)
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_hand_computed_precision_where_absent_categories_are_unknown(
+    known: Federation, precision: float, kind: str
+) -> None:
+    found = [FOUND_CAT, WRONG_CAT, {**DOG, "score": 0.1}]
+    told = federated_precision(truth_of(SIZES, [CAT, DOG], NAMES), known, found, kind)
+    assert (told["APr"], told["APf"], told["APc"]) == (pytest.approx(precision), pytest.approx(1), None)
+    assert told["AP"] == told["accuracy"] == pytest.approx((precision + 1) / 2)
+    assert (told["APs"], told["APm"], told["APl"]) == (pytest.approx(precision), None, pytest.approx(1))
+    assert told["by_category"] == {"cat": pytest.approx(precision), "dog": pytest.approx(1)}
+    low, high = told["interval"]
+    assert low <= told["AP"] <= high <= 1 and told["AR300"] == pytest.approx(1)
+    assert "LVIS" in told["measure"] and "LVIS" in told["metric"]
+
+
+def test_only_the_best_300_detections_of_an_image_are_judged() -> None:
+    """Of all categories together: 300 wrong dogs leave no room for the cat of a lower score."""
+    dogs = [thing(11, 7, [0, 80, 15, 15], score=0.9) for _ in range(300)]
+    known, truth = federation(), truth_of(SIZES, [CAT, DOG], NAMES)
+    assert federated_precision(truth, known, [*dogs, FOUND_CAT], "bbox")["APr"] == 0
+    assert federated_precision(truth, known, [*dogs[1:], FOUND_CAT], "bbox")["APr"] == pytest.approx(1)
+
+
+def test_on_exhaustive_annotations_without_crowds_lvis_judges_as_coco() -> None:
+    """Where everything is known of every image, the federated rules pass over nothing."""
+    truth = [one for one in TRUTH if not one["iscrowd"]]
+    every = dict.fromkeys(SIZES, frozenset(NAMES))
+    known = Federation(every, dict.fromkeys(SIZES, frozenset()), dict.fromkeys(NAMES, "c"))
+    told = federated_precision(truth_of(SIZES, truth, NAMES), known, FOUND, "segm")
+    as_coco = average_precision(truth_of(SIZES, truth, NAMES), FOUND, "segm")
+    for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "interval", "by_category"):
+        assert told[name] == pytest.approx(as_coco[name]), name
+    assert told["AR300"] == pytest.approx(as_coco["AR100"])

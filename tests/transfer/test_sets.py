@@ -152,14 +152,38 @@ def test_a_set_of_crowds_alone_is_refused(coco: Path) -> None:
         CocoSet(path, coco / "images", 0.0)
 
 
-def test_lvis_is_known_by_its_fields(coco: Path) -> None:
-    def edit(content: dict[str, Any]) -> None:
-        for image in content["images"]:
-            name = image.pop("file_name")
-            image |= {"coco_url": f"http://x/images/{name}", "neg_category_ids": []}
+def as_lvis(content: dict[str, Any]) -> None:
+    """The fields that LVIS has beyond COCO."""
+    for image in content["images"]:
+        name = image.pop("file_name")
+        image |= {"coco_url": f"http://x/images/{name}", "neg_category_ids": [20]}
+        image["not_exhaustive_category_ids"] = [10] if image["id"] == 1 else []
+    for category, frequency in zip(content["categories"], "rf", strict=True):
+        category["frequency"] = frequency
 
-    found = CocoSet(change(coco, edit), coco / "images", 0.0)
-    assert found.is_federated and found.example(3).image.shape == (3, 48, 64)
+
+def test_lvis_is_known_by_its_fields(coco: Path) -> None:
+    found = CocoSet(change(coco, as_lvis), coco / "images", 0.0)
+    assert found.example(3).image.shape == (3, 48, 64)
+    assert found.federation is not None
+    assert found.federation.negative == dict.fromkeys(range(1, 5), frozenset({20}))
+    assert found.federation.not_exhaustive == {1: {10}, 2: set(), 3: set(), 4: set()}
+    assert found.federation.frequency == {10: "r", 20: "f"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c["images"][2].pop("neg_category_ids"), "has neg_category_ids=None of image 3, a list of"),
+        (lambda c: c["categories"][1].pop("frequency"), "has frequency=None of category 20, one of"),
+    ],
+)
+def test_a_file_that_has_the_fields_of_lvis_in_part_is_refused(
+    edit: Callable[[dict[str, Any]], Any], message: str, coco: Path
+) -> None:
+    change(coco, as_lvis)
+    with pytest.raises(ValueError, match=message):
+        CocoSet(change(coco, edit), coco / "images", 0.0)
 
 
 def mask_places(root: Path) -> MaskPlaces:

@@ -17,8 +17,9 @@ from pretrain.transfer import training
 from pretrain.transfer.backbone import load_trunk
 from pretrain.transfer.examples import Drops
 from pretrain.transfer.places import Named, open_sets
+from pretrain.transfer.rates import Layered, rate
 from pretrain.transfer.recipes import RECIPES, Detect, Optimisation, recipe
-from pretrain.transfer.training import STATE, Layered, Machine, rate
+from pretrain.transfer.training import STATE, Machine
 from pretrain.transfer.work import TASKS, Work, transfer
 
 # pycocotools (https://github.com/ppwwyyxx/cocoapi) hands arrays to numpy in a way that is to end.
