@@ -179,7 +179,8 @@ def _examples(
         if isinstance(found, Example):
             yield found
         else:
-            bad.append(found)
+            reason, message = found  # a list, as the loader converts it
+            bad.append((reason, message))
             drops_of(bad).require_few("held-out images", len(heldout), machine.max_bad)
 
 
