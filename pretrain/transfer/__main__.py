@@ -34,6 +34,7 @@ TIMEOUT = timedelta(minutes=30)  # of a rank that the others wait for
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m pretrain.transfer", description=__doc__.split("\n")[0])
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by DeepSpeed's launcher
     tasks = parser.add_subparsers(dest="task", required=True)
     for task, recipes in RECIPES.items():
         of = tasks.add_parser(task, help=FORMATS[task])
@@ -51,7 +52,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         of.add_argument(
             "--max-bad", type=float, default=MAX_BAD, help="share that may be unusable (%(default)s)"
         )
-        of.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by DeepSpeed's launcher
         if task == "detect":
             of.add_argument("--images", type=Path, help="folder of the images that a .json file names")
     return parser.parse_args(arguments)

@@ -87,9 +87,7 @@ def transfer(
     bad: list[tuple[str, str]] = []  # reason and message
     found = _examples(heldout, machine, bad, f"{work.step.name} test")
     seen = on_every_rank(lambda: TESTS[task](model, work.recipe, heldout, found, machine.device))
-    test_drops = Drops()
-    for reason, message in from_every_rank(bad):
-        test_drops.add(reason, message)
+    test_drops = drops_of(from_every_rank(bad))
     test_drops.require_few("held-out images", len(heldout), machine.max_bad)
     parts = to_first_rank(seen)
     if parts is None:
@@ -181,7 +179,17 @@ def _examples(
         if isinstance(found, Example):
             yield found
         else:
-            bad.append(found)
+            reason, message = found  # a list, as the loader converts it
+            bad.append((reason, message))
+            drops_of(bad).require_few("held-out images", len(heldout), machine.max_bad)
+
+
+def drops_of(bad: list[tuple[str, str]]) -> Drops:
+    """Counts of what was left out; reasons and messages."""
+    drops = Drops()
+    for reason, message in bad:
+        drops.add(reason, message)
+    return drops
 
 
 def table(result: dict[str, Any]) -> str:

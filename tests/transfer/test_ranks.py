@@ -115,7 +115,7 @@ def scenarios(given: list[str] | None) -> None:
     told["odd"] = message(lambda: list(batches(Draws(10, int, 0), replace(TOY, batch=3), 0, 0)))
     kept = {name: gradients(run, shards, task, name) for task, name in LEARNT}
     command.run(arguments("segment", run, shards, folder / "segment"))
-    of_rank_0 = command.run(arguments("detect", run, coco, folder / "detect"))
+    of_rank_0 = command.run([*arguments("detect", run, coco, folder / "detect"), "--frozen"])
     told["has_result"] = of_rank_0 is not None
     (folder / f"rank{rank()}.json").write_text(json.dumps(told))
     torch.save({"gradients": kept, "detector": WEIGHTS}, folder / f"rank{rank()}.pt")
@@ -194,7 +194,7 @@ def test_two_ranks_train_and_test_as_one(
     assert all(torch.equal(w, kept[1]["detector"][key]) for key, w in kept[0]["detector"].items())
     shutil.copytree(tmp_path / "detect", tmp_path / "tested")
     (tmp_path / "tested" / RESULT).unlink()
-    alone = command.run(arguments("detect", run, coco, tmp_path / "tested"))
+    alone = command.run([*arguments("detect", run, coco, tmp_path / "tested"), "--frozen"])
     together = json.loads((tmp_path / "detect" / RESULT).read_text())
     for kind in ("box", "mask"):
         scores = [result["scores"][kind] for result in (alone, together)]
