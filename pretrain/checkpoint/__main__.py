@@ -82,7 +82,7 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def consolidate(options: argparse.Namespace) -> None:
-    """Writes the float32 weights and buffers of the newest checkpoint that PLACE means; ValueError if it is damaged."""
+    """Writes the float32 weights and buffers of the newest checkpoint of PLACE; ValueError where it is damaged."""
     if options.out is None or options.out.suffix != ".safetensors" or options.out.is_dir():
         raise ValueError(
             f"--out {options.out}: consolidate writes a file whose name ends in .safetensors, such as "
