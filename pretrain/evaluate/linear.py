@@ -9,6 +9,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from pretrain.evaluate.evidence import NotMeasured
+
 C = 0.1  # inverse L2 penalty on standardised features; fixed, so that no checkpoint is tuned more than another
 MAX_ITERATIONS = 2000  # of L-BFGS; it stops by its own tolerance long before
 
@@ -18,12 +20,11 @@ def linear_probe(
 ) -> Int[Tensor, " m"]:
     """Predicted categories of `heldout` by multinomial logistic regression on standardised training features.
 
-    Raises ValueError when the training images show fewer than two categories.
+    Raises NotMeasured when the training images show fewer than two categories.
     """
     if len(labels.unique()) < 2:
-        raise ValueError(
-            f"the training images show {len(labels.unique())} category, a linear probe needs two or more: "
-            "evaluate on other --data"
+        raise NotMeasured(
+            f"the training images show {len(labels.unique())} category, a linear probe needs two or more"
         )
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=MAX_ITERATIONS))
     probe.fit(train.double().numpy(), labels.numpy())
