@@ -8,6 +8,7 @@ Neither torch nor DeepSpeed is imported.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -108,6 +109,7 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
     if {"--help", "-h"} & set(arguments):
         show_help(parser, arguments)
     paths, overrides = parser.parse_known_args(arguments)
+    check_spelling(parser, overrides)
     run = override(recipes.load(paths.recipe), overrides)
     paths.data = match_sources(run, paths.data)
     if not paths.ds_config.is_file():
@@ -180,6 +182,14 @@ def override(run: Run, arguments: list[str], program: str = "pretrain/main.py") 
         args=arguments,
         use_underscores=True,
     )
+
+
+def check_spelling(parser: argparse.ArgumentParser, overrides: list[str]) -> None:
+    """ValueError for an option of `parser` with _ in place of -, as fields of the recipe are written."""
+    options = re.findall(r"--[a-z-]+", parser.format_usage())
+    for given in (argument.split("=")[0] for argument in overrides):
+        if given.startswith("--") and given not in options and (meant := given.replace("_", "-")) in options:
+            raise ValueError(f"{given} is unknown, did you mean {meant}?")
 
 
 def check_numbers(run: Run, arguments: list[str]) -> None:

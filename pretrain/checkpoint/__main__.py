@@ -82,14 +82,19 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def consolidate(options: argparse.Namespace) -> None:
-    """Writes the float32 weights and buffers of the newest whole checkpoint that PLACE means."""
-    if options.out is None:
-        raise ValueError("consolidate writes a file: name it by --out weights.safetensors")
+    """Writes the float32 weights and buffers of the newest checkpoint of PLACE; ValueError where it is damaged."""
+    if options.out is None or options.out.suffix != ".safetensors" or options.out.is_dir():
+        raise ValueError(
+            f"--out {options.out}: consolidate writes a file whose name ends in .safetensors, such as "
+            "weights.safetensors: name one"
+        )
     require_place("--out", options.out)
-    whole = [one for one in found_in(options.place) if store_at(one).problem(hashes=False) is None]
-    if not whole:
+    finished = [one for one in found_in(options.place) if intact.COMPLETE in store_at(one).sizes()]
+    if not finished:
         raise ValueError(f"{options.place} holds no whole checkpoint: see `ls`")
-    folder = whole[-1]
+    folder = finished[-1]  # an older one in its place would pass for it
+    if problem := store_at(folder).problem(hashes=False):
+        raise ValueError(f"{folder} cannot be used, since {problem}: see `ls` and name a whole one as PLACE")
     weights = WEIGHTS[options.of](folder)
     partial = options.out.with_name(f".tmp-{options.out.name}")
     origin = {

@@ -160,7 +160,7 @@ def _stages(measured: Measured, said: Sequence[str]) -> Html:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code. A mistake of the user's is told in one message."""
-    return exit_code(look, arguments)
+    return exit_code(look, arguments, "the page was not written")
 
 
 if __name__ == "__main__":

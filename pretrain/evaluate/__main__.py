@@ -31,7 +31,7 @@ from pretrain.evaluate.fine_tune_state import require_recipe
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, SLOW
 from pretrain.evaluate.protocols import Protocols, best_device, measure_subject
 from pretrain.evaluate.published import is_published
-from pretrain.evaluate.sets import SPLITS, read_manifests
+from pretrain.evaluate.sets import FOLDERS, SPLITS, read_manifests
 from pretrain.evaluate.shares import TIMEOUT
 from pretrain.evaluate.subjects import find_subjects
 from pretrain.evaluate.templates import AUTO, TEMPLATES
@@ -44,7 +44,9 @@ INTERRUPTED = "measured checkpoints are in the result, if any; the same command 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m pretrain.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="run, checkpoint, or exported model")
-    parser.add_argument("--data", type=Path, help="folder of the data sets train/ and heldout/")
+    parser.add_argument(
+        "--data", type=Path, help="folder of the data sets train/ and heldout/ (or val/, test/)"
+    )
     parser.add_argument("--train", type=Path, help="data set of the examples, in place of DATA/train")
     parser.add_argument("--heldout", type=Path, help="data set of the tests, in place of DATA/heldout")
     parser.add_argument(
@@ -177,10 +179,11 @@ def split_folders(data: Path | None, train: Path | None, heldout: Path | None) -
             raise ValueError(
                 f"no {split} data set is named: give --data DIR with train/ and heldout/, or --{split}"
             )
-        named[split] = named[split] or data / split
+        named[split] = named[split] or found_in(data, split)
         if not named[split].is_dir():
+            also = f" (nor is one of {', '.join(FOLDERS[split][1:])})" if split == "heldout" else ""
             raise FileNotFoundError(
-                f"{named[split]} is no folder: `python -m data_prep build` writes train/ and heldout/, "
+                f"{named[split]} is no folder{also}: `python -m data_prep build` writes train/ and heldout/, "
                 f"or name a data set by --{split}"
             )
     if named["train"].resolve() == named["heldout"].resolve():
@@ -189,6 +192,12 @@ def split_folders(data: Path | None, train: Path | None, heldout: Path | None) -
             "nothing; name two data sets"
         )
     return named
+
+
+def found_in(data: Path, split: str) -> Path:
+    """The first of the folders that may be called so; the expected one where there is none."""
+    folders = [data / name for name in FOLDERS[split]]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,6 +20,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm import tqdm
 
+from pretrain.evaluate.evidence import NotMeasured
+
 C = 0.1  # inverse L2 penalty on standardised features; fixed, so that no checkpoint is tuned more than another
 MAX_ITERATIONS = 2000  # of L-BFGS; it stops by its own tolerance long before
 MOST_VALUES = 2**22  # images x width that scikit-learn is given: 5,461 images of 768 numbers
@@ -42,12 +44,11 @@ def linear_probe(
 ) -> Int[Tensor, " m"]:
     """Predicted categories of `heldout` by multinomial logistic regression on standardised training features.
 
-    `device` is that of large sets. Raises ValueError when the training images show fewer than two categories.
+    `device` is that of large sets. Raises NotMeasured when the training images show fewer than two categories.
     """
     if len(labels.unique()) < 2:
-        raise ValueError(
-            f"the training images show {len(labels.unique())} category, a linear probe needs two or more: "
-            "evaluate on other --data"
+        raise NotMeasured(
+            f"the training images show {len(labels.unique())} category, a linear probe needs two or more"
         )
     if solver_of(train) == SOLVERS[1]:
         return Large(train, labels, device).fit().predict(heldout)

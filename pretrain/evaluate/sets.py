@@ -12,7 +12,11 @@ from data_prep.schema import MANIFEST_NAME, Manifest
 from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
 
-SPLITS = ("train", "heldout")
+FOLDERS = {
+    "train": ("train",),
+    "heldout": ("heldout", "val", "validation", "test"),
+}  # the first that is there
+SPLITS = tuple(FOLDERS)
 # Suffix of a file -> name of the image in a sample.
 SUFFIXES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 

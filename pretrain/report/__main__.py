@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.schema import write_atomic
+from pretrain.command import exit_code, require_place
 from pretrain.named_folders import named_folders
 from pretrain.report.page import Settings, heldout_folder, page
 from pretrain.report.record import read_record
@@ -40,7 +41,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Writes the page, whole or not at all, and returns its path.
 
-    FileNotFoundError and ValueError name value, rule and remedy.
+    FileNotFoundError and ValueError name value, rule and remedy, before anything is drawn.
     """
     options = parse(arguments)
     if options.candidates < 1:
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file, such as {out / 'report.html'}")
     record = read_record(options.run, named_folders("--data", options.data), options.tokenizer)
+    require_place("--out", out)
     heldout = heldout_folder(record, options.heldout)
     text = page(
         record,
@@ -59,14 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         Settings(candidates=options.candidates),
         lambda part: print(f"drawing: {part}", flush=True),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, text.encode("utf-8"))
     print(f"written to {out} ({out.stat().st_size / 2**20:.1f} MiB)")
     return out
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code(main))

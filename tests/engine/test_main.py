@@ -62,6 +62,7 @@ def test_overrides_are_typed_and_nested() -> None:
         ),
         (["--out", "README.md"], "--out README.md is a file: name a folder"),
         (["--data", "labelled=tests"], "recipe m3i.demo has the sources ['captioned', 'labelled']: give"),
+        (["--ds_config", "no.json"], "--ds_config is unknown, did you mean --ds-config?"),
         (["--ds-config", "no.json"], "--ds-config no.json is no file; choose one of"),
         (["--workers", "-1"], "--workers -1 must not be negative"),
         (["--evaluate-every", "5"], "--evaluate-every 5 with --evaluate-data None: give a positive number"),

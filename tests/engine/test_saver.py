@@ -307,6 +307,13 @@ def test_the_command_lists_verifies_and_makes_one_file(
     assert main(["verify", str(tmp_path)]) == 1
     assert "student/rank_00000.safetensors has changed since it was written" in capsys.readouterr().err
     assert main(["ls", str(tmp_path / "nowhere")]) == 1
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    file.write_text("mine")
+    assert main(["consolidate", str(tmp_path), "--out", str(file)]) == 1
+    assert "step_000040 cannot be used, since student/rank_00000.safetensors" in capsys.readouterr().err
+    assert main(["consolidate", str(tmp_path), "--out", str(tmp_path / "run.json")]) == 1
+    assert "run.json: consolidate writes a file whose name ends in .safetensors" in capsys.readouterr().err
+    assert file.read_text() == "mine" and not (tmp_path / "run.json").exists()
 
 
 def test_weights_are_read_in_inference_mode_too(engine: Untrained, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pretrain.checkpoint import load_towers
 from pretrain.data.decode import decode_image
 from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
-from pretrain.evaluate.__main__ import evaluate, main
+from pretrain.evaluate.__main__ import evaluate, main, split_folders
 from pretrain.evaluate.features import Pictures, extract, readable
 from pretrain.evaluate.probes import DEFAULT, PROBES
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
@@ -260,6 +260,14 @@ def test_a_result_of_other_rows_or_data_is_kept(tmp_path: Path) -> None:
     assert set_aside(out, ["last"], ["knn"], data) is None
     kept.rename(out)
     assert set_aside(out, *same, {"heldout": {"folder": "drawings"}}) == kept
+
+
+def test_heldout_images_may_lie_in_val(tmp_path: Path) -> None:
+    for name in ("train", "test", "val"):
+        (tmp_path / name).mkdir()
+    assert split_folders(tmp_path, None, None)["heldout"] == tmp_path / "val"
+    (tmp_path / "heldout").mkdir()
+    assert split_folders(tmp_path, None, None)["heldout"] == tmp_path / "heldout"
 
 
 @pytest.mark.parametrize("text", ["notes", "[1]", '{"name": "a run"}', '{"checkpoints": {"last": 3}}'])

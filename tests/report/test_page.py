@@ -167,6 +167,8 @@ def test_bad_input_names_the_remedy(run_folder: Path, tmp_path: Path) -> None:
         main([str(run_folder), "--data", "scenes"])
     with pytest.raises(ValueError, match="use these names"):
         main([str(run_folder), "--data", f"nobody={tmp_path}"])
+    with pytest.raises(ValueError, match=r"--out /proc/report\.html cannot be written"):
+        main([str(run_folder), "--out", "/proc/report.html"])
     with pytest.raises(FileNotFoundError, match="leave the option out"):
         main([str(run_folder), "--heldout", str(tmp_path / "nowhere")])
     broken = tmp_path / "broken"
