@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -187,16 +188,17 @@ class Loader:
     def samples(self, positions: Sequence[int]) -> list[dict[str, object]]:
         """Where the samples at these positions of the run's order lie: source, shard, index and key there.
 
-        Of one that cannot be read the key is None; another one of its source stood in for it.
+        The key is None of one that cannot be read, for which another one of its source stood in, and of one whose
+        shard is not on this machine: no store is asked, which might fail.
         """
         found = []
         for position in positions:
             pick = self._steps.pick(position)
             source = self._steps.sources.opened[pick.source]
-            try:
-                key, _ = source.shards.read(pick.shard, pick.index)
-            except BadSample:
-                key = None
+            key = None
+            with suppress(BadSample):
+                if source.shards.is_here(pick.shard):
+                    key, _ = source.shards.read(pick.shard, pick.index)
             shard = source.shards.manifest.shards[pick.shard].name
             place = {"source": source.name, "shard": shard, "index": pick.index, "key": key}
             found.append({"position": position, **place})
