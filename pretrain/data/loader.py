@@ -13,7 +13,7 @@ from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.device import finish
 from pretrain.data.drops import Drops
-from pretrain.data.faults import WHOLE_SHARD, BadSample, Dropped
+from pretrain.data.faults import WHOLE_SHARD, BadSample, DataError, Dropped
 from pretrain.data.left_out import after_kept, next_kept
 from pretrain.data.remote import Place
 from pretrain.data.shards import ShardFolder
@@ -196,7 +196,7 @@ class Loader:
             pick = self._steps.pick(position)
             source = self._steps.sources.opened[pick.source]
             key = None
-            with suppress(BadSample):
+            with suppress(BadSample, DataError):
                 if source.shards.is_here(pick.shard):
                     key, _ = source.shards.read(pick.shard, pick.index)
             shard = source.shards.manifest.shards[pick.shard].name
