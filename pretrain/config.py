@@ -122,7 +122,7 @@ class Mixing:
     temperature: float = (
         1.0  # shares to the power of 1 / temperature (arXiv 1907.05019): above 1 evens them out
     )
-    pairs: Literal["any", "same", "other"] = "any"  # sources of the two images of a mixed input
+    pairs: Literal["any", "same", "other"] = "any"  # sources of an input's images; "same": shares to one pair
     window: int = 32  # shards whose samples are shuffled together: locality of reading against mixing
 
     def __post_init__(self) -> None:

@@ -188,8 +188,8 @@ class Loader:
     def samples(self, positions: Sequence[int]) -> list[dict[str, object]]:
         """Where the samples at these positions of the run's order lie: source, shard, index and key there.
 
-        The key is None of one that cannot be read, for which another one of its source stood in, and of one that only
-        a store has: no store is asked.
+        The key is None of one that cannot be read, for which another one of its source stood in, and of one whose
+        shard is not on this machine: no store is asked, which might fail.
         """
         found = []
         for position in positions:

@@ -29,8 +29,8 @@ class Order:
     """(seed, position) -> Pick, for weighted sources; it keeps nothing but caches.
 
     Each source delivers each of its samples exactly once an epoch. Shares of the sources are those of `shares`
-    to one sample in any 1,000 positions (to one pair where pairs are of one source). Any process computes the
-    same order. Raises ValueError as `source_cycle`.
+    to less than one sample in any 1,000 positions; with mixing.pairs="same" the pair is the unit, and it is less than
+    one pair, that is two samples. Any process computes the same order. Raises ValueError as `source_cycle`.
     """
 
     def __init__(

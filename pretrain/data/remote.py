@@ -75,11 +75,8 @@ class RemoteFolder:
         self._closed = threading.Event()
 
     def __getstate__(self) -> dict[str, object]:
-        return {
-            "url": self.url,
-            "cache": self.cache,
-            "folder": self.folder,
-        }  # a worker makes its own connections
+        # A worker makes its own connections.
+        return {"url": self.url, "cache": self.cache, "folder": self.folder}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -127,6 +124,10 @@ class RemoteFolder:
         """Bytes by name of everything beside the manifest, None where the store does not tell."""
         listed = self._patiently("", lambda fs, path: fs.ls(path, detail=True))
         return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in listed}
+
+    def holds(self, shard: Shard) -> bool:
+        """Is there a copy of a shard?"""
+        return self.cache.path_of(shard).exists()
 
     def open(self, shard: Shard) -> tuple[int, Path]:
         """Descriptor and path of the copy of a shard, which is made if there is none.

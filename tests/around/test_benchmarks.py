@@ -1,19 +1,25 @@
-"""Do the benchmarks that need a GPU count and call what they claim? What of them can be known without one."""
+"""Does every benchmark start, and count and call what it claims? What of it can be known here and in seconds."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
+import json
+import multiprocessing
 import sys
+import warnings
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import block_memory, dcnv3_gpu, internimage_h_gpu, transfer
+from benchmarks import block_memory, dcnv3_gpu, internimage_h_gpu, loader_scale, transfer
 from pretrain.kernels.dcnv3 import dcnv3
 from pretrain.models.internimage_block import Block
 from pretrain.models.internimage_config import INTERNIMAGE
+from tests.paths import ROOT
 
 from torch._subclasses.fake_tensor import FakeTensorMode  # isort: skip
 
@@ -92,3 +98,36 @@ def test_a_claim_names_what_it_does_not_hold_for() -> None:
     told = transfer.claim(found, [0, 1])
     assert "in 1 of 2 protocols" in told and "seeds 0, 1" in told
     assert told.endswith("not in: zero-shot by class names")
+
+
+def _start_all(names: list[str]) -> None:
+    """Imports the scripts and lets each that has options tell them."""
+    warnings.resetwarnings()
+    for name in names:
+        print("starting", name, flush=True)
+        module = importlib.import_module(f"benchmarks.{name}")
+        if hasattr(module, "main") and hasattr(module, "argparse"):
+            sys.argv = [name, "--help"]
+            with pytest.raises(SystemExit, match="0"):
+                module.main()
+
+
+def test_every_benchmark_starts() -> None:
+    """All of them in one process, a fork of this one, which has imported torch."""
+    scripts = sorted((ROOT / "benchmarks").glob("*.py"))
+    names = [path.stem for path in scripts if "__main__" in path.read_text()]
+    assert {"loader", "loader_scale", "shard_builder"} <= set(names)
+    process = multiprocessing.get_context("fork").Process(target=_start_all, args=(names,))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+        process.start()
+    process.join(240)
+    assert process.exitcode == 0, "the last that is told to be starting does not"
+
+
+def test_the_scale_of_the_loader_is_measured_on_few_shards_as_on_many(tmp_path: Path) -> None:
+    loader_scale.write_set(tmp_path, 8, 3)
+    found = loader_scale.start(tmp_path)
+    kept = json.loads((ROOT / "benchmarks/results/loader_scale.json").read_text())
+    assert found.keys() == kept["medians"].keys()
+    assert all(number > 0 for name, number in found.items() if name.endswith("seconds"))

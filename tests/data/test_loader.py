@@ -78,7 +78,8 @@ SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
         temperature=st.sampled_from([1.0, 3.0]),
         pairs=st.sampled_from(["any", "same"]),
         window=st.integers(1, 3),
-    ),
+    )
+    | st.builds(Mixing, pairs=st.just("other"), window=st.integers(1, 3)),
     stop=st.integers(0, 3),
 )
 def test_another_number_of_ranks_and_workers_goes_on_with_the_same_sequence(
@@ -98,6 +99,8 @@ def test_another_number_of_ranks_and_workers_goes_on_with_the_same_sequence(
         "talk": good_set(root / "talk", sizes[1], has_category=False),
     }
     tokenizer = folders["talk"] / "tokenizer"
+    if mixing.pairs == "other":  # of two sources, which must give half each
+        weights = (1.0, 1.0)
     data = {"names": Source("category", weights[0]), "talk": Source("text", weights[1])}
     run = small_run(batch=2 * worlds[0] * worlds[1], mixing=mixing, data=data)
     straight = batches(run, drawn, 4, tokenizer=tokenizer)

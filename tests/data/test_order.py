@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import Mixing
-from pretrain.data.order import CYCLE, Order, SourceOrder, permutation, shares, source_cycle
+from pretrain.data.order import CYCLE, PAIR, Order, SourceOrder, permutation, shares, source_cycle
 
 WINDOW = Mixing().window
 
@@ -74,6 +74,7 @@ def test_any_thousand_positions_hold_the_shares_to_one_sample(weights: tuple[flo
     ),
     by=st.sampled_from(["weight", "size"]),
     temperature=st.floats(0.5, 9),
+    pairs=st.sampled_from(["any", "same", "other"]),
     window=st.integers(1, 12),
     seed=st.integers(0, 2**40),
     start=st.integers(0, 5 * CYCLE),
@@ -82,21 +83,27 @@ def test_any_thousand_positions_of_any_mixture(
     sources: list[tuple[float, list[int]]],
     by: str,
     temperature: float,
+    pairs: str,
     window: int,
     seed: int,
     start: int,
 ) -> None:
-    """Shares to one sample, and every source in whole epochs: what a pass has begun comes before the next one."""
+    """Shares to one sample or pair, and every source in whole epochs: what a pass has begun comes before the next."""
     weights, sizes = [weight for weight, _ in sources], [of_source for _, of_source in sources]
-    mixing = Mixing(by=by, temperature=temperature, window=window)
+    mixing = Mixing(by=by, temperature=temperature, pairs=pairs, window=window)
+    unit = PAIR if pairs == "same" else 1
     try:
         order = Order(seed, weights, sizes, mixing)
     except ValueError:
-        assert min(shares(weights, [sum(one) for one in sizes], mixing)) < 1 / CYCLE
+        wanted = shares(weights, [sum(one) for one in sizes], mixing)
+        assert min(wanted) < unit / CYCLE or (pairs == "other" and max(wanted) > 1 / PAIR)
         return
     picks = [order[position] for position in range(start, start + CYCLE)]
     counts = np.bincount([pick.source for pick in picks], minlength=len(sources))
-    assert np.abs(counts - CYCLE * np.array(order.shares)).max() <= 1
+    assert np.abs(counts - CYCLE * np.array(order.shares)).max() < unit + 1e-9
+    pair = order.slots.reshape(-1, PAIR)
+    is_same = pair[:, 0] == pair[:, 1]
+    assert {"any": True, "same": is_same.all(), "other": not is_same.any()}[pairs]
     for source, of_source in enumerate(sizes):
         mine = [pick for pick in picks if pick.source == source]
         assert [pick.epoch for pick in mine] == sorted(pick.epoch for pick in mine)

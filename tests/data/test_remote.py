@@ -297,6 +297,21 @@ def test_a_request_that_is_never_answered_is_asked_again(
     opened.close()
 
 
+def test_where_samples_lie_is_told_without_asking_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"file://{good_set(tmp_path / 'names', (6, 6))}"
+    loader = Loader(small_run(data={"names": Source("category")}), {"names": url}, None, rank=0, world=1)
+    positions = next(loader).position.tolist()
+    told = loader.samples(positions)
+    assert all(one["key"] for one in told)
+    for path in (cache_folder() / "shards").glob("*.tar"):
+        path.unlink()  # to make room
+    monkeypatch.setattr(RemoteFolder, "_connect", lambda self: pytest.fail("the store was asked"))
+    assert loader.samples(positions) == [{**one, "key": None} for one in told]
+    loader.close()
+
+
 def test_a_store_on_the_web_that_tells_no_sizes_serves(tmp_path: Path) -> None:
     folder = good_set(tmp_path / "names", (3, 4))
 

@@ -1,0 +1,56 @@
+"""Are the README's figures of the loader those that were measured?"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tests.paths import ROOT
+
+README = " ".join((ROOT / "README.md").read_text().split())
+
+
+def measured(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def three_digits(number: float) -> str:
+    return f"{float(f'{number:.3g}'):,.0f}"
+
+
+def test_the_loaders_rates_are_those_that_were_measured() -> None:
+    kept, peers = measured("loader"), measured("loader_peers")["times"]
+    large, small = (kept["samples_a_second"][size] for size in ("500 x 375", "340 x 256"))
+
+    def row(name: str, key: str, *notes: str) -> str:
+        told = zip((large, small), notes or ("", ""), strict=True)
+        return f"| {name} | " + " | ".join(three_digits(found[key]) + note for found, note in told) + " |"
+
+    times = [f"{found['times webdataset, read']:.1f} times webdataset" for found in (large, small)]
+    others = f", {peers['energon']['read']:.0f} times Energon, {peers['grain']['read']:.1f} times Grain"
+    views = [f"{found['times webdataset, views']:.1f} times" for found in (large, small)]
+    rows = [
+        row("read, without decoding", "read", f": {times[0]}", f": {times[1]}{others}"),
+        row(
+            "read, decode, two views",
+            "views",
+            f": {views[0]} webdataset with torchvision on Pillow",
+            f": {views[1]}",
+        ),
+        row("the same, colours left to the GPU", "views, colours on the device"),
+        row("the same, all left to the GPU", "views, all on the device"),
+    ]
+    for line in rows:
+        assert line in README
+    assert f"an AMD EPYC shared with others, {kept['date'][:10]}" in README
+
+
+def test_the_start_on_many_shards_is_the_one_that_was_measured() -> None:
+    kept = measured("loader_scale")
+    found = kept["medians"]
+    assert (
+        f"A start on {kept['shards']:,} shards of {kept['samples_a_shard']:,} samples takes "
+        f"{found['start_cpu_seconds']:.1f} CPU seconds and {found['mebibytes_taken']:.0f} MiB beside the imports' "
+        f"{three_digits(found['mebibytes_before'])}, the next position {1e6 * found['position_seconds']:.1f} "
+        f"microseconds, the first of a window {1e3 * found['position_in_a_new_window_seconds']:.0f} ms"
+    ) in README
