@@ -31,6 +31,7 @@ from pretrain.evaluate.fine_tune_state import require_recipe
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, SLOW
 from pretrain.evaluate.protocols import Protocols, best_device, measure_subject
 from pretrain.evaluate.published import is_published
+from pretrain.evaluate.retrieval import MOST_IMAGES
 from pretrain.evaluate.sets import SPLITS, read_manifests
 from pretrain.evaluate.shares import TIMEOUT
 from pretrain.evaluate.subjects import find_subjects
@@ -87,6 +88,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--templates",
         default=AUTO,
         help=f"sentences of zero-shot classification: {', '.join(TEMPLATES)} ({AUTO}: ImageNet's for its classes)",
+    )
+    parser.add_argument(
+        "--retrieval-images",
+        type=int,
+        default=MOST_IMAGES,
+        metavar="N",
+        help="held-out images that compete in retrieval, the first with captions, with all of these (%(default)s)",
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images (0: this one)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by DeepSpeed's launcher
@@ -152,6 +160,7 @@ def protocols_of(options: argparse.Namespace) -> Protocols:
         probes=probes,
         ks=numbers_of(options.k),
         templates=options.templates,
+        retrieval_images=options.retrieval_images,
         fine_tune=tuned,
         fine_tune_shares=SHARES if tuned is not None and options.few_shot else (),
         workers=options.workers,
