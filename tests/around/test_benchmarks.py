@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import json
 import sys
 from types import ModuleType
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import block_memory, dcnv3_gpu, internimage_h_gpu, transfer
+from benchmarks.record import RESULTS
 from pretrain.kernels.dcnv3 import dcnv3
 from pretrain.models.internimage_block import Block
 from pretrain.models.internimage_config import INTERNIMAGE
@@ -92,3 +94,10 @@ def test_a_claim_names_what_it_does_not_hold_for() -> None:
     told = transfer.claim(found, [0, 1])
     assert "in 1 of 2 protocols" in told and "seeds 0, 1" in told
     assert told.endswith("not in: zero-shot by class names")
+
+
+def test_the_table_of_transfer_is_that_of_its_record() -> None:
+    record = json.loads((RESULTS / "transfer.json").read_text())
+    told = transfer.table(transfer.summary(record["runs"]), len(record["runs"]))
+    assert (RESULTS / "transfer.md").read_text() == told
+    assert "| image to caption, R@1 | 1,000 |" in told  # of how many, which recall depends on
