@@ -29,7 +29,6 @@ from pretrain.evaluate.fine_tune_recipes import RECIPES
 from pretrain.evaluate.probes import ALL, TITLES
 from pretrain.evaluate.protocols import Protocols, best_device, evaluate_checkpoint
 
-
 RETRIEVAL_IMAGES = 1000  # that compete, as many as Flickr30k tests with; others give another recall
 
 

@@ -116,6 +116,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     folders = split_folders(options.data, options.train, options.heldout)
     manifests = read_manifests(folders)
     device = best_device()
+    if device.type == "cuda":  # collective calls and random states mean this one
+        torch.cuda.set_device(device)
     if protocols.fine_tune is not None:
         protocols = replace(protocols, states=out.with_name(f"{out.stem}.fine_tuning"))
         recipe = json.loads(json.dumps(asdict(protocols.fine_tune)))
