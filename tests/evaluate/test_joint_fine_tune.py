@@ -28,7 +28,7 @@ from pretrain.collectives import rank
 from pretrain.data.faults import DataError
 from pretrain.evaluate import checkpoints, fine_tune_order, fine_tune_state
 from pretrain.evaluate import fine_tune as tuning
-from pretrain.evaluate.fine_tune import UNREAD, fine_tune, predict
+from pretrain.evaluate.fine_tune import UNREAD, Classifier, fine_tune, predict
 from pretrain.evaluate.fine_tune_order import Examples, own_pairs
 from pretrain.evaluate.fine_tune_recipes import FineTune
 from pretrain.evaluate.shares import by_first_rank
@@ -134,6 +134,29 @@ def test_a_state_of_another_training_is_refused(step: Path, data: Path, tmp_path
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"is no sound state of a fine-tuning .*delete it"):
         tuned(step, data, state)
+
+
+def test_an_encoder_that_does_not_bear_bfloat16_is_told(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _, towers = load_towers(step)
+    model = Classifier(towers.encoder, 4)
+    assert tuning.obstacle_to_bfloat16(model, run.views.size, CPU) == ""
+    assert all(parameter.grad is None for parameter in model.parameters())
+    forward = model.encoder.forward
+
+    def failing(images: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("expected one dtype\nof all")
+        return forward(images)
+
+    def doubled(images: Tensor) -> Tensor:
+        return (1 + torch.is_autocast_enabled("cpu")) * forward(images)
+
+    for changed, told in (
+        (failing, "the encoder fails (RuntimeError: expected one dtype)"),
+        (doubled, "% apart"),
+    ):
+        monkeypatch.setattr(model.encoder, "forward", changed)
+        assert told in tuning.obstacle_to_bfloat16(model, run.views.size, CPU)
 
 
 def test_pairs_of_a_batch_are_shared_whole(monkeypatch: pytest.MonkeyPatch) -> None:
