@@ -29,6 +29,8 @@ from pretrain.evaluate.fine_tune_recipes import RECIPES
 from pretrain.evaluate.probes import ALL, TITLES
 from pretrain.evaluate.protocols import Protocols, best_device, evaluate_checkpoint
 
+RETRIEVAL_IMAGES = 1000  # that compete, as many as Flickr30k tests with; others give another recall
+
 
 def summary(runs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """By protocol: chance, mean and deviation over the runs before and after, and whether every run gains clearly."""
@@ -39,6 +41,7 @@ def summary(runs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
             continue
         before, after = ([row["accuracy"] for row in rows] for rows in zip(*pairs, strict=True))
         found[name] = {
+            "n": pairs[0][1]["n"],
             "chance": pairs[0][1]["chance"],
             "before": [mean(before), stdev(before) if len(before) > 1 else 0.0],
             "after": [mean(after), stdev(after) if len(after) > 1 else 0.0],
@@ -49,16 +52,17 @@ def summary(runs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
 
 def table(found: dict[str, dict[str, Any]], num_runs: int) -> str:
     lines = [
-        f"Held-out scenes, % (mean and standard deviation of {num_runs} runs); clear: in every run the 95 % interval",
-        "after lies above that before.",
+        f"Held-out scenes, % (mean and standard deviation of {num_runs} runs); n: images or captions",
+        "that are judged; clear: in every run the 95 % interval after lies above that before.",
         "",
-        "| protocol | chance | untrained | pre-trained | clear |",
-        "|---|---|---|---|---|",
+        "| protocol | n | chance | untrained | pre-trained | clear |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in found.items():
         cells = [f"{100 * m:.1f} ± {100 * d:.1f}" for m, d in (row["before"], row["after"])]
         clear = "yes" if row["is_clear"] else "no"
-        lines.append(f"| {TITLES[name]} | {100 * row['chance']:.1f} | {cells[0]} | {cells[1]} | {clear} |")
+        counted = f"{row['n']:,} | {100 * row['chance']:.1f}"
+        lines.append(f"| {TITLES[name]} | {counted} | {cells[0]} | {cells[1]} | {clear} |")
     return "\n".join(lines) + "\n"
 
 
@@ -77,7 +81,8 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path, required=True, help="data set that tests them")
     parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning (%(default)s)")
     options = parser.parse_args()
-    protocols = Protocols(probes=(ALL,), fine_tune=replace(RECIPES["small"], epochs=options.epochs))
+    tuned = replace(RECIPES["small"], epochs=options.epochs)
+    protocols = Protocols(probes=(ALL,), fine_tune=tuned, retrieval_images=RETRIEVAL_IMAGES)
     runs = []
     for folder in options.runs:
         rows = {

@@ -129,10 +129,6 @@ class ShardFolder:
         if self._remote is not None:
             self._remote.keep_ahead()
 
-    def is_here(self, shard: int) -> bool:
-        """Can a shard be read without asking a store?"""
-        return self._remote is None or self._remote.holds(self.manifest.shards[shard])
-
     def locate(self, index: int) -> tuple[int, int]:
         """Shard number and index inside the shard of sample `index`."""
         if not 0 <= index < len(self):

@@ -31,6 +31,7 @@ from pretrain.evaluate.fine_tune_state import require_recipe
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, SLOW
 from pretrain.evaluate.protocols import Protocols, best_device, measure_subject
 from pretrain.evaluate.published import is_published
+from pretrain.evaluate.retrieval import MOST_IMAGES
 from pretrain.evaluate.sets import FOLDERS, SPLITS, read_manifests
 from pretrain.evaluate.shares import TIMEOUT
 from pretrain.evaluate.subjects import find_subjects
@@ -90,6 +91,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=AUTO,
         help=f"sentences of zero-shot classification: {', '.join(TEMPLATES)} ({AUTO}: ImageNet's for its classes)",
     )
+    parser.add_argument(
+        "--retrieval-images",
+        type=int,
+        default=MOST_IMAGES,
+        metavar="N",
+        help="held-out images that compete in retrieval, the first with captions, with all of these (%(default)s)",
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images (0: this one)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by DeepSpeed's launcher
     return parser.parse_args(arguments)
@@ -111,6 +119,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     folders = split_folders(options.data, options.train, options.heldout)
     manifests = read_manifests(folders)
     device = best_device()
+    if device.type == "cuda":  # collective calls and random states mean this one
+        torch.cuda.set_device(device)
     if protocols.fine_tune is not None:
         protocols = replace(protocols, states=out.with_name(f"{out.stem}.fine_tuning"))
         recipe = json.loads(json.dumps(asdict(protocols.fine_tune)))
@@ -157,6 +167,7 @@ def protocols_of(options: argparse.Namespace) -> Protocols:
         probes=probes,
         ks=numbers_of(options.k),
         templates=options.templates,
+        retrieval_images=options.retrieval_images,
         fine_tune=tuned,
         fine_tune_shares=SHARES if tuned is not None and options.few_shot else (),
         workers=options.workers,

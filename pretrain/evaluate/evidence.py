@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.evaluate import zero_shot
 from pretrain.evaluate.features import Features
+from pretrain.evaluate.retrieval import MOST_IMAGES
 from pretrain.evaluate.templates import AUTO
 from pretrain.facts import DataFacts
 
@@ -36,6 +37,8 @@ class Evidence:
     embed: zero_shot.EmbedTexts  # the run's text tower
     templates: str = AUTO  # of zero-shot classification
     device: torch.device = CPU  # of probes that are trained step by step
+    retrieval_images: int = MOST_IMAGES  # at most, that compete
+    kept: dict[str, Any] = field(default_factory=dict)  # what one probe leaves for another
 
 
 @dataclass(frozen=True)

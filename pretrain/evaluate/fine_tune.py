@@ -8,7 +8,6 @@ import math
 import random
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from pretrain.models.pixels import normalise
 from pretrain.optim import warm_cosine
 
 LOOKED_AT = 10  # steps between two looks at the clock
+FAR = 0.1  # relative distance of features in bfloat16 from those in float32; 0.02 is usual
 UNREAD = -1  # category of an image that could not be read
 
 
@@ -119,6 +119,7 @@ def fine_tune(
     begun, total = fine_tune_state.load(state, told, model, optimizer)
     losses = torch.tensor(total if rank() == 0 else 0.0, device=device)
     augment = _Augment(run, settings, num_categories, device)
+    precision = _precision(model, run.views.size, device)
     trained = _joint(model, device)
     reader = Reader(Pictures(train.folder, run.views.size), run.max_bad)
     saved = time.monotonic()
@@ -131,7 +132,7 @@ def fine_tune(
                 group["lr"] = rate * group["lr_scale"]
             images, targets = augment(shown, step, step // an_epoch)
             reseed(settings.seed, step, rank())  # of branches that are dropped
-            with _precision(device):
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 logits = trained(images)
             of_each = F.cross_entropy(logits.float(), targets, reduction="none")
             # The ranks' gradients are averaged: this makes them those of the mean over the batch of all.
@@ -194,10 +195,38 @@ def reseed(*numbers: int) -> None:
     torch.manual_seed(seed)
 
 
-def _precision(device: torch.device) -> Any:
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", torch.bfloat16)
-    return nullcontext()
+def _precision(model: Classifier, size: int, device: torch.device) -> torch.dtype:
+    """Of the passes: bfloat16 on GPUs that have it, where the encoder bears it; otherwise float32, which is told."""
+    if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32
+    obstacle = obstacle_to_bfloat16(model, size, device)
+    if obstacles := from_every_rank([obstacle] if obstacle else []):
+        if rank() == 0:
+            print(f"fine-tuning runs in float32, since under autocast to bfloat16 {obstacles[0]}")
+        return torch.float32
+    return torch.bfloat16
+
+
+def obstacle_to_bfloat16(model: Classifier, size: int, device: torch.device) -> str:
+    """Why the encoder cannot be trained under autocast, judged by one pass of two images; empty where it can.
+
+    Kernels of its own may want numbers of one kind, where autocast mixes them.
+    """
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    model.eval()
+    with torch.no_grad():
+        expected = model.encoder(images).mean(dim=1)
+    try:
+        with torch.autocast(device.type, torch.bfloat16):
+            found = model.encoder(images).mean(dim=1).float()
+        found.sum().backward()
+    except Exception as error:  # of any kernel
+        return f"the encoder fails ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train()
+    apart = float((found - expected).detach().norm() / expected.norm())
+    return "" if apart < FAR else f"its features are {100 * apart:.0f} % apart"
 
 
 def _joint(model: Classifier, device: torch.device) -> nn.Module:

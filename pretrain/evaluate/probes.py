@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from pretrain.evaluate import dense, few_shot, knn, linear, probing, retrieval, zero_shot
@@ -91,28 +92,42 @@ def _classifier(evidence: Evidence) -> Outcome:
 
 def _retrieval(evidence: Evidence, query: str) -> Outcome:
     """Recall among the first held-out images with captions, from images to captions or back."""
-    encode = _encoder(evidence)
-    rows = [row for row, captions in enumerate(evidence.heldout.captions) if captions]
-    rows = rows[: retrieval.MAX_IMAGES]
-    if len(rows) < 2:
-        raise NotMeasured("the held-out images have no captions")
-    owned = [evidence.heldout.captions[row] for row in rows]
-    captions = [text for texts in owned for text in texts]
-    images = evidence.heldout.projected[rows]
-    texts = zero_shot.embed_captions(captions, encode, evidence.embed)
+    owned, images, texts = _captioned(evidence)
     is_match = retrieval.matches(owned)
     if query == "image":
         ranks = retrieval.ranks(images, texts, is_match)
     else:
-        is_match = is_match.T
+        is_match = is_match.turned
         ranks = retrieval.ranks(texts, images, is_match)
+    counts = is_match.counts()
     recall = {
         str(top): proportion(int((ranks < top).sum()), len(ranks))
-        | {"chance": retrieval.chance(is_match, top)}
+        | {"chance": retrieval.chance(counts, is_match.num_candidates, top)}
         for top in retrieval.TOPS
     }
-    counts = {"query": query, "images": len(rows), "captions": len(captions)}
-    return Outcome(recall["1"] | counts | {"recall": recall})
+    told = {
+        "query": query,
+        "images": len(owned),
+        "captions": len(texts),
+        "captioned_images": sum(map(bool, evidence.heldout.captions)),  # of which those are the first
+        "most_images": evidence.retrieval_images,
+    }
+    return Outcome(recall["1"] | told | {"recall": recall})
+
+
+def _captioned(evidence: Evidence) -> tuple[list[tuple[str, ...]], Tensor, Tensor]:
+    """Captions of the images that compete, and the vectors of both; embedded once for both ways."""
+    if "captioned" not in evidence.kept:
+        encode = _encoder(evidence)
+        rows = [row for row, captions in enumerate(evidence.heldout.captions) if captions]
+        rows = rows[: evidence.retrieval_images]
+        if len(rows) < 2:
+            raise NotMeasured("the held-out images have no captions")
+        owned = [evidence.heldout.captions[row] for row in rows]
+        captions = [text for texts in owned for text in texts]
+        texts = zero_shot.embed_captions(captions, encode, evidence.embed)
+        evidence.kept["captioned"] = owned, evidence.heldout.projected[rows], texts
+    return evidence.kept["captioned"]
 
 
 def _dense(evidence: Evidence) -> Outcome:

@@ -31,6 +31,7 @@ from pretrain.evaluate.fine_tune import fine_tune, predict
 from pretrain.evaluate.fine_tune_order import Examples
 from pretrain.evaluate.fine_tune_recipes import FineTune
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, measure
+from pretrain.evaluate.retrieval import MOST_IMAGES
 from pretrain.evaluate.sets import SPLITS, Listing, read_manifests
 from pretrain.evaluate.shares import by_first_rank, gathered
 from pretrain.evaluate.subjects import Subject, embed_with, open_checkpoint
@@ -44,6 +45,7 @@ class Protocols:
     probes: tuple[str, ...] = DEFAULT  # or (ALL,)
     ks: tuple[int, ...] = (20, 10, 200)  # neighbours of kNN; the first stands in the table
     templates: str = AUTO  # of zero-shot classification
+    retrieval_images: int = MOST_IMAGES  # held-out images at most among which captions and images are found
     fine_tune: FineTune | None = None  # None: not fine-tuned, which costs a training
     fine_tune_shares: tuple[int, ...] = ()  # of few_shot.SHARES, per cent of the labels to fine-tune on too
     fine_tune_draws: int = 3  # of the labels, each of which costs a training
@@ -59,6 +61,10 @@ class Protocols:
             raise ValueError(f"--k {self.ks} must be positive numbers of neighbours, such as 20,10,200")
         if self.workers < 0:
             raise ValueError(f"--workers {self.workers} must not be negative: 0 decodes in this process")
+        if self.retrieval_images < 2:
+            raise ValueError(
+                f"--retrieval-images {self.retrieval_images} must be 2 or more images that compete, such as 5000"
+            )
         check_templates(self.templates)
 
     @property
@@ -160,6 +166,7 @@ def _probed(
         encode=subject.encode,
         embed=embed_with(towers, device),
         device=device,
+        retrieval_images=protocols.retrieval_images,
     )
     return Measured(subject.run, evidence, measure(evidence, protocols.probes))
 

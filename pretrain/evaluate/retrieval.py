@@ -8,6 +8,7 @@ each other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import comb
 
 import torch
@@ -15,35 +16,84 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 TOPS = (1, 5, 10)
-MAX_IMAGES = 1000  # that compete, with all their captions
-QUERIES_AT_ONCE = 1024
+MOST_IMAGES = 5000  # that compete, with all their captions, unless told otherwise: COCO's test of 5,000
+QUERIES_AT_ONCE = 1024  # bounds the memory to so many rows of similarities
 
 
-def matches(owned: Sequence[Sequence[str]]) -> Bool[Tensor, "n m"]:
-    """Does caption j of all, image by image, say what image i is told to show?"""
+@dataclass(frozen=True)
+class Matches:
+    """Which candidates answer which queries, some queries at once; a query and a candidate match by a common text."""
+
+    queries: Int[Tensor, " q"]  # by (query, text) pair
+    query_texts: Int[Tensor, " q"]
+    candidates: Int[Tensor, " c"]  # by (candidate, text) pair
+    candidate_texts: Int[Tensor, " c"]
+    num_queries: int
+    num_candidates: int
+    num_texts: int
+
+    @property
+    def turned(self) -> Matches:
+        """Candidates as queries."""
+        own, others = (self.queries, self.query_texts), (self.candidates, self.candidate_texts)
+        return Matches(*others, *own, self.num_candidates, self.num_queries, self.num_texts)
+
+    def rows(self, start: int, stop: int) -> Bool[Tensor, "b m"]:
+        """Does candidate j answer query start + i?"""
+        is_own = (self.queries >= start) & (self.queries < stop)
+        texts, place = self.query_texts[is_own].unique(return_inverse=True)
+        lookup = torch.full((self.num_texts,), -1)
+        lookup[texts] = torch.arange(len(texts))
+        says = torch.zeros(len(texts), self.num_candidates, dtype=torch.bool)
+        there = lookup[self.candidate_texts]
+        says[there[there >= 0], self.candidates[there >= 0]] = True
+        found = torch.zeros(stop - start, self.num_candidates, dtype=torch.bool)
+        # A query with several texts is answered by what says any of them; most have one, and one turn.
+        rows = self.queries[is_own] - start
+        while len(rows):
+            first = torch.ones(len(rows), dtype=torch.bool)
+            first[1:] = rows[1:] != rows[:-1]
+            found[rows[first]] |= says[place[first]]
+            rows, place = rows[~first], place[~first]
+        return found
+
+    def counts(self) -> Int[Tensor, " n"]:
+        """Number of candidates that answer each query."""
+        parts = [self.rows(a, b).sum(dim=1) for a, b in _chunks(self.num_queries)]
+        return torch.cat(parts)
+
+
+def matches(owned: Sequence[Sequence[str]]) -> Matches:
+    """Images as queries, with the captions that each owns; all captions, image by image, as candidates."""
     number = {text: i for i, text in enumerate(dict.fromkeys(text for texts in owned for text in texts))}
-    texts = torch.tensor([number[text] for captions in owned for text in captions])
-    says = torch.zeros(len(owned), len(number), dtype=torch.bool)
-    for row, captions in enumerate(owned):
-        says[row, [number[text] for text in captions]] = True
-    return says[:, texts]
+    texts = [number[text] for captions in owned for text in captions]
+    pairs = [(row, number[text]) for row, captions in enumerate(owned) for text in dict.fromkeys(captions)]
+    images, said = torch.tensor(pairs).T
+    return Matches(
+        images, said, torch.arange(len(texts)), torch.tensor(texts), len(owned), len(texts), len(number)
+    )
 
 
 def ranks(
-    queries: Float[Tensor, "n e"], candidates: Float[Tensor, "m e"], is_match: Bool[Tensor, "n m"]
+    queries: Float[Tensor, "n e"], candidates: Float[Tensor, "m e"], matches: Matches
 ) -> Int[Tensor, " n"]:
     """Candidates that stand before the best match of each query: 0 where a match is the best of all."""
     found = []
-    for some, right in zip(queries.split(QUERIES_AT_ONCE), is_match.split(QUERIES_AT_ONCE), strict=True):
-        similarity = some @ candidates.T
+    for start, stop in _chunks(len(queries)):
+        right = matches.rows(start, stop)
+        similarity = queries[start:stop] @ candidates.T
         best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
         found.append(((similarity >= best) & ~right).sum(dim=1))  # ties count against the match
     return torch.cat(found)
 
 
-def chance(is_match: Bool[Tensor, "n m"], top: int) -> float:
-    """Recall of candidates in random order: mean of 1 - C(m - r, top) / C(m, top), a query having r matches of m."""
-    count = is_match.shape[1]
-    top = min(top, count)
-    missed = {r: comb(count - r, top) / comb(count, top) for r in set(is_match.sum(dim=1).tolist())}
-    return 1 - sum(missed[r] for r in is_match.sum(dim=1).tolist()) / len(is_match)
+def chance(counts: Int[Tensor, " n"], num_candidates: int, top: int) -> float:
+    """Recall of m candidates in random order: mean of 1 - C(m - r, top) / C(m, top), a query having r matches."""
+    top = min(top, num_candidates)
+    kinds, numbers = (found.tolist() for found in counts.unique(return_counts=True))
+    missed = [comb(num_candidates - r, top) / comb(num_candidates, top) for r in kinds]
+    return 1 - sum(share * n for share, n in zip(missed, numbers, strict=True)) / len(counts)
+
+
+def _chunks(count: int) -> list[tuple[int, int]]:
+    return [(start, min(start + QUERIES_AT_ONCE, count)) for start in range(0, count, QUERIES_AT_ONCE)]

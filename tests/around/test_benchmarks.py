@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import block_memory, dcnv3_gpu, internimage_h_gpu, loader_scale, transfer
+from benchmarks.record import RESULTS
 from pretrain.kernels.dcnv3 import dcnv3
 from pretrain.models.internimage_block import Block
 from pretrain.models.internimage_config import INTERNIMAGE
@@ -131,3 +132,10 @@ def test_the_scale_of_the_loader_is_measured_on_few_shards_as_on_many(tmp_path: 
     kept = json.loads((ROOT / "benchmarks/results/loader_scale.json").read_text())
     assert found.keys() == kept["medians"].keys()
     assert all(number > 0 for name, number in found.items() if name.endswith("seconds"))
+
+
+def test_the_table_of_transfer_is_that_of_its_record() -> None:
+    record = json.loads((RESULTS / "transfer.json").read_text())
+    told = transfer.table(transfer.summary(record["runs"]), len(record["runs"]))
+    assert (RESULTS / "transfer.md").read_text() == told
+    assert "| image to caption, R@1 | 1,000 |" in told  # of how many, which recall depends on

@@ -12,25 +12,28 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.checkpoint import load_towers
+from pretrain.checkpoint import PLACE_RECORD, load_towers
 from pretrain.collectives import rank
 from pretrain.data.faults import DataError
+from pretrain.evaluate import checkpoints, fine_tune_order, fine_tune_state
 from pretrain.evaluate import fine_tune as tuning
-from pretrain.evaluate import fine_tune_order, fine_tune_state
-from pretrain.evaluate.fine_tune import UNREAD, fine_tune, predict
+from pretrain.evaluate.fine_tune import UNREAD, Classifier, fine_tune, predict
 from pretrain.evaluate.fine_tune_order import Examples, own_pairs
 from pretrain.evaluate.fine_tune_recipes import FineTune
 from pretrain.evaluate.shares import by_first_rank
 from pretrain.facts import DataFacts
+from pretrain.intact import files_in
 from pretrain.recipes import load
 from tests.engine.launch import start
 from tests.evaluate.runs import write_run
@@ -89,6 +92,7 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_are_one_and_go_on_where_they_were_stopped(step: Path, data: Path, tmp_path: Path) -> None:
     codes, output = start(tmp_path, "tune", str(step), str(data), world=2, script=Path(__file__))
     assert codes == [0, 0], output
+    assert [path.name for path in tmp_path.glob("copied_by_*")] == ["copied_by_0"]
     two, resumed = (torch.load(tmp_path / f"{name}.pt") for name in ("straight", "resumed"))
     assert all(torch.equal(value, resumed[name]) for name, value in two.items())
     one = tuned(step, data)
@@ -132,6 +136,29 @@ def test_a_state_of_another_training_is_refused(step: Path, data: Path, tmp_path
         tuned(step, data, state)
 
 
+def test_an_encoder_that_does_not_bear_bfloat16_is_told(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _, towers = load_towers(step)
+    model = Classifier(towers.encoder, 4)
+    assert tuning.obstacle_to_bfloat16(model, run.views.size, CPU) == ""
+    assert all(parameter.grad is None for parameter in model.parameters())
+    forward = model.encoder.forward
+
+    def failing(images: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("expected one dtype\nof all")
+        return forward(images)
+
+    def doubled(images: Tensor) -> Tensor:
+        return (1 + torch.is_autocast_enabled("cpu")) * forward(images)
+
+    for changed, told in (
+        (failing, "the encoder fails (RuntimeError: expected one dtype)"),
+        (doubled, "% apart"),
+    ):
+        monkeypatch.setattr(model.encoder, "forward", changed)
+        assert told in tuning.obstacle_to_bfloat16(model, run.views.size, CPU)
+
+
 def test_pairs_of_a_batch_are_shared_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     order, seen = list(range(10)), []
     monkeypatch.setattr(fine_tune_order, "world_size", lambda: 7)
@@ -163,6 +190,23 @@ def test_ranks_wait_for_the_first_longer_than_for_a_call_and_end_when_it_does(tm
     assert "all heard no file" in output
 
 
+def found_behind_a_url(step: Path, folder: Path) -> Path:
+    """The checkpoint of a run of `folder` that is kept in a store, found by all ranks at once."""
+    memory, own = fsspec.filesystem("memory"), folder / "run"
+    for name in files_in(step):
+        memory.pipe_file(f"/bucket/vit/{step.name}/{name}", (step / name).read_bytes())
+    own.mkdir(exist_ok=True)
+    (own / PLACE_RECORD).write_text('{"checkpoints": "memory://bucket/vit"}')
+    copy = checkpoints.fetched
+
+    def copied(*arguments: Any) -> Path:
+        (folder / f"copied_by_{rank()}").touch()
+        return copy(*arguments)
+
+    checkpoints.fetched = copied
+    return checkpoints.find_checkpoint(own, "last")
+
+
 def scenario(folder: Path, name: str, *places: str) -> None:
     if name == "wait":
         dist.init_process_group("gloo", timeout=timedelta(seconds=2))
@@ -177,6 +221,8 @@ def scenario(folder: Path, name: str, *places: str) -> None:
             sys.exit(7)
     step, data = map(Path, places)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    found = found_behind_a_url(step, folder)
+    assert files_in(found / "teacher") == ["COMPLETE", *files_in(step / "teacher")]
     straight = tuned(step, data)
     with stopping(STOPPED):
         tuned(step, data, folder / "state.pt")

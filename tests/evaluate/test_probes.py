@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pretrain.evaluate.dense import DenseFeatures
 from pretrain.evaluate.evidence import Evidence, outcome_of
 from pretrain.evaluate.features import Features
 from pretrain.evaluate.probes import DEFAULT, measure
+from pretrain.evaluate.result import table
 from pretrain.evaluate.templates import PROMPTS
 from pretrain.facts import DataFacts
 
@@ -212,6 +214,12 @@ def test_planted_features_are_found_by_every_probe() -> None:
     rows = {name: outcome.record for name, outcome in measure(evidence).items()}
     assert {name: row["accuracy"] for name, row in rows.items()} == dict.fromkeys(DEFAULT, 1.0)
     assert rows["retrieval_image"]["chance"] == pytest.approx(1 / 3)  # a third of the captions are the same
+    few = measure(replace(evidence, retrieval_images=6, kept={}), ["retrieval_image"])[
+        "retrieval_image"
+    ].record
+    assert (few["n"], few["images"], few["captioned_images"], few["most_images"]) == (6, 6, 30, 6)
+    shown = table({"checkpoints": {"last": {"retrieval_image": few}}})
+    assert "the first 6 of 30 images with captions (--retrieval-images)" in shown
 
 
 def test_interval_is_wilsons() -> None:

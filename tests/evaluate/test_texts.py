@@ -79,7 +79,10 @@ def test_retrieval_counts_equal_captions_for_each_other() -> None:
 
 def test_any_of_several_captions_finds_the_image_and_each_is_a_query() -> None:
     is_match = retrieval.matches([("a", "b", "c"), ("d",), ("e", "a")])
-    assert is_match.int().tolist() == [[1, 1, 1, 0, 0, 1], [0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 1, 1]]
+    assert is_match.rows(0, 3).int().tolist() == [[1, 1, 1, 0, 0, 1], [0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 1, 1]]
+    assert torch.equal(is_match.turned.rows(0, 6), is_match.rows(0, 3).T)
+    assert torch.equal(is_match.turned.rows(4, 6), is_match.rows(0, 3).T[4:])
+    assert (is_match.counts().tolist(), is_match.turned.counts().tolist()) == ([4, 1, 3], [2, 1, 1, 1, 1, 2])
     angles = torch.tensor([0.0, 10, 80, 40, 55, 20]).deg2rad()
     texts = torch.stack([angles.cos(), angles.sin()], dim=1)
     at = torch.tensor([5.0, 52, 60]).deg2rad()
@@ -87,7 +90,7 @@ def test_any_of_several_captions_finds_the_image_and_each_is_a_query() -> None:
     # Image 1, at 52 degrees, has 55 before its own 40; image 2, at 60, has its 55 first.
     assert retrieval.ranks(images, texts, is_match).tolist() == [0, 1, 0]
     # Captions at 0, 10 and 20 find image 0; 80 has both others before it; 40 and 55 find image 1, right for 40 alone.
-    assert retrieval.ranks(texts, images, is_match.T).tolist() == [0, 0, 2, 0, 1, 0]
+    assert retrieval.ranks(texts, images, is_match.turned).tolist() == [0, 0, 2, 0, 1, 0]
 
 
 def test_chance_of_retrieval_is_that_of_random_order() -> None:
@@ -96,7 +99,28 @@ def test_chance_of_retrieval_is_that_of_random_order() -> None:
     for top in (1, 3):
         hits = [
             (retrieval.ranks(torch.ones(4, 1), torch.rand(5, 1, generator=generator), is_match) < top)
-            for _ in range(600)
+            for _ in range(200)
         ]
         share = torch.stack(hits).float().mean()
-        assert abs(share - retrieval.chance(is_match, top)) < 4 * math.sqrt(0.25 / 2400)
+        assert abs(share - retrieval.chance(is_match.counts(), 5, top)) < 4 * math.sqrt(0.25 / 800)
+
+
+def test_retrieval_of_many_is_that_of_all_at_once_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    owned = [
+        tuple(f"{n % 97}" for n in range(5 * i, 5 * i + 5)) for i in range(60)
+    ]  # five captions, some shared
+    images, texts = (torch.randn(n, 8, generator=generator) for n in (60, 300))
+    found = retrieval.matches(owned)
+    right = torch.tensor([[text in own for others in owned for text in others] for own in owned])
+    for queries, candidates, matches, truth in (
+        (images, texts, found, right),
+        (texts, images, found.turned, right.T),
+    ):
+        similarity = queries @ candidates.T
+        best = similarity.masked_fill(~truth, -torch.inf).max(dim=1, keepdim=True).values
+        expected = ((similarity >= best) & ~truth).sum(dim=1)
+        for at_once in (7, 1024):
+            monkeypatch.setattr(retrieval, "QUERIES_AT_ONCE", at_once)
+            assert torch.equal(retrieval.ranks(queries, candidates, matches), expected)
+            assert torch.equal(matches.counts(), truth.sum(dim=1))
