@@ -164,6 +164,7 @@ def test_trackers_are_told_what_the_log_is_and_alerted_of_a_collapse(tmp_path: P
         alert=lambda title, text: alerts.append(text),
         log=lambda record: logged.append(record["collapse"]["dense"]["std"]),
         begin=lambda step: logged.append(f"after {step}"),
+        close=lambda: None,
     )
     nats = {"dense": torch.tensor(1.0)}
     with _monitor(tmp_path, 0, trackers=[fake]) as monitor:
@@ -304,6 +305,20 @@ def test_a_console_on_a_full_disk_ends_nothing(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(sys, name, Full())
     _follow(tmp_path, 0, 4)
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 4]
+
+
+def test_a_line_on_a_terminal_does_not_run_into_the_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, terminal)
+    _follow(tmp_path, 0, 2)
+    assert "\rstep 1/10" in terminal.getvalue()  # at the left edge, over a bar that was cleared
 
 
 def test_what_finds_no_room_for_long_is_bounded_and_counted(
