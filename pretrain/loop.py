@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data_prep.claim import ClaimLost
@@ -128,24 +129,10 @@ def _refused(job: Job, loader: Loader, monitor: Monitor, batch: Batch, losses: A
         f"REFUSED batch {verdict.batch} after step {verdict.step}: {'; '.join(verdict.reasons)}. Nothing moved, its "
         f"samples are left out; they are told in {bundle}"
     )
+    if rank() == 0:  # first of all: a start that goes on must do without the batch
+        job.journal.refused(verdict, bundle)
     try:
-        own = {name: float(nats) for name, nats in losses.nats.items()}
-        samples = loader.samples(batch.position.tolist())
-        evidence.write_rank(bundle, rank(), batch, samples, own)
-        if rank() == 0:
-            places = {
-                "ds_config": job.paths.ds_config,
-                "tokenizer": job.paths.tokenizer,
-                "guide": job.paths.guide,
-                "checkpoints": job.paths.kept,
-            }
-            how = {
-                "world": world_size(),
-                "micro_batches": job.paths.micro_batches,
-                "compile": job.paths.compile,
-            }
-            evidence.write_common(bundle, verdict, engine.guard.left_out - {verdict.batch}, how, places)
-            job.journal.refused(verdict, bundle)
+        _keep_evidence(job, loader, bundle, batch, losses)
     except OSError as error:
         warnings.warn(f"the evidence of a refused step could not be written: {error}", stacklevel=2)
     if len(engine.guard.refused_in_a_row) < job.run.guard.skips:
@@ -163,3 +150,21 @@ def _refused(job: Job, loader: Loader, monitor: Monitor, batch: Batch, losses: A
         return None
     monitor.say(line)
     return folder
+
+
+def _keep_evidence(job: Job, loader: Loader, bundle: Path, batch: Batch, losses: Any) -> None:
+    """Writes this rank's part of the bundle of a refused step, the first one also what all share; OSError."""
+    verdict = job.engine.verdict
+    own = {name: float(nats) for name, nats in losses.nats.items()}
+    evidence.write_rank(bundle, rank(), batch, loader.samples(batch.position.tolist()), own)
+    if rank() != 0:
+        return
+    places = {
+        "ds_config": job.paths.ds_config,
+        "tokenizer": job.paths.tokenizer,
+        "guide": job.paths.guide,
+        "checkpoints": job.paths.kept,
+    }
+    how = {"world": world_size(), "micro_batches": job.paths.micro_batches, "compile": job.paths.compile}
+    left_out_before = job.engine.guard.left_out - {verdict.batch}
+    evidence.write_common(bundle, verdict, left_out_before, how, places)

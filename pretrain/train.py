@@ -119,21 +119,29 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
     engine.guard.left_out |= skipped
     engine.guard.num_rewinds = from_first_rank(lambda: len(journal.rewinds()))
     gpu_hours = from_first_rank(lambda: _write_inputs(run, paths, start, is_new=folder is None))
-    lines = [line for line in (left_out(run, facts), *(start.told() if start is not None else ())) if line]
+    origin = start.told() if start is not None else []
     start = None  # the weights of a file, which the model has now
     saver = Saver(engine, paths.kept, facts, tokenizer, started.require)
     job = Job(run, paths, engine, saver, journal, started.signals, started.watchdog, window, check)
     speed = speed_of(run, facts, engine)
     spent = Spent(world_size(), paths.price, gpu_hours, started.begun)
+    compiled = ", compiled blocks" if paths.compile else ""
+    made = f"{started.machine}, {engine.chosen}{compiled}"
+    without = left_out(run, facts)
+    trackers = [TRACKERS[name](paths.out, run) for name in paths.trackers if rank() == 0]
+    for tracker in trackers:
+        held.callback(tracker.close)
+    follow = partial(Monitor, paths.out, run, clock=engine.clock, speed=speed, spent=spent, trackers=trackers)
     while True:
         if folder is not None:
             _restore(job, folder)
-        with _monitor(job, speed, spent, Sources(tuple(run.data), loader.cycle.to(engine.device))) as monitor:
-            where = "from the beginning" if folder is None else f"from {folder}"
-            compiled = ", compiled blocks" if paths.compile else ""
-            monitor.say(f"{started.machine}, {engine.chosen}{compiled}; {where}")
+        sources = Sources(tuple(run.data), loader.cycle.to(engine.device))
+        with follow(engine.steps_done, sources=sources) as monitor:
+            monitor.say(f"{made}; {'from the beginning' if folder is None else f'from {folder}'}")
             monitor.say(speed.told(hardware(engine.device)))
-            for line in lines:
+            if without:
+                monitor.say(without)
+            for line in origin if folder is None else ():
                 monitor.say(line)
             if folder is None:  # a place that cannot be written to ends the run in its first minute
                 saver.save(wait=True)
@@ -155,16 +163,6 @@ def _restore(job: Job, folder: Place) -> None:
     job.watchdog.at(step_of(folder), "reads a checkpoint", times=FIRST)
     checkpoint.restore(job.engine, folder)
     job.saver.saved_step = step_of(folder)  # it is there, and need not be written again
-
-
-def _monitor(job: Job, speed: Speed, spent: Spent, sources: Sources) -> Monitor:
-    """What follows the run from the engine's present step on."""
-    step, of_first_rank = job.engine.steps_done, job.paths.trackers if rank() == 0 else ()
-    trackers = [TRACKERS[name](job.paths.out, job.run, step) for name in of_first_rank]
-    clock = job.engine.clock
-    return Monitor(
-        job.paths.out, job.run, step, clock, sources=sources, speed=speed, spent=spent, trackers=trackers
-    )
 
 
 def _sole(held: ExitStack, paths: Paths) -> Require:

@@ -27,6 +27,13 @@ class Unbroken:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
+    def __eq__(self, other: object) -> bool:
+        """A progress bar is cleared before lines that go to its own terminal, which it knows by that."""
+        return self._stream == getattr(other, "_stream", other)
+
+    def __hash__(self) -> int:
+        return hash(self._stream)
+
 
 def line(record: Mapping[str, Any], run: Run) -> str:
     """Losses, gradient, speed and the time left of a record of the log."""

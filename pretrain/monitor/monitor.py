@@ -71,6 +71,8 @@ class Monitor:
             mininterval=SECONDS_BETWEEN_BARS[sys.stderr.isatty()],
             dynamic_ncols=True,
         )
+        for tracker in trackers:
+            tracker.begin(first_step)
         self._log = open_log(out / LOG, kept, self.say)
         self._tell(list(self._watch.collapsed.values()))  # before the checkpoint from which the run goes on
 
@@ -82,8 +84,6 @@ class Monitor:
             self._tell(list(self._watch.collapsed.values()))
             self._log.close()
             self._bar.close()
-            for tracker in self._trackers:
-                tracker.close()
 
     def waiting_for_data(self) -> AbstractContextManager[None]:
         """Counts the time inside as waiting for the loader."""

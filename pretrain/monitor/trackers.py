@@ -23,7 +23,10 @@ TENSORBOARD = "tensorboard"  # folder beside the log
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Takes what the log takes."""
+    """Takes what the log takes; one for the life of a process, also where the run goes back."""
+
+    def begin(self, step: int) -> None:
+        """The run goes on after `step`: what was told of later ones is void."""
 
     def log(self, record: Mapping[str, Any]) -> None: ...
     def alert(self, title: str, text: str) -> None: ...
@@ -37,7 +40,7 @@ class Wandb:
     again below its last step would be dropped (docs.wandb.ai/models/track/log/customize-logging-axes).
     """
 
-    def __init__(self, out: Path, run: Run, first_step: int) -> None:
+    def __init__(self, out: Path, run: Run) -> None:
         import wandb
 
         self._run = wandb.init(
@@ -51,6 +54,9 @@ class Wandb:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
+    def begin(self, step: int) -> None:
+        pass  # what is logged again is drawn over what was logged before
+
     def log(self, record: Mapping[str, Any]) -> None:
         self._run.log(dict(record))
 
@@ -62,23 +68,26 @@ class Wandb:
 
 
 class TensorBoard:
-    """Event files in OUT/tensorboard; a resume hides what came after its step.
+    """An event file in OUT/tensorboard; where a run goes on or back it hides what came after that step.
 
     A record is the length of an event, its checksum, the event and its checksum (tensorboardX.record_writer); the
     writer of tensorboardX would wait for ever once its thread has met a full disk.
     """
 
-    def __init__(self, out: Path, run: Run, first_step: int) -> None:
+    def __init__(self, out: Path, run: Run) -> None:
         from tensorboardX import summary
-        from tensorboardX.proto.event_pb2 import SessionLog
 
-        self._summary = summary
+        self._summary, self._recipe = summary, f"```json\n{run.to_json()}\n```"
         folder = out / TENSORBOARD
         folder.mkdir(parents=True, exist_ok=True)
         self._file = Appended(folder / f"events.out.tfevents.{time.time_ns() // 1000}.{host_name()}")
         self._add(file_version="brain.Event:2")
-        self._add(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._add(step=first_step, summary=summary.text("recipe", f"```json\n{run.to_json()}\n```"))
+
+    def begin(self, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._add(step=step, summary=self._summary.text("recipe", self._recipe))
 
     def log(self, record: Mapping[str, Any]) -> None:
         values = [self._summary.scalar(name, value).value[0] for name, value in scalars(record)]
@@ -100,7 +109,7 @@ class TensorBoard:
         self._file.add(b"".join((length, next(sums), content, next(sums))))
 
 
-TRACKERS: dict[str, Callable[[Path, Run, int], Tracker]] = {"wandb": Wandb, "tensorboard": TensorBoard}
+TRACKERS: dict[str, Callable[[Path, Run], Tracker]] = {"wandb": Wandb, "tensorboard": TensorBoard}
 
 
 def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -6,7 +6,7 @@ import errno
 import io
 import json
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,7 +114,7 @@ def test_wandb_draws_over_our_step_so_that_a_run_that_has_gone_back_loses_nothin
         log=lambda record, step=None: logged.append((record["step"], step)),
     )
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
-    board = Wandb(tmp_path, toy_run(), 0)
+    board = Wandb(tmp_path, toy_run())
     for step in (1, 2, 1):
         board.log({"step": step})
     assert axes == {"step": None, "*": "step"}
@@ -163,14 +163,15 @@ def test_trackers_are_told_what_the_log_is_and_alerted_of_a_collapse(tmp_path: P
     fake = SimpleNamespace(
         alert=lambda title, text: alerts.append(text),
         log=lambda record: logged.append(record["collapse"]["dense"]["std"]),
-        close=lambda: logged.append("closed"),
+        begin=lambda step: logged.append(f"after {step}"),
+        close=lambda: None,
     )
     nats = {"dense": torch.tensor(1.0)}
     with _monitor(tmp_path, 0, trackers=[fake]) as monitor:
         for step in range(1, 6):
             monitor.after_step(_engine(step), ToyLosses(nats["dense"], nats, {"dense": FLAT}), {}, {})
         assert len(alerts) == 1 and "target dense" in alerts[0]
-    assert len(logged) == 6 and logged[-1] == "closed"
+    assert len(logged) == 6 and logged[0] == "after 0"
 
 
 def test_inner_parts_are_not_counted_in_outer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +265,8 @@ def test_hours_that_a_kill_or_a_rewind_undid_were_paid_all_the_same(
 
 def _follow_on_a_full_disk(out: Path, most: int) -> None:
     """Six steps; after step 2 no file may grow beyond `most` bytes, until step 5."""
-    with _monitor(out, 0, trackers=[TensorBoard(out, toy_run(), 0)]) as monitor, ExitStack() as full:
+    board = TensorBoard(out, toy_run())
+    with closing(board), _monitor(out, 0, trackers=[board]) as monitor, ExitStack() as full:
         for step in range(1, 7):
             if step == 3:
                 full.enter_context(files_of_at_most(most))
@@ -303,6 +305,20 @@ def test_a_console_on_a_full_disk_ends_nothing(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(sys, name, Full())
     _follow(tmp_path, 0, 4)
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 4]
+
+
+def test_a_line_on_a_terminal_does_not_run_into_the_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, terminal)
+    _follow(tmp_path, 0, 2)
+    assert "\rstep 1/10" in terminal.getvalue()  # at the left edge, over a bar that was cleared
 
 
 def test_what_finds_no_room_for_long_is_bounded_and_counted(
@@ -349,7 +365,8 @@ def test_losses_of_sources_are_means_over_their_images_that_count() -> None:
 
 
 def test_tensorboard_holds_every_number_of_the_log(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path, toy_run(), 0)
+    board = TensorBoard(tmp_path, toy_run())
+    board.begin(0)
     board.log(
         {"step": 7, "nats": {"dense": 1.5}, "lr": 0.25, "collapsed": ["dense"], "grad_norm": float("inf")}
     )
