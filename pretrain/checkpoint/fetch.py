@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from data_prep.schema import write_atomic
 from pretrain.checkpoint.stores import PIECE, store_at
+from pretrain.data.remote import leads_out
 from pretrain.intact import COMPLETE, flush
 
 BIG = ("student/", "teacher/", "optimizer/", "random/")
@@ -25,7 +26,7 @@ def fetched(url: str, which: str, folder: Path) -> Path:
         return folder
     skipped = tuple(name for name in BIG if name != f"{which}/")
     sizes = {name: size for name, size in store.sizes().items() if not name.startswith(skipped)}
-    if outside := [name for name in sizes if _leads_out(name)]:
+    if outside := [name for name in sizes if leads_out(name)]:
         raise ValueError(
             f"{url} holds {outside[0]!r}, which would be written outside {folder}: nothing is copied; remove that "
             "object, or take the checkpoint from those who wrote it"
@@ -48,11 +49,6 @@ def fetched(url: str, which: str, folder: Path) -> Path:
         partial.replace(path)
     write_atomic(done, mark)
     return folder
-
-
-def _leads_out(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts
 
 
 def _nearest(folder: Path) -> Path:

@@ -68,7 +68,7 @@ class ShardFolder:
 
     def is_here(self, shard: int) -> bool:
         """Can the shard of this number be read without a store? It lies on a disk, or in the cache."""
-        return self._remote is None or self._remote.cache.path_of(self.manifest.shards[shard]).exists()
+        return self._remote is None or self._remote.holds(self.manifest.shards[shard])
 
     @property
     def is_remote(self) -> bool:

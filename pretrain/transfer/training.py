@@ -26,6 +26,7 @@ from pretrain.collectives import (
     sum_over_ranks,
 )
 from pretrain.evaluate.augment import seeded
+from pretrain.intact import flush
 from pretrain.transfer.examples import Drops
 from pretrain.transfer.joint import average_gradients, with_joint_norms
 from pretrain.transfer.order import Draws, batches
@@ -99,13 +100,16 @@ def train(
                 optimizer.step()
             bar.update()
             is_last = step + 1 == optimisation.steps
-            if step % LOOKED_AT == 0 or is_last:
+            is_due = rank() == 0 and time.monotonic() - saved > SAVE_SECONDS
+            is_saved = is_last or bool(sum_over_ranks(torch.tensor(int(is_due))))
+            if step % LOOKED_AT == 0 or is_saved:  # no state is kept from which every start would fail
                 value = float(mean_over_ranks(loss))
                 bar.set_postfix_str(f"loss {value:.3f}")
                 if not math.isfinite(value):
-                    raise ValueError(f"the loss was {value} at step {step}: lower the rate, or set clip")
-            is_due = rank() == 0 and time.monotonic() - saved > SAVE_SECONDS
-            if is_last or sum_over_ranks(torch.tensor(int(is_due))):
+                    raise ValueError(
+                        f"the loss was {value} at step {step}: lower the rate or set clip, and name another --out"
+                    )
+            if is_saved:
                 from_first_rank(lambda: _save(path, model, optimizer, step + 1, drops))  # noqa: B023  called at once
                 saved = time.monotonic()
     return drops.counts
@@ -135,6 +139,7 @@ def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: 
     }
     temporary = path.with_suffix(".part")
     torch.save(state, temporary)
+    flush(temporary)
     os.replace(temporary, path)
     fsync_folder(path.parent)
 

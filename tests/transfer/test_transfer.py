@@ -90,6 +90,18 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(
     assert resumed["scores"] == straight["scores"]
 
 
+def test_no_state_is_kept_of_a_loss_that_is_not_finite(
+    runs: dict[str, Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = open_sets("segment", Named(shards), 0.0)
+    monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(training, "mean_over_ranks", lambda loss: losses.pop(0))
+    losses = [1.0, float("nan")]  # of both steps, of which the second is no 20th
+    with pytest.raises(ValueError, match=r"the loss was nan at step 1: lower the rate .*name another --out"):
+        transfer(work(runs["vit"], tmp_path / "out", *CASES[0]), *sets, CPU)
+    assert torch.load(tmp_path / "out" / STATE, weights_only=True)["step"] == 1
+
+
 def test_a_frozen_backbone_stays_and_its_head_learns(
     runs: dict[str, Path], shards: Path, tmp_path: Path
 ) -> None:
