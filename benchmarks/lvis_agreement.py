@@ -17,7 +17,6 @@ import json
 import random
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.environment import make
 from benchmarks.record import keep
 from pretrain.transfer.average_precision import truth_of
 from pretrain.transfer.coco import outline_of
@@ -60,21 +60,6 @@ for line in sys.stdin:
     print(json.dumps([told, by_category, seconds]), flush=True)
 """
 NAMES = {"AR300": "AR@300", "ARs": "ARs@300", "ARm": "ARm@300", "ARl": "ARl@300"}  # ours -> the package's
-
-
-def make(place: Path) -> Path:
-    """The interpreter of a new environment with the package; all else is that of this one."""
-    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-    python = place / "bin" / "python"
-    own = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    (Path(own.stdout.strip()) / "zz_shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *REQUIREMENTS], check=True)
-    return python
 
 
 def outlined(draw: random.Random, box: list[float], height: int, width: int) -> dict[str, Any]:
@@ -205,7 +190,7 @@ def main() -> None:
         "--large", type=int, default=200, help="images of the set of 1,203 categories (%(default)s)"
     )
     options = parser.parse_args()
-    python = options.python or make(options.make)
+    python = options.python or make(options.make, REQUIREMENTS)
     package = subprocess.Popen(
         [python, "-W", "ignore", "-c", JUDGE],
         stdin=subprocess.PIPE,

@@ -15,7 +15,6 @@ import argparse
 import json
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -25,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.environment import make
 from benchmarks.record import keep
 from pretrain.config import Run
 from pretrain.export.agreement import random_images
@@ -50,22 +50,6 @@ REQUIREMENTS = (
     "kiwisolver==1.5.1", "pyparsing==3.3.3", "model-index==0.1.11", "ordered-set==4.1.0", "mat4py==0.6.0",
     "Markdown==3.11.3", "zipp==4.1.2",
 )  # fmt: skip
-
-
-def make(place: Path) -> Path:
-    """The interpreter of a new environment with the toolkits; torch and numpy are those of this one."""
-    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-    python = place / "bin" / "python"
-    own = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    # Sorted last, so that what is installed there wins.
-    (Path(own.stdout.strip()) / "zz_shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *REQUIREMENTS], check=True)
-    return python
 
 
 def run_of(size: str) -> Run:
@@ -105,7 +89,7 @@ def main() -> None:
     place.add_argument("--python", type=Path, help="interpreter that has the toolkits")
     parser.add_argument("--sizes", nargs="+", default=["internimage_t", "vit_b16"], help="backbone.size")
     options = parser.parse_args()
-    python = options.python or make(options.make)
+    python = options.python or make(options.make, REQUIREMENTS)
     with tempfile.TemporaryDirectory() as scratch:
         found = {size: measure(size, python, Path(scratch)) for size in options.sizes}
     keep(
