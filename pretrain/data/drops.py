@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.schema import Manifest, write_atomic
+from pretrain.appended import Appended
 from pretrain.data.faults import OF_SHARDS, WHOLE_SHARD, DataError, Dropped, beyond_chance, check_bad_share
 
 NAME = "dropped-rank_{:05d}.jsonl"  # in the folder of a run
@@ -32,15 +32,13 @@ class Drops:
         self._last = ""
         found = [] if path is None else _lines([path])
         self._kept = [line for line in found if line["step"] < start_step]
-        self._waiting: list[Mapping[str, object]] = []  # lines that are not in the file
-        self._is_begun = False  # the file has no line of a later step
-        self._is_told = False
+        self._file: Appended | None = None  # from `begin` on
         self._tell([Dropped(*(line[name] for name in Dropped._fields)) for line in self._kept])
 
     def begin(self) -> None:
         """The run goes on from its step: what a later one had told is gone."""
-        self._waiting = [*self._kept]
-        self._write()
+        if self._path is not None:
+            self._file = Appended(self._path, whole=_text(self._kept).encode())
 
     def add(self, step: int, dropped: Sequence[Dropped]) -> None:
         """A whole shard counts once, also if it is told at every resume."""
@@ -51,26 +49,14 @@ class Drops:
         for sample in dropped:
             if sample.reason not in OF_SHARDS:
                 self._single[sample.kind] = self._single.get(sample.kind, 0) + 1
-        self._waiting += [{"step": step, **sample._asdict()} for sample in dropped]
-        self._write()
+        if self._file is not None:
+            for sample in dropped:
+                self._file.add(_text([{"step": step, **sample._asdict()}]).encode())
 
-    def _write(self) -> None:
-        """Brings the file up to date, where the disk lets it."""
-        content, path = _text(self._waiting).encode(), self._path
-        if path is not None:
-            try:
-                write = _append if self._is_begun else write_atomic
-                write(path, content)
-            except OSError as error:
-                if not self._is_told:
-                    warnings.warn(
-                        f"{path} cannot be written ({error}): training goes on, bad samples are counted, and listed "
-                        "there as soon as it can: make room on that disk",
-                        stacklevel=4,
-                    )
-                self._is_told = True
-                return
-        self._waiting, self._is_begun, self._is_told = [], True, False
+    def close(self) -> None:
+        """What found no room is written now, or told."""
+        if self._file is not None:
+            self._file.close()
 
     def _tell(self, dropped: Sequence[Dropped]) -> None:
         for sample in dropped:
@@ -108,18 +94,6 @@ def file_of(folder: Path, rank: int, world: int) -> Path:
         for path in gone:
             path.unlink()
     return own
-
-
-def _append(path: Path, content: bytes) -> None:
-    """All of it or nothing, so that no line is cut by a full disk."""
-    with path.open("ab", buffering=0) as file:
-        before = file.tell()
-        try:
-            while content:
-                content = content[file.write(content) :]
-        except OSError:
-            file.truncate(before)
-            raise
 
 
 def _lines(paths: Sequence[Path]) -> list[dict[str, object]]:

@@ -210,6 +210,7 @@ class Loader:
             self._made.close()
         self._made = None
         self._verifier.close()
+        self._drops.close()
         for source in self._steps.sources.opened:
             source.shards.close()
 

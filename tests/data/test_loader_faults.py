@@ -123,7 +123,9 @@ def full_disk(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_delays_the_list_and_ends_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_delays_the_list_and_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = tmp_path / "dropped.jsonl"
     bad = [[Dropped("names", "000000.tar", index, "truncated", "it ends early")] for index in range(6)]
 
@@ -133,17 +135,19 @@ def test_a_full_disk_delays_the_list_and_ends_nothing(tmp_path: Path) -> None:
     drops = Drops(log, 0, {})
     drops.begin()
     drops.add(3, bad[0])
-    warned = pytest.warns(UserWarning, match=r"dropped.jsonl cannot be written .*: make room")
-    with warned as told, full_disk(log.stat().st_size + 50):  # in the middle of a line
+    with full_disk(log.stat().st_size + 50):  # in the middle of a line
         drops.add(4, bad[1])
         drops.add(5, bad[2])
-    assert len(told) == 1 and listed() == [(3, 0)] and drops.counts == {"names: truncated": 3}
+    assert capsys.readouterr().err.count("NOT WRITTEN") == 1
+    assert listed() == [(3, 0)] and drops.counts == {"names: truncated": 3}
     drops.add(6, bad[3])
     assert listed() == [(3, 0), (4, 1), (5, 2), (6, 3)]
     resumed = Drops(log, 5, {})
-    with pytest.warns(UserWarning, match="cannot be written"), full_disk(10):
+    with full_disk(10):
         resumed.begin()
         resumed.add(5, bad[4])
+        resumed.close()
+    assert capsys.readouterr().err.count("LOST: 1 records") == 1
     resumed.add(7, bad[5])
     assert listed() == [(3, 0), (4, 1), (5, 4), (7, 5)] and resumed.counts == {"names: truncated": 4}
 
