@@ -4,7 +4,7 @@
 
 RUN is an m3i.demo run, DIR/train and DIR/heldout are scenes, and --bccd holds annotations/instances_{train,val}.json
 beside images/. On the untrained first and on the last checkpoint of RUN, with the same seeds, the small recipes are
-trained in short: UperNet, Mask R-CNN and RT-DETR on the scenes, Faster R-CNN on bccd, on a frozen backbone and on one
+trained in short: UperNet and Mask R-CNN on the scenes, Faster R-CNN on bccd, on a frozen backbone and on one
 that is trained too (`_tuned`). A case gains clearly if with every seed the 95 % interval over the test images after
 pre-training lies above the one before. The command again goes on where it stopped. Writes dense_transfer.json and .md
 into benchmarks/results/.
@@ -53,7 +53,6 @@ CASES = {
     "detect_bccd": Case("detect", "bccd", steps=100, size=128),
     "segment_tuned": Case("segment", "scenes", is_frozen=False, steps=200),
     "detect_tuned": Case("detect", "scenes", is_frozen=False),
-    "detect_detr": Case("detect", "scenes", recipe="small_detr", steps=300),
 }
 
 
