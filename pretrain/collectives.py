@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -41,16 +42,28 @@ def from_first_rank(work: Callable[[], T]) -> T:
     A collective call. An error of rank 0 alone would leave the others waiting for it.
     """
     outcome: list[Any] = [None, None]
+    problem = None
     if rank() == 0:
         try:
             outcome[0] = work()
         except (OSError, ValueError) as error:
-            outcome[1] = error
+            outcome[1], problem = sendable(error), error
     if world_size() > 1:
         dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
+    problem = problem or outcome[1]
+    if problem is not None:
+        raise problem
     return outcome[0]
+
+
+def sendable(error: OSError | ValueError) -> OSError | ValueError:
+    """The error, or an OSError or ValueError of its text where it is not the same after pickling, as a library's."""
+    try:
+        if str(pickle.loads(pickle.dumps(error))) == str(error):
+            return error
+    except Exception:  # a constructor that wants other arguments may fail by anything
+        pass
+    return (OSError if isinstance(error, OSError) else ValueError)(str(error))
 
 
 def from_every_rank(own: Sequence[T]) -> list[T]:

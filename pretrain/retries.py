@@ -24,6 +24,10 @@ class GaveUp(OSError):
     def __init__(self, message: str) -> None:
         super().__init__(errno.EIO, message)
 
+    def __reduce__(self) -> tuple[type[GaveUp], tuple[str]]:
+        """A rank may send it to others."""
+        return type(self), (self.strerror,)
+
 
 def patiently(
     work: Callable[[], T],

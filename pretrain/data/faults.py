@@ -25,6 +25,10 @@ class BadSample(ValueError):
         super().__init__(message)
         self.reason = reason  # a short name, the key of the counts
 
+    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
+        """A process may send it to others."""
+        return type(self), (self.reason, str(self))
+
 
 class Dropped(NamedTuple):
     """A sample that was replaced, where it lies and why."""
