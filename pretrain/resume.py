@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import reprlib
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import (
     PLACE_RECORD,
-    folder_in,
     latest,
     left_out,
     place_name,
@@ -24,6 +22,7 @@ from pretrain.config import Guard, Run
 from pretrain.data.remote import Place, is_url
 from pretrain.evidence import Journal, Rewind
 from pretrain.facts import DataFacts
+from pretrain.given_up import given_up, tell
 
 HARMLESS = (
     "save_every",
@@ -59,37 +58,18 @@ def newest_or_none(place: Place, rewinds: Sequence[Rewind] = ()) -> Place | None
     On disk every byte is read; behind a URL sizes are compared, since a rank reads only what it needs.
     """
     gone = given_up(place, rewinds)
-    if gone:
-        warnings.warn(
-            f"the checkpoints of steps {sorted(gone)} in {place} are not used: the run has gone back from them to an "
-            "older one",
-            stacklevel=2,
-        )
+    tell(gone, place)
     folder = latest(place, hashes=not is_url(place), without=gone)
     if folder is None and (steps := steps_in(place)):
+        broken = sorted(steps - gone)
+        told = [f"none of the checkpoints of steps {broken} in {place} is whole"] if broken else []
+        if gone:
+            told.append(f"the run has gone back from those of steps {sorted(gone)} in {place} to older ones")
         raise ValueError(
-            f"none of the checkpoints of steps {sorted(steps)} in {place} is whole: copy them again, or delete "
-            "them to start from the beginning, or name another place"
+            f"{', and '.join(told)}: copy {'older ones' if gone else 'them'} again, or delete them all to start from "
+            "the beginning, or name another place"
         )
     return folder
-
-
-def given_up(place: Place, rewinds: Sequence[Rewind]) -> set[int]:
-    """Steps of the checkpoints from which the run has gone back to an older one since they were written."""
-    oldest = min((one.to for one in rewinds), default=None)
-    if oldest is None:
-        return set()
-    later = (step for step in steps_in(place) if step > oldest)
-    return {step for step in later if any(one.to < step for one in since(folder_in(place, step), rewinds))}
-
-
-def since(folder: Place, rewinds: Sequence[Rewind]) -> Sequence[Rewind]:
-    """Rewinds after a checkpoint was written; none where it does not say how many there were before."""
-    try:
-        known = read_json(folder, "state.json")["guard"]["rewinds"]
-    except (FileNotFoundError, ValueError, KeyError):  # broken, or written by an older version
-        return ()
-    return rewinds[known:]
 
 
 def batches_left_out(folder: Place | None, journal: Journal) -> set[int]:

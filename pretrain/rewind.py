@@ -3,7 +3,7 @@
 The newest whole checkpoint is taken first. Where refused steps follow again and nothing newer was saved, it may have
 been written when the run was diverging already: the next rewind takes the older one, and so on to the oldest that
 there is, which is taken again and again, that of step 0 only where there is no other. A checkpoint that was passed
-over is given up (pretrain/resume.py): a later start does not take it either, and the run overwrites it when it comes
+over is given up (pretrain/given_up.py): nobody takes it for the run's last, and the run overwrites it when it comes
 there again. A rewind counts until the run has saved a checkpoint behind the step from which it went back.
 """
 
@@ -19,8 +19,8 @@ from pretrain.collectives import from_first_rank
 from pretrain.data.remote import Place, is_url
 from pretrain.evidence import Journal, Rewind, bundle_of
 from pretrain.exits import Diverged
+from pretrain.given_up import given_up, since
 from pretrain.guard import StepGuard
-from pretrain.resume import given_up, since
 
 
 class Choice(NamedTuple):

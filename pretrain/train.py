@@ -32,6 +32,7 @@ from pretrain.evaluate.in_training import TeacherCheck
 from pretrain.evidence import Journal
 from pretrain.exits import RankLost
 from pretrain.facts import DataFacts
+from pretrain.given_up import given_up
 from pretrain.initial.begun import beginning, record
 from pretrain.initial.start import Start
 from pretrain.intact import write_text
@@ -121,7 +122,14 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
     gpu_hours = from_first_rank(lambda: _write_inputs(run, paths, start, is_new=folder is None))
     origin = start.told() if start is not None else []
     start = None  # the weights of a file, which the model has now
-    saver = Saver(engine, paths.kept, facts, tokenizer, started.require)
+    saver = Saver(
+        engine,
+        paths.kept,
+        facts,
+        tokenizer,
+        started.require,
+        given_up=lambda: given_up(paths.kept, journal.rewinds()),
+    )
     job = Job(run, paths, engine, saver, journal, started.signals, started.watchdog, window, check)
     speed = speed_of(run, facts, engine)
     spent = Spent(world_size(), paths.price, gpu_hours, started.begun)

@@ -23,6 +23,7 @@ from pretrain.checkpoint.read import WEIGHTS, read_json
 from pretrain.checkpoint.stores import store_at
 from pretrain.command import exit_code, require_place
 from pretrain.data.remote import Place, place_of
+from pretrain.given_up import given_up_by
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -90,8 +91,13 @@ def consolidate(options: argparse.Namespace) -> None:
         )
     require_place("--out", options.out)
     finished = [one for one in found_in(options.place) if intact.COMPLETE in store_at(one).sizes()]
+    if isinstance(options.place, Path) and not is_step(options.place):
+        gone = given_up_by(options.place, checkpoints_of(options.place))
+        finished = [one for one in finished if step_of(one) not in gone]
     if not finished:
-        raise ValueError(f"{options.place} holds no whole checkpoint: see `ls`")
+        raise ValueError(
+            f"{options.place} holds no whole checkpoint that the run has not gone back from: see `ls`, and name one"
+        )
     folder = finished[-1]  # an older one in its place would pass for it
     if problem := store_at(folder).problem(hashes=False):
         raise ValueError(f"{folder} cannot be used, since {problem}: see `ls` and name a whole one as PLACE")

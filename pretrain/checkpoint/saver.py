@@ -12,7 +12,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ class Saver:
     from which evaluation tells what pre-training changed, with the newest `run.keep_last` and, where
     `run.keep_every` is not 0, every checkpoint whose step is a multiple of it. All ranks make one, and call `save`
     and `finish` alike; `require` raises ClaimLost once another process has taken the place over, and all ranks have
-    `is_lost` then, each when its thread hears of it. ValueError for a URL that nothing here opens; OSError when the
-    place cannot be used.
+    `is_lost` then, each when its thread hears of it. `given_up` tells steps of checkpoints from which the run will
+    not go on: they are not counted as kept. ValueError for a URL that nothing here opens; OSError when the place
+    cannot be used.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class Saver:
         facts: DataFacts,
         tokenizer: Path | None,
         require: Require = unclaimed,
+        given_up: Callable[[], Collection[int]] = set,
     ) -> None:
         self._engine, self.place, self._require = engine, place, require
-        self._store = store_at(place)
+        self._store, self._given_up = store_at(place), given_up
         from_first_rank(self._store.tidy)
         self._run_token = from_first_rank(lambda: secrets.token_hex(4))
         self._snapshot = Snapshot(engine, facts, tokenizer)
@@ -156,11 +158,12 @@ class Saver:
         self._store.publish(name, attempt, together)
 
     def _prune(self, newest: int) -> None:
-        """Deletes what is older than the checkpoints that are kept; only whole ones count."""
+        """Deletes what is older than the checkpoints that are kept; only whole ones that are not given up count."""
         self._require()
-        run, num_kept = self._engine.run, 0
+        run, num_kept, gone = self._engine.run, 0, self._given_up()
         for step in sorted((s for s in steps_in(self.place) if 0 < s <= newest), reverse=True):
-            if num_kept < run.keep_last and self._store.child(step_name(step)).problem(hashes=False) is None:
+            is_wanted = num_kept < run.keep_last and step not in gone
+            if is_wanted and self._store.child(step_name(step)).problem(hashes=False) is None:
                 num_kept += 1
             elif not run.keep_every or step % run.keep_every:
                 self._store.remove(step_name(step))

@@ -10,6 +10,7 @@ from pretrain.checkpoint.names import step_name
 from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_first_rank
 from pretrain.data.remote import Place
+from pretrain.given_up import given_up_by
 from pretrain.intact import COMPLETE
 
 COPIES = "fetched"  # folder of a run: what was copied from the URL where its checkpoints lie
@@ -18,7 +19,8 @@ COPIES = "fetched"  # folder of a run: what was copied from the URL where its ch
 def find_checkpoint(run_folder: Path, name: str, which: str = "teacher") -> Path:
     """Folder of the checkpoint "first" (step 0, before any training), "last" (the newest whole one) or a step.
 
-    The last is the newest that was written to its end; where that is damaged, no older one passes for it. They are
+    The last is the newest that was written to its end, but for those from which the run has gone back to an older one
+    (pretrain/given_up.py), which are told; where it is damaged, no older one passes for it. They are
     looked for where the run kept them; what lies behind a URL is copied as far as `which`, "teacher" or "student",
     needs it, by the first of several ranks, all of which must ask. Raises FileNotFoundError (no run, no such
     checkpoint, or not whole) and ValueError (no such name).
@@ -37,7 +39,13 @@ def find_checkpoint(run_folder: Path, name: str, which: str = "teacher") -> Path
                 f"{run_folder} holds no whole checkpoint: name the --out folder of `deepspeed pretrain/main.py`, "
                 f"after its first checkpoint was written (they are kept in {place})"
             )
-        step = max(finished)  # an older one in its place would pass for it
+        good = set(finished) - given_up_by(run_folder, place)
+        if not good:
+            raise FileNotFoundError(
+                f"{run_folder} has gone back from all checkpoints that are left in {place}: wait for its next one, "
+                f"or name one of them by its step, of {sorted(finished)}"
+            )
+        step = max(good)  # an older one in its place would pass for it
     else:
         step = 0 if name == "first" else int(name)
     folder = _whole(place, step)

@@ -18,6 +18,7 @@ from pretrain.checkpoint.stores import store_at
 from pretrain.config import Run
 from pretrain.data.remote import Place, is_url
 from pretrain.facts import DataFacts
+from pretrain.given_up import given_up_by
 from pretrain.initial.asked import Init
 from pretrain.initial.files import open_weights
 from pretrain.initial.fit import Fit, fill, fit
@@ -101,7 +102,10 @@ def found(place: Place) -> Place:
 
 
 def own_checkpoint(place: Place) -> Place | None:
-    """The checkpoint of ours that a place is, or the newest one in it; None where it is another's file."""
+    """The checkpoint of ours that a place is, or the newest one in it; None where it is another's file.
+
+    In a run's folder those are left out from which the run has gone back; checkpoints behind a URL do not tell.
+    """
     if is_url(place):
         folder: Place | None = place if is_step(place) else latest(place)
         if folder is None:
@@ -113,17 +117,23 @@ def own_checkpoint(place: Place) -> Place | None:
     if (folder / "teacher" / "layout.json").is_file():
         return folder
     if checkpoints_of(folder).is_dir() or (folder / PLACE_RECORD).is_file():
-        return _newest(place, kept_of(folder))
-    return latest(folder) if folder.is_dir() else None
+        return _newest(folder)
+    if not folder.is_dir():
+        return None
+    is_of_run = folder == checkpoints_of(folder.parent)
+    return latest(folder, without=given_up_by(folder.parent, folder) if is_of_run else ())
 
 
-def _newest(named: Place, kept: Place) -> Place:
-    """The newest whole checkpoint in a place; FileNotFoundError without one."""
-    folder = latest(kept)
+def _newest(out: Path) -> Place:
+    """The newest whole checkpoint of a run that it has not given up; FileNotFoundError without one."""
+    kept = kept_of(out)
+    gone = given_up_by(out, kept)
+    folder = latest(kept, without=gone)
     if folder is None:
+        but = f" but those of steps {sorted(gone)}, from which the run has gone back" if gone else ""
         raise FileNotFoundError(
-            f"--init {named} holds no whole checkpoint (looked for in {kept}): wait for its first one, or name "
-            "another"
+            f"--init {out} holds no whole checkpoint{but} (looked for in {kept}): wait for its "
+            f"{'next' if gone else 'first'} one, or name another"
         )
     return folder
 

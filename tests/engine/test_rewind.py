@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
 
 from pretrain import checkpoint, resume
+from pretrain.checkpoint.__main__ import run
 from pretrain.config import Guard
+from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.evidence import Journal
 from pretrain.exits import Diverged
 from pretrain.guard import StepGuard
+from pretrain.initial.start import found
+from pretrain.models.guides import own
+from pretrain.models.guides.guide import Opened
 from pretrain.rewind import go_back
 from tests.engine.test_checkpoint import whole
 
@@ -98,6 +108,66 @@ def test_a_later_start_does_not_take_what_was_given_up(training: Training) -> No
         assert next_start() == training.place / "step_000020"
     training.save(30)
     assert next_start() == training.place / "step_000030"
+
+
+def consolidated(out: Path) -> Path:
+    """The checkpoint whose weights become one file."""
+    run(["consolidate", str(out), "--out", str(out / "weights.safetensors")])
+    with safe_open(out / "weights.safetensors", "pt") as file:
+        return Path(file.metadata()["checkpoint"])
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "evaluate, export and transfer": lambda out: find_checkpoint(out, "last"),
+    "--init OUT": found,
+    "--init OUT/checkpoints": lambda out: found(checkpoint.checkpoints_of(out)),
+    "--guide": lambda out: own.open_run(out).folder,
+    "consolidate": consolidated,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_was_given_up_does_not_pass_for_the_last(
+    reader: str, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = (0.0, 0.0, 0.0)
+    monkeypatch.setattr(
+        own, "open_checkpoint", lambda place: Opened(nn.Identity(), 1, 1, 1, none, none, place, ())
+    )
+    monkeypatch.setitem(checkpoint.WEIGHTS, "teacher", lambda folder: {"weight": torch.zeros(1)})
+    newest = [training.refused_after(35) for _ in range(2)][-1]
+    with pytest.warns(UserWarning, match=r"steps \[30\] .* are not used: the run has gone back"):
+        assert READERS[reader](training.out) == training.place / f"step_{newest:06d}"
+
+
+def test_a_run_whose_older_checkpoints_are_gone_does_not_call_those_that_it_gave_up_broken(
+    training: Training,
+) -> None:
+    for _ in range(3):
+        training.refused_after(35)
+    for step in (0, 10):
+        shutil.rmtree(training.place / f"step_{step:06d}")
+    rewinds = training.journal.rewinds()
+    with (
+        pytest.warns(UserWarning, match="are not used"),
+        pytest.raises(
+            ValueError, match=r"^the run has gone back from those of steps \[20, 30\] in .*: copy older"
+        ),
+    ):
+        resume.newest_or_none(training.place, rewinds)
+    with (
+        pytest.warns(UserWarning, match="are not used"),
+        pytest.raises(FileNotFoundError, match=r"has gone back from all .* by its step, of \[20, 30\]"),
+    ):
+        find_checkpoint(training.out, "last")
+    (whole(training.place, 10) / "COMPLETE").unlink()
+    with (
+        pytest.warns(UserWarning, match="are not used|is skipped"),
+        pytest.raises(
+            ValueError, match=r"steps \[10\] in .* is whole, and the run has gone back from those of"
+        ),
+    ):
+        resume.newest_or_none(training.place, rewinds)
 
 
 def test_the_run_ends_after_so_many_rewinds_whichever_checkpoints_they_took(training: Training) -> None:

@@ -73,6 +73,15 @@ def test_a_broken_checkpoint_does_not_count_as_kept(engine: Untrained, tmp_path:
     assert checkpoint.steps_in(tmp_path) == {1, 3, 9}
 
 
+def test_a_checkpoint_that_is_given_up_does_not_count_as_kept(tmp_path: Path) -> None:
+    engine, gone = Untrained(toy_run(keep_last=2), ToyTowers(), 0), set[int]()
+    saver = checkpoint.Saver(engine, tmp_path, FACTS, None, given_up=lambda: gone)
+    save_at(saver, engine, 800, 850)
+    gone.add(850)
+    save_at(saver, engine, 900)
+    assert checkpoint.steps_in(tmp_path) == {800, 900}
+
+
 def test_what_is_written_is_what_was_there_when_the_save_began(
     engine: Untrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

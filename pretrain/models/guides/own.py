@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretrain.checkpoint import checkpoints_of, latest, load_towers
+from pretrain.given_up import given_up_by
 from pretrain.models.guides.guide import Opened
 
 READ = ("run.json", "facts.json", "teacher/*")  # what the teacher of a checkpoint is read from
@@ -22,11 +23,15 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def open_run(folder: Path) -> Opened:
-    """The newest whole checkpoint of a run; ValueError when it has none."""
-    checkpoint = latest(checkpoints_of(folder))
+    """The newest whole checkpoint of a run that it has not given up; ValueError when it has none."""
+    place = checkpoints_of(folder)
+    gone = given_up_by(folder, place)
+    checkpoint = latest(place, without=gone)
     if checkpoint is None:
+        but = f" but those of steps {sorted(gone)}, from which it has gone back" if gone else ""
         raise ValueError(
-            f"{folder} is a run without a whole checkpoint: wait for its first one, or name another"
+            f"{folder} is a run without a whole checkpoint{but}: wait for its {'next' if gone else 'first'} one, or "
+            "name another"
         )
     return open_checkpoint(checkpoint)
 
