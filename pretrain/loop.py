@@ -112,6 +112,8 @@ def _stop(job: Job, monitor: Monitor) -> None:
     try:
         if job.saver.saved_step != step:
             job.saver.save(wait=True)
+    except ClaimLost:
+        raise
     except OSError as error:  # the checkpoint before will do, and the machine is wanted
         where = f"from the last checkpoint, since this step could not be saved: {error}"
     _say_saved(job, monitor)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from pretrain.checkpoint.__main__ import main
 from pretrain.checkpoint.ranges import Files
 from pretrain.checkpoint.snapshot import Snapshot
 from pretrain.checkpoint.stores import Disk, Remote, store_at
+from pretrain.loop import Job, _stop
+from pretrain.monitor import Monitor
 from tests.data.s3 import Store, s3_store
 from tests.engine.toy import FACTS, ToyTowers, toy_run
 from tests.evaluate.runs import Untrained
@@ -279,6 +282,18 @@ def test_a_place_that_another_process_took_over_ends_the_run(engine: Untrained, 
     with pytest.raises(ClaimLost, match=r"step_000002 was not written: was taken over"):
         saver.finish()
     assert checkpoint.steps_in(tmp_path) == {1}
+
+
+def test_a_run_that_loses_its_place_while_it_stops_is_not_told_to_go_on(
+    engine: Untrained, tmp_path: Path
+) -> None:
+    def require() -> None:
+        raise ClaimLost("was taken over")
+
+    saver = checkpoint.Saver(engine, tmp_path, FACTS, None, require)
+    job = Mock(spec=Job, saver=saver, engine=engine, run=engine.run, watchdog=Mock())
+    with pytest.raises(ClaimLost, match=r"step_000001 was not written: was taken over"):
+        _stop(job, Mock(spec=Monitor))
 
 
 def test_one_file_that_finds_no_room_is_told_and_leaves_nothing(
