@@ -11,7 +11,12 @@ import torch
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seeds torch's global generators, the only randomness inside the modules, for one step of one rank."""
-    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**64)  # torch's seeds have 64 bits
+    torch.manual_seed(step_seed(seed, step, rank))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Of one step of one rank; in [0, 2**64), as torch's seeds are."""
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**64
 
 
 def states() -> dict[str, Any]:

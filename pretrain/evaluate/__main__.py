@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 
+from data_prep.schema import Manifest
 from pretrain import provenance
-from pretrain.collectives import from_first_rank, rank
+from pretrain.collectives import from_first_rank, on_every_rank, rank
 from pretrain.command import require_place
 from pretrain.evaluate import result
+from pretrain.evaluate.checkpoints import bring
 from pretrain.evaluate.few_shot import SHARES
 from pretrain.evaluate.fine_tune_recipes import RECIPES
 from pretrain.evaluate.fine_tune_state import require_recipe
@@ -32,9 +34,9 @@ from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, SLOW
 from pretrain.evaluate.protocols import Protocols, best_device, measure_subject
 from pretrain.evaluate.published import is_published
 from pretrain.evaluate.retrieval import MOST_IMAGES
-from pretrain.evaluate.sets import FOLDERS, SPLITS, read_manifests
+from pretrain.evaluate.sets import FOLDERS, SPLITS, Listing, read_manifests
 from pretrain.evaluate.shares import TIMEOUT
-from pretrain.evaluate.subjects import find_subjects
+from pretrain.evaluate.subjects import Named, find_subjects
 from pretrain.evaluate.templates import AUTO, TEMPLATES
 from pretrain.ranks import exit_code_of_ranks
 
@@ -109,15 +111,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     Raises FileNotFoundError and ValueError for what the user can mend, before any image is read.
     """
     options = parse(arguments)
-    protocols = protocols_of(options)
-    subjects = find_subjects(options.run, [n.strip() for n in options.steps.split(",")], options.image_size)
-    out = options.out or result_of(options.run)
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder: name a file, such as {out / RESULT}")
-    require_place("--out", out)
-    result.rows_there(out)
-    folders = split_folders(options.data, options.train, options.heldout)
-    manifests = read_manifests(folders)
+    protocols, subjects, out, folders, manifests = on_every_rank(lambda: prepared(options))
+    bring(options.run, [subject.place for subject in subjects])
     device = best_device()
     if device.type == "cuda":  # collective calls and random states mean this one
         torch.cuda.set_device(device)
@@ -128,7 +123,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     evaluated: dict[str, Any] = {"checkpoints": {}}
     data = result.data_of(folders, manifests)
     for subject in subjects:
-        measured = measure_subject(subject.open(), folders, manifests, protocols, device)
+        measured = measure_subject(on_every_rank(subject.open), folders, manifests, protocols, device)
         if measured is None:
             continue
         evidence, outcomes = measured.evidence, measured.outcomes
@@ -146,6 +141,21 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         if protocols.states is not None:  # the next one begins anew
             shutil.rmtree(protocols.states, ignore_errors=True)
     return evaluated
+
+
+def prepared(
+    options: argparse.Namespace,
+) -> tuple[Protocols, list[Named], Path, dict[str, Path], dict[str, Manifest | Listing]]:
+    """What the command line asks for, where it lies, the file of the result, and the data."""
+    protocols = protocols_of(options)
+    subjects = find_subjects(options.run, [n.strip() for n in options.steps.split(",")], options.image_size)
+    out = options.out or result_of(options.run)
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name a file, such as {out / RESULT}")
+    require_place("--out", out)
+    result.rows_there(out)
+    folders = split_folders(options.data, options.train, options.heldout)
+    return protocols, subjects, out, folders, read_manifests(folders)
 
 
 def result_of(place: Path) -> Path:

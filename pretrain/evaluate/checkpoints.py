@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.checkpoint import folder_in, kept_of, step_of, steps_in
 from pretrain.checkpoint.fetch import fetched
 from pretrain.checkpoint.names import step_name
 from pretrain.checkpoint.stores import store_at
-from pretrain.collectives import from_first_rank
+from pretrain.collectives import from_every_rank, from_first_rank, on_every_rank
 from pretrain.data.remote import Place
 from pretrain.given_up import given_up_by
 from pretrain.intact import COMPLETE
@@ -17,13 +18,40 @@ COPIES = "fetched"  # folder of a run: what was copied from the URL where its ch
 
 
 def find_checkpoint(run_folder: Path, name: str, which: str = "teacher") -> Path:
-    """Folder of the checkpoint "first" (step 0, before any training), "last" (the newest whole one) or a step.
+    """Folder on this machine of the checkpoint that `locate` finds; a collective call, as `bring`."""
+    return bring(run_folder, [on_every_rank(lambda: locate(run_folder, name))], which)[0]
+
+
+def bring(run_folder: Path, places: Sequence[Place], which: str = "teacher") -> list[Path]:
+    """Folders on this machine of checkpoints that all ranks have located; a collective call.
+
+    What lies behind a URL is copied by the first rank as far as `which`, "teacher" or "student", needs it. Raises
+    ValueError where the ranks have located others, and what `fetched` raises, on all of them.
+    """
+    told = from_every_rank([[str(place) for place in places]])
+    if odd := [number for number, found in enumerate(told) if found != told[0]]:
+        raise ValueError(
+            f"rank {odd[0]} finds the checkpoints {told[odd[0]]}, and rank 0 {told[0]}: start all ranks with one "
+            "command, and name a step by its number while a run still writes newer ones"
+        )
+    for place in places:
+        if not isinstance(place, Path):
+            from_first_rank(lambda: fetched(place, which, local_of(run_folder, place)))  # noqa: B023  called at once
+    return [local_of(run_folder, place) for place in places]
+
+
+def local_of(run_folder: Path, place: Place) -> Path:
+    """Where a checkpoint lies on this machine once `bring` has brought it."""
+    return place if isinstance(place, Path) else run_folder / COPIES / step_name(step_of(place))
+
+
+def locate(run_folder: Path, name: str) -> Place:
+    """Where the checkpoint "first" (step 0, before any training), "last" (the newest whole one) or a step lies.
 
     The last is the newest that was written to its end, but for those from which the run has gone back to an older one
-    (pretrain/given_up.py), which are told; where it is damaged, no older one passes for it. They are
-    looked for where the run kept them; what lies behind a URL is copied as far as `which`, "teacher" or "student",
-    needs it, by the first of several ranks, all of which must ask. Raises FileNotFoundError (no run, no such
-    checkpoint, or not whole) and ValueError (no such name).
+    (pretrain/given_up.py), which are told; where it is damaged, no older one passes for it. They are looked for where
+    the run kept them. Raises FileNotFoundError (no run, no such checkpoint, or not whole) and ValueError (no such
+    name).
     """
     if not run_folder.is_dir():
         raise FileNotFoundError(f"{run_folder} is no folder: name the --out folder of a pre-training run")
@@ -48,11 +76,7 @@ def find_checkpoint(run_folder: Path, name: str, which: str = "teacher") -> Path
         step = max(good)  # an older one in its place would pass for it
     else:
         step = 0 if name == "first" else int(name)
-    folder = _whole(place, step)
-    if isinstance(folder, Path):
-        return folder
-    # Of several ranks, which read it all, the first copies it.
-    return from_first_rank(lambda: fetched(folder, which, run_folder / COPIES / step_name(step_of(folder))))
+    return _whole(place, step)
 
 
 def _is_finished(folder: Place) -> bool:

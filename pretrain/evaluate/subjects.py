@@ -13,8 +13,9 @@ from torch import nn
 
 from pretrain.checkpoint import load_towers
 from pretrain.config import Mask, Run
+from pretrain.data.remote import Place
 from pretrain.data.text import Captions
-from pretrain.evaluate.checkpoints import find_checkpoint
+from pretrain.evaluate.checkpoints import local_of, locate
 from pretrain.evaluate.published import (
     CONFIG,
     EncoderAlone,
@@ -45,16 +46,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Named:
-    """A subject that is opened when its turn comes."""
+    """A subject that is opened when its turn comes, where `place` is a URL after `bring` has brought it."""
 
     name: str
+    place: Place
     open: Callable[[], Subject]
 
 
 def find_subjects(place: Path, steps: Sequence[str], size: int | None = None) -> list[Named]:
     """What `place` names, each once; `steps` choose among the checkpoints of a run.
 
-    Raises FileNotFoundError and ValueError as `find_checkpoint`, and for a checkpoint that is not whole.
+    Raises FileNotFoundError and ValueError as `locate`, and for a checkpoint that is not whole.
     """
     is_model = place.is_file() or (place.is_dir() and is_published(place))
     if size is not None and place.is_dir() and not is_model:
@@ -63,12 +65,13 @@ def find_subjects(place: Path, steps: Sequence[str], size: int | None = None) ->
         problem = verify(place, hashes=False)
         if problem is not None:
             raise FileNotFoundError(f"{place} cannot be used, since {problem}: name another checkpoint")
-        return [Named(place.name, partial(open_checkpoint, place))]
+        return [Named(place.name, place, partial(open_checkpoint, place))]
     if is_model:
-        return [Named(place.stem if place.is_file() else place.name, partial(open_model, place, size))]
-    found = [find_checkpoint(place, name) for name in steps]
-    # Each once: of a run's beginning the first is the last.
-    return [Named(step.name, partial(open_checkpoint, step)) for step in dict.fromkeys(found)]
+        name = place.stem if place.is_file() else place.name
+        return [Named(name, place, partial(open_model, place, size))]
+    found = dict.fromkeys(locate(place, name) for name in steps)  # of a run's beginning the first is the last
+    own = {step: local_of(place, step) for step in found}
+    return [Named(folder.name, step, partial(open_checkpoint, folder)) for step, folder in own.items()]
 
 
 def open_checkpoint(step: Path) -> Subject:

@@ -6,7 +6,7 @@ on the meta device wherever that is possible, so that a model that is too large 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,18 @@ def explained_by(tensors: Mapping[str, Any], place: Path) -> Iterator[None]:
             refuse()
 
 
-def weights_of(folder: Path) -> dict[str, Any]:
-    """What all files of weights right in a folder hold, by file, unread; ValueError for a hostile one."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLES))
-    return {path.name: read_tensors(path) for path in files}
+def weights_of(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """What files right in a folder hold, by file, unread; ValueError for a hostile one, and for one elsewhere.
+
+    They are those that are loaded: a state of an optimizer beside them is no weight of the model.
+    """
+    for name in names:
+        if Path(name).name != name or Path(name).suffix not in (".safetensors", *PICKLES):
+            raise ValueError(
+                f"{folder} names {name!r} as its weights, which must be a file of weights right in it: copy the "
+                "folder again"
+            )
+    return {name: read_tensors(folder / name) for name in names}
 
 
 def require_pixels(size: Any, place: Path) -> int:

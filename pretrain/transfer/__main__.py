@@ -19,7 +19,8 @@ import torch
 
 from pretrain.collectives import on_every_rank
 from pretrain.command import require_place
-from pretrain.evaluate.checkpoints import find_checkpoint
+from pretrain.data.remote import Place
+from pretrain.evaluate.checkpoints import bring, local_of, locate
 from pretrain.evaluate.protocols import best_device
 from pretrain.ranks import exit_code_of_ranks
 from pretrain.transfer.examples import MAX_BAD, AnnotatedSet
@@ -63,7 +64,8 @@ def run(arguments: list[str] | None = None) -> dict[str, Any] | None:
     Raises FileNotFoundError and ValueError for what the user can mend, before the first step.
     """
     options = parse(arguments)
-    work, (train_set, heldout) = on_every_rank(lambda: prepared(options))
+    work, place, (train_set, heldout) = on_every_rank(lambda: prepared(options))
+    bring(options.run, [place])
     machine = Machine(best_device(), options.workers, options.max_bad)
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device)
@@ -74,8 +76,8 @@ def run(arguments: list[str] | None = None) -> dict[str, Any] | None:
     return result
 
 
-def prepared(options: argparse.Namespace) -> tuple[Work, tuple[AnnotatedSet, AnnotatedSet]]:
-    """What the command line asks for, and its data."""
+def prepared(options: argparse.Namespace) -> tuple[Work, Place, tuple[AnnotatedSet, AnnotatedSet]]:
+    """What the command line asks for, where its checkpoint lies, and its data."""
     numbers = recipe(options.task, options.recipe)
     if options.train_steps is not None:
         changed = replace(
@@ -91,12 +93,13 @@ def prepared(options: argparse.Namespace) -> tuple[Work, tuple[AnnotatedSet, Ann
     if options.workers < 0:
         raise ValueError(f"--workers {options.workers} must not be negative: 0 reads images in this process")
     share_of(numbers.optimisation)
-    step = find_checkpoint(options.run, options.step)
+    place = locate(options.run, options.step)
+    step = local_of(options.run, place)
     out = options.out or options.run / "transfer" / f"{options.task}-{options.recipe}-{step.name}"
     require_place("--out", out / RESULT)
     named = Named(options.data, options.train, options.heldout, getattr(options, "images", None))
     work = Work(step, numbers, options.recipe, out, options.frozen, options.seed)
-    return work, open_sets(options.task, named, options.max_bad)
+    return work, place, open_sets(options.task, named, options.max_bad)
 
 
 def main(arguments: list[str] | None = None) -> int:

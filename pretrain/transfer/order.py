@@ -30,7 +30,7 @@ class Draws(Dataset):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(self.num_examples, generator=generator)
         with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
-            torch.manual_seed((self.seed + 1) * 2**40 + position)
+            torch.manual_seed(((self.seed + 1) * 2**40 + position) % 2**64)
             try:
                 return self.draw(int(self._order[place]))
             except BadSample as error:

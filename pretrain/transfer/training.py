@@ -27,6 +27,7 @@ from pretrain.collectives import (
 )
 from pretrain.evaluate.augment import seeded
 from pretrain.intact import flush
+from pretrain.randomness import step_seed
 from pretrain.transfer.examples import Drops
 from pretrain.transfer.joint import average_gradients, with_joint_norms
 from pretrain.transfer.order import Draws, batches
@@ -117,7 +118,7 @@ def train(
 
 def _seed(seed: int, step: int) -> int:
     """Of what the model draws at a step, such as paths that are dropped and anchors that are looked at."""
-    return ((seed + 1) * 1_000_003 + step) * 65_537 + rank()
+    return step_seed(seed + 1, step, rank())
 
 
 def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, Drops]:

@@ -238,6 +238,34 @@ def test_pickle_that_would_run_code_is_refused(
     assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("kind", ["clip", "open_clip"])
+def test_what_is_not_loaded_is_no_reason_to_refuse_a_guide(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """A folder that a trainer left holds the states of its generators, and weights in an older format."""
+    copy = Path(shutil.copytree(request.getfixturevalue(kind)[0], tmp_path / "copy"))
+    for name in ("rng_state.pth", "training_args.bin", "pytorch_model.bin", "optimizer.pt"):
+        torch.save({"weight": Harmful(tmp_path / "ran")}, copy / name)
+    assert open_guide(copy).width == SHARED
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_that_an_index_or_the_settings_name_are_judged(clip: tuple[Path, Any], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(clip[0], tmp_path / "copy"))
+    index = copy / "model.safetensors.index.json"
+    (copy / "model.safetensors").rename(copy / "part.safetensors")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"visual_projection.weight": "a.bin"}}))
+    torch.save({"weight": Harmful(tmp_path / "ran")}, copy / "a.bin")
+    with pytest.raises(ValueError, match="would call 'posix mkdir' when it is read"):
+        open_guide(copy)
+    index.write_text(index.read_text().replace("a.bin", "../a.bin"))
+    with pytest.raises(ValueError, match=r"names '\.\./a\.bin' as its weights, which must be .* right in it"):
+        open_guide(copy)
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {"transformers_weights": "part.safetensors"}))
+    assert "part.safetensors" in open_guide(copy).files
+
+
 def test_missing_weights_are_refused_instead_of_drawn(clip: tuple[Path, Any], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

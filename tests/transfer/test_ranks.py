@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from pretrain.checkpoint import load_towers  # noqa: E402
 from pretrain.collectives import mean_over_ranks, on_every_rank, rank  # noqa: E402
 from pretrain.data.faults import BadSample  # noqa: E402
+from pretrain.evaluate.__main__ import evaluate  # noqa: E402
 from pretrain.evaluate.checkpoints import find_checkpoint  # noqa: E402
 from pretrain.ranks import exit_code_of_ranks  # noqa: E402
 from pretrain.transfer import __main__ as command  # noqa: E402
@@ -36,6 +37,7 @@ from pretrain.transfer.recipes import RECIPES, Detect, Optimisation, Segment, re
 from pretrain.transfer.training import STATE  # noqa: E402
 from pretrain.transfer.work import DETECTIONS, RESULT, TASKS, TESTS  # noqa: E402
 from tests.engine.launch import start  # noqa: E402
+from tests.evaluate.test_joint_fine_tune import found_behind_a_url  # noqa: E402
 
 # pycocotools (https://github.com/ppwwyyxx/cocoapi) hands arrays to numpy in a way that is to end.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -113,6 +115,14 @@ def scenarios(given: list[str] | None) -> None:
     told: dict[str, Any] = {"shown": shown()}
     told["failed"] = message(lambda: on_every_rank(failing))
     told["odd"] = message(lambda: list(batches(Draws(10, int, 0), replace(TOY, batch=3), 0, 0)))
+    found_behind_a_url(find_checkpoint(run, "last"), folder)
+    # Rank 1 alone is told what it cannot do, and the other does not wait for it in the fetch of the checkpoint.
+    wrong = ["--workers", "-1"] if rank() == 1 else []
+    asked = [str(folder / "run"), "--data", str(shards), *wrong]
+    told["alone"] = [
+        message(lambda: command.run(["segment", *asked])),
+        message(lambda: evaluate(asked)),
+    ]
     kept = {name: gradients(run, shards, task, name) for task, name in LEARNT}
     command.run(arguments("segment", run, shards, folder / "segment"))
     of_rank_0 = command.run([*arguments("detect", run, coco, folder / "detect"), "--frozen"])
@@ -167,6 +177,7 @@ def test_two_ranks_train_and_test_as_one(
         assert pair[0][-1] == pair[1][-1] == alone[-1]
     assert {one["failed"] for one in told} == {"the disk of rank 1 is gone"}
     assert all("start one of [1, 3] ranks" in one["odd"] for one in told)
+    assert all("--workers -1 must not be negative" in one for rank in told for one in rank["alone"])
     assert [one["has_result"] for one in told] == [True, False]
 
     for task, name in LEARNT:

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from pretrain.checkpoint import load_towers
+from pretrain.evaluate.augment import seeded
 from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.transfer import __main__ as command
 from pretrain.transfer import training
 from pretrain.transfer.backbone import load_trunk
 from pretrain.transfer.examples import Drops
+from pretrain.transfer.order import Draws
 from pretrain.transfer.places import Named, open_sets
 from pretrain.transfer.rates import Layered, rate
 from pretrain.transfer.recipes import RECIPES, Detect, Optimisation, recipe
@@ -134,6 +136,17 @@ def test_layers_further_from_the_head_learn_slower(runs: dict[str, Path], shards
     ratios = [below / above for below, above in pairwise(depth)]
     assert ratios == pytest.approx([decay] * len(ratios))
     assert depth[-1] == pytest.approx(0.1 * decay)
+
+
+@pytest.mark.parametrize("seed", [0, 2**24 - 1, 2**28, 2**32 - 1])
+def test_every_seed_that_the_command_allows_can_be_drawn_from(seed: int) -> None:
+    draws = Draws(4, lambda index: (index, float(torch.rand(()))), seed)
+    assert draws[5] == draws[5] != draws[6]
+    drawn = []
+    for step in (3, 3, 4):
+        with seeded(training._seed(seed, step)):
+            drawn.append(float(torch.rand(())))
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_rates_of_the_schedules() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +20,8 @@ __all__ = ["Guide", "open_guide"]
 class Format:
     is_folder: Callable[[Path], bool]
     open_folder: Callable[[Path], Opened]
-    is_foreign: bool = (
-        False  # made by another program, whose settings and weights are judged before they are used
-    )
+    weights: Callable[[Path], list[str]] | None = None
+    """Names of the files of weights that it loads, where another program made them: they are judged before."""
 
 
 # The first that knows a folder opens it: many hold a Hugging Face model and the same one for open_clip.
@@ -31,10 +29,10 @@ ENCODERS: dict[str, Format] = {
     "the --out folder of one of our runs": Format(own.is_run, own.open_run),
     "one of its folders checkpoints/step_N": Format(own.is_checkpoint, own.open_checkpoint),
     "a Hugging Face folder (config.json with model_type, model.safetensors)": Format(
-        huggingface.is_folder, huggingface.open_folder, is_foreign=True
+        huggingface.is_folder, huggingface.open_folder, huggingface.weights_in
     ),
     "an open_clip folder (open_clip_config.json, open_clip_model.safetensors)": Format(
-        open_clip_vit.is_folder, open_clip_vit.open_folder, is_foreign=True
+        open_clip_vit.is_folder, open_clip_vit.open_folder, open_clip_vit.weights_in
     ),
 }
 TOKENIZER = "a tokenizer of `python -m pretrain.codebook` (codebook.json)"
@@ -90,7 +88,9 @@ def _open_encoder(folder: Path) -> Opened:
     for known in ENCODERS.values():
         try:
             if known.is_folder(folder):
-                with explained_by(weights_of(folder), folder) if known.is_foreign else nullcontext():
+                if known.weights is None:
+                    return _require_sound(known.open_folder(folder))
+                with explained_by(weights_of(folder, known.weights(folder)), folder):
                     return _require_sound(known.open_folder(folder))
         except (ValueError, OSError):
             raise

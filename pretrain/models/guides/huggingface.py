@@ -19,14 +19,20 @@ from pretrain.initial.bounds import MOST_PIXELS
 from pretrain.models.guides.guide import Opened
 
 CONFIG = "config.json"
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that is there is read
+INDEX = ".index.json"  # ending of a file that tells in which files the weights lie
+WEIGHTS = (  # of transformers: the first that is there is read
+    "model.safetensors",
+    f"model.safetensors{INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{INDEX}",
+)
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 MOST_EXTRA = 16  # tokens beside the patches: class, distillation, registers
 UNUSED = ("pooler.", "embeddings.mask_token")  # parts of an encoder that may lack weights
 
 
 def is_folder(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and "model_type" in _read(folder / CONFIG) and bool(_weights(folder))
+    return (folder / CONFIG).is_file() and "model_type" in _read(folder / CONFIG) and bool(_chosen(folder))
 
 
 def open_folder(folder: Path) -> Opened:
@@ -40,11 +46,10 @@ def open_folder(folder: Path) -> Opened:
     tower.requires_grad_(False).eval()
     patch, size = _square(folder, config, "patch_size"), _square(folder, config, "image_size")
     width = _try_grid(folder, tower, patch, size // patch + 1)  # another one than it was trained on
+    read = (_chosen(folder), *weights_in(folder))
     present = [name for name in (CONFIG, *PROCESSORS) if (folder / name).is_file()]
     mean, std = _pixels(folder, model_type)
-    return Opened(
-        tower, width, patch, size // patch, mean, std, folder, tuple(sorted(present + _weights(folder)))
-    )
+    return Opened(tower, width, patch, size // patch, mean, std, folder, tuple(sorted({*present, *read})))
 
 
 class ClipTower(nn.Module):
@@ -114,7 +119,7 @@ def _load(folder: Path, family: Any) -> nn.Module:
                 local_files_only=True,
                 trust_remote_code=False,
                 weights_only=True,
-                use_safetensors=".safetensors" in _weights(folder)[0],
+                use_safetensors=".safetensors" in _chosen(folder),
                 dtype=torch.float32,
                 output_loading_info=True,
             )
@@ -194,12 +199,21 @@ def _pixels(folder: Path, model_type: str) -> tuple[tuple[float, ...], tuple[flo
     )
 
 
-def _weights(folder: Path) -> list[str]:
-    """Weight files and their index, of the first format that is there."""
-    found = (
-        [path.name for path in (*folder.glob(form), *folder.glob(f"{form}.index.json"))] for form in WEIGHTS
-    )
-    return sorted(next((names for names in found if names), []))
+def weights_in(folder: Path) -> list[str]:
+    """Names of the files whose tensors transformers loads; empty where there are none."""
+    name = _chosen(folder)
+    if not name.endswith(INDEX):
+        return [name] if name else []
+    places = _read(folder / name).get("weight_map") if (folder / name).is_file() else None
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise ValueError(f"{folder / name} has no weight_map of file names: copy the folder again")
+    return sorted(set(places.values()))
+
+
+def _chosen(folder: Path) -> str:
+    """The file of weights that transformers opens, or their index; empty where there is none."""
+    told = _read(folder / CONFIG).get("transformers_weights")
+    return str(told or next((name for name in WEIGHTS if (folder / name).is_file()), ""))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,6 +23,16 @@ def is_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+def weights_in(folder: Path) -> list[str]:
+    """Name of the file whose tensors open_clip loads; empty where there is none."""
+    from open_clip.factory import (
+        _find_checkpoint_in_dir,
+    )  # the choice itself: another file would not be judged
+
+    chosen = _find_checkpoint_in_dir(folder)
+    return [Path(chosen).name] if chosen else []
+
+
 def open_folder(folder: Path) -> Opened:
     """The vision tower in the folder, read without network and without running code of it.
 
