@@ -12,12 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -116,12 +119,36 @@ def shares(shape: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(min(share * r, numel), min(share, numel - min(share * r, numel))) for r in range(RANKS)]
 
 
+def own_memory(pid: int) -> int:
+    """KiB that a process and its children hold now, without pages of mapped files, which can go."""
+    held = 0
+    with suppress(OSError):  # it has ended meanwhile
+        told = Path(f"/proc/{pid}/status").read_text()
+        held += int(re.search(r"RssAnon:\s+(\d+)", told)[1]) if "RssAnon" in told else 0
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            held += sum(own_memory(int(child)) for child in children.read_text().split())
+    return held
+
+
 def measured(command: list[str]) -> dict[str, Any]:
-    """Exit code, seconds, seconds of processor, highest GiB and output of a process."""
-    begun = time.monotonic()
+    """Exit code, seconds, seconds of processor, highest GiB and output of a process.
+
+    `peak_gib` is its highest resident memory, `peak_own_gib` that of its own pages and of its children, looked
+    at five times a second.
+    """
+    begun, ended, most = time.monotonic(), threading.Event(), [0]
+
+    def look(pid: int) -> None:
+        while not ended.wait(0.2):
+            most[0] = max(most[0], own_memory(pid))
+
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        looking = threading.Thread(target=look, args=(process.pid,))
+        looking.start()
         _, status, used = os.wait4(process.pid, 0)
+        ended.set()
+        looking.join()
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         lines = output.read().splitlines()
@@ -130,6 +157,7 @@ def measured(command: list[str]) -> dict[str, Any]:
         "seconds": round(time.monotonic() - begun, 1),
         "processor_seconds": round(used.ru_utime + used.ru_stime, 1),
         "peak_gib": round(used.ru_maxrss / 2**20, 2),
+        "peak_own_gib": round(most[0] / 2**20, 2),
         "lines": lines,
     }
 
