@@ -41,6 +41,7 @@ class Rewind(NamedTuple):
     step: int
     to: int
     before: int  # rewinds right before it after which the run got no further
+    time: float  # seconds since 1970, by which it is known
 
 
 class Journal:
@@ -89,7 +90,7 @@ class Journal:
     def rewinds(self) -> list[Rewind]:
         """Each time that the run went back, in their order."""
         told = (line for line in self._lines if line["event"] == "rewound")
-        return [Rewind(line["step"], line["to"], line.get("before", 0)) for line in told]
+        return [Rewind(line["step"], line["to"], line.get("before", 0), line["time"]) for line in told]
 
     def _write(self, told: dict[str, Any]) -> None:
         self._lines.append({"time": time.time(), **told})

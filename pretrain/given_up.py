@@ -39,9 +39,15 @@ def given_up(place: Place, rewinds: Sequence[Rewind]) -> set[int]:
 
 
 def since(folder: Place, rewinds: Sequence[Rewind]) -> Sequence[Rewind]:
-    """Rewinds after a checkpoint was written; none where it does not say how many there were before."""
+    """Rewinds after a checkpoint was written; none where it does not say how many there were before.
+
+    All of them where those before are of another --out, from which the checkpoint was taken.
+    """
     try:
-        known = read_json(folder, "state.json")["guard"]["rewinds"]
+        known = read_json(folder, "state.json")["guard"]
+        count, last = known["rewinds"], known.get("last_rewind")
     except (FileNotFoundError, ValueError, KeyError):  # broken, or written by an older version
         return ()
-    return rewinds[known:]
+    if count > len(rewinds) or (count and last is not None and rewinds[count - 1].time != last):
+        return rewinds
+    return rewinds[count:]

@@ -46,7 +46,7 @@ class StepGuard:
         self.left_out: set[int] = set()  # numbers of batches
         self.refused_in_a_row: list[Verdict] = []
         self.num_refused = 0  # since the start of this process
-        self.num_rewinds = 0  # of the run: how often it has gone back
+        self.rewinds: list[float] = []  # of the run: when it has gone back, in seconds since 1970
         self._names: tuple[str, ...] = ()
         self._accepted: deque[tuple[float, ...]] = deque(maxlen=limits.window)  # of NORM its logarithm
 
@@ -100,7 +100,8 @@ class StepGuard:
             "names": list(self._names),
             "accepted": [list(row) for row in self._accepted],
             "left_out": sorted(self.left_out),
-            "rewinds": self.num_rewinds,
+            "rewinds": len(self.rewinds),
+            "last_rewind": self.rewinds[-1] if self.rewinds else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

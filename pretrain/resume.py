@@ -48,7 +48,9 @@ def require_same_place(out: Path, kept: Place) -> None:
         raise ValueError(
             f"the run in {out} keeps its checkpoints in {before}, up to step {there} ({out / PLACE_RECORD}); this "
             f"start keeps them in {kept}, where there are {'none' if here < 0 else f'those up to step {here}'}: name "
-            f"that place by --checkpoints {before} to go on, copy them to {kept}, or begin anew with another --out"
+            f"that place by --checkpoints {before} to go on, copy them to {kept}, or begin anew with another --out; "
+            f"where they were moved to {kept}, and what lies in {before} is not this run's any more, delete "
+            f"{out / PLACE_RECORD}"
         )
 
 

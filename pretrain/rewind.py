@@ -9,6 +9,7 @@ there again. A rewind counts until the run has saved a checkpoint behind the ste
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -44,8 +45,9 @@ def go_back(guard: StepGuard, journal: Journal, checkpoints: Place, out: Path) -
         raise Diverged(_evidence(guard, folder, before, out))
     ends = [guard.next_batch(one) for one in passed]
     left_out = guard.leave_out_since(guard.next_batch(step_of(folder)), before, ends)
-    from_first_rank(lambda: journal.rewound(Rewind(step, step_of(folder), before), left_out))
-    guard.num_rewinds += 1
+    now = from_first_rank(time.time)
+    from_first_rank(lambda: journal.rewound(Rewind(step, step_of(folder), before, now), left_out))
+    guard.rewinds.append(now)
     newer = f"; those of steps {list(passed)} led there again and are given up" if passed else ""
     return folder, (
         f"BACK from step {step} to {folder}, after {len(guard.refused_in_a_row)} refused steps in a row{newer}: "
@@ -54,22 +56,35 @@ def go_back(guard: StepGuard, journal: Journal, checkpoints: Place, out: Path) -
 
 
 def choose(place: Place, rewinds: list[Rewind]) -> Choice:
-    """The newest whole checkpoint to which the run has not gone back since it was written, else the oldest one."""
+    """The newest whole checkpoint to which the run has not gone back since it was written, else the oldest one.
+
+    On disk every byte is read of that one alone: what is passed over is compared by sizes.
+    """
     whole: list[int] = []
-    for step in sorted(steps_in(place) - given_up(place, rewinds), reverse=True):
-        if step == 0 and whole:
-            break
+    steps = steps_in(place) - given_up(place, rewinds)
+    for step in sorted(steps - {0}, reverse=True):
         folder = folder_in(place, step)
-        if problem := store_at(folder).problem(hashes=not is_url(place)):
-            warnings.warn(f"{folder} is skipped, since {problem}: delete it", stacklevel=2)
-            continue
-        whole.append(step)
-        if all(one.to != step for one in since(folder, rewinds)):
-            break
+        is_passed = any(one.to == step for one in since(folder, rewinds))
+        if _is_whole(folder, hashes=not is_passed):
+            whole.append(step)
+            if not is_passed:
+                break
+    else:
+        while whole and not _is_whole(folder_in(place, whole[-1]), hashes=True):
+            whole.pop()
+        if not whole and 0 in steps and _is_whole(folder_in(place, 0), hashes=True):
+            whole.append(0)
     if not whole:
         return Choice(None, (), 0)
     *passed, step = whole
     return Choice(folder_in(place, step), tuple(passed), _without_progress(rewinds, whole[0]))
+
+
+def _is_whole(folder: Place, *, hashes: bool) -> bool:
+    problem = store_at(folder).problem(hashes=hashes and not is_url(folder))
+    if problem is not None:
+        warnings.warn(f"{folder} is skipped, since {problem}: delete it", stacklevel=2)
+    return problem is None
 
 
 def _without_progress(rewinds: list[Rewind], newest: int) -> int:

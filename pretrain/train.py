@@ -118,7 +118,7 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
     check = TeacherCheck(run, facts, paths.evaluate_data, tokenizer) if paths.evaluate_every else None
     engine = build_engine(run, facts, started.config, started.device, guide, paths, start)
     engine.guard.left_out |= skipped
-    engine.guard.num_rewinds = from_first_rank(lambda: len(journal.rewinds()))
+    engine.guard.rewinds = from_first_rank(lambda: [one.time for one in journal.rewinds()])
     gpu_hours = from_first_rank(lambda: _write_inputs(run, paths, start, is_new=folder is None))
     origin = start.told() if start is not None else []
     start = None  # the weights of a file, which the model has now

@@ -2,7 +2,8 @@
 
 On disk a checkpoint is written to a hidden folder, flushed and renamed. A store has no renaming, but an object there
 appears when its upload is complete: its files get their final names, and COMPLETE, without which nothing is used,
-comes last. A store that fails is asked again, with growing pauses, for PATIENCE seconds.
+comes last. A store that fails is asked again, with growing pauses, for PATIENCE seconds, and one that does not answer
+what only reads after ATTEMPT seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import fsspec
 
 from pretrain import intact
 from pretrain.checkpoint.store import PIECE, STEP_NAME, Content, Store, problem_of
-from pretrain.data.remote import Place, is_url
+from pretrain.data.remote import ATTEMPT, Place, is_url
 from pretrain.retries import patiently
 
 PART = 50 * 2**20  # bytes, of one part of an upload
@@ -132,7 +133,7 @@ class Remote:
             return [one["name"].rstrip("/").rpartition("/")[2] for one in found if one["type"] == "directory"]
 
         with contextlib.suppress(FileNotFoundError):
-            return self._patiently("", ask)
+            return self._patiently("", ask, ATTEMPT)
         return []
 
     def sizes(self) -> dict[str, int]:
@@ -141,7 +142,7 @@ class Remote:
             return {name[inside:]: one["size"] for name, one in fs.find(path, detail=True).items()}
 
         with contextlib.suppress(FileNotFoundError):
-            return self._patiently("", ask)
+            return self._patiently("", ask, ATTEMPT)
         return {}
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytearray:
@@ -151,7 +152,7 @@ class Remote:
                 raise OSError(f"{len(content)} bytes came where {end - start} were asked for")
             return content
 
-        return self._patiently(name, ask)
+        return self._patiently(name, ask, ATTEMPT)
 
     def write(self, name: str, content: Content) -> None:
         options = {"chunksize": PART} if self.url.startswith(("s3://", "s3a://")) else {}
@@ -192,13 +193,17 @@ class Remote:
         with contextlib.suppress(FileNotFoundError):
             self._patiently(name, lambda fs, path: fs.rm_file(path))
 
-    def _patiently(self, name: str, work: Callable[[Any, str], T]) -> T:
-        """What `work` gives for the file system and the path of a file, repeated while the store fails."""
+    def _patiently(self, name: str, work: Callable[[Any, str], T], attempt: float | None = None) -> T:
+        """What `work` gives for the file system and the path of a file, repeated while the store fails.
+
+        What only reads may take `attempt` seconds at first; anything else takes as long as it does, since what was
+        left behind would be written or removed later.
+        """
         url = f"{self.url}/{name}".rstrip("/")
         fs = _connected(self.url)
         path = fs._strip_protocol(url)
-        try:  # for as long as it takes: what was left behind would be written or removed later
-            return patiently(lambda: work(fs, path), url, PATIENCE)
+        try:
+            return patiently(lambda: work(fs, path), url, PATIENCE, attempt=attempt)
         except PermissionError as error:
             raise PermissionError(
                 f"{url} is refused by the store ({error}): mend the keys or rights (list, read, write, delete)"

@@ -29,12 +29,11 @@ from pretrain.compare.comparisons import COMPARISONS, Comparison, choose
 from pretrain.compare.plan import Job, Settings, plan
 from pretrain.compare.result import collect
 from pretrain.compare.work import prepare, shell_line, tasks_left, work_off
+from pretrain.exits import INTERRUPTED
 from pretrain.lock import only_writer
 from pretrain.models.guides import open_guide
 from pretrain.named_folders import named_folders
 from pretrain.objectives import OBJECTIVES
-
-INTERRUPTED = 130
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:

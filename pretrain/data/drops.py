@@ -32,7 +32,7 @@ class Drops:
         self._last = ""
         found = [] if path is None else _lines([path])
         self._kept = [line for line in found if line["step"] < start_step]
-        self._file: Appended | None = None  # from `begin` on
+        self._file: Appended | None = None  # from `begin` to `close`
         self._tell([Dropped(*(line[name] for name in Dropped._fields)) for line in self._kept])
 
     def begin(self) -> None:
@@ -54,9 +54,10 @@ class Drops:
                 self._file.add(_text([{"step": step, **sample._asdict()}]).encode())
 
     def close(self) -> None:
-        """What found no room is written now, or told."""
+        """What found no room is written now, or told; nothing is written after it, as another start has the list."""
         if self._file is not None:
             self._file.close()
+        self._file = None
 
     def _tell(self, dropped: Sequence[Dropped]) -> None:
         for sample in dropped:

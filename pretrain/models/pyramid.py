@@ -6,7 +6,6 @@ Backbones with stages give theirs; a plain one gets a simple feature pyramid, ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,14 +21,6 @@ class Stages:
     widths: tuple[int, ...]
     strides: tuple[int, ...]  # pixels along one side of a position
     wants_norm: tuple[bool, ...]  # has passed no norm of its own, so that heads get it through a new one
-
-
-class StagedEncoder(Protocol):
-    """What a pyramid asks of an encoder; all of pretrain.models.backbone.BACKBONES are such."""
-
-    stages: Stages
-
-    def maps(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]: ...
 
 
 class Pyramid(nn.Module):

@@ -73,6 +73,7 @@ class Monitor:
         )
         for tracker in trackers:
             tracker.begin(first_step)
+        self._spent.keep(out, self.say)
         self._log = open_log(out / LOG, kept, self.say)
         self._tell(list(self._watch.collapsed.values()))  # before the checkpoint from which the run goes on
 

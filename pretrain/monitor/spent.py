@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from pretrain.intact import write_text
 from pretrain.monitor.log import LOG, records
 
-SPENT = "spent.json"  # in a run's folder: GPU-hours of the starts before the last one
+SPENT = "spent.json"  # in a run's folder: GPU-hours until the last start, or until its log was cut last
 
 
 class Spent:
     """Hours of the ranks, from `begun` (time.monotonic()) on, with `gpu_hours` of earlier starts.
 
-    Imports before `begun` are not counted, nor what a start did after its last line of the log.
+    Imports before `begun` are not counted, nor what a start did after it last told them.
     """
 
     def __init__(
@@ -31,12 +32,24 @@ class Spent:
         # The first steps warm up: the pace forgets them by half with every line.
         self._pace = seconds if self._pace is None else (self._pace + seconds) / 2
         left = remaining * self._pace
-        so_far = self._before + self._world * (time.monotonic() - self._begun) / 3600
-        hours = {"gpu_hours": so_far, "gpu_hours_left": self._world * left / 3600}
+        hours = {"gpu_hours": self._so_far(), "gpu_hours_left": self._world * left / 3600}
         if self._price is not None:
             costs = {name.replace("gpu_hours", "cost"): self._price * value for name, value in hours.items()}
             hours |= costs
         return {"eta_seconds": left, **hours}
+
+    def keep(self, out: Path, say: Callable[[str], object]) -> None:
+        """Call it before the log is cut, whose lines tell what was spent; what finds no room is told."""
+        try:
+            write_text(out / SPENT, json.dumps({"gpu_hours": self._so_far()}))
+        except OSError as error:  # the next line of the log tells more
+            say(
+                f"the GPU-hours so far found no room in {out / SPENT} ({error}): should the run be killed before the "
+                "next line of its log, it forgets those of the steps that are undone now; free space there"
+            )
+
+    def _so_far(self) -> float:
+        return self._before + self._world * (time.monotonic() - self._begun) / 3600
 
 
 def spent_before(out: Path) -> float:

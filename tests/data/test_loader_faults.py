@@ -146,10 +146,20 @@ def test_a_full_disk_delays_the_list_and_ends_nothing(
     with full_disk(10):
         resumed.begin()
         resumed.add(5, bad[4])
-        resumed.close()
-    assert capsys.readouterr().err.count("LOST: 1 records") == 1
     resumed.add(7, bad[5])
     assert listed() == [(3, 0), (4, 1), (5, 4), (7, 5)] and resumed.counts == {"names: truncated": 4}
+    closed = Drops(log, 4, {})
+    capsys.readouterr()
+    with full_disk(10):
+        closed.begin()
+        closed.add(4, bad[4])
+        closed.close()
+    assert capsys.readouterr().err.count("LOST: 1 records") == 1
+    following = Drops(log, 5, {})
+    following.begin()
+    following.add(5, bad[5])
+    closed.close()
+    assert listed() == [(3, 0), (4, 1), (5, 5)]
 
 
 def test_the_replacement_is_the_next_sample_of_the_source(tmp_path: Path) -> None:

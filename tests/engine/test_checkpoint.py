@@ -75,6 +75,8 @@ def test_a_run_whose_checkpoints_lie_elsewhere_does_not_begin_anew(tmp_path: Pat
     whole(own, 0)
     with pytest.raises(ValueError, match=r"where there are those up to step 0: name that place"):
         resume.require_same_place(out, own)
+    with pytest.raises(ValueError, match=rf"were moved to .* delete {record}$"):
+        resume.require_same_place(out, own)
     resume.require_same_place(out, elsewhere)
     whole(own, 3)  # they were copied
     resume.require_same_place(out, own)

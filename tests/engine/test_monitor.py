@@ -261,6 +261,8 @@ def test_hours_that_a_kill_or_a_rewind_undid_were_paid_all_the_same(
             pass
     follow(1, 2, spent)
     assert [line["gpu_hours"] for line in _lines(tmp_path)] == [2.0, 14.0]
+    follow(0, 0, spent)  # gone back, and killed before a line
+    assert not _lines(tmp_path) and spent_before(tmp_path) == 14.0
 
 
 def _follow_on_a_full_disk(out: Path, most: int) -> None:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from pretrain import checkpoint, resume
+from pretrain.checkpoint import store
 from pretrain.checkpoint.__main__ import run
 from pretrain.config import Guard
 from pretrain.evaluate.checkpoints import find_checkpoint
@@ -168,6 +169,34 @@ def test_a_run_whose_older_checkpoints_are_gone_does_not_call_those_that_it_gave
         ),
     ):
         resume.newest_or_none(training.place, rewinds)
+
+
+def test_checkpoints_of_a_run_that_went_back_are_passed_over_in_another_folder_too(
+    training: Training, tmp_path: Path
+) -> None:
+    for _ in range(3):
+        training.refused_after(35)
+    training.save(20)
+    training.save(30)
+    other = Training(tmp_path / "other")
+    other.place = training.place
+    assert [other.refused_after(35) for _ in range(5)] == [30, 20, 10, 10, 10]
+
+
+def test_a_checkpoint_is_read_again_only_where_it_is_taken(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.refused_after(35)
+    read, sha256 = [], store.sha256
+    monkeypatch.setattr(store, "sha256", lambda *what: read.append(str(what[0])[-2:]) or sha256(*what))
+    assert training.refused_after(35) == 20 and set(read) == {"20"}
+    read.clear()
+    assert training.refused_after(35) == training.refused_after(35) == 10 and set(read) == {"10"}
+    (training.place / "step_000010" / "teacher" / "weights").write_bytes(bytes(99) + b"\1")
+    for step in (20, 30):
+        shutil.rmtree(training.place / f"step_{step:06d}")
+    with pytest.warns(UserWarning, match="step_000010 is skipped, since teacher/weights has changed"):
+        assert training.refused_after(35) == 0
 
 
 def test_the_run_ends_after_so_many_rewinds_whichever_checkpoints_they_took(training: Training) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -262,6 +263,38 @@ def test_a_store_that_stays_away_is_told_and_training_goes_on(
     assert checkpoint.latest(place) == f"{place}/step_000001"
     save_at(saver, engine, 3)
     assert checkpoint.latest(place) == f"{place}/step_000003"
+
+
+class Silent:
+    """A file system in memory that takes the first question of each kind and never answers; writing takes long."""
+
+    def __init__(self) -> None:
+        self.memory, self.calls, self.ends = fsspec.filesystem("memory"), [], threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        def ask(*arguments: Any, **options: Any) -> Any:
+            self.calls.append(name)
+            if self.calls.count(name) == 1:
+                self.ends.wait(0.3 if name == "pipe_file" else 60)
+            return getattr(self.memory, name)(*arguments, **options)
+
+        return self.memory._strip_protocol if name == "_strip_protocol" else ask
+
+
+def test_a_store_that_takes_a_question_and_never_answers_is_asked_again_unless_it_writes(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    silent = Silent()
+    request.addfinalizer(silent.ends.set)
+    monkeypatch.setattr(stores, "_connected", lambda url: silent)
+    monkeypatch.setattr(stores, "ATTEMPT", 0.1)
+    monkeypatch.setattr(stores, "PATIENCE", 20.0)
+    place = Remote("memory://silent/place")
+    place.write("step_000001/run.json", b"{}")
+    assert silent.calls == ["pipe_file"]
+    assert place.read("step_000001/run.json") == b"{}"
+    assert place.sizes() == {"step_000001/run.json": 2} and place.folders() == ["step_000001"]
+    assert all(silent.calls.count(name) >= 2 for name in ("cat_file", "find", "ls"))
 
 
 def test_a_place_that_another_process_took_over_ends_the_run(engine: Untrained, tmp_path: Path) -> None:
