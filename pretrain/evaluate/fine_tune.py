@@ -26,6 +26,7 @@ from pretrain.evaluate.augment import seeded
 from pretrain.evaluate.evidence import NotMeasured
 from pretrain.evaluate.features import IMAGES_AT_ONCE, Pictures
 from pretrain.evaluate.fine_tune_order import Batch, Examples, Reader, stacked, steps_of, training_batches
+from pretrain.evaluate.fine_tune_precision import precision_of
 from pretrain.evaluate.fine_tune_recipes import BASE_BATCH, FineTune
 from pretrain.evaluate.fine_tune_state import WHAT, identity
 from pretrain.evaluate.layers import UnknownOrder, layer_order, names_without_decay
@@ -37,7 +38,6 @@ from pretrain.optim import warm_cosine
 from pretrain.training_state import States
 
 LOOKED_AT = 10  # steps between two looks at the clock
-FAR = 0.1  # relative distance of features in bfloat16 from those in float32; 0.02 is usual
 UNREAD = -1  # category of an image that could not be read
 
 
@@ -110,7 +110,7 @@ def fine_tune(
     encoder = _encoder(towers, run, settings.drop_path)
     model = Classifier(encoder, num_categories, drops=settings.drop_path > 0).to(device).train()
     optimizer = _optimizer(model, settings, peak)
-    model.precision = _precision(model, run.views.size, device)
+    model.precision = precision_of(model, run.views.size, device)
     told = {} if state is None else identity(towers, run, train, num_categories, settings, model.precision)
     states = States(state, told, WHAT)
     begun, more = states.load(model, optimizer)
@@ -122,9 +122,7 @@ def fine_tune(
     with seeded(settings.seed), bar:
         found = training_batches(train, run, settings, batch, begun, workers, reader)
         for step, shown in enumerate(found, begun):
-            rate = warm_cosine(step, steps, round(settings.warmup * steps), peak, 0.0)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["lr_scale"]
+            _set_rate(optimizer, warm_cosine(step, steps, round(settings.warmup * steps), peak, 0.0))
             images, targets = augment(shown, step, step // an_epoch)
             reseed(settings.seed, step, rank())  # of branches that are dropped
             loss = _share_of_loss(trained, images, targets, shown.counts.to(device), model.precision) / batch
@@ -139,9 +137,9 @@ def fine_tune(
                 losses.zero_()
             is_last = step + 1 == steps
             if (is_last or step % LOOKED_AT == 0) and states.is_due(is_last):
-                total = float(sum_over_ranks(losses))
-                losses.fill_(total if rank() == 0 else 0.0)  # as after a load
-                states.save(model, None if is_last else optimizer, step + 1, {"total": total})
+                states.save(
+                    model, None if is_last else optimizer, step + 1, {"total": _on_first_rank(losses)}
+                )
     return model.eval()
 
 
@@ -151,6 +149,18 @@ def _optimizer(model: Classifier, settings: FineTune, peak: float) -> torch.opti
     except UnknownOrder as error:
         raise NotMeasured(f"each layer has a rate of its own, and {error}") from error
     return torch.optim.AdamW(groups, lr=peak, betas=settings.betas)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def _on_first_rank(losses: Float[Tensor, ""]) -> float:
+    """Sum of the ranks' losses, which the first one has afterwards, as after a load."""
+    total = float(sum_over_ranks(losses))
+    losses.fill_(total if rank() == 0 else 0.0)
+    return total
 
 
 def _share_of_loss(
@@ -205,40 +215,6 @@ def reseed(*numbers: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _precision(model: Classifier, size: int, device: torch.device) -> torch.dtype:
-    """Of the passes: bfloat16 on GPUs that have it, where the encoder bears it; otherwise float32, which is told."""
-    if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float32
-    obstacle = obstacle_to_bfloat16(model, size, device)
-    if obstacles := from_every_rank([obstacle] if obstacle else []):
-        if rank() == 0:
-            print(f"fine-tuning runs in float32, since under autocast to bfloat16 {obstacles[0]}")
-        return torch.float32
-    return torch.bfloat16
-
-
-def obstacle_to_bfloat16(model: Classifier, size: int, device: torch.device) -> str:
-    """Why the encoder cannot be trained under autocast, judged by one pass of two images; empty where it can.
-
-    Kernels of its own may want numbers of one kind, where autocast mixes them.
-    """
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    model.eval()
-    with torch.no_grad():
-        expected = model.encoder(images).mean(dim=1)
-    try:
-        with torch.autocast(device.type, torch.bfloat16):
-            found = model.encoder(images).mean(dim=1).float()
-        found.sum().backward()
-    except Exception as error:  # of any kernel
-        return f"the encoder fails ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-    finally:
-        model.zero_grad(set_to_none=True)
-        model.train()
-    apart = float((found - expected).detach().norm() / expected.norm())
-    return "" if apart < FAR else f"its features are {100 * apart:.0f} % apart"
 
 
 def _joint(model: Classifier, device: torch.device) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pretrain import training_state
 from pretrain.config import Run
 from pretrain.evaluate.fine_tune_order import Examples
+from pretrain.evaluate.fine_tune_precision import name_of
 from pretrain.evaluate.fine_tune_recipes import FineTune
 
 WHAT = "fine-tuning"
@@ -38,11 +39,6 @@ def identity(
         "categories": num_categories,
         "precision": name_of(precision),
     }
-
-
-def name_of(precision: torch.dtype) -> str:
-    """As results tell it."""
-    return str(precision).removeprefix("torch.")
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:

@@ -29,8 +29,8 @@ from pretrain.evaluate.evidence import (
 from pretrain.evaluate.features import Features, extract
 from pretrain.evaluate.fine_tune import fine_tune, predict
 from pretrain.evaluate.fine_tune_order import Examples
+from pretrain.evaluate.fine_tune_precision import name_of
 from pretrain.evaluate.fine_tune_recipes import FineTune
-from pretrain.evaluate.fine_tune_state import name_of
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, measure
 from pretrain.evaluate.retrieval import MOST_IMAGES
 from pretrain.evaluate.sets import SPLITS, Listing, read_manifests

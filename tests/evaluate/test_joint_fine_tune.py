@@ -31,6 +31,7 @@ from pretrain.evaluate import checkpoints, fine_tune_order, fine_tune_state
 from pretrain.evaluate import fine_tune as tuning
 from pretrain.evaluate.fine_tune import UNREAD, Classifier, fine_tune, predict
 from pretrain.evaluate.fine_tune_order import Examples, own_pairs
+from pretrain.evaluate.fine_tune_precision import obstacle_to_bfloat16
 from pretrain.evaluate.fine_tune_recipes import FineTune
 from pretrain.evaluate.shares import by_first_rank
 from pretrain.facts import DataFacts
@@ -131,7 +132,7 @@ def test_a_state_of_another_training_is_refused(
         with pytest.raises(ValueError, match=f"is the state of a fine-tuning {told}.*name another --out"):
             fine_tune(towers, run, examples, len(COLORS), recipe, device=CPU, state=state)
     with monkeypatch.context() as changed:
-        changed.setattr(tuning, "_precision", lambda *_: torch.bfloat16)
+        changed.setattr(tuning, "precision_of", lambda *_: torch.bfloat16)
         with pytest.raises(ValueError, match="with precision='float32', not 'bfloat16'"):
             tuned(step, data, state)
     recipe = json.loads(json.dumps(asdict(RECIPE)))
@@ -146,7 +147,7 @@ def test_a_state_of_another_training_is_refused(
 def test_an_encoder_that_does_not_bear_bfloat16_is_told(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _, towers = load_towers(step)
     model = Classifier(towers.encoder, 4)
-    assert tuning.obstacle_to_bfloat16(model, run.views.size, CPU) == ""
+    assert obstacle_to_bfloat16(model, run.views.size, CPU) == ""
     assert all(parameter.grad is None for parameter in model.parameters())
     forward = model.encoder.forward
 
@@ -163,7 +164,7 @@ def test_an_encoder_that_does_not_bear_bfloat16_is_told(step: Path, monkeypatch:
         (doubled, "% apart"),
     ):
         monkeypatch.setattr(model.encoder, "forward", changed)
-        assert told in tuning.obstacle_to_bfloat16(model, run.views.size, CPU)
+        assert told in obstacle_to_bfloat16(model, run.views.size, CPU)
 
 
 def test_pairs_of_a_batch_are_shared_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,6 +254,14 @@ def test_a_full_disk_leaves_the_state_before_and_a_torn_one_is_told(
         states.load(model, optimizer)
 
 
+def test_numbers_of_the_command_take_the_place_of_the_recipe_s(runs: dict[str, Path], shards: Path) -> None:
+    given = ["--lr", "0.5", "--clip", "2", "--train-steps", "3"]
+    asked = command.parse(["segment", str(runs["vit"]), "--data", str(shards), *given])
+    found = command.prepared(asked)[0].recipe.optimisation
+    expected = replace(recipe("segment", "small").optimisation, lr=0.5, clip=2.0, steps=3, warmup=1)
+    assert found == expected
+
+
 def test_a_resumed_training_tells_what_it_left_out_before(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
