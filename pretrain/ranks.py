@@ -37,8 +37,10 @@ def exit_code_of_ranks(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return exit_code(work, arguments, interrupted)
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    met: list[tuple[dist.Store, int]] = []
+    if code := exit_code(lambda _: met.append(_meet(timeout, backend)), None, interrupted):
+        return code
+    store, rank = met[0]
     try:
         if rank == 0:
             code = exit_code(work, arguments, interrupted)
@@ -51,6 +53,25 @@ def exit_code_of_ranks(
         return code
     finally:
         dist.destroy_process_group()
+
+
+def _meet(timeout: timedelta, backend: str) -> tuple[dist.Store, int]:
+    """The store of the ranks that the launcher's environment tells of, and which of them this one is.
+
+    ValueError when they do not meet.
+    """
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except (OSError, RuntimeError, ValueError) as error:  # torch raises each of them
+        told = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        named = ", ".join(f"{name}={value}" for name, value in told.items())
+        raise ValueError(
+            f"this rank does not meet the others by {named} ({str(error).partition(chr(10))[0]}): MASTER_ADDR must "
+            "be an address of rank 0's machine and MASTER_PORT a free port there; start by torchrun, which sets all "
+            "four, and try `python -m pretrain.preflight` where it fails"
+        ) from error
+    return store, rank
 
 
 def _hushed(work: Work) -> Work:

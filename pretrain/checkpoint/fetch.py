@@ -42,11 +42,14 @@ def fetched(url: str, which: str, folder: Path) -> Path:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may copy the same
-        with partial.open("wb") as file:
-            for start in range(0, size, PIECE):
-                file.write(store.read(name, start, min(start + PIECE, size)))
-        flush(partial)
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                for start in range(0, size, PIECE):
+                    file.write(store.read(name, start, min(start + PIECE, size)))
+            flush(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)  # where the store failed, or the user ended it
     write_atomic(done, mark)
     return folder
 

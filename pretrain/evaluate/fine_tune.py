@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import random
-import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.optim import param_groups_layer_decay
@@ -25,21 +22,22 @@ from tqdm import tqdm
 
 from pretrain.collectives import from_every_rank, rank, sum_over_ranks, world_size
 from pretrain.config import Run
-from pretrain.evaluate import fine_tune_state
 from pretrain.evaluate.augment import seeded
 from pretrain.evaluate.evidence import NotMeasured
 from pretrain.evaluate.features import IMAGES_AT_ONCE, Pictures
 from pretrain.evaluate.fine_tune_order import Batch, Examples, Reader, stacked, steps_of, training_batches
+from pretrain.evaluate.fine_tune_precision import precision_of
 from pretrain.evaluate.fine_tune_recipes import BASE_BATCH, FineTune
+from pretrain.evaluate.fine_tune_state import WHAT, identity
 from pretrain.evaluate.layers import UnknownOrder, layer_order, names_without_decay
 from pretrain.evaluate.published import PublishedEncoder
 from pretrain.models.backbone import build_encoder
 from pretrain.models.drop_path import DropPath
 from pretrain.models.pixels import normalise
 from pretrain.optim import warm_cosine
+from pretrain.training_state import States
 
 LOOKED_AT = 10  # steps between two looks at the clock
-FAR = 0.1  # relative distance of features in bfloat16 from those in float32; 0.02 is usual
 UNREAD = -1  # category of an image that could not be read
 
 
@@ -52,6 +50,7 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: nn.Module, num_categories: int, *, drops: bool = False) -> None:
         super().__init__()
+        self.precision = torch.float32  # of the passes that trained it
         self.drops = drops  # branches, in training; else the encoder's own rates are passed over
         self.encoder = copy.deepcopy(encoder).requires_grad_(True).eval()
         self.head = nn.Linear(encoder.width, num_categories)
@@ -110,57 +109,80 @@ def fine_tune(
     peak = settings.base_lr * math.sqrt(batch / BASE_BATCH)
     encoder = _encoder(towers, run, settings.drop_path)
     model = Classifier(encoder, num_categories, drops=settings.drop_path > 0).to(device).train()
-    try:
-        groups = model.groups(settings)
-    except UnknownOrder as error:
-        raise NotMeasured(f"each layer has a rate of its own, and {error}") from error
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=settings.betas)
-    told = _identity(towers, run, train, num_categories, settings) if state is not None else {}
-    begun, total = fine_tune_state.load(state, told, model, optimizer)
-    losses = torch.tensor(total if rank() == 0 else 0.0, device=device)
+    optimizer = _optimizer(model, settings, peak)
+    model.precision = precision_of(model, run.views.size, device)
+    told = {} if state is None else identity(towers, run, train, num_categories, settings, model.precision)
+    states = States(state, told, WHAT)
+    begun, more = states.load(model, optimizer)
+    losses = torch.tensor(more.get("total", 0.0) if rank() == 0 else 0.0, device=device)
     augment = _Augment(run, settings, num_categories, device)
-    precision = _precision(model, run.views.size, device)
     trained = _joint(model, device)
     reader = Reader(Pictures(train.folder, run.views.size), run.max_bad)
-    saved = time.monotonic()
     bar = tqdm(total=steps, initial=begun, desc=title, unit=" step", mininterval=1.0, disable=rank() > 0)
     with seeded(settings.seed), bar:
         found = training_batches(train, run, settings, batch, begun, workers, reader)
         for step, shown in enumerate(found, begun):
-            rate = warm_cosine(step, steps, round(settings.warmup * steps), peak, 0.0)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["lr_scale"]
+            _set_rate(optimizer, warm_cosine(step, steps, round(settings.warmup * steps), peak, 0.0))
             images, targets = augment(shown, step, step // an_epoch)
             reseed(settings.seed, step, rank())  # of branches that are dropped
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                logits = trained(images)
-            of_each = F.cross_entropy(logits.float(), targets, reduction="none")
-            # The ranks' gradients are averaged: this makes them those of the mean over the batch of all.
-            loss = (of_each * shown.counts.to(device)).sum() * (world_size() / batch)
+            loss = _share_of_loss(trained, images, targets, shown.counts.to(device), model.precision) / batch
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses += loss.detach() / world_size()
             bar.update()
-            is_end = (step + 1) % an_epoch == 0
-            if is_end:
-                mean = float(sum_over_ranks(losses)) / an_epoch
+            if (step + 1) % an_epoch == 0:
+                mean = _finite(float(sum_over_ranks(losses)) / an_epoch, (step + 1) // an_epoch)
                 bar.set_postfix_str(f"epoch {(step + 1) // an_epoch}, {mean:.3f} nats")
-                if not math.isfinite(mean):
-                    raise NotMeasured(f"the loss of fine-tuning was {mean} in epoch {(step + 1) // an_epoch}")
                 losses.zero_()
             is_last = step + 1 == steps
-            if state is None or not (is_last or step % LOOKED_AT == 0):
-                continue
-            is_due = rank() == 0 and time.monotonic() - saved > fine_tune_state.SAVE_SECONDS
-            if is_last or sum_over_ranks(torch.tensor(int(is_due))):
-                total = float(sum_over_ranks(losses))
-                losses.fill_(total if rank() == 0 else 0.0)  # as after a load
-                if rank() == 0:
-                    left = None if is_last else optimizer
-                    fine_tune_state.save(state, told, model, left, step + 1, total)
-                saved = time.monotonic()
+            if (is_last or step % LOOKED_AT == 0) and states.is_due(is_last):
+                states.save(
+                    model, None if is_last else optimizer, step + 1, {"total": _on_first_rank(losses)}
+                )
     return model.eval()
+
+
+def _optimizer(model: Classifier, settings: FineTune, peak: float) -> torch.optim.Optimizer:
+    try:
+        groups = model.groups(settings)
+    except UnknownOrder as error:
+        raise NotMeasured(f"each layer has a rate of its own, and {error}") from error
+    return torch.optim.AdamW(groups, lr=peak, betas=settings.betas)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def _on_first_rank(losses: Float[Tensor, ""]) -> float:
+    """Sum of the ranks' losses, which the first one has afterwards, as after a load."""
+    total = float(sum_over_ranks(losses))
+    losses.fill_(total if rank() == 0 else 0.0)
+    return total
+
+
+def _share_of_loss(
+    trained: nn.Module,
+    images: Float[Tensor, "b 3 s s"],
+    targets: Float[Tensor, "b k"],
+    counts: Bool[Tensor, " b"],
+    precision: torch.dtype,
+) -> Float[Tensor, ""]:
+    """Sum of this rank's cross-entropies in nats, times the ranks: the mean of its gradients over them, which DDP
+    takes, is that of the sum over the batch of all.
+    """
+    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        logits = trained(images)
+    of_each = F.cross_entropy(logits.float(), targets, reduction="none")
+    return (of_each * counts).sum() * world_size()
+
+
+def _finite(loss: float, epoch: int) -> float:
+    if not math.isfinite(loss):
+        raise NotMeasured(f"the loss of fine-tuning was {loss} in epoch {epoch}")
+    return loss
 
 
 class _Augment:
@@ -195,40 +217,6 @@ def reseed(*numbers: int) -> None:
     torch.manual_seed(seed)
 
 
-def _precision(model: Classifier, size: int, device: torch.device) -> torch.dtype:
-    """Of the passes: bfloat16 on GPUs that have it, where the encoder bears it; otherwise float32, which is told."""
-    if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float32
-    obstacle = obstacle_to_bfloat16(model, size, device)
-    if obstacles := from_every_rank([obstacle] if obstacle else []):
-        if rank() == 0:
-            print(f"fine-tuning runs in float32, since under autocast to bfloat16 {obstacles[0]}")
-        return torch.float32
-    return torch.bfloat16
-
-
-def obstacle_to_bfloat16(model: Classifier, size: int, device: torch.device) -> str:
-    """Why the encoder cannot be trained under autocast, judged by one pass of two images; empty where it can.
-
-    Kernels of its own may want numbers of one kind, where autocast mixes them.
-    """
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    model.eval()
-    with torch.no_grad():
-        expected = model.encoder(images).mean(dim=1)
-    try:
-        with torch.autocast(device.type, torch.bfloat16):
-            found = model.encoder(images).mean(dim=1).float()
-        found.sum().backward()
-    except Exception as error:  # of any kernel
-        return f"the encoder fails ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-    finally:
-        model.zero_grad(set_to_none=True)
-        model.train()
-    apart = float((found - expected).detach().norm() / expected.norm())
-    return "" if apart < FAR else f"its features are {100 * apart:.0f} % apart"
-
-
 def _joint(model: Classifier, device: torch.device) -> nn.Module:
     """The model, whose gradients are the mean over the ranks; alone itself."""
     if world_size() == 1:
@@ -238,20 +226,6 @@ def _joint(model: Classifier, device: torch.device) -> nn.Module:
     return DistributedDataParallel(
         model, device_ids=places, broadcast_buffers=False, find_unused_parameters=True
     )
-
-
-def _identity(
-    towers: nn.Module, run: Run, train: Examples, num_categories: int, settings: FineTune
-) -> dict[str, Any]:
-    """What a training may not differ in from the one that it goes on with."""
-    return {
-        "encoder": fine_tune_state.hash_of(towers.encoder.state_dict()),
-        "recipe": json.loads(json.dumps(asdict(settings))),
-        "views": json.loads(json.dumps(asdict(run.views))),
-        "data": str(train.folder.resolve()),
-        "images": fine_tune_state.hash_of({"index": train.index}),
-        "categories": num_categories,
-    }
 
 
 def _encoder(towers: nn.Module, run: Run, drop_path: float) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int
 from scipy.optimize import minimize
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -28,6 +29,7 @@ MOST_VALUES = 2**22  # images x width that scikit-learn is given: 5,461 images o
 ROWS_AT_ONCE = 2**15  # images whose logits are computed together on the device
 SOLVERS = ("scikit-learn, float64", "L-BFGS, float32")  # of small and of large sets
 GRADIENT = 1e-4  # largest slope of the mean loss where it ends, as scikit-learn has it
+ROUNDED = 1e-3  # the same, where no step of float32 leads further down
 DECREASE = 1e-9  # of the loss, relative, below which float32 tells no more
 
 
@@ -44,12 +46,19 @@ def linear_probe(
 ) -> Int[Tensor, " m"]:
     """Predicted categories of `heldout` by multinomial logistic regression on standardised training features.
 
-    `device` is that of large sets. Raises NotMeasured when the training images show fewer than two categories.
+    `device` is that of large sets. Raises NotMeasured when the training images show fewer than two categories, for
+    features that are not finite, and when the solver does not come to its minimum.
     """
     if len(labels.unique()) < 2:
         raise NotMeasured(
             f"the training images show {len(labels.unique())} category, a linear probe needs two or more"
         )
+    for which, values in (("training", train), ("held-out", heldout)):
+        if num_bad := sum(int((~rows.isfinite().all(dim=1)).sum()) for rows in values.split(ROWS_AT_ONCE)):
+            raise NotMeasured(
+                f"the features of {num_bad} of {len(values)} {which} images are not finite, which no linear probe "
+                "reads: the training has diverged, or the checkpoint is damaged"
+            )
     if solver_of(train) == SOLVERS[1]:
         return Large(train, labels, device).fit().predict(heldout)
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=MAX_ITERATIONS))
@@ -57,7 +66,11 @@ def linear_probe(
         # One image a category, as few labels have it, makes scikit-learn ask whether the labels are quantities:
         # https://github.com/scikit-learn/scikit-learn/pull/26335
         warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%", UserWarning)
-        probe.fit(train.double().numpy(), labels.numpy())
+        warnings.filterwarnings("error", category=ConvergenceWarning)
+        try:
+            probe.fit(train.double().numpy(), labels.numpy())
+        except ConvergenceWarning as told:
+            raise _unsolved(str(told).partition(":\n")[0]) from told
     return torch.from_numpy(probe.predict(heldout.double().numpy()))
 
 
@@ -76,7 +89,7 @@ class Large:
         self.weights = torch.zeros(self.shape, device=device)
 
     def fit(self) -> Large:
-        """Itself, at the minimum."""
+        """Itself, at the minimum; NotMeasured where the solver does not come to it."""
         options = {"maxiter": MAX_ITERATIONS, "maxls": 50, "gtol": GRADIENT, "ftol": DECREASE}
         with tqdm(desc="linear probe", unit=" iteration", mininterval=1.0) as bar:
             found = minimize(
@@ -86,6 +99,10 @@ class Large:
                 jac=True,
                 options=options,
                 callback=lambda _: bar.update() and None,
+            )
+        if not found.success and not np.abs(found.jac).max() < ROUNDED:
+            raise _unsolved(
+                f"{found.message} after {found.nit} iterations, slope {np.abs(found.jac).max():.2g}"
             )
         self.weights = self._weights(found.x)
         return self
@@ -126,6 +143,10 @@ class Large:
     def _logits(self, standard: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
         logits = standard @ self.weights[:-1] + self.weights[-1]
         return logits if self.shape[1] > 1 else torch.cat([torch.zeros_like(logits), logits], dim=1)
+
+
+def _unsolved(told: str) -> NotMeasured:
+    return NotMeasured(f"the solver of the linear probe did not come to its minimum ({told})")
 
 
 def _statistics(values: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:

@@ -122,7 +122,8 @@ def few_shot_linear(evidence: Evidence, share: int) -> Outcome:
         return linear.linear_probe(train["tokens"][rows], labels[rows], heldout["tokens"], evidence.device)
 
     found = few_shot.over_draws(labels, share, truth, predict, len(evidence.categories))
-    return Outcome(found | {"feature": "tokens", "c": linear.C})
+    solver = linear.solver_of(train["tokens"][: found["train_images"]])
+    return Outcome(found | {"feature": "tokens", "c": linear.C, "solver": solver})
 
 
 def _labelled(found: dict[str, Tensor], features: Features) -> tuple[dict[str, Tensor], Tensor]:

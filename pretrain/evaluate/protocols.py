@@ -29,6 +29,7 @@ from pretrain.evaluate.evidence import (
 from pretrain.evaluate.features import Features, extract
 from pretrain.evaluate.fine_tune import fine_tune, predict
 from pretrain.evaluate.fine_tune_order import Examples
+from pretrain.evaluate.fine_tune_precision import name_of
 from pretrain.evaluate.fine_tune_recipes import FineTune
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, measure
 from pretrain.evaluate.retrieval import MOST_IMAGES
@@ -214,6 +215,8 @@ def _fine_tune(
     recipe, title = protocols.fine_tune, f"{subject.name} fine-tuning"
     row = "fine_tune" if share is None else f"few_shot_{share}_fine_tune"
 
+    precisions: list[str] = []  # of every training
+
     def predicted_after(rows: Tensor, seed: int) -> Tensor:
         model = fine_tune(
             towers,
@@ -226,16 +229,17 @@ def _fine_tune(
             title=title if share is None else f"{title}, {share} % of the labels, draw {seed}",
             state=None if protocols.states is None else protocols.states / subject.name / f"{row}_{seed}.pt",
         )
+        precisions.append(name_of(model.precision))
         return predict(model, subject.run, labelled.heldout, device=device, workers=protocols.workers)
 
     truth = labelled.heldout_labels
     if share is None:
         num_images = len(labelled.train.index)
         predicted = predicted_after(torch.arange(num_images), 0)
-        settings = {"train_images": num_images, "recipe": asdict(recipe)}
+        settings = {"train_images": num_images, "recipe": asdict(recipe), "precision": precisions[0]}
         return Outcome(score(predicted, truth, labelled.num_categories) | settings, predicted)
     seeds = few_shot.SEEDS[: protocols.fine_tune_draws]
     found = few_shot.over_draws(
         labelled.train_labels, share, truth, predicted_after, labelled.num_categories, seeds
     )
-    return Outcome(found | {"recipe": asdict(recipe)})
+    return Outcome(found | {"recipe": asdict(recipe), "precision": precisions[0]})

@@ -58,6 +58,8 @@ def find_subjects(place: Path, steps: Sequence[str], size: int | None = None) ->
 
     Raises FileNotFoundError and ValueError as `locate`, and for a checkpoint that is not whole.
     """
+    if size is not None:
+        require_pixels(size, "--image-size", "give another number, or leave it out")
     is_model = place.is_file() or (place.is_dir() and is_published(place))
     if size is not None and place.is_dir() and not is_model:
         raise ValueError(f"--image-size {size} is of published models: {place} tells its own, leave it out")
@@ -103,7 +105,7 @@ def _open_towers(folder: Path, size: int | None) -> Subject:
         run, facts = (
             kind.from_json(json.dumps(told[key])) for kind, key in ((Run, "run"), (DataFacts, "facts"))
         )
-        require_pixels(run.views.size, folder / CONFIG)
+        require_pixels(run.views.size, folder / CONFIG, "export it again")
         with torch.device("meta"), explained_by(tensors, folder):
             Towers(run, facts)
         with undrawn():

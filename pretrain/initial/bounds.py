@@ -84,11 +84,11 @@ def weights_of(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     return {name: read_tensors(folder / name) for name in names}
 
 
-def require_pixels(size: Any, place: Path) -> int:
-    """The size of images that a file tells, as it is; ValueError unless it is one that memory can hold."""
+def require_pixels(size: Any, place: Path | str, remedy: str = "give --image-size") -> int:
+    """The size of images that a file or option tells, as it is; ValueError unless it is one that memory can hold."""
     if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= MOST_PIXELS:
         raise ValueError(
-            f"{place} tells images of {size!r} pixels a side, which must lie in [1, {MOST_PIXELS}]: give --image-size"
+            f"{place} tells images of {size!r} pixels a side, which must lie in [1, {MOST_PIXELS}]: {remedy}"
         )
     return size
 

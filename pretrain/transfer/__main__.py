@@ -48,6 +48,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         of.add_argument("--frozen", action="store_true", help="train the head alone")
         of.add_argument("--seed", type=int, default=0, help="of head, order and crops (%(default)s)")
         of.add_argument("--train-steps", type=int, help="steps of the training, in place of the recipe's")
+        of.add_argument("--lr", type=float, help="peak rate of the head, in place of the recipe's")
+        of.add_argument(
+            "--clip", type=float, help="norm to which gradients are clipped; 0: not (the recipe's)"
+        )
         of.add_argument("--out", type=Path, help="folder of result and state (RUN/transfer/TASK-RECIPE-STEP)")
         of.add_argument("--workers", type=int, default=0, help="processes that read images (0: this one)")
         of.add_argument(
@@ -79,13 +83,11 @@ def run(arguments: list[str] | None = None) -> dict[str, Any] | None:
 def prepared(options: argparse.Namespace) -> tuple[Work, Place, tuple[AnnotatedSet, AnnotatedSet]]:
     """What the command line asks for, where its checkpoint lies, and its data."""
     numbers = recipe(options.task, options.recipe)
+    changed = {name: getattr(options, name) for name in ("lr", "clip") if getattr(options, name) is not None}
     if options.train_steps is not None:
-        changed = replace(
-            numbers.optimisation,
-            steps=options.train_steps,
-            warmup=min(numbers.optimisation.warmup, options.train_steps // 2),
-        )
-        numbers = replace(numbers, optimisation=changed)
+        changed["steps"] = options.train_steps
+        changed["warmup"] = min(numbers.optimisation.warmup, options.train_steps // 2)
+    numbers = replace(numbers, optimisation=replace(numbers.optimisation, **changed))
     if not 0 <= options.max_bad < 1:
         raise ValueError(f"--max-bad {options.max_bad} must lie in [0, 1): it is a share")
     if not 0 <= options.seed < 2**32:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from pycocotools import mask as rle
 from torch import Tensor, nn
 from torchvision import tv_tensors
@@ -25,15 +25,7 @@ from pretrain.transfer.recipes import Detect
 from pretrain.transfer.rt_detr import RTDetrHead
 from pretrain.transfer.things import Shown, Things
 
-
-class Detector(Protocol):
-    """Images uint8 of any sizes -> losses, or things in the pixels of the images."""
-
-    def loss(self, shown: list[Shown]) -> Float[Tensor, ""]: ...
-
-    def find(self, images: list[UInt8[Tensor, "3 _ _"]]) -> list[Things]: ...
-
-
+# Each has `loss(shown)`, and `find(images)`: uint8 of any sizes -> things in the pixels of the images.
 HEADS: dict[str, Callable[[Run, Towers, Detect, int, bool], nn.Module]] = {
     "mask_rcnn": MaskRCNNHead,
     "rt_detr": RTDetrHead,

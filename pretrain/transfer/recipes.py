@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -34,9 +35,9 @@ class Optimisation:
             raise ValueError(
                 f"optimisation.warmup={self.warmup} must lie in [0, {self.steps}), the steps: lower it"
             )
-        if min(self.weight_decay, self.clip) < 0:
+        if not min(self.weight_decay, self.clip) >= 0 or not math.isfinite(self.clip):
             raise ValueError(
-                f"optimisation.weight_decay={self.weight_decay} and clip={self.clip} must not be negative"
+                f"optimisation.weight_decay={self.weight_decay} and clip={self.clip} must not be negative, and finite"
             )
 
 

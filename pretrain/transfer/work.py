@@ -21,7 +21,6 @@ from pretrain import provenance
 from pretrain.checkpoint import load_towers
 from pretrain.collectives import (
     from_every_rank,
-    from_first_rank,
     on_every_rank,
     rank,
     to_first_rank,
@@ -30,12 +29,13 @@ from pretrain.collectives import (
 from pretrain.config import Run
 from pretrain.data.faults import BadSample
 from pretrain.towers import Towers
+from pretrain.training_state import States
 from pretrain.transfer import detect, segment
 from pretrain.transfer.backbone import load_trunk
 from pretrain.transfer.examples import AnnotatedSet, Drops, Example
 from pretrain.transfer.order import Draws, share_of
 from pretrain.transfer.recipes import Detect, Segment
-from pretrain.transfer.training import Machine, require_same, train
+from pretrain.transfer.training import STATE, Machine, train
 
 RESULT, DETECTIONS = "result.json", "detections.json"
 
@@ -75,7 +75,6 @@ def transfer(
         "classes": list(heldout.names),
     }
     require_same_data(settings)
-    from_first_rank(lambda: require_same(work.out, settings))
     torch.manual_seed(work.seed)
     task = "segment" if isinstance(work.recipe, Segment) else "detect"
     model, draw, loss_of = TASKS[task](run, towers, work.recipe, train_set)
@@ -83,7 +82,8 @@ def transfer(
     model.to(machine.device)
     title = f"{work.step.name} {task}"
     draws = Draws(len(train_set), draw, work.seed)
-    dropped = train(model, encoder, draws, loss_of, work.recipe.optimisation, machine, work.out, title=title)
+    states = States(work.out / STATE, settings, "transfer")
+    dropped = train(model, encoder, draws, loss_of, work.recipe.optimisation, machine, states, title=title)
     bad: list[tuple[str, str]] = []  # reason and message
     found = _examples(heldout, machine, bad, f"{work.step.name} test")
     seen = on_every_rank(lambda: TESTS[task](model, work.recipe, heldout, found, machine.device))

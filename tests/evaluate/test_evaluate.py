@@ -280,6 +280,8 @@ def test_a_file_that_is_no_result_is_not_overwritten(run_folder: Path, tmp_path:
 
 
 def test_a_size_of_images_is_not_asked_of_a_run(run_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"--image-size tells images of 5000 pixels .* give another number"):
+        find_subjects(run_folder, ["last"], 5000)
     with pytest.raises(ValueError, match="--image-size 64 is of published models"):
         find_subjects(run_folder, ["last"], 64)
 

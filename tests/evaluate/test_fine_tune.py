@@ -179,6 +179,7 @@ def test_row_of_the_result_has_recipe_and_interval(steps: dict[str, Path], data:
     assert set(rows) == {"knn", "fine_tune", "dropped"}
     assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
     assert (row["n"], row["train_images"], row["chance"]) == (20, 40, 0.25)
+    assert row["precision"] == "float32"  # of a CPU
     assert row["recipe"]["epochs"] == 1 and row["recipe"]["base_lr"] == FineTune.base_lr
 
 

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from pretrain.checkpoint import load_towers
-from pretrain.evaluate import cached, features, few_shot, heads, probing
+from pretrain.evaluate import cached, features, few_shot, heads, linear, probing
 from pretrain.evaluate.cached import CachedTokens, TokenCache
 from pretrain.evaluate.dense import Sampling
 from pretrain.evaluate.evidence import Evidence
@@ -233,6 +233,7 @@ def test_every_slow_probe_is_measured_on_a_run(
     for name in names:
         low, high = rows[name]["interval"]
         assert 0 <= low <= rows[name]["accuracy"] <= high <= 1, name
+    assert rows["few_shot_10_linear"]["solver"] == linear.SOLVERS[0]
     assert {tried["feature"] for tried in rows["linear_sweep"]["tried"]} >= {
         "tokens",
         "layer 4",

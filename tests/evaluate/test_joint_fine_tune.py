@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain import training_state
 from pretrain.checkpoint import PLACE_RECORD, load_towers
 from pretrain.collectives import rank
 from pretrain.data.faults import DataError
@@ -30,6 +31,7 @@ from pretrain.evaluate import checkpoints, fine_tune_order, fine_tune_state
 from pretrain.evaluate import fine_tune as tuning
 from pretrain.evaluate.fine_tune import UNREAD, Classifier, fine_tune, predict
 from pretrain.evaluate.fine_tune_order import Examples, own_pairs
+from pretrain.evaluate.fine_tune_precision import obstacle_to_bfloat16
 from pretrain.evaluate.fine_tune_recipes import FineTune
 from pretrain.evaluate.shares import by_first_rank
 from pretrain.facts import DataFacts
@@ -56,20 +58,20 @@ class Stopped(Exception):
 @contextmanager
 def stopping(after: int) -> Iterator[None]:
     """Training saves its state at every step and ends before step `after`."""
-    schedule, looked, seconds = tuning.warm_cosine, tuning.LOOKED_AT, fine_tune_state.SAVE_SECONDS
+    schedule, looked, seconds = tuning.warm_cosine, tuning.LOOKED_AT, training_state.SAVE_SECONDS
 
     def rate(step: int, *others: object) -> float:
         if step == after:
             raise Stopped
         return schedule(step, *others)
 
-    tuning.warm_cosine, tuning.LOOKED_AT, fine_tune_state.SAVE_SECONDS = rate, 1, -1.0
+    tuning.warm_cosine, tuning.LOOKED_AT, training_state.SAVE_SECONDS = rate, 1, -1.0
     try:
         yield
     except Stopped:
         pass
     finally:
-        tuning.warm_cosine, tuning.LOOKED_AT, fine_tune_state.SAVE_SECONDS = schedule, looked, seconds
+        tuning.warm_cosine, tuning.LOOKED_AT, training_state.SAVE_SECONDS = schedule, looked, seconds
 
 
 def tuned(step: Path, data: Path, state: Path | None = None) -> dict[str, Tensor]:
@@ -101,7 +103,7 @@ def test_two_ranks_are_one_and_go_on_where_they_were_stopped(step: Path, data: P
     states = [torch.load(tmp_path / f"{name}.pt") for name in ("one", "stopped")]
     assert states[0]["step"] == states[1]["step"] == STOPPED
     # The losses of the steps since the epoch began; float32 sums in another order, and what AdamW makes of that.
-    assert states[0]["total"] == pytest.approx(states[1]["total"], rel=1e-4)
+    assert states[0]["more"]["total"] == pytest.approx(states[1]["more"]["total"], rel=1e-4)
     on_one = tuned(step, data, tmp_path / "stopped.pt")  # by one rank, what two began
     for other in (two, on_one):
         assert (other["predicted"] == one["predicted"]).float().mean() >= 0.9
@@ -116,7 +118,9 @@ def apart(found: dict[str, Tensor], expected: dict[str, Tensor], prefix: str = "
     )
 
 
-def test_a_state_of_another_training_is_refused(step: Path, data: Path, tmp_path: Path) -> None:
+def test_a_state_of_another_training_is_refused(
+    step: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = tmp_path / "a" / "state.pt"
     with stopping(1):
         tuned(step, data, state)
@@ -127,6 +131,10 @@ def test_a_state_of_another_training_is_refused(step: Path, data: Path, tmp_path
     ):
         with pytest.raises(ValueError, match=f"is the state of a fine-tuning {told}.*name another --out"):
             fine_tune(towers, run, examples, len(COLORS), recipe, device=CPU, state=state)
+    with monkeypatch.context() as changed:
+        changed.setattr(tuning, "precision_of", lambda *_: torch.bfloat16)
+        with pytest.raises(ValueError, match="with precision='float32', not 'bfloat16'"):
+            tuned(step, data, state)
     recipe = json.loads(json.dumps(asdict(RECIPE)))
     fine_tune_state.require_recipe(tmp_path, recipe | {"seed": 2})
     with pytest.raises(ValueError, match="is the state of a fine-tuning with epochs=2, not 9"):
@@ -139,7 +147,7 @@ def test_a_state_of_another_training_is_refused(step: Path, data: Path, tmp_path
 def test_an_encoder_that_does_not_bear_bfloat16_is_told(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _, towers = load_towers(step)
     model = Classifier(towers.encoder, 4)
-    assert tuning.obstacle_to_bfloat16(model, run.views.size, CPU) == ""
+    assert obstacle_to_bfloat16(model, run.views.size, CPU) == ""
     assert all(parameter.grad is None for parameter in model.parameters())
     forward = model.encoder.forward
 
@@ -156,7 +164,7 @@ def test_an_encoder_that_does_not_bear_bfloat16_is_told(step: Path, monkeypatch:
         (doubled, "% apart"),
     ):
         monkeypatch.setattr(model.encoder, "forward", changed)
-        assert told in tuning.obstacle_to_bfloat16(model, run.views.size, CPU)
+        assert told in obstacle_to_bfloat16(model, run.views.size, CPU)
 
 
 def test_pairs_of_a_batch_are_shared_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from pretrain.evaluate import knn, linear, zero_shot
 from pretrain.evaluate.accuracy import confusion_counts, score, wilson
 from pretrain.evaluate.dense import DenseFeatures
-from pretrain.evaluate.evidence import Evidence, outcome_of
+from pretrain.evaluate.evidence import Evidence, NotMeasured, outcome_of
 from pretrain.evaluate.features import Features
 from pretrain.evaluate.probes import DEFAULT, measure
 from pretrain.evaluate.result import table
@@ -107,6 +107,20 @@ def test_linear_probe_of_a_large_set_agrees_with_scikit_learn(
         theirs.predict(scaler.transform(heldout.double()))
     )
     assert agreeing.float().mean() >= 0.99 and linear.solver_of(train) == linear.SOLVERS[1]
+
+
+@pytest.mark.parametrize("most", [linear.MOST_VALUES, 0], ids=linear.SOLVERS)
+def test_linear_probe_without_a_solution_is_not_measured(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, labels = clusters(300, seed=0)
+    monkeypatch.setattr(linear, "MOST_VALUES", most)
+    bad = train.clone()
+    bad[7, 3] = torch.nan
+    for one, other, told in ((bad, train, "1 of 300 training"), (train, bad, "1 of 300 held-out")):
+        with pytest.raises(NotMeasured, match=rf"features of {told} images are not finite"):
+            linear.linear_probe(one, labels, other)
+    monkeypatch.setattr(linear, "MAX_ITERATIONS", 2)
+    with pytest.raises(NotMeasured, match=r"did not come to its minimum \(.* 2 iteration"):
+        linear.linear_probe(train, labels, train)
 
 
 def test_linear_probe_does_not_depend_on_the_units_of_a_feature() -> None:

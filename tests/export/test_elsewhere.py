@@ -74,6 +74,22 @@ def test_a_name_that_leads_out_of_the_folder_is_not_copied(
     assert not list(tmp_path.rglob("escaped")) and not (tmp_path / "a").exists()
 
 
+def test_a_store_that_fails_midway_leaves_no_part_of_a_file(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Remote.read
+
+    def failing(store: Remote, name: str, *where: int) -> bytearray:
+        if where:
+            raise OSError("the store is gone")
+        return read(store, name)
+
+    monkeypatch.setattr(Remote, "read", failing)
+    with pytest.raises(OSError, match="the store is gone"):
+        fetched(f"{url}/step_000003", "teacher", tmp_path / "copy")
+    assert not files_in(tmp_path)
+
+
 def test_what_was_copied_is_copied_again_only_when_the_store_has_another(url: str, tmp_path: Path) -> None:
     run = kept_at(tmp_path / "run", url)
     layout = find_checkpoint(run, "last") / "teacher" / "layout.json"

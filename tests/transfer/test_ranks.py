@@ -21,14 +21,15 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from pretrain import training_state  # noqa: E402
 from pretrain.checkpoint import load_towers  # noqa: E402
 from pretrain.collectives import mean_over_ranks, on_every_rank, rank  # noqa: E402
 from pretrain.data.faults import BadSample  # noqa: E402
 from pretrain.evaluate.__main__ import evaluate  # noqa: E402
 from pretrain.evaluate.checkpoints import find_checkpoint  # noqa: E402
 from pretrain.ranks import exit_code_of_ranks  # noqa: E402
+from pretrain.training_state import States  # noqa: E402
 from pretrain.transfer import __main__ as command  # noqa: E402
-from pretrain.transfer import training  # noqa: E402
 from pretrain.transfer.backbone import load_trunk  # noqa: E402
 from pretrain.transfer.joint import average_gradients, with_joint_norms  # noqa: E402
 from pretrain.transfer.order import Draws, batches  # noqa: E402
@@ -225,10 +226,10 @@ def stop_after_one_step(given: list[str], monkeypatch: pytest.MonkeyPatch) -> No
         save(*state)
         raise KeyboardInterrupt
 
-    save = training._save
+    save = States.save
     with monkeypatch.context() as changed:
-        changed.setattr(training, "SAVE_SECONDS", -1.0)
-        changed.setattr(training, "_save", stop)
+        changed.setattr(training_state, "SAVE_SECONDS", -1.0)
+        changed.setattr(States, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             command.run(given)
 

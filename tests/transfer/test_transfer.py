@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from pretrain import training_state
 from pretrain.checkpoint import load_towers
 from pretrain.evaluate.augment import seeded
 from pretrain.evaluate.checkpoints import find_checkpoint
+from pretrain.training_state import States
 from pretrain.transfer import __main__ as command
 from pretrain.transfer import training
 from pretrain.transfer.backbone import load_trunk
@@ -71,7 +73,7 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(
 ) -> None:
     sets = open_sets(task, Named(shards), 0.0)
     straight = transfer(work(runs["vit"], tmp_path / "straight", task, name), *sets, CPU)
-    monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", -1.0)
     saves = []
 
     def stop(*arguments) -> None:
@@ -79,11 +81,11 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(
         saves.append(arguments)
         raise KeyboardInterrupt
 
-    save = training._save
-    monkeypatch.setattr(training, "_save", stop)
+    save = States.save
+    monkeypatch.setattr(States, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         transfer(work(runs["vit"], tmp_path / "stopped", task, name), *sets, CPU)
-    monkeypatch.setattr(training, "_save", save)
+    monkeypatch.setattr(States, "save", save)
     resumed = transfer(work(runs["vit"], tmp_path / "stopped", task, name), *sets, CPU)
     states = [torch.load(tmp_path / out / STATE, weights_only=True) for out in ("straight", "stopped")]
     assert states[0]["step"] == states[1]["step"] == 2 and len(saves) == 1
@@ -96,10 +98,12 @@ def test_no_state_is_kept_of_a_loss_that_is_not_finite(
     runs: dict[str, Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sets = open_sets("segment", Named(shards), 0.0)
-    monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", -1.0)
     monkeypatch.setattr(training, "mean_over_ranks", lambda loss: losses.pop(0))
     losses = [1.0, float("nan")]  # of both steps, of which the second is no 20th
-    with pytest.raises(ValueError, match=r"the loss was nan at step 1: lower the rate .*name another --out"):
+    with pytest.raises(
+        ValueError, match=r"the loss was nan at step 1: .*lower --lr .*--clip.*name another --out"
+    ):
         transfer(work(runs["vit"], tmp_path / "out", *CASES[0]), *sets, CPU)
     assert torch.load(tmp_path / "out" / STATE, weights_only=True)["step"] == 1
 
@@ -174,7 +178,9 @@ def test_the_command_writes_scores_and_detections_and_refuses_other_numbers(
     assert command.main([*arguments, "--train-steps", "2"]) == 1
     said = capsys.readouterr()
     assert "bbox AP" in said.out and "segm AP" in said.out
-    assert "holds a training with numbers=" in said.err and "(differing: ['heldout_set'])" in said.err
+    assert (
+        "is the state of a transfer with numbers=" in said.err and "(differing: ['heldout_set'])" in said.err
+    )
     assert "name another --out" in said.err
     result = json.loads((out / "result.json").read_text())
     assert result["scores"]["box"]["n"] == 4 and result["recipe"] == "small"
@@ -210,6 +216,8 @@ def test_an_image_that_breaks_later_is_counted_or_stops_the_training(
         (["--step", "7"], "cannot be used, since there is none"),
         (["--train-steps", "0"], "optimisation.steps=0 must be positive"),
         (["--seed", "4294967296"], r"--seed 4294967296 must lie in \[0, 4294967295\]"),
+        (["--lr", "0"], "optimisation.lr=0.0 must be positive"),
+        (["--clip", "-1"], "clip=-1.0 must not be negative"),
         (["--workers", "-1"], "--workers -1 must not be negative"),
     ],
 )
@@ -221,12 +229,46 @@ def test_mistakes_are_told_before_anything_is_done(
         command.run(arguments)
 
 
+def test_a_full_disk_leaves_the_state_before_and_a_torn_one_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    states = States(tmp_path / STATE, {"seed": 1}, "transfer")
+    states.save(model, optimizer, 1, {"a": 1})
+
+    def full(state: object, file: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(torch, "save", full)
+        states.save(model, optimizer, 2, {"a": 2})
+    said = capsys.readouterr().err
+    assert f"{STATE} could not be written ([Errno 28] No space left on device); the transfer goes on" in said
+    assert states.load(model, optimizer) == (1, {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == [STATE]
+    with pytest.raises(ValueError, match=r"state of a transfer with seed=1, not 2 .*name another --out"):
+        States(tmp_path / STATE, {"seed": 2}, "transfer").load(model, optimizer)
+    (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"{STATE} is no sound state of a transfer .*: delete it"):
+        states.load(model, optimizer)
+
+
+def test_numbers_of_the_command_take_the_place_of_the_recipe_s(runs: dict[str, Path], shards: Path) -> None:
+    given = ["--lr", "0.5", "--clip", "2", "--train-steps", "3"]
+    asked = command.parse(["segment", str(runs["vit"]), "--data", str(shards), *given])
+    found = command.prepared(asked)[0].recipe.optimisation
+    expected = replace(recipe("segment", "small").optimisation, lr=0.5, clip=2.0, steps=3, warmup=1)
+    assert found == expected
+
+
 def test_a_resumed_training_tells_what_it_left_out_before(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     drops = Drops()
     drops.add("unreadable", "a.png: nothing")
-    training._save(tmp_path / STATE, model, optimizer, 1, drops)
-    resumed = Drops(**torch.load(tmp_path / STATE, weights_only=True)["drops"])
+    states = States(tmp_path / STATE, {}, "transfer")
+    states.save(model, optimizer, 1, {"drops": asdict(drops)})
+    resumed = Drops(**states.load(model, optimizer)[1]["drops"])
     with pytest.raises(ValueError, match=r"unreadable 1, first: a\.png: nothing"):
         resumed.require_few("examples", 4, 0.0)
