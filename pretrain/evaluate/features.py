@@ -125,6 +125,9 @@ class NoneReadable(ValueError):
         super().__init__(message)
         self.dropped = dropped
 
+    def __reduce__(self) -> tuple[type[NoneReadable], tuple[str, Counter[str]]]:
+        return type(self), (str(self), self.dropped)
+
 
 def readable(
     pictures: Pictures,

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.collectives import rank, to_first_rank, world_size
+from pretrain.collectives import rank, sendable, to_first_rank, world_size
 from pretrain.data.faults import check_bad_share
 from pretrain.evaluate import dense
 from pretrain.evaluate.cached import CachedTokens
@@ -103,7 +103,7 @@ def by_first_rank(work: Callable[[], T]) -> T | None:
         except (OSError, ValueError) as error:
             problem = error
     if group is not None:
-        told = [problem]
+        told = [None if problem is None else sendable(problem)]
         dist.broadcast_object_list(told, group=group)
         problem = problem or told[0]
     if problem is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from data_prep.claim import ClaimLost
 from pretrain.collectives import from_first_rank, rank, sendable
 from pretrain.data.faults import BadSample, DataError
+from pretrain.evaluate.features import NoneReadable
 from pretrain.lock import Busy
 from pretrain.preflight.meeting import NotMet
 from pretrain.retries import GaveUp
@@ -77,6 +79,7 @@ def test_alone_the_error_is_raised_as_it_is() -> None:
     [
         GaveUp("the store has failed"),
         BadSample("no_image", "the sample has none"),
+        NoneReadable("no picture can be seen", Counter({"truncated": 3})),
         DataError("too many"),
         ClaimLost("was taken over"),
         Busy("another writes"),
