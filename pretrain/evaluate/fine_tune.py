@@ -132,9 +132,7 @@ def fine_tune(
             losses += loss.detach() / world_size()
             bar.update()
             if (step + 1) % an_epoch == 0:
-                mean = _finite(float(sum_over_ranks(losses)) / an_epoch, (step + 1) // an_epoch)
-                bar.set_postfix_str(f"epoch {(step + 1) // an_epoch}, {mean:.3f} nats")
-                losses.zero_()
+                _end_epoch(losses, an_epoch, (step + 1) // an_epoch, bar)
             is_last = step + 1 == steps
             if (is_last or step % LOOKED_AT == 0) and states.is_due(is_last):
                 states.save(
@@ -179,10 +177,13 @@ def _share_of_loss(
     return (of_each * counts).sum() * world_size()
 
 
-def _finite(loss: float, epoch: int) -> float:
-    if not math.isfinite(loss):
-        raise NotMeasured(f"the loss of fine-tuning was {loss} in epoch {epoch}")
-    return loss
+def _end_epoch(losses: Float[Tensor, ""], steps: int, epoch: int, bar: tqdm) -> None:
+    """Shows the mean loss of an epoch and begins anew; NotMeasured where it is not finite."""
+    mean = float(sum_over_ranks(losses)) / steps
+    if not math.isfinite(mean):
+        raise NotMeasured(f"the loss of fine-tuning was {mean} in epoch {epoch}")
+    bar.set_postfix_str(f"epoch {epoch}, {mean:.3f} nats")
+    losses.zero_()
 
 
 class _Augment:
