@@ -118,7 +118,7 @@ def resize(image: UInt8[Tensor, "h w 3"], height: int, width: int) -> UInt8[Tens
 
     The result lies in memory pixel by pixel, as the image does: so torch need not take the colours apart.
     """
-    batch = image.permute(2, 0, 1).unsqueeze(0)
+    batch = image[None].permute(0, 3, 1, 2)  # unsqueezed, torch would not see that colours lie together
     return F.interpolate(batch, size=(height, width), mode="bicubic", antialias=True)[0]
 
 
