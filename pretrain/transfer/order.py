@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.collectives import from_every_rank, on_every_rank, rank, world_size
 from pretrain.data.faults import BadSample
+from pretrain.randomness import step_seed
 from pretrain.transfer.recipes import Optimisation
 
 
@@ -30,7 +31,7 @@ class Draws(Dataset):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(self.num_examples, generator=generator)
         with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
-            torch.manual_seed(((self.seed + 1) * 2**40 + position) % 2**64)
+            torch.manual_seed(step_seed(self.seed, position, 0))  # whose low 32 bits alone count on a CPU
             try:
                 return self.draw(int(self._order[place]))
             except BadSample as error:

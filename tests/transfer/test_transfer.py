@@ -146,6 +146,7 @@ def test_layers_further_from_the_head_learn_slower(runs: dict[str, Path], shards
 def test_every_seed_that_the_command_allows_can_be_drawn_from(seed: int) -> None:
     draws = Draws(4, lambda index: (index, float(torch.rand(()))), seed)
     assert draws[5] == draws[5] != draws[6]
+    assert draws[5][1] != Draws(4, draws.draw, (seed + 1) % 2**32)[5][1]
     drawn = []
     for step in (3, 3, 4):
         with seeded(training._seed(seed, step)):
