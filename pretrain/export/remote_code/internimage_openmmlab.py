@@ -61,7 +61,7 @@ class InternImage(InternImageNetwork):
 
 def load_strictly(module: torch.nn.Module, path: str) -> None:
     """Weights of a file into the module, every key of both; ValueError names the first that do not fit."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # once in memory, not twice
     content = content.get("state_dict", content.get("model", content))
     state = {key.removeprefix("backbone."): tensor for key, tensor in content.items()}
     try:
