@@ -59,11 +59,12 @@ def count_calls(path: Path) -> Fault:
             for where in counts if event == "call" else ():
                 counts[where] += frame.f_code.co_filename.startswith(where)
 
-        after_first_batch(lambda: sys.setprofile(profile))
+        after_first_batch(lambda: (threading.setprofile(profile), sys.setprofile(profile)))
         train = pretrain.train.train
 
         def counted(*arguments: Any) -> None:
             train(*arguments)
+            threading.setprofile(None)
             sys.setprofile(None)
             path.write_text(json.dumps(counts))
 
