@@ -55,7 +55,7 @@ class Layers(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.student = nn.Sequential(*(nn.Linear(width, width) for _ in range(LAYERS)))
-        self.width = width
+        self.width, self.micro_batches = width, 1
 
     def forward(self, batch: Any, encoders: Any, tracker: Any) -> Any:
         return SimpleNamespace(total=self.student(torch.ones(ROWS, self.width)).square().mean())
@@ -126,6 +126,43 @@ def converted(folder: Path, out: Path) -> None:
     )
 
 
+def measured(width: int, rounds: int, place: Path) -> dict[str, Any]:
+    """Seconds of every round of each thing that is timed, and the bytes of what is saved."""
+    names = ("stall", "ours", "torch_save", "deepspeed", "copy", "step_alone", "step_beside")
+    found: dict[str, list[float]] = {name: [] for name in names}
+    engine = engine_of(width, 1)
+    step(engine)
+    saver = checkpoint.Saver(engine, place / "ours", DataFacts((), 0), None)
+    saver.save(wait=True)  # takes the memory, once a run
+    for _ in range(rounds):
+        found["step_alone"].append(seconds(lambda: step(engine)))
+        called = seconds(saver.save)
+        begun = time.perf_counter()
+        found["stall"].append(called + step(engine))
+        found["step_beside"].append(time.perf_counter() - begun)
+        saver.finish()
+        found["copy"].append(copied(saver))
+        found["ours"].append(seconds(lambda: saver.save(wait=True)))
+        found["torch_save"].append(seconds(lambda: torch_save(engine, place / "torch.pt")))
+        shutil.rmtree(place / "deepspeed", ignore_errors=True)
+        found["deepspeed"].append(
+            seconds(lambda: engine._student.save_checkpoint(str(place / "deepspeed"), tag="native"))
+        )
+    newest = checkpoint.latest(place / "ours")
+    other = engine_of(width, 3)
+    restored = [seconds(lambda: checkpoint.restore(other, newest)) for _ in range(rounds)]
+    to_universal = []
+    for index in range(min(rounds, 3)):
+        out = place / f"universal_{index}"
+        to_universal.append(seconds(lambda out=out: converted(place / "deepspeed" / "native", out)))
+    return {
+        "state_bytes": BYTES * sum(s.numel for s in engine.owned.slices),
+        "seconds": found,
+        "restore_seconds": restored,
+        "ds_to_universal_seconds": to_universal,
+    }
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("--width", type=int, default=1280, help="of the layers: 1280 gives 105 MB")
@@ -133,52 +170,22 @@ def main() -> None:
     options.add_argument("--note", default="", help="what else was running, kept in the record")
     chosen = options.parse_args()
     device = start_distributed()
-    names = ("stall", "ours", "torch_save", "deepspeed", "copy", "step_alone", "step_beside")
-    found: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        engine = engine_of(chosen.width, 1)
-        num_bytes = BYTES * sum(s.numel for s in engine.owned.slices)
-        step(engine)
-        saver = checkpoint.Saver(engine, place / "ours", DataFacts((), 0), None)
-        saver.save(wait=True)  # takes the memory, once a run
-        for _ in range(chosen.rounds):
-            found["step_alone"].append(seconds(lambda: step(engine)))
-            called = seconds(saver.save)
-            begun = time.perf_counter()
-            found["stall"].append(called + step(engine))
-            found["step_beside"].append(time.perf_counter() - begun)
-            saver.finish()
-            found["copy"].append(copied(saver))
-            found["ours"].append(seconds(lambda: saver.save(wait=True)))
-            found["torch_save"].append(seconds(lambda: torch_save(engine, place / "torch.pt")))
-            shutil.rmtree(place / "deepspeed", ignore_errors=True)
-            found["deepspeed"].append(
-                seconds(lambda: engine._student.save_checkpoint(str(place / "deepspeed"), tag="native"))
-            )
-        newest = checkpoint.latest(place / "ours")
-        other = engine_of(chosen.width, 3)
-        restored = [seconds(lambda: checkpoint.restore(other, newest)) for _ in range(chosen.rounds)]
-        to_universal = []
-        for index in range(min(chosen.rounds, 3)):
-            out = place / f"universal_{index}"
-            to_universal.append(seconds(lambda out=out: converted(place / "deepspeed" / "native", out)))
-    middle = {name: median(values) for name, values in found.items()}
+        found = measured(chosen.width, chosen.rounds, Path(folder))
+    middle = {name: median(values) for name, values in found["seconds"].items()}
     ratios = {name: middle["stall"] / middle[name] for name in ("ours", "torch_save", "deepspeed")}
+    restore = median(found["restore_seconds"])
     keep(
         "checkpoint_stall",
         "A save beside training keeps it waiting for a small part of what a save that is waited for takes.",
         device,
         note=chosen.note,
-        state_bytes=num_bytes,
-        seconds=found,
         medians=middle,
         stall_over=ratios,
-        restore_seconds=restored,
-        ds_to_universal_seconds=to_universal,
-        ds_to_universal_over_restore=median(to_universal) / median(restored),
+        ds_to_universal_over_restore=median(found["ds_to_universal_seconds"]) / restore,
+        **found,
     )
-    print(json.dumps({"stall": middle["stall"], "over": ratios, "restore": median(restored)}, indent=1))
+    print(json.dumps({"stall": middle["stall"], "over": ratios, "restore": restore}, indent=1))
 
 
 if __name__ == "__main__":

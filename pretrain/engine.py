@@ -82,7 +82,7 @@ class Engine:
         self.verdict: Verdict | None = None  # on the last step
         self.is_asked_to_stop = False  # by any rank, as of the last step
         self._names: list[str] = []  # of the losses in `_told`, after its `asks_to_stop`
-        self._told = torch.zeros(0)
+        self._told = torch.zeros(1)  # by all ranks, before the first step: nobody asks to stop
         ask_before_moving(self._student.optimizer, self._may_move)
         self._buffers = list(model.buffers())
         self._buffers_before = [buffer.clone() for buffer in self._buffers]

@@ -111,17 +111,16 @@ def _mix(change: Change) -> tuple[list[float], float]:
 
 def reach(sigma: float, size: int) -> int:
     """Pixels to each side that a blur of a view of `size` pixels takes in."""
-    return min(max(math.ceil(BLUR_REACH * sigma), 1), size - 1)
+    return min(max(math.floor(BLUR_REACH * sigma), 1), size - 1)
 
 
 def blur(levels: UInt8[np.ndarray, "s s 3"], sigma: float) -> UInt8[np.ndarray, "s s 3"]:
     """Gaussian blur with standard deviation `sigma` pixels, cut off at BLUR_REACH of them, borders reflected.
 
-    In float32 and rounded once, by way of 16 bits: OpenCV's kernels of 8 bits would be slower, and darken.
+    In float32 and rounded once: OpenCV's own kernels of 8 bits would be slower, and darken.
     """
     weights = cv2.getGaussianKernel(2 * reach(sigma, len(levels)) + 1, sigma, cv2.CV_32F)
-    blurred = cv2.sepFilter2D(levels, cv2.CV_16S, weights, weights, borderType=cv2.BORDER_REFLECT_101)
-    return cv2.convertScaleAbs(blurred)  # to 8 bits; no level is negative
+    return cv2.sepFilter2D(levels, -1, weights, weights, borderType=cv2.BORDER_REFLECT_101)
 
 
 def solarize(levels: UInt8[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:

@@ -162,7 +162,7 @@ def test_jitter_is_drawn_within_its_bounds() -> None:
         assert low <= min(values) < low + 0.02 and high - 0.02 < max(values) <= high
 
 
-@pytest.mark.parametrize(("sigma", "taps"), [(0.2, 3), (1.3, 9), (2.0, 13)])
+@pytest.mark.parametrize(("sigma", "taps"), [(0.2, 3), (1.3, 7), (2.0, 13)])
 def test_blur_agrees_with_torchvision(sigma: float, taps: int) -> None:
     levels = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = reference.gaussian_blur(levels.float(), [taps, taps], [sigma, sigma])
