@@ -12,7 +12,7 @@ from pretrain.plan.step_time import ASSUMPTIONS
 
 # Images that one core makes ready in a second, by what the training device does of it: measured on 340 x 256 JPEG
 # files and 224 px, two views an image (benchmarks/results/loader.json).
-IMAGES_A_CORE = {"none": 684.0, "colours": 901.0, "all": 11945.0}
+IMAGES_A_CORE = {"none": 773.0, "colours": 976.0, "all": 12768.0}
 GB = 1e9
 
 
