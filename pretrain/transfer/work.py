@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -32,8 +32,8 @@ from pretrain.towers import Towers
 from pretrain.training_state import States
 from pretrain.transfer import detect, segment
 from pretrain.transfer.backbone import load_trunk
-from pretrain.transfer.examples import AnnotatedSet, Drops, Example
-from pretrain.transfer.order import Draws, share_of
+from pretrain.transfer.examples import AnnotatedSet, Drops, Example, shown_in
+from pretrain.transfer.order import Draws, repeat_factors, share_of
 from pretrain.transfer.recipes import Detect, Segment
 from pretrain.transfer.training import STATE, Machine, train
 
@@ -81,7 +81,7 @@ def transfer(
     encoder = load_trunk(model, towers, is_frozen=work.is_frozen)
     model.to(machine.device)
     title = f"{work.step.name} {task}"
-    draws = Draws(len(train_set), draw, work.seed)
+    draws = Draws(len(train_set), draw, work.seed, on_every_rank(lambda: _repeats(work, train_set)))
     states = States(work.out / STATE, settings, "transfer")
     dropped = train(model, encoder, draws, loss_of, work.recipe.optimisation, machine, states, title=title)
     bad: list[tuple[str, str]] = []  # reason and message
@@ -125,6 +125,12 @@ def _identity(examples: AnnotatedSet) -> dict[str, str]:
     return {"path": str(examples.place.resolve()), "sha256": examples.sha256}
 
 
+def _repeats(work: Work, train_set: AnnotatedSet) -> Tensor | None:
+    """How often an epoch shows each example, where the recipe says so by their classes."""
+    threshold = work.recipe.repeat if isinstance(work.recipe, Detect) else 0.0
+    return repeat_factors(shown_in(train_set), threshold) if threshold else None
+
+
 Built = tuple[nn.Module, Callable[[int], Any], Callable]
 
 
@@ -134,7 +140,7 @@ def _segment(run: Run, towers: Towers, recipe: Segment, examples: AnnotatedSet) 
 
 
 def _detect(run: Run, towers: Towers, recipe: Detect, examples: AnnotatedSet) -> Built:
-    model = detect.HEADS[recipe.head](run, towers, recipe, len(examples.names), examples.has_masks)
+    model = detect.HEADS[recipe.head](run, towers, recipe, examples)
     return model, detect.Draw(examples, recipe), detect.loss_of
 
 
