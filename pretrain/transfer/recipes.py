@@ -22,6 +22,7 @@ class Optimisation:
     milestones: tuple[float, ...] = ()  # of "step": shares of the steps after which the rate is a tenth
     weight_decay: float = 0.05
     layer_decay: float = 1.0  # rate of a layer of the backbone / rate of the next one, in (0, 1]
+    decay_depth: int = 12  # layers of the backbone for which that is given; a deeper one's decay is milder
     backbone_rate: float = 1.0  # factor of all rates of the backbone, in (0, 1]
     drop_path: float = 0.0  # of the backbone, where it is trained
     clip: float = 0.0  # norm of the gradient; 0: not clipped
@@ -30,6 +31,7 @@ class Optimisation:
     def __post_init__(self) -> None:
         rates = {"layer_decay": self.layer_decay, "backbone_rate": self.backbone_rate}
         positive("optimisation", steps=self.steps, batch=self.batch, lr=self.lr, **rates)
+        positive("optimisation", decay_depth=self.decay_depth)
         fraction("optimisation", drop_path=self.drop_path, **rates)
         if not 0 <= self.warmup < self.steps:
             raise ValueError(
@@ -116,6 +118,44 @@ def lvis() -> Detect:
         detections=300,
         repeat=0.001,
         options={**VITDET_HEADS, "box_score_thresh": 0.02, "federated": 50},
+    )
+
+
+def coco_internimage() -> Detect:
+    """COCO on an InternImage: its Mask R-CNN's rate, decays and 36 epochs of 118,287 images, 7,393 steps of 16 each,
+    with InternImage-H's drop path (arXiv 2211.05778, and its configurations of detection), on ViTDet's canvas in
+    place of several sizes. The paper's own for H is DINO on two backbones. Not run by us."""
+    return Detect(
+        Optimisation(
+            steps=36 * 7_393,
+            batch=16,
+            lr=1e-4,
+            warmup=500,
+            schedule="step",
+            milestones=(27 / 36, 33 / 36),
+            layer_decay=0.95,
+            decay_depth=50,
+            drop_path=0.5,
+        ),
+        size=1024,
+    )
+
+
+def ade20k_internimage() -> Segment:
+    """ADE20k on InternImage-H: its UperNet's 160,000 steps of 16 crops at 896 px (arXiv 2211.05778, and its
+    configurations of segmentation). Not run by us."""
+    return Segment(
+        Optimisation(
+            steps=160_000,
+            batch=16,
+            lr=2e-5,
+            warmup=1500,
+            layer_decay=0.95,
+            decay_depth=50,
+            drop_path=0.5,
+            clip=0.1,
+        ),
+        size=896,
     )
 
 
@@ -212,10 +252,11 @@ def coco_detr() -> Detect:
 
 
 RECIPES = {
-    "segment": {"small": small_segment, "ade20k": ade20k},
+    "segment": {"small": small_segment, "ade20k": ade20k, "ade20k_internimage": ade20k_internimage},
     "detect": {
         "small": small_detect,
         "coco": coco,
+        "coco_internimage": coco_internimage,
         "lvis": lvis,
         "small_detr": small_detr,
         "coco_detr": coco_detr,

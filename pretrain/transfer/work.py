@@ -28,6 +28,7 @@ from pretrain.collectives import (
 )
 from pretrain.config import Run
 from pretrain.data.faults import BadSample
+from pretrain.evaluate.subjects import open_model
 from pretrain.towers import Towers
 from pretrain.training_state import States
 from pretrain.transfer import detect, segment
@@ -44,7 +45,7 @@ RESULT, DETECTIONS = "result.json", "detections.json"
 class Work:
     """One transfer."""
 
-    step: Path  # folder of the checkpoint
+    step: Path  # folder of the checkpoint, or of an export to safetensors
     recipe: Segment | Detect
     name: str  # of the recipe
     out: Path
@@ -60,7 +61,7 @@ def transfer(
     A collective call: the ranks share the training and the test, rank 0 alone writes, and the others get None. Raises
     ValueError when the folder holds a training with other numbers, or the ranks read other data.
     """
-    run, _, towers = on_every_rank(lambda: load_towers(work.step))
+    run, towers = on_every_rank(lambda: opened(work.step))
     share_of(work.recipe.optimisation)
     settings = {
         "checkpoint": str(work.step),
@@ -106,6 +107,20 @@ def transfer(
     }
     write_atomic(work.out / RESULT, (json.dumps(result, indent=1) + "\n").encode())
     return result
+
+
+def opened(step: Path) -> tuple[Run, Towers]:
+    """The recipe and the teacher; ValueError for a model without a recipe, from which no maps can be had."""
+    if (step / "run.json").is_file():
+        run, _, towers = load_towers(step)
+        return run, towers
+    subject = open_model(step, None)
+    if not isinstance(subject.towers, Towers):
+        raise ValueError(
+            f"{step} does not tell the recipe of its backbone, which heads need for its maps: name the run, one of "
+            "its checkpoints, or an export --to safetensors"
+        )
+    return subject.run, subject.towers
 
 
 def require_same_data(settings: dict[str, Any]) -> None:
