@@ -29,7 +29,7 @@ from pretrain.evaluate.fine_tune_order import Batch, Examples, Reader, stacked, 
 from pretrain.evaluate.fine_tune_precision import precision_of
 from pretrain.evaluate.fine_tune_recipes import BASE_BATCH, FineTune
 from pretrain.evaluate.fine_tune_state import WHAT, identity
-from pretrain.evaluate.layers import UnknownOrder, layer_order, names_without_decay
+from pretrain.evaluate.layers import UnknownOrder, decay_of_depth, layer_order, names_without_decay
 from pretrain.evaluate.published import PublishedEncoder
 from pretrain.models.backbone import build_encoder
 from pretrain.models.drop_path import DropPath
@@ -76,7 +76,9 @@ class Classifier(nn.Module):
     def groups(self, settings: FineTune) -> list[dict]:
         """Parameter groups with `lr_scale`, the rate of a layer / that of the head."""
         exempt = {f"encoder.{name}" for name in names_without_decay(self.encoder)}
-        return param_groups_layer_decay(self, settings.weight_decay, exempt, layer_decay=settings.layer_decay)
+        depth = max(layer_order(self.encoder).values())
+        decay = decay_of_depth(settings.layer_decay, settings.decay_depth, depth)
+        return param_groups_layer_decay(self, settings.weight_decay, exempt, layer_decay=decay)
 
 
 def fine_tune(

@@ -21,6 +21,7 @@ class FineTune:
     base_lr: float = 2e-3  # peak at a batch of BASE_BATCH
     warmup: float = 0.05  # fraction of the steps, in [0, 1)
     layer_decay: float = 0.65  # rate of a layer / rate of the next one, in (0, 1]
+    decay_depth: int = 12  # layers of the backbone for which it is given; a deeper one's decay is milder
     weight_decay: float = 0.1  # of matrices
     betas: tuple[float, float] = (0.9, 0.999)
     smoothing: float = 0.1  # of the labels, in [0, 1)
@@ -39,8 +40,11 @@ class FineTune:
                 f"fine-tuning with epochs={self.epochs}, batch={self.batch}: epochs must be at least 1, the batch "
                 "positive and even, as mixing pairs its images"
             )
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1]: 1 means one rate for all")
+        if not 0 < self.layer_decay <= 1 or self.decay_depth < 1:
+            raise ValueError(
+                f"layer_decay={self.layer_decay} must lie in (0, 1], where 1 means one rate for all, and "
+                f"decay_depth={self.decay_depth} must be at least 1"
+            )
         if not (0 <= self.warmup < 1 and 0 <= self.smoothing < 1):
             raise ValueError(f"warmup={self.warmup} and smoothing={self.smoothing} must lie in [0, 1)")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:

@@ -43,6 +43,15 @@ def layer_order(encoder: nn.Module) -> dict[str, int]:
     return {f"{name}.{parameter}": layer for parameter, layer in found.items()}
 
 
+def decay_of_depth(decay: float, depth: int, layers: int) -> float:
+    """The rate of a layer / that of the next one in a backbone of `layers`, when `decay` is given for one of `depth`.
+
+    That of a deeper one is milder: its first layer learns as fast as the first of `depth`. So ViT-B's 0.65 becomes
+    0.90 for InternImage-H's 50 layers, as InternImage publishes, and ViTDet's 0.7 becomes 0.83 for ViT-L (0.8 there).
+    """
+    return decay ** min(1.0, (depth + 1) / (layers + 1))
+
+
 @contextmanager
 def layer_means(encoder: nn.Module) -> Iterator[dict[str, Float[Tensor, "b _"]]]:
     """What is filled, while inside, with the mean over the positions of each of the last NUM_LAYERS layers.

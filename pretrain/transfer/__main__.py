@@ -20,8 +20,9 @@ import torch
 from pretrain.collectives import on_every_rank
 from pretrain.command import require_place
 from pretrain.data.remote import Place
-from pretrain.evaluate.checkpoints import bring, local_of, locate
+from pretrain.evaluate.checkpoints import bring, local_of
 from pretrain.evaluate.protocols import best_device
+from pretrain.evaluate.subjects import find_subjects
 from pretrain.ranks import exit_code_of_ranks
 from pretrain.transfer.examples import MAX_BAD, AnnotatedSet
 from pretrain.transfer.order import share_of
@@ -30,6 +31,7 @@ from pretrain.transfer.recipes import RECIPES, recipe
 from pretrain.transfer.training import Machine
 from pretrain.transfer.work import RESULT, Work, table, transfer
 
+RUN = "the --out folder of a pre-training run, one of its checkpoints, or an export to safetensors"
 TIMEOUT = timedelta(minutes=30)  # of a rank that the others wait for
 
 
@@ -39,7 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     tasks = parser.add_subparsers(dest="task", required=True)
     for task, recipes in RECIPES.items():
         of = tasks.add_parser(task, help=FORMATS[task])
-        of.add_argument("run", type=Path, metavar="RUN", help="the --out folder of a pre-training run")
+        of.add_argument("run", type=Path, metavar="RUN", help=RUN)
         of.add_argument("--data", type=Path, help=f"folder of both sets: {FORMATS[task]}")
         of.add_argument("--train", type=Path, help="the set that teaches, in place of one in DATA")
         of.add_argument("--heldout", type=Path, help="the set that tests, in place of one in DATA")
@@ -95,8 +97,8 @@ def prepared(options: argparse.Namespace) -> tuple[Work, Place, tuple[AnnotatedS
     if options.workers < 0:
         raise ValueError(f"--workers {options.workers} must not be negative: 0 reads images in this process")
     share_of(numbers.optimisation)
-    place = locate(options.run, options.step)
-    step = local_of(options.run, place)
+    (named,) = find_subjects(options.run, [options.step])
+    place, step = named.place, local_of(options.run, named.place)
     out = options.out or options.run / "transfer" / f"{options.task}-{options.recipe}-{step.name}"
     require_place("--out", out / RESULT)
     named = Named(options.data, options.train, options.heldout, getattr(options, "images", None))

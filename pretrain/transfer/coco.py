@@ -54,7 +54,16 @@ class CocoSet:
                 bad_things.add(error.reason, str(error))
         bad_things.require_few(f"annotations of {path}", len(content["annotations"]), max_bad)
         self.dropped = {**bad_images.counts, **bad_things.counts}
-        if not any(not thing.get("iscrowd") for things in self._things.values() for thing in things):
+        number = {category: place for place, category in enumerate(self.category_ids)}
+        self.shown = [
+            frozenset(
+                number[thing["category_id"]]
+                for thing in self._things.get(image, ())
+                if not thing.get("iscrowd")
+            )
+            for image in self.image_ids
+        ]
+        if not any(self.shown):
             raise ValueError(f"{path} has no annotation that can be used but crowds: name another file")
 
     def __len__(self) -> int:

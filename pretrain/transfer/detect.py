@@ -26,7 +26,7 @@ from pretrain.transfer.rt_detr import RTDetrHead
 from pretrain.transfer.things import Shown, Things
 
 # Each has `loss(shown)`, and `find(images)`: uint8 of any sizes -> things in the pixels of the images.
-HEADS: dict[str, Callable[[Run, Towers, Detect, int, bool], nn.Module]] = {
+HEADS: dict[str, Callable[[Run, Towers, Detect, AnnotatedSet], nn.Module]] = {
     "mask_rcnn": MaskRCNNHead,
     "rt_detr": RTDetrHead,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -57,10 +57,21 @@ class AnnotatedSet(Protocol):
     sha256: str  # of what tells its images and annotations apart from others
     files: frozenset[Path]  # that hold its images, without links
     dropped: Mapping[str, int]  # what was left out when it was opened, by reason
+    shown: Sequence[frozenset[int]] | None  # by example: classes that it teaches; None: not known unread
 
     def __len__(self) -> int: ...
 
     def example(self, index: int) -> Example: ...
+
+
+def shown_in(examples: AnnotatedSet) -> Sequence[frozenset[int]]:
+    """Classes of every example; ValueError for a set that would have to be read for them."""
+    if examples.shown is None:
+        raise ValueError(
+            f"{examples.place} has no file that lists the classes of its images, by which the recipe treats rare "
+            "ones better: name a set in LVIS's or COCO's format, or take --recipe coco"
+        )
+    return examples.shown
 
 
 def read_image(path: Path) -> UInt8[Tensor, "h w 3"]:

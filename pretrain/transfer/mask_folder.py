@@ -38,7 +38,7 @@ class MaskFolder:
     """
 
     category_ids: tuple[int, ...] = ()
-    has_masks, federation = False, None
+    has_masks, federation, shown = False, None, None
 
     def __init__(self, places: MaskPlaces, max_bad: float) -> None:
         self.places = places

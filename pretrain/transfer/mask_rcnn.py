@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from pretrain.config import Run
 from pretrain.towers import Towers
 from pretrain.transfer.backbone import PyramidBackbone, pyramid_config
+from pretrain.transfer.examples import AnnotatedSet, shown_in
+from pretrain.transfer.federated_heads import FederatedHeads, image_counts
 from pretrain.transfer.recipes import Detect
 from pretrain.transfer.things import Shown, Things
 
@@ -52,15 +57,19 @@ class MapsWithFPN(nn.Module):
 class MaskRCNNHead(nn.Module):
     """Mask R-CNN (arXiv 1703.06870), or Faster R-CNN where the data has no outlines."""
 
-    def __init__(self, run: Run, towers: Towers, recipe: Detect, num_classes: int, has_masks: bool) -> None:
+    def __init__(self, run: Run, towers: Towers, recipe: Detect, examples: AnnotatedSet) -> None:
         super().__init__()
-        config = pyramid_config(run, towers, recipe.optimisation.drop_path, recipe.width)
-        maps = MapsWithFPN(PyramidBackbone(config), recipe.width)
+        num_classes, width = len(examples.names), recipe.width
+        config = pyramid_config(run, towers, recipe.optimisation.drop_path, width)
+        maps = MapsWithFPN(PyramidBackbone(config), width)
         strides = maps.backbone.strides
         sizes = tuple((recipe.anchor * stride,) for stride in (*strides, 2 * strides[-1]))
         options = dict(recipe.options)
-        width = options.pop("representation", REPRESENTATION)
-        mask_layers = options.pop("mask_layers", MASK_LAYERS)
+        representation = options.pop("representation", REPRESENTATION)
+        norm = LayerNorm2d if options.pop("has_norms", False) else None
+        box_shape, box_layers = (width, ROI_SIZE, ROI_SIZE), [width] * options.pop("box_layers", 0)
+        mask_layers = [width] * options.pop("mask_layers", MASK_LAYERS)
+        rpn_layers, federated = options.pop("rpn_layers", 1), options.pop("federated", 0)
         roi = {"featmap_names": maps.names, "sampling_ratio": 2}
         shared: dict[str, Any] = {
             "min_size": recipe.size,
@@ -70,17 +79,23 @@ class MaskRCNNHead(nn.Module):
             "size_divisible": strides[-1],
             "box_detections_per_img": recipe.detections,
             "rpn_anchor_generator": AnchorGenerator(sizes, (RATIOS,) * len(sizes)),
+            "rpn_head": RPNHead(width, len(RATIOS), rpn_layers),
             "box_roi_pool": MultiScaleRoIAlign(output_size=ROI_SIZE, **roi),
-            "box_head": TwoMLPHead(recipe.width * ROI_SIZE**2, width),
-            "box_predictor": FastRCNNPredictor(width, num_classes + 1),
+            "box_head": FastRCNNConvFCHead(box_shape, box_layers, [representation], norm)
+            if box_layers
+            else TwoMLPHead(math.prod(box_shape), representation),
+            "box_predictor": FastRCNNPredictor(representation, num_classes + 1),
             **options,
         }
-        if has_masks:
+        if examples.has_masks:
             pool = MultiScaleRoIAlign(output_size=MASK_SIZE, **roi)
-            head = MaskRCNNHeads(recipe.width, (recipe.width,) * mask_layers, dilation=1)
-            predictor = MaskRCNNPredictor(recipe.width, recipe.width, num_classes + 1)
+            head = MaskRCNNHeads(width, mask_layers, dilation=1, norm_layer=norm)
+            predictor = MaskRCNNPredictor(width, width, num_classes + 1)
             shared |= {"mask_roi_pool": pool, "mask_head": head, "mask_predictor": predictor}
-        self.net = (MaskRCNN if has_masks else FasterRCNN)(maps, **shared)
+        self.net = (MaskRCNN if examples.has_masks else FasterRCNN)(maps, **shared)
+        if federated:
+            counts = image_counts(shown_in(examples), num_classes)
+            self.net.roi_heads = FederatedHeads(self.net.roi_heads, counts, federated)
 
     def loss(self, shown: list[Shown]) -> Float[Tensor, ""]:
         """Sum of torchvision's losses, nats but for the boxes' smooth L1.

@@ -25,7 +25,7 @@ class MaskedShards:
     Raises what ShardFolder does, and ValueError for shards without masks.
     """
 
-    has_masks, federation = True, None
+    has_masks, federation, shown = True, None, None
 
     def __init__(self, folder: Path, *, with_ground: bool) -> None:
         self.shards, self.place = ShardFolder(folder), folder

@@ -9,7 +9,7 @@ from typing import Any
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from pretrain.evaluate.layers import layer_order, names_without_decay
+from pretrain.evaluate.layers import decay_of_depth, layer_order, names_without_decay
 from pretrain.optim import warm_cosine
 from pretrain.transfer.recipes import Optimisation
 
@@ -55,8 +55,9 @@ class Layered(nn.Module):
 
     def groups(self, optimisation: Optimisation) -> list[dict[str, Any]]:
         """Parameter groups with `lr_scale`, the rate of a layer / that of the head."""
-        decay = {"layer_decay": optimisation.layer_decay}
-        groups = param_groups_layer_decay(self, optimisation.weight_decay, self._exempt, **decay)
+        depth = int(max(self._order.values()))
+        decay = decay_of_depth(optimisation.layer_decay, optimisation.decay_depth, depth)
+        groups = param_groups_layer_decay(self, optimisation.weight_decay, self._exempt, layer_decay=decay)
         backbone = {id(weight) for name, weight in self.named_parameters() if name in self._order}
         for group in groups:
             if id(group["params"][0]) in backbone:  # a group holds one layer

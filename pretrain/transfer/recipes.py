@@ -22,6 +22,7 @@ class Optimisation:
     milestones: tuple[float, ...] = ()  # of "step": shares of the steps after which the rate is a tenth
     weight_decay: float = 0.05
     layer_decay: float = 1.0  # rate of a layer of the backbone / rate of the next one, in (0, 1]
+    decay_depth: int = 12  # layers of the backbone for which that is given; a deeper one's decay is milder
     backbone_rate: float = 1.0  # factor of all rates of the backbone, in (0, 1]
     drop_path: float = 0.0  # of the backbone, where it is trained
     clip: float = 0.0  # norm of the gradient; 0: not clipped
@@ -30,6 +31,7 @@ class Optimisation:
     def __post_init__(self) -> None:
         rates = {"layer_decay": self.layer_decay, "backbone_rate": self.backbone_rate}
         positive("optimisation", steps=self.steps, batch=self.batch, lr=self.lr, **rates)
+        positive("optimisation", decay_depth=self.decay_depth)
         fraction("optimisation", drop_path=self.drop_path, **rates)
         if not 0 <= self.warmup < self.steps:
             raise ValueError(
@@ -67,7 +69,14 @@ class Detect:
     width: int = 256  # of FPN or of the transformer
     anchor: int = 8  # side of an anchor box / stride of its map
     detections: int = 100  # most of an image
+    repeat: float = 0.0  # images with a class that fewer than this share of them shows come more often (LVIS)
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fraction("detect", repeat=self.repeat)
+
+
+VITDET_HEADS = {"rpn_layers": 2, "box_layers": 4, "has_norms": True}  # of arXiv 2203.16527, appendix
 
 
 def _vitdet(lr: float, steps: int) -> Detect:
@@ -90,20 +99,64 @@ def _vitdet(lr: float, steps: int) -> Detect:
             drop_path=0.1,
         ),
         size=1024,
+        options=VITDET_HEADS,
     )
 
 
 def coco() -> Detect:
-    """COCO: 100 epochs of 118,000 images, 184,375 steps of 64. Without ViTDet's windows, relative positions and the
-    convolutions of its box head. Not run by us."""
+    """COCO: 100 epochs of 118,000 images, 184,375 steps of 64. Without ViTDet's windows and relative positions. Not
+    run by us."""
     return _vitdet(1e-4, 184_375)
 
 
 def lvis() -> Detect:
     """LVIS v1: 100 epochs of 100,000 images, 156,250 steps of 64, at twice the rate; 300 things an image, as LVIS
-    asks. Without what ViTDet's does for rare categories there (images repeated by frequency, sigmoid and federated
-    loss), so expect less of APr. Not run by us."""
-    return replace(_vitdet(2e-4, 156_250), detections=300, options={"box_score_thresh": 0.02})
+    asks. Images of rare categories are repeated, and every category is judged by itself, 50 of them at a step, as
+    ViTDet does there. Without its windows and relative positions. Not run by us."""
+    return replace(
+        _vitdet(2e-4, 156_250),
+        detections=300,
+        repeat=0.001,
+        options={**VITDET_HEADS, "box_score_thresh": 0.02, "federated": 50},
+    )
+
+
+def coco_internimage() -> Detect:
+    """COCO on an InternImage: its Mask R-CNN's rate, decays and 36 epochs of 118,287 images, 7,393 steps of 16 each,
+    with InternImage-H's drop path (arXiv 2211.05778, and its configurations of detection), on ViTDet's canvas in
+    place of several sizes. The paper's own for H is DINO on two backbones. Not run by us."""
+    return Detect(
+        Optimisation(
+            steps=36 * 7_393,
+            batch=16,
+            lr=1e-4,
+            warmup=500,
+            schedule="step",
+            milestones=(27 / 36, 33 / 36),
+            layer_decay=0.95,
+            decay_depth=50,
+            drop_path=0.5,
+        ),
+        size=1024,
+    )
+
+
+def ade20k_internimage() -> Segment:
+    """ADE20k on InternImage-H: its UperNet's 160,000 steps of 16 crops at 896 px (arXiv 2211.05778, and its
+    configurations of segmentation). Not run by us."""
+    return Segment(
+        Optimisation(
+            steps=160_000,
+            batch=16,
+            lr=2e-5,
+            warmup=1500,
+            layer_decay=0.95,
+            decay_depth=50,
+            drop_path=0.5,
+            clip=0.1,
+        ),
+        size=896,
+    )
 
 
 def ade20k() -> Segment:
@@ -199,10 +252,11 @@ def coco_detr() -> Detect:
 
 
 RECIPES = {
-    "segment": {"small": small_segment, "ade20k": ade20k},
+    "segment": {"small": small_segment, "ade20k": ade20k, "ade20k_internimage": ade20k_internimage},
     "detect": {
         "small": small_detect,
         "coco": coco,
+        "coco_internimage": coco_internimage,
         "lvis": lvis,
         "small_detr": small_detr,
         "coco_detr": coco_detr,

@@ -15,6 +15,7 @@ from pretrain.config import Run
 from pretrain.models.pyramid import strides_of
 from pretrain.towers import Towers
 from pretrain.transfer.backbone import pyramid_config
+from pretrain.transfer.examples import AnnotatedSet
 from pretrain.transfer.recipes import Detect
 from pretrain.transfer.things import Shown, Things
 
@@ -26,7 +27,7 @@ class RTDetrHead(nn.Module):
     alone. Images keep their shape, the longer side becomes `recipe.size`, and padding fills a square.
     """
 
-    def __init__(self, run: Run, towers: Towers, recipe: Detect, num_classes: int, has_masks: bool) -> None:
+    def __init__(self, run: Run, towers: Towers, recipe: Detect, examples: AnnotatedSet) -> None:
         super().__init__()
         config = pyramid_config(run, towers, recipe.optimisation.drop_path, recipe.width, most=MAPS)
         strides = strides_of(towers.encoder.stages)[-MAPS:]
@@ -34,7 +35,7 @@ class RTDetrHead(nn.Module):
         self.net = RTDetrForObjectDetection(
             RTDetrConfig(
                 backbone_config=config,
-                num_labels=num_classes,
+                num_labels=len(examples.names),
                 d_model=recipe.width,
                 encoder_hidden_dim=recipe.width,
                 encoder_in_channels=[recipe.width] * channels,
@@ -51,7 +52,7 @@ class RTDetrHead(nn.Module):
         self.transform = GeneralizedRCNNTransform(
             recipe.size, recipe.size, run.views.mean, run.views.std, size_divisible=side
         )
-        self.num_classes = num_classes
+        self.num_classes = len(examples.names)
 
     def loss(self, shown: list[Shown]) -> Float[Tensor, ""]:
         """Transformers' weighted sum over the decoder's layers, of which each is a sum / the number of boxes.

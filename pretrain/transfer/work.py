@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -28,12 +28,13 @@ from pretrain.collectives import (
 )
 from pretrain.config import Run
 from pretrain.data.faults import BadSample
+from pretrain.evaluate.subjects import open_model
 from pretrain.towers import Towers
 from pretrain.training_state import States
 from pretrain.transfer import detect, segment
 from pretrain.transfer.backbone import load_trunk
-from pretrain.transfer.examples import AnnotatedSet, Drops, Example
-from pretrain.transfer.order import Draws, share_of
+from pretrain.transfer.examples import AnnotatedSet, Drops, Example, shown_in
+from pretrain.transfer.order import Draws, repeat_factors, share_of
 from pretrain.transfer.recipes import Detect, Segment
 from pretrain.transfer.training import STATE, Machine, train
 
@@ -44,7 +45,7 @@ RESULT, DETECTIONS = "result.json", "detections.json"
 class Work:
     """One transfer."""
 
-    step: Path  # folder of the checkpoint
+    step: Path  # folder of the checkpoint, or of an export to safetensors
     recipe: Segment | Detect
     name: str  # of the recipe
     out: Path
@@ -60,7 +61,7 @@ def transfer(
     A collective call: the ranks share the training and the test, rank 0 alone writes, and the others get None. Raises
     ValueError when the folder holds a training with other numbers, or the ranks read other data.
     """
-    run, _, towers = on_every_rank(lambda: load_towers(work.step))
+    run, towers = on_every_rank(lambda: opened(work.step))
     share_of(work.recipe.optimisation)
     settings = {
         "checkpoint": str(work.step),
@@ -81,7 +82,7 @@ def transfer(
     encoder = load_trunk(model, towers, is_frozen=work.is_frozen)
     model.to(machine.device)
     title = f"{work.step.name} {task}"
-    draws = Draws(len(train_set), draw, work.seed)
+    draws = Draws(len(train_set), draw, work.seed, on_every_rank(lambda: _repeats(work, train_set)))
     states = States(work.out / STATE, settings, "transfer")
     dropped = train(model, encoder, draws, loss_of, work.recipe.optimisation, machine, states, title=title)
     bad: list[tuple[str, str]] = []  # reason and message
@@ -108,6 +109,20 @@ def transfer(
     return result
 
 
+def opened(step: Path) -> tuple[Run, Towers]:
+    """The recipe and the teacher; ValueError for a model without a recipe, from which no maps can be had."""
+    if (step / "run.json").is_file():
+        run, _, towers = load_towers(step)
+        return run, towers
+    subject = open_model(step, None)
+    if not isinstance(subject.towers, Towers):
+        raise ValueError(
+            f"{step} does not tell the recipe of its backbone, which heads need for its maps: name the run, one of "
+            "its checkpoints, or an export --to safetensors"
+        )
+    return subject.run, subject.towers
+
+
 def require_same_data(settings: dict[str, Any]) -> None:
     """ValueError, on all ranks, where one of them was told something else or reads other files. Collective."""
     told = from_every_rank([json.dumps(settings | {"train_set": None, "heldout_set": None})])
@@ -125,6 +140,12 @@ def _identity(examples: AnnotatedSet) -> dict[str, str]:
     return {"path": str(examples.place.resolve()), "sha256": examples.sha256}
 
 
+def _repeats(work: Work, train_set: AnnotatedSet) -> Tensor | None:
+    """How often an epoch shows each example, where the recipe says so by their classes."""
+    threshold = work.recipe.repeat if isinstance(work.recipe, Detect) else 0.0
+    return repeat_factors(shown_in(train_set), threshold) if threshold else None
+
+
 Built = tuple[nn.Module, Callable[[int], Any], Callable]
 
 
@@ -134,7 +155,7 @@ def _segment(run: Run, towers: Towers, recipe: Segment, examples: AnnotatedSet) 
 
 
 def _detect(run: Run, towers: Towers, recipe: Detect, examples: AnnotatedSet) -> Built:
-    model = detect.HEADS[recipe.head](run, towers, recipe, len(examples.names), examples.has_masks)
+    model = detect.HEADS[recipe.head](run, towers, recipe, examples)
     return model, detect.Draw(examples, recipe), detect.loss_of
 
 

@@ -17,12 +17,13 @@ from pretrain.evaluate.evidence import NotMeasured
 from pretrain.evaluate.fine_tune import Classifier, _encoder, fine_tune, predict
 from pretrain.evaluate.fine_tune_order import Examples
 from pretrain.evaluate.fine_tune_recipes import RECIPES, FineTune
-from pretrain.evaluate.layers import layer_order
+from pretrain.evaluate.layers import decay_of_depth, layer_order
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint, measure_subject
 from pretrain.evaluate.published import EncoderAlone, PublishedEncoder
 from pretrain.evaluate.sets import read_manifests
 from pretrain.evaluate.subjects import Subject
 from pretrain.facts import DataFacts
+from pretrain.models.backbone import build_encoder
 from pretrain.models.pooling import prepend_mean
 from pretrain.recipes import load
 from tests.evaluate.runs import write_run
@@ -108,6 +109,17 @@ def test_rates_fall_layer_by_layer_towards_the_image(steps: dict[str, Path]) -> 
         assert {scales[f"encoder.{name}"] for name in order} == {0.5 ** (last - k) for k in range(last)}
         assert all(scales[f"encoder.{name}"] == 0.5 ** (last - layer) for name, layer in order.items())
         assert len({value for value in decays.values()}) == 2
+
+
+def test_a_deep_backbone_decays_milder_so_that_its_first_layers_learn() -> None:
+    with torch.device("meta"):
+        run = load("m3i.internimage_h")
+        model = Classifier(build_encoder(run.backbone, run.views.size), 4)
+    scales = {group["lr_scale"] for group in model.groups(FineTune())}
+    assert min(scales) == pytest.approx(0.65**13)  # as the first layer of a ViT-B
+    assert sorted(scales)[1] / min(scales) == pytest.approx(1 / 0.8960, abs=1e-4)
+    assert decay_of_depth(0.65, 12, 12) == 0.65 and decay_of_depth(0.7, 12, 2) == 0.7
+    assert decay_of_depth(0.95, 50, 33) == 0.95  # given for InternImage-H
 
 
 def test_layers_are_numbered_from_the_stem_through_the_blocks(steps: dict[str, Path]) -> None:

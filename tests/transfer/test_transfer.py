@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pretrain import training_state
 from pretrain.checkpoint import load_towers
 from pretrain.evaluate.augment import seeded
 from pretrain.evaluate.checkpoints import find_checkpoint
+from pretrain.export.__main__ import main as export_main
 from pretrain.training_state import States
 from pretrain.transfer import __main__ as command
 from pretrain.transfer import training
@@ -24,7 +26,7 @@ from pretrain.transfer.places import Named, open_sets
 from pretrain.transfer.rates import Layered, rate
 from pretrain.transfer.recipes import RECIPES, Detect, Optimisation, recipe
 from pretrain.transfer.training import STATE, Machine
-from pretrain.transfer.work import TASKS, Work, transfer
+from pretrain.transfer.work import TASKS, Work, opened, transfer
 
 # pycocotools (https://github.com/ppwwyyxx/cocoapi) hands arrays to numpy in a way that is to end.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -190,6 +192,25 @@ def test_the_command_writes_scores_and_detections_and_refuses_other_numbers(
     )
 
 
+def test_a_checkpoint_and_its_export_learn_as_the_run(
+    runs: dict[str, Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tiny("segment", "small")
+    monkeypatch.setitem(RECIPES["segment"], "small", lambda: small)
+    step = find_checkpoint(runs["vit"], "last")
+    assert export_main([str(runs["vit"]), "--to", "safetensors", "--out", str(tmp_path / "export")]) == 0
+    places = {"run": runs["vit"], "step": step, "export": tmp_path / "export"}
+    for name, place in places.items():
+        out = str(tmp_path / name)
+        assert command.main(["segment", str(place), "--data", str(shards), "--out", out, "--frozen"]) == 0
+    first, *others = (torch.load(tmp_path / name / STATE, weights_only=True)["model"] for name in places)
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
+    alone = SimpleNamespace(towers=torch.nn.Linear(1, 1))  # as an export to timm is opened
+    monkeypatch.setattr("pretrain.transfer.work.open_model", lambda place, size: alone)
+    with pytest.raises(ValueError, match=r"timm does not tell the recipe.*an export --to safetensors"):
+        opened(tmp_path / "timm")
+
+
 def test_an_image_that_breaks_later_is_counted_or_stops_the_training(
     runs: dict[str, Path], coco: Path, tmp_path: Path
 ) -> None:
@@ -211,7 +232,7 @@ def test_an_image_that_breaks_later_is_counted_or_stops_the_training(
     [
         (
             ["--recipe", "large"],
-            r"--recipe 'large' is unknown for `segment`; choose from \['ade20k', 'small'\]",
+            r"--recipe 'large' is unknown for `segment`; choose from \['ade20k', 'ade20k_internimage', 'small'\]",
         ),
         (["--max-bad", "1.5"], r"--max-bad 1.5 must lie in \[0, 1\)"),
         (["--step", "7"], "cannot be used, since there is none"),
