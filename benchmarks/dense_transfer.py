@@ -64,6 +64,7 @@ class Some:
         self.names, self.category_ids = whole.names, whole.category_ids
         self.image_ids, self.dropped = whole.image_ids[: self.most], whole.dropped
         self.has_masks, self.federation = whole.has_masks, whole.federation
+        self.shown = None if whole.shown is None else whole.shown[: self.most]
         self.files, self.place, self.sha256 = whole.files, whole.place, whole.sha256
 
     def __len__(self) -> int:
@@ -103,6 +104,8 @@ def of_record(result: dict[str, Any]) -> dict[str, Any]:
         "numbers": result["numbers"],
         "train_images": result["train_images"],
         "step": Path(result["checkpoint"]).name,
+        "commit": result["commit"],
+        "date": result["date"],
     }
 
 
