@@ -20,13 +20,9 @@ SILENT = 10.0  # seconds after which it is told that a store fails
 FIRST_PAUSE = 0.2  # seconds before an attempt is repeated; doubled each time
 LONGEST_PAUSE = 20.0  # seconds
 PART = 50 * 2**20  # bytes, of one part of an upload in parts; decides the ETag
-NO_ACCESS = (  # of boto: no repetition mends them
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "ProfileNotFound",
-    "CredentialRetrievalError",
-    "ParamValidationError",
-)
+NO_KEYS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of boto: the user gave none
+NO_ACCESS = (*NO_KEYS, "CredentialRetrievalError", "ParamValidationError")  # no repetition mends them
+SET_KEYS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
 _MD5 = re.compile(r"[0-9a-f]{32}")
 T = TypeVar("T")
@@ -57,9 +53,7 @@ def patiently(url: str, work: Callable[[Any, str], T]) -> T:
             ) from error
         except Exception as error:  # every store has errors of its own
             if type(error).__name__ in NO_ACCESS:
-                raise PermissionError(
-                    f"{url} needs keys ({error}): set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-                ) from error
+                raise PermissionError(f"{url} needs keys ({error}): {SET_KEYS}") from error
             failing = time.monotonic() - begun
             if failing > SILENT and not is_told:
                 is_told = True

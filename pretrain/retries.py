@@ -1,4 +1,4 @@
-"""How is a store that fails asked again? With growing pauses, for so many seconds."""
+"""How is a store or a file system that fails asked again? With growing pauses, for so many seconds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import time
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
+
+from data_prep.stores import NO_KEYS, SET_KEYS
 
 FIRST_PAUSE = 0.1  # seconds before an attempt is repeated; doubled each time
 LONGEST_PAUSE = 30.0  # seconds
@@ -36,15 +38,16 @@ def patiently(
     *,
     attempt: float | None = None,
     final: tuple[type[Exception], ...] = (),
+    longest: float = LONGEST_PAUSE,
     stopped: threading.Event | None = None,
 ) -> T:
     """What `work` gives; while it fails it is done again, for `seconds`, then GaveUp; `told` names what is asked.
 
-    FileNotFoundError, PermissionError and the errors in `final` are raised at once. A set `stopped` ends it after an
-    attempt. One that takes longer than `attempt` seconds fails, and the next has twice as long: a store may take a
+    FileNotFoundError, PermissionError and the errors in `final` are raised at once; it is PermissionError too when
+    there are no keys for a store. Pauses last at most `longest` seconds. A set `stopped` ends it after an attempt.
+    One that takes longer than `attempt` seconds fails, and the next has twice as long: a store may take a
     question and never answer. What is left behind may still be done later: bound only what reads.
     """
-    stopped = stopped or threading.Event()
     begun, is_told, pause = time.monotonic(), False, FIRST_PAUSE
     while True:
         try:
@@ -55,7 +58,9 @@ def patiently(
         except (FileNotFoundError, PermissionError, *final, *OUR_FAULTS):
             raise
         except Exception as error:  # every store has errors of its own
-            failing = time.monotonic() - begun
+            if type(error).__name__ in NO_KEYS:
+                raise PermissionError(f"{error}: {SET_KEYS}") from error
+            failing, stopped = time.monotonic() - begun, stopped or threading.Event()
             if stopped.is_set():
                 raise GaveUp(f"{told} was given up, at last with {error!r}") from error
             if failing >= seconds:
@@ -69,7 +74,7 @@ def patiently(
             if attempt is not None and isinstance(error, TimeoutError):
                 attempt *= 2
         stopped.wait(random.uniform(pause / 2, pause))  # of many processes not all at once
-        pause = min(2 * pause, LONGEST_PAUSE)
+        pause = min(2 * pause, longest)
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:

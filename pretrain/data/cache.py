@@ -98,8 +98,7 @@ class Cache:
                     break
                 if path.suffix == PARTIAL and self._is_written(path):
                     continue
-                path.unlink(missing_ok=True)
-                path.with_name(path.name + ".idx").unlink(missing_ok=True)
+                self.remove(path)
                 total -= size
             if total + num_bytes > self.max_bytes:
                 return False
@@ -107,6 +106,11 @@ class Cache:
             with partial.open("wb") as file:
                 file.truncate(num_bytes)
             return True
+
+    def remove(self, path: Path) -> None:
+        """A shard goes with its index."""
+        path.unlink(missing_ok=True)
+        path.with_name(path.name + ".idx").unlink(missing_ok=True)
 
     def _is_written(self, partial: Path) -> bool:
         """Is a process at work on it? One that was killed has lost its lock."""

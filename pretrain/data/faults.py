@@ -9,13 +9,8 @@ WHOLE_SHARD = -1
 MIN_READS = 100  # the limit on bad samples is taken over at least this many reads
 A_FEW = 3  # bad samples beyond what chance explains
 OF_TRAINING = "run `python -m data_prep check` on the data sets and build them again, or raise max_bad"
-OF_SHARDS = (  # reasons that concern a shard as a whole
-    "missing_shard",
-    "unreadable",
-    "truncated_shard",
-    "changed_shard",
-    "broken_index",
-)
+# Reasons that concern a shard as a whole.
+OF_SHARDS = ("missing_shard", "truncated_shard", "changed_shard", "broken_index")
 
 
 class BadSample(ValueError):

@@ -198,7 +198,7 @@ class Loader:
             key = None
             with suppress(BadSample, DataError, OSError):
                 if source.shards.is_here(pick.shard):
-                    key, _ = source.shards.read(pick.shard, pick.index)
+                    key, _ = source.shards.read(pick.shard, pick.index, is_patient=False)
             shard = source.shards.manifest.shards[pick.shard].name
             place = {"source": source.name, "shard": shard, "index": pick.index, "key": key}
             found.append({"position": position, **place})

@@ -16,25 +16,23 @@ REGULAR_FILE = (b"0", b"\0")  # tar type flags
 
 
 def offsets_of(descriptor: int, path: Path, shard: Shard) -> array:
-    """Where the samples of an open shard lie; it is indexed if it is not yet. Closes it and raises BadSample."""
+    """Where the samples of an open shard lie; it is indexed if it is not yet, and its headers tell the same where the
+    index cannot be read. Raises BadSample, and OSError when reading the shard fails."""
+    has_index = True
     try:
-        try:
-            offsets, has_index = read_index(path), True
-        except FileNotFoundError:
-            offsets, has_index = _index(descriptor, path), False
-        if len(offsets) != shard.num_samples + 1:
-            raise BadSample(
-                "broken_index",
-                f"{path}.idx holds {len(offsets)} offsets, the manifest's {shard.num_samples} samples need one more",
-            )
-        if not has_index:
-            _keep_index(path, offsets)
+        offsets = read_index(path)
     except OSError as error:
-        os.close(descriptor)
-        raise BadSample("unreadable", f"{path}: {error}") from error
-    except ValueError as error:  # a BadSample is one
-        os.close(descriptor)
-        raise error if isinstance(error, BadSample) else BadSample("broken_index", str(error)) from error
+        has_index = not isinstance(error, FileNotFoundError)
+        offsets = _index(descriptor, path)
+    except ValueError as error:
+        raise BadSample("broken_index", str(error)) from error
+    if len(offsets) != shard.num_samples + 1:
+        raise BadSample(
+            "broken_index",
+            f"{path}.idx holds {len(offsets)} offsets, the manifest's {shard.num_samples} samples need one more",
+        )
+    if not has_index:
+        _keep_index(path, offsets)
     return offsets
 
 
@@ -105,6 +103,8 @@ def _read_header(header: bytes) -> tuple[str, int]:
         name = header[:100].rstrip(b"\0").decode("ascii")
     except ValueError as error:
         raise BadSample("broken_record", f"no tar header where one must stand: {error}") from error
+    if size < 0:  # whoever goes on from here would go back, for ever
+        raise BadSample("broken_record", f"the header of {name!r} tells a size of {size} bytes")
     counted = header[:148] + header[156:]  # the checksum itself counts as eight spaces
     is_intact = sum(counted.translate(None, b"\0")) + 8 * ord(" ") == checksum  # most bytes are 0
     if not is_intact or header[257:262] != b"ustar" or header[156:157] not in REGULAR_FILE:

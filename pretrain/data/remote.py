@@ -129,8 +129,8 @@ class RemoteFolder:
         """Is there a copy of a shard?"""
         return self.cache.path_of(shard).exists()
 
-    def open(self, shard: Shard) -> tuple[int, Path]:
-        """Descriptor and path of the copy of a shard, which is made if there is none.
+    def open(self, shard: Shard) -> int:
+        """Descriptor of the copy of a shard, which is made if there is none.
 
         Raises BadSample `missing_shard`, `truncated_shard` or `changed_shard`, and DataError.
         """
@@ -140,7 +140,11 @@ class RemoteFolder:
             with contextlib.suppress(FileNotFoundError):  # removed since, to make room
                 descriptor = os.open(path, os.O_RDONLY)
                 os.utime(descriptor)  # it was used now
-                return descriptor, path
+                return descriptor
+
+    def remove(self, shard: Shard) -> None:
+        """The copy of a shard is no good: the next `open` makes another."""
+        self.cache.remove(self.cache.path_of(shard))
 
     def fetch_ahead(self, shards: Sequence[Shard]) -> None:
         """Copies what will be needed, in that order, meanwhile; what another process copies is left to it."""

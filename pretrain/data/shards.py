@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from data_prep.schema import (
 )
 from pretrain.data.cache import Cache
 from pretrain.data.faults import BadSample, DataError
-from pretrain.data.records import offsets_of, read_members
-from pretrain.data.remote import Place, RemoteFolder, is_url
+from pretrain.data.open_shards import OpenShards, of_file
+from pretrain.data.records import read_members
+from pretrain.data.remote import PATIENCE_AT_START, Place, RemoteFolder, is_url
 from pretrain.data.verified import Verified
 
 OPEN_SHARDS = 64  # files and indices kept open at once, unless told otherwise
@@ -33,31 +33,29 @@ class ShardFolder:
 
     At construction the sizes of the shards that `checked` selects are compared with the manifest, by `verify` their
     sha256 too; both raise FileNotFoundError and ValueError that name the shard. Shards behind a URL are copied when
-    they are first read, and hashed then. Afterwards a sample that cannot be read raises BadSample: `missing_shard`,
-    `unreadable`, `truncated_shard`, `changed_shard`, `broken_index` or `broken_record`.
+    they are first read, and hashed then. Afterwards a sample that cannot be used raises BadSample, of its shard
+    `missing_shard`, `truncated_shard`, `changed_shard` or `broken_index`, of itself `broken_record` or `unreadable`;
+    a file system that fails raises DataError in the end, see `OpenShards`.
     """
 
     def __init__(
         self, place: str | os.PathLike[str], open_shards: int = OPEN_SHARDS, checked: slice = ALL
     ) -> None:
         self.place: Place = place if isinstance(place, str) and is_url(place) else Path(place)
-        self._most_open = open_shards
         self._remote = (
             None if isinstance(self.place, Path) else RemoteFolder(self.place, Cache.of_environment())
         )
         if self._remote is not None:
             self._remote.copy_manifest()
         self.folder = Path(place) if self._remote is None else self._remote.folder
-        self.manifest = parse_manifest(self.folder)
+        self.manifest = of_file(
+            lambda: parse_manifest(self.folder), self.folder / MANIFEST_NAME, PATIENCE_AT_START
+        )
         for problem in self.problems(checked):
             raise problem
         self.shard_sizes = [shard.num_samples for shard in self.manifest.shards]
         self._ends = list(accumulate(self.shard_sizes))
-        self._bad: dict[int, tuple[str, str]] = {}  # shard that cannot be opened -> reason and message
-        self._open: dict[int, tuple[int, array, str]] = {}  # shard -> descriptor, offsets, path; oldest first
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}, "_bad": {}}  # a worker process opens its own files
+        self._files = OpenShards(self.folder, self.manifest.shards, self._remote, open_shards)
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -85,7 +83,7 @@ class ShardFolder:
         if self._remote is None:
             for shard in shards:
                 try:
-                    require_shard(self.folder, shard)
+                    self._require(shard)
                 except (FileNotFoundError, ValueError) as error:
                     yield error
         elif (
@@ -101,23 +99,30 @@ class ShardFolder:
 
     def changed(self, shards: Iterable[int]) -> Iterator[tuple[Shard, ValueError]]:
         """What the sha256 of these shards of a folder says against the manifest, where that was not found right since
-        they last changed. Shards that are missing or too short are told by `problems`."""
+        they last changed. Shards that are missing or too short are told by `problems`, those that cannot be read to
+        their end when that sample is asked for."""
+        return (found for found in self._hashed(shards) if not isinstance(found[1], DataError))
+
+    def verify(self, shards: Iterable[int]) -> None:
+        """ValueError with the first that `changed` tells, or that cannot be read."""
+        for _, problem in self._hashed(shards):
+            raise problem
+
+    def _hashed(self, shards: Iterable[int]) -> Iterator[tuple[Shard, ValueError]]:
         verified = Verified(self.folder)
         for number in shards:
             shard = self.manifest.shards[number]
             try:
-                require_shard(self.folder, shard)
+                self._require(shard)
             except (FileNotFoundError, ValueError):
                 continue
             try:
-                verified.check(shard)
+                of_file(partial(verified.check, shard), self.folder / shard.name, PATIENCE_AT_START)
             except ValueError as error:
                 yield shard, error
 
-    def verify(self, shards: Iterable[int]) -> None:
-        """ValueError with the first that `changed` tells."""
-        for _, problem in self.changed(shards):
-            raise problem
+    def _require(self, shard: Shard) -> None:
+        of_file(lambda: require_shard(self.folder, shard), self.folder / shard.name, PATIENCE_AT_START)
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Copies shards behind a URL before they are read; in a folder there is nothing to do."""
@@ -144,70 +149,22 @@ class ShardFolder:
         """The name that the members of sample `index` share."""
         return self.read(*self.locate(index))[0]
 
-    def read(self, shard: int, index: int) -> tuple[str, dict[str, bytes]]:
-        """Key and members (extension -> content) of one sample of one shard."""
-        descriptor, offsets, path = self._open.get(shard) or self._open_another(shard)
-        start, size = offsets[index], offsets[index + 1] - offsets[index]
-        try:
-            record = os.pread(descriptor, size, start)
-        except OSError as error:
-            raise BadSample(
-                "unreadable", f"{path}: reading {size} bytes at {start} failed: {error}"
-            ) from error
-        if len(record) != size:
-            raise BadSample(
-                "truncated_shard", f"{path} ended {size - len(record)} bytes before the end of sample {index}"
-            )
+    def read(self, shard: int, index: int, *, is_patient: bool = True) -> tuple[str, dict[str, bytes]]:
+        """Key and members (extension -> content) of one sample of one shard; who is not patient gets the first
+        OSError."""
+        record = self._files.record(shard, index, is_patient=is_patient)
         try:
             return read_members(record)
         except BadSample as error:
-            raise BadSample(error.reason, f"{path}, sample {index}: {error}") from error
+            raise BadSample(error.reason, f"{self._files.path(shard)}, sample {index}: {error}") from error
 
     def close(self) -> None:
-        for shard in list(self._open):
-            self._close(shard)
+        self._files.close()
         if self._remote is not None:
             self._remote.close()
-
-    def _close(self, shard: int) -> None:
-        os.close(self._open.pop(shard)[0])
-
-    def _open_another(self, number: int) -> tuple[int, array, str]:
-        if number in self._bad:
-            raise BadSample(*self._bad[number])
-        if len(self._open) >= self._most_open:
-            self._close(next(iter(self._open)))
-        shard = self.manifest.shards[number]
-        try:
-            if self._remote is None:
-                descriptor, path = _open_file(self.folder / shard.name)
-            else:
-                for other, (opened, *_) in list(self._open.items()):
-                    if (
-                        os.fstat(opened).st_nlink == 0
-                    ):  # removed from the cache: the disk has it back only now
-                        self._close(other)
-                descriptor, path = self._remote.open(shard)
-            self._open[number] = (descriptor, offsets_of(descriptor, path, shard), str(path))
-        except BadSample as error:  # it would take as long to find that again for each of its samples
-            self._bad[number] = (error.reason, str(error))
-            raise
-        return self._open[number]
 
 
 def read_manifest(place: Place) -> Manifest:
     """The manifest of a data set in a folder or behind a URL, whose shards are not looked at; errors as
     `ShardFolder`."""
     return ShardFolder(place, checked=NONE).manifest
-
-
-def _open_file(path: Path) -> tuple[int, Path]:
-    """Descriptor and path of a shard; raises BadSample, and DataError where the process may not open another file."""
-    try:
-        return os.open(path, os.O_RDONLY), path
-    except FileNotFoundError as error:
-        raise BadSample("missing_shard", str(error)) from error
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):  # of the machine: the shard may be good
-            raise DataError(f"{error}: raise the limit (`ulimit -n`) or lower mixing.window") from error
-        raise BadSample("unreadable", f"{path}: {error}") from error

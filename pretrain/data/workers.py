@@ -30,6 +30,7 @@ MOST_A_CORE = 16  # workers: more have no use
 MAX_DEATHS = 5  # of workers within DEATHS_WITHIN, before the machine counts as too small
 DEATHS_WITHIN = 3600.0  # seconds
 LONGEST_CLOSE = 10.0  # seconds that closing waits for a batch that is being made
+HELD = (*ASKING, signal.SIGINT)  # signals that no worker ends by: the trainer ends them
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
@@ -185,13 +186,11 @@ def _data_loader(steps: Steps, workers: int, start_step: int, left_out: frozense
 
 
 def _start_servers() -> None:
-    """Starts what makes the workers; signals that ask the whole job to stop are blocked there, and in its forks."""
+    """Starts what makes the workers; signals to the whole job are blocked there, and in its forks."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         for ensure_running in (resource_tracker.ensure_running, forkserver.ensure_running):
-            signal.pthread_sigmask(
-                signal.SIG_BLOCK, ASKING
-            )  # each time: Python's tracker lets SIGTERM in again
+            signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # each time: Python's tracker lets two in again
             ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -226,7 +225,7 @@ def keep_memory() -> None:
 def _start_worker(worker: int) -> None:
     """One thread, an allocator that keeps its memory (page faults cost as much as decoding), and an end by the
     trainer alone: torch's own watchdog sees only the fork server, which outlives a trainer that was killed."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     keep_memory()

@@ -147,7 +147,7 @@ def test_files_that_were_dropped_are_closed(store: Store, tmp_path: Path) -> Non
     for path in (cache_folder() / "shards").glob("*.tar"):
         path.unlink()
     opened.sample(4)
-    assert list(opened._open) == [1]
+    assert list(opened._files._open) == [1]
     opened.close()
 
 

@@ -38,7 +38,7 @@ def test_more_shards_than_open_files_are_read(tmp_path: Path) -> None:
     folder = ShardFolder(good_set(tmp_path / "set", (1, 1, 1, 1)), open_shards=2)
     for index in (0, 1, 2, 3, 0, 2):
         assert folder.sample(index) == sample(index)
-    assert len(folder._open) == 2
+    assert len(folder._files._open) == 2
     folder.close()
 
 
