@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 
@@ -15,6 +17,7 @@ from data_prep.index import index_path, read_index
 from pretrain import retries
 from pretrain.config import Source
 from pretrain.data import open_shards, shards
+from pretrain.data.batch import Batch
 from pretrain.data.cache import cache_folder
 from pretrain.data.faults import BadSample, DataError
 from pretrain.data.loader import Loader
@@ -29,17 +32,20 @@ REAL_OPEN, REAL_PREAD = os.open, os.pread
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Hundredths of a second stand for minutes."""
+    """Attempts follow each other soon."""
     monkeypatch.setenv("M3I_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(retries, "FIRST_PAUSE", 1e-3)
-    monkeypatch.setattr(open_shards, "PATIENCE", 0.2)
-    monkeypatch.setattr(open_shards, "DAMAGED_FOR", 0.02)
-    monkeypatch.setattr(shards, "PATIENCE_AT_START", 0.2)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return good_set(tmp_path / "names", (6, 6, 6), has_text=False)
+
+
+@pytest.fixture
+def calm(folder: Path) -> list[Batch]:
+    """What the run gives on whole disks."""
+    return batches(RUN, {"names": folder}, 6)
 
 
 @pytest.fixture
@@ -56,39 +62,27 @@ def within_seconds() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-Fault = Callable[
-    [Path, int, int], None
-]  # file, first and last byte that are read; raises what it does to them
-
-
-def break_reads(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-    """Reads of shards fail as `fault` says, as Linux does it: what lies before a damaged place comes first."""
+def damage(monkeypatch: pytest.MonkeyPatch, places_of: Callable[[Path], range]) -> None:
+    """These bytes of a file can never be read; as Linux does it, what lies before them comes first."""
 
     def pread(descriptor: int, size: int, start: int) -> bytes:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        for end in (start + size, start + 1):
-            try:
-                fault(path, start, end)
-                return REAL_PREAD(descriptor, end - start, start)
-            except OSError as error:
-                failed = error
-        raise failed
+        places = places_of(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        if start < places.start:
+            size = min(size, places.start - start)
+        elif start < places.stop:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return REAL_PREAD(descriptor, size, start)
 
     monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(open_shards, "DAMAGED_FOR", 0.0)
 
 
-def damage(shard: str, place: int) -> Fault:
-    """One byte of a shard cannot be read."""
-
-    def fault(path: Path, start: int, end: int) -> None:
-        if path.name == shard and start <= place < end:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    return fault
+def one_place(shard: str, place: int) -> Callable[[Path], range]:
+    return lambda path: range(place, place + 1) if path.name == shard else range(0)
 
 
 def fail_now_and_then(monkeypatch: pytest.MonkeyPatch, number: int) -> list[str]:
-    """Of the first opening of each shard, and of its third reading, the first two attempts fail; what did is given."""
+    """Two attempts to open a shard for the first time, and two of its third reading, fail; they are listed."""
     failed: list[str] = []
 
     def fail(what: str) -> None:
@@ -117,23 +111,21 @@ def fail_now_and_then(monkeypatch: pytest.MonkeyPatch, number: int) -> list[str]
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ESHUTDOWN])
 def test_a_file_system_that_fails_for_a_moment_costs_time_and_nothing_else(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    folder: Path, calm: list[Batch], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    calm = batches(RUN, {"names": folder}, 6)
     for start in (0, 3):  # and at a resume
-        failed = fail_now_and_then(monkeypatch, number)
-        loader = Loader(RUN, {"names": folder}, None, rank=0, world=1, start_step=start)
-        for expected in calm[start:]:
-            assert_same(next(loader), expected)
-        assert not loader.dropped and len(failed) == 2 * 2 * 3
-        loader.close()
-        monkeypatch.undo()
+        with monkeypatch.context() as broken:
+            failed = fail_now_and_then(broken, number)
+            loader = Loader(RUN, {"names": folder}, None, rank=0, world=1, start_step=start)
+            for expected in calm[start:]:
+                assert_same(next(loader), expected)
+            assert not loader.dropped and len(failed) == 2 * 2 * 3
+            loader.close()
 
 
 def test_a_file_system_that_stays_away_ends_the_run_and_a_restart_is_exact(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, calm: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calm = batches(RUN, {"names": folder}, 6)
     log = tmp_path / "dropped.jsonl"
     loader = Loader(RUN, {"names": folder}, None, rank=0, world=1, dropped_to=log)
     assert_same(next(loader), calm[0])
@@ -143,6 +135,8 @@ def test_a_file_system_that_stays_away_ends_the_run_and_a_restart_is_exact(
 
     with monkeypatch.context() as broken:
         broken.setattr(os, "pread", away)
+        broken.setattr(open_shards, "PATIENCE", 0.2)
+        broken.setattr(open_shards, "DAMAGED_FOR", 0.0)
         with pytest.raises(
             DataError,
             match=r"0000\d\d.tar has failed for 0.2 seconds.*start again when it can be read, or copy it again",
@@ -158,7 +152,9 @@ def test_a_file_system_that_stays_away_ends_the_run_and_a_restart_is_exact(
 def test_a_folder_that_is_not_mounted_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, away = ShardFolder(folder), folder.with_name("away")
     folder.rename(away)
-    with pytest.raises(DataError, match=r"names has no manifest.json any more: is it mounted\?"):
+    told = pytest.raises(DataError, match=r"names has no manifest.json any more: is it mounted\?")
+    with told, monkeypatch.context() as hurried:
+        hurried.setattr(open_shards, "PATIENCE", 0.1)
         opened.sample(0)
     tried = []
 
@@ -177,46 +173,39 @@ def test_a_folder_that_is_not_mounted_is_waited_for(folder: Path, monkeypatch: p
 
 
 def test_a_damaged_place_costs_its_sample_alone_on_every_world(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, calm: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calm = batches(RUN, {"names": folder}, 9)
     place = read_index(folder / "000001.tar")[4] + 700  # in the middle of a sample
-    break_reads(monkeypatch, damage("000001.tar", place))
-    delivered = {}
-    for world in (1, 2, 4):
-        loaders = [Loader(RUN, {"names": folder}, None, rank=rank, world=world) for rank in range(world)]
-        delivered[world] = [
-            joined(parts) for parts in zip(*(islice_of(one, 9) for one in loaders), strict=True)
-        ]
-        counts = [count for one in loaders for count in one.dropped.items()]
-        assert {kind for kind, _ in counts} == {"names: unreadable"} and sum(
-            n for _, n in counts
-        ) == 4  # passes
-        for one in loaders:
-            one.close()
-    for parts in zip(*delivered.values(), strict=True):
-        for other in parts[1:]:
-            assert_same(parts[0], other)
-    for resumed, expected in zip(
-        batches(RUN, {"names": folder}, 4, start_step=5), delivered[1][5:], strict=True
-    ):
-        assert_same(resumed, expected)
-    whole, damaged = joined(calm), joined(delivered[1])
+    damage(monkeypatch, one_place("000001.tar", place))
+
+    def delivered(world: int, start: int, num: int) -> tuple[list[Batch], dict[str, int]]:
+        ranks, dropped = [], Counter()
+        for rank in range(world):
+            loader = Loader(RUN, {"names": folder}, None, rank=rank, world=world, start_step=start)
+            ranks.append(list(islice(loader, num)))
+            dropped.update(loader.dropped)
+            loader.close()
+        return [joined(parts) for parts in zip(*ranks, strict=True)], dict(dropped)
+
+    alone, dropped = delivered(1, 0, 6)
+    assert dropped == {"names: unreadable": 3}  # in as many passes
+    whole, damaged = joined(calm), joined(alone)
     assert (
-        sum((one != other).any().item() for one, other in zip(whole.views, damaged.views, strict=True)) == 4
+        sum((one != other).any().item() for one, other in zip(whole.views, damaged.views, strict=True)) == 3
     )
-
-
-def islice_of(loader: Loader, num: int) -> list:
-    return [next(loader) for _ in range(num)]
+    others, dropped = delivered(4, 2, 4)  # resumed on more ranks
+    for one, other in zip(alone[2:], others, strict=True):
+        assert_same(one, other)
+    assert dropped.keys() == {"names: unreadable"}
 
 
 def test_a_damaged_place_is_waited_for_once_in_a_process(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = ShardFolder(folder)
-    break_reads(monkeypatch, damage("000000.tar", 600))
-    for wait in (0.02, 3600.0):
+    damage(monkeypatch, one_place("000000.tar", 600))
+    monkeypatch.setattr(open_shards, "PATIENCE", 1.0)
+    for wait in (0.0, 3600.0):
         monkeypatch.setattr(open_shards, "DAMAGED_FOR", wait)
         with pytest.raises(
             BadSample, match=r"000000.tar, sample 0: .*Input/output error; others can be read"
@@ -253,7 +242,7 @@ def test_a_shard_without_an_index_and_with_a_damaged_header_is_lost(
     place = read_index(folder / "000001.tar")[4]
     index_path(folder / "000001.tar").unlink()
     opened = ShardFolder(folder)
-    break_reads(monkeypatch, damage("000001.tar", place))
+    damage(monkeypatch, one_place("000001.tar", place))
     for number in (6, 11):
         with pytest.raises(
             BadSample, match=r"has no index and cannot get one: .*Input/output error"
@@ -268,12 +257,13 @@ def test_a_damaged_copy_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPa
     (copy,) = (cache_folder() / "shards").glob("*.tar")
     damaged = copy.stat().st_ino
 
-    def fault(path: Path, start: int, end: int) -> None:
-        if path.exists() and path.stat().st_ino == damaged:
-            raise OSError(errno.EIO, "Input/output error")
-
     kept = os.open(copy, os.O_RDONLY)  # its place on the disk is not taken again
-    break_reads(monkeypatch, fault)
+    damage(
+        monkeypatch,
+        lambda path: (
+            range(copy.stat().st_size) if path.exists() and path.stat().st_ino == damaged else range(0)
+        ),
+    )
     assert opened.sample(1) == sample(1, has_text=False)
     opened.close()
     os.close(kept)
@@ -309,8 +299,9 @@ def test_a_start_waits_for_its_file_system_and_tells_a_damaged_shard(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("pretrain.data.verified._sha256", hashed)
+    monkeypatch.setattr(shards, "PATIENCE_AT_START", 0.1)
     assert not list(opened.changed(range(3)))  # at a resume its sample tells
-    with pytest.raises(DataError, match=r"000000.tar has failed for 0.2 seconds.*copy it again"):
+    with pytest.raises(DataError, match=r"000000.tar has failed for 0.1 seconds.*copy it again"):
         opened.verify(range(3))
 
 

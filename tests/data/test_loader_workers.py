@@ -61,7 +61,10 @@ if __name__ == "__main__":
         next(loader)
         workers = active_children()
         servers = [forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid]
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        with open(f"/proc/{servers[0]}/status") as status:  # it held them while it imported, too
+            (held,) = [int(line.split()[1], 16) for line in status if line.startswith("SigBlk")]
+        assert all(held >> number - 1 & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.system(f"kill -{int(number)} 0")  # from a shell: what this process itself sends is obeyed
         assert signals.received
         list(islice(loader, 9))  # both take part

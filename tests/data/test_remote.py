@@ -265,6 +265,22 @@ def test_what_a_store_lacks_is_told_at_start(store: Store, tmp_path: Path, urls:
         ShardFolder(url)
 
 
+def test_a_store_without_keys_is_not_asked_again(
+    urls: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PATIENCE_AT_START", 3600.0)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    told = r"manifest.json may not be read: .*nobody.*: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET"
+    with pytest.raises(DataError, match=told):
+        ShardFolder(urls["names"])
+    for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(DataError, match=r"Unable to locate credentials: set AWS_PROFILE"):
+        ShardFolder(urls["names"])
+
+
 def test_a_store_that_takes_a_question_and_never_answers_ends_the_start_soon(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
