@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.schema import Manifest, write_atomic
 from pretrain.appended import Appended
 from pretrain.data.faults import OF_SHARDS, WHOLE_SHARD, DataError, Dropped, beyond_chance, check_bad_share
 
+OF_SIZE = (
+    "missing_shard",
+    "truncated_shard",
+)  # reasons that another copy of the shard mends, to be seen at once
 NAME = "dropped-rank_{:05d}.jsonl"  # in the folder of a run
 
 
@@ -17,12 +21,19 @@ class Drops:
     """Counts of one rank by source and reason, from a step on.
 
     `path`, if given, gets a line for each; what it tells of `start_step` and later belongs to a run that did not get
-    so far, and is removed by `begin`, the rest counted. `manifests` of all sources say how much a lost shard holds.
+    so far, and is removed by `begin`, the rest counted. `manifests` of all sources say how much a lost shard holds;
+    one that was missing or truncated is lost no more when `is_whole` says so now of a source and a shard's name.
     `counts` are for telling: they may be of fewer ranks, each of which read more. Judged is what is read from now on.
     Lines for which the disk has no room are kept until it has; that is told, and no reason to end a run.
     """
 
-    def __init__(self, path: Path | None, start_step: int, manifests: Mapping[str, Manifest]) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        start_step: int,
+        manifests: Mapping[str, Manifest],
+        is_whole: Callable[[str, str], bool] = lambda source, shard: False,
+    ) -> None:
         self.counts: dict[str, int] = {}  # "source: reason" -> samples
         self._single: dict[str, int] = {}  # the same, of samples whose shard is there, of this start
         self._lost: dict[
@@ -33,7 +44,12 @@ class Drops:
         found = [] if path is None else _lines([path])
         self._kept = [line for line in found if line["step"] < start_step]
         self._file: Appended | None = None  # from `begin` to `close`
-        self._tell([Dropped(*(line[name] for name in Dropped._fields)) for line in self._kept])
+        told = [Dropped(*(line[name] for name in Dropped._fields)) for line in self._kept]
+        self._tell(told)
+        by_size = {(one.source, one.shard) for one in told if one.reason in OF_SIZE}
+        for place in by_size & self._lost.keys():
+            if is_whole(*place):
+                del self._lost[place]
 
     def begin(self) -> None:
         """The run goes on from its step: what a later one had told is gone."""

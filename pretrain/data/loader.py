@@ -91,8 +91,11 @@ class Loader:
         self._device = device
         self._verifier = Verifier(later, VERIFY_RATE / world)
         self._changed = changed  # before a resume, and not yet counted
-        manifests = {source.name: source.shards.manifest for source in sources.opened}
-        self._drops = Drops(dropped_to, start_step, manifests)
+        opened = {source.name: source.shards for source in sources.opened}
+        manifests = {name: shards.manifest for name, shards in opened.items()}
+        self._drops = Drops(
+            dropped_to, start_step, manifests, lambda source, shard: opened[source].is_whole(shard)
+        )
         self._is_begun = False
         self.num_captions = self.num_tokens = 0  # delivered on this rank
         self.num_cut = 0  # of these captions, those longer than run.text.length

@@ -68,6 +68,17 @@ class ShardFolder:
         """Can the shard of this number be read without a store? It lies on a disk, or in the cache."""
         return self._remote is None or self._remote.holds(self.manifest.shards[shard])
 
+    def is_whole(self, name: str) -> bool:
+        """Does this shard lie in the folder, as large as it must be? False of a store, which is not asked."""
+        shard = next((one for one in self.manifest.shards if one.name == name), None)
+        if shard is None or self._remote is not None:
+            return False
+        try:
+            self._require(shard)
+        except (FileNotFoundError, ValueError):
+            return False
+        return True
+
     @property
     def is_remote(self) -> bool:
         return self._remote is not None

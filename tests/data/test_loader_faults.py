@@ -223,6 +223,33 @@ def test_one_of_many_shards_may_be_lost_and_one_of_few_may_not(tmp_path: Path) -
             loader.close()
 
 
+def test_shards_that_were_copied_again_are_lost_no_more(tmp_path: Path) -> None:
+    """One of 100 was, and is mended before another one goes: never more than max_bad at once."""
+    folder = write_set(tmp_path / "names", [[sample(n, has_text=False) for n in range(2)]] * 100)
+    run = small_run(data={"names": Source("category")}, mixing=Mixing(window=2))
+    log = tmp_path / "dropped.jsonl"
+    order = Loader(run, {"names": folder}, None, rank=0, world=1)._steps.order
+    lost = [folder / f"{order[place].shard:06d}.tar" for place in (4, 196)]
+    content = lost[0].read_bytes()
+
+    def go_on(first: int, until: int) -> dict[str, int]:
+        loader = Loader(run, {"names": folder}, None, rank=0, world=1, start_step=first, dropped_to=log)
+        list(islice(loader, until - first))
+        loader.close()
+        return loader.dropped
+
+    lost[0].write_bytes(content[:700])
+    with pytest.warns(UserWarning, match="1 such shards"):
+        assert go_on(1, 20).keys() == {"names: truncated_shard"}
+    lost[0].write_bytes(content)
+    lost[1].unlink()
+    with pytest.warns(UserWarning, match="1 such shards"):
+        assert go_on(20, 25)["names: missing_shard"] == 2
+    lost[0].unlink()
+    with pytest.warns(UserWarning, match="2 such shards"), pytest.raises(DataError, match="2 of 100 shards"):
+        go_on(25, 50)
+
+
 def test_a_source_of_bad_samples_alone_ends_the_run(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "spoilt", [[{"jpg": b"", "cls": b"0", "json": b"{}"}] * 3])
     run = small_run(data={"spoilt": Source("category")}, max_bad=1.0)

@@ -269,6 +269,8 @@ def test_a_store_without_keys_is_not_asked_again(
     urls: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "PATIENCE_AT_START", 3600.0)
+    connections = fsspec.get_filesystem_class("s3")
+    connections.clear_instance_cache()  # they have the keys of earlier tests
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_PROFILE", "nobody")
@@ -277,8 +279,10 @@ def test_a_store_without_keys_is_not_asked_again(
         ShardFolder(urls["names"])
     for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
+    connections.clear_instance_cache()
     with pytest.raises(DataError, match=r"Unable to locate credentials: set AWS_PROFILE"):
         ShardFolder(urls["names"])
+    connections.clear_instance_cache()
 
 
 def test_a_store_that_takes_a_question_and_never_answers_ends_the_start_soon(
