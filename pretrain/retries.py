@@ -16,6 +16,7 @@ from data_prep.stores import NO_KEYS, SET_KEYS
 FIRST_PAUSE = 0.1  # seconds before an attempt is repeated; doubled each time
 LONGEST_PAUSE = 30.0  # seconds
 SILENT = 10.0  # seconds after which it is told that a store fails
+OF_NAMES = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # a path stays what it is
 OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
 T = TypeVar("T")
 
@@ -43,10 +44,11 @@ def patiently(
 ) -> T:
     """What `work` gives; while it fails it is done again, for `seconds`, then GaveUp; `told` names what is asked.
 
-    FileNotFoundError, PermissionError and the errors in `final` are raised at once; it is PermissionError too when
-    there are no keys for a store. Pauses last at most `longest` seconds. A set `stopped` ends it after an attempt.
-    One that takes longer than `attempt` seconds fails, and the next has twice as long: a store may take a
-    question and never answer. What is left behind may still be done later: bound only what reads.
+    FileNotFoundError, PermissionError, those of a path that can be no file, and the errors in `final` are raised at
+    once; it is PermissionError too when there are no keys for a store. Pauses last at most `longest` seconds. A set
+    `stopped` ends it after an attempt. One that takes longer than `attempt` seconds fails, and the next has twice as
+    long: a store may take a question and never answer. What is left behind may still be done later: bound only what
+    reads.
     """
     begun, is_told, pause = time.monotonic(), False, FIRST_PAUSE
     while True:
@@ -58,6 +60,8 @@ def patiently(
         except (FileNotFoundError, PermissionError, *final, *OUR_FAULTS):
             raise
         except Exception as error:  # every store has errors of its own
+            if getattr(error, "errno", None) in OF_NAMES:
+                raise
             if type(error).__name__ in NO_KEYS:
                 raise PermissionError(f"{error}: {SET_KEYS}") from error
             failing, stopped = time.monotonic() - begun, stopped or threading.Event()

@@ -17,7 +17,7 @@ from pretrain.data.damage import OF_DAMAGE, can_be_read_elsewhere
 from pretrain.data.faults import BadSample, DataError
 from pretrain.data.records import offsets_of
 from pretrain.data.remote import PATIENCE, RemoteFolder
-from pretrain.retries import GaveUp, patiently
+from pretrain.retries import OF_NAMES, GaveUp, patiently
 
 LONGEST_PAUSE = 5.0  # seconds between two attempts to read a file
 DAMAGED_FOR = 30.0  # seconds that one place of a file fails before it counts as damaged
@@ -153,7 +153,9 @@ class OpenShards:
             return self._remote.open(self._shards[number])
         try:
             return os.open(self.path(number), os.O_RDONLY)
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, *OF_NAMES):
+                raise
             if not (self._folder / MANIFEST_NAME).exists():  # all of it is away
                 raise OSError(f"{self._folder} has no {MANIFEST_NAME} any more: is it mounted?") from error
             raise BadSample("missing_shard", str(error)) from error

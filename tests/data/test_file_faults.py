@@ -172,6 +172,16 @@ def test_a_folder_that_is_not_mounted_is_waited_for(folder: Path, monkeypatch: p
     assert caught.value.reason == "missing_shard"
 
 
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_what_is_no_file_any_more_is_a_missing_shard(folder: Path, kind: str) -> None:
+    opened, shard = ShardFolder(folder), folder / "000000.tar"
+    shard.unlink()
+    shard.mkdir() if kind == "folder" else shard.symlink_to(shard)
+    with pytest.raises(BadSample, match=r"000000.tar") as caught:
+        opened.sample(0)
+    assert caught.value.reason == "missing_shard"
+
+
 def test_a_damaged_place_costs_its_sample_alone_on_every_world(
     folder: Path, calm: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
