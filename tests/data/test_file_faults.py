@@ -26,7 +26,7 @@ from pretrain.data.shards import ShardFolder
 from tests.data.delivered import assert_same, batches, joined
 from tests.data.sets import good_set, sample, small_run
 
-RUN = small_run(data={"names": Source("category")}, max_bad=0.5)
+RUN = small_run(data={"names": Source("category")}, max_bad=0.2)  # less than a shard of three
 REAL_OPEN, REAL_PREAD = os.open, os.pread
 
 
@@ -82,8 +82,11 @@ def one_place(shard: str, place: int) -> Callable[[Path], range]:
 
 
 def fail_now_and_then(monkeypatch: pytest.MonkeyPatch, number: int) -> list[str]:
-    """Two attempts to open a shard for the first time, and two of its third reading, fail; they are listed."""
+    """Two attempts to open a shard for the first time, and two of its third reading, fail; they are listed.
+
+    A descriptor that has failed never works again, as that of a file that another server now has."""
     failed: list[str] = []
+    stale: set[int] = set()
 
     def fail(what: str) -> None:
         if failed.count(what) < 2:
@@ -93,19 +96,25 @@ def fail_now_and_then(monkeypatch: pytest.MonkeyPatch, number: int) -> list[str]
     def opened(path: str | os.PathLike[str], *arguments: object, **options: object) -> int:
         if str(path).endswith(".tar"):
             fail(f"open {Path(path).name}")
-        return REAL_OPEN(path, *arguments, **options)
+        descriptor = REAL_OPEN(path, *arguments, **options)
+        stale.discard(descriptor)
+        return descriptor
 
     reads: dict[str, int] = {}
 
     def pread(descriptor: int, size: int, start: int) -> bytes:
         name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
         reads[name] = reads.get(name, 0) + 1
-        if reads[name] > 2:
+        if descriptor in stale:
+            raise OSError(number, os.strerror(number))
+        if reads[name] > 2 and failed.count(f"read {name}") < 2:
+            stale.add(descriptor)
             fail(f"read {name}")
         return REAL_PREAD(descriptor, size, start)
 
     monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(open_shards, "PATIENCE", 20.0)
     return failed
 
 
