@@ -224,12 +224,11 @@ def test_one_of_many_shards_may_be_lost_and_one_of_few_may_not(tmp_path: Path) -
 
 
 def test_shards_that_were_copied_again_are_lost_no_more(tmp_path: Path) -> None:
-    """One of 100 was, and is mended before another one goes: never more than max_bad at once."""
-    folder = write_set(tmp_path / "names", [[sample(n, has_text=False) for n in range(2)]] * 100)
-    run = small_run(data={"names": Source("category")}, mixing=Mixing(window=2))
+    """One of ten was, and is mended before another one goes: never more than max_bad at once."""
+    folder = write_set(tmp_path / "names", [[sample(n, has_text=False) for n in range(2)]] * 10)
+    run = small_run(data={"names": Source("category")}, max_bad=0.1)
     log = tmp_path / "dropped.jsonl"
-    order = Loader(run, {"names": folder}, None, rank=0, world=1)._steps.order
-    lost = [folder / f"{order[place].shard:06d}.tar" for place in (12, 170)]
+    lost = [folder / "000002.tar", folder / "000007.tar"]
     content = lost[0].read_bytes()
 
     def go_on(first: int, until: int) -> dict[str, int]:
@@ -240,14 +239,14 @@ def test_shards_that_were_copied_again_are_lost_no_more(tmp_path: Path) -> None:
 
     lost[0].write_bytes(content[:700])
     with pytest.warns(UserWarning, match="1 such shards"):
-        assert go_on(1, 20).keys() == {"names: truncated_shard"}
+        assert go_on(1, 6).keys() == {"names: truncated_shard"}
     lost[0].write_bytes(content)
     lost[1].unlink()
     with pytest.warns(UserWarning, match="1 such shards"):
-        assert go_on(20, 25)["names: missing_shard"] == 2
+        assert go_on(6, 10)["names: missing_shard"] > 0
     lost[0].unlink()
-    with pytest.warns(UserWarning, match="2 such shards"), pytest.raises(DataError, match="2 of 100 shards"):
-        go_on(25, 50)
+    with pytest.warns(UserWarning, match="2 such shards"), pytest.raises(DataError, match="2 of 10 shards"):
+        go_on(10, 15)
 
 
 def test_a_source_of_bad_samples_alone_ends_the_run(tmp_path: Path) -> None:
