@@ -13,6 +13,7 @@ from pretrain.config import Mixing
 
 CYCLE = 1000  # positions after which the choice of sources repeats; any so many hold exact shares
 SHUFFLED = 8  # neighbouring positions whose sources are shuffled, so that pairs of every kind meet
+ROUNDING = 1e-9  # of a share that is a whole number of positions
 PAIR = 2  # neighbouring positions that share an input, where two images do
 
 
@@ -123,7 +124,7 @@ def shares(weights: Sequence[float], sizes: Sequence[int], mixing: Mixing) -> li
     """The part of all samples that each source of so many samples gives; they add up to 1."""
     counted = np.asarray(weights, dtype=np.float64)
     if mixing.by == "size":
-        counted = counted * np.asarray(sizes, dtype=np.float64)
+        counted = counted / counted.max() * np.asarray(sizes, dtype=np.float64)
     evened = (counted / counted.max()) ** (1 / mixing.temperature)
     return (evened / evened.sum()).tolist()
 
@@ -136,7 +137,7 @@ def source_cycle(seed: int, shares: Sequence[float], pairs: str = "any") -> np.n
     different sources are asked of one source or of one that gives more than half of the samples.
     """
     draws = CYCLE // PAIR if pairs == "same" else CYCLE
-    if min(shares) * draws < 1:
+    if min(shares) * draws < 1 - ROUNDING:
         raise ValueError(
             f"the sources' shares {[float(f'{share:.3g}') for share in shares]} of the samples must be at least 1 in "
             f"{draws}: raise that weight or mixing.temperature, or leave the source out"

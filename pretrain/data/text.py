@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pretrain.data.faults import BadSample
 
+LETTERS = 64  # of a caption that are read for each token that is wanted, a word or two dozen
+
 
 class Tokens(NamedTuple):
     """One caption."""
@@ -46,8 +48,13 @@ class Captions:
         return numbers, is_real
 
     def tokens(self, caption: str) -> Tokens:
-        """The same, and whether the caption is longer."""
-        encoding = self._tokenizer.encode(caption)
+        """The same, and whether the caption is longer. What lies far behind the cut is not read: a text of megabytes
+        would take seconds and as many hundreds of megabytes."""
+        reach = LETTERS * self.length
+        encoding = self._tokenizer.encode(caption[:reach])
+        while not encoding.overflowing and reach < len(caption):  # blanks, or words of any length
+            reach *= 2
+            encoding = self._tokenizer.encode(caption[:reach])
         mask = torch.tensor(encoding.attention_mask, dtype=torch.bool)
         return Tokens(torch.tensor(encoding.ids), mask, bool(encoding.overflowing))
 

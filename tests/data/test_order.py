@@ -194,6 +194,13 @@ def test_a_source_with_too_small_a_share_is_refused() -> None:
         Order(0, (10_000.0, 1.0), [[1], [1]])
 
 
+def test_the_least_share_and_the_largest_weights_are_taken() -> None:
+    order = Order(0, (999.0, 1.0), [[5], [5]])
+    assert [order.draw(position)[0] for position in range(1000)].count(1) == 1
+    vast = Order(0, (1e308, 1e308), [[6, 3], [1]], Mixing(by="size"))
+    assert vast.shares == pytest.approx([0.9, 0.1])
+
+
 def test_forty_thousand_shards_start_and_draw_fast() -> None:
     start = time.process_time()
     order = Order(0, (1.0,), [[10_000] * 41_455])
