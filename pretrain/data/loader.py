@@ -173,6 +173,13 @@ class Loader:
         return torch.from_numpy(self._steps.order.slots)
 
     @property
+    def epochs(self) -> dict[str, float]:
+        """Passes over each source, by all ranks, up to the last batch that was delivered; left out ones count too."""
+        order, opened = self._steps.order, self._steps.sources.opened
+        drawn = order.drawn(self._next_step * self._steps.run.batch)
+        return {source.name: done / len(source.shards) for source, done in zip(opened, drawn, strict=True)}
+
+    @property
     def dropped(self) -> dict[str, int]:
         """ "source: reason" -> samples replaced so far on this rank, also before a resume."""
         return self._drops.counts

@@ -60,6 +60,12 @@ class Order:
         source = int(self.slots[slot])
         return source, cycle * self._quotas[source] + int(self._earlier[slot])
 
+    def drawn(self, position: int) -> list[int]:
+        """How many samples of every source come before `position`."""
+        cycles, slot = divmod(position, CYCLE)
+        begun = np.bincount(self.slots[:slot], minlength=len(self._quotas)).tolist()
+        return [cycles * quota + more for quota, more in zip(self._quotas, begun, strict=True)]
+
     def pick(self, source: int, draw: int) -> Pick:
         """The sample that is the `draw`-th (from 0) of `source`."""
         return self._sources[source].pick(draw)

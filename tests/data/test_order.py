@@ -150,6 +150,13 @@ def test_shares_hold_in_short_stretches_too() -> None:
         assert np.abs(counts - np.array([4, 2, 2])).max() <= 2
 
 
+def test_what_was_drawn_is_counted_by_source() -> None:
+    order = Order(5, (3.0, 1.0, 2.5), [[7], [4, 4], [30]])
+    sources = [order.draw(position)[0] for position in range(2345)]
+    assert order.drawn(2345) == [sources.count(source) for source in range(3)]
+    assert order.drawn(0) == [0, 0, 0] and sum(order.drawn(7000)) == 7000
+
+
 def test_each_source_is_drawn_without_gaps() -> None:
     order = Order(3, (5.0, 2.0, 1.0), [[4], [9, 9], [3]])
     draws = [order.draw(position) for position in range(2 * CYCLE + 17)]
