@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from pretrain.transfer.coco import compressed
 
 MEASURES = (
     "AP",
@@ -39,7 +42,8 @@ def truth_of(
 ) -> COCO:
     """COCO's object of images (height, width by number), annotations and categories (name by number).
 
-    Annotations are numbered anew, from 1: pycocotools takes one with number 0 for unmatched.
+    Annotations are numbered anew, from 1: pycocotools takes one with number 0 for unmatched. One without `area`, of
+    which pycocotools would ask, has that of its outline, or of its box without one.
     """
     truth = COCO()
     truth.dataset = {
@@ -48,10 +52,17 @@ def truth_of(
         "categories": [{"id": number, "name": name} for number, name in names.items()],
     }
     for thing in truth.dataset["annotations"]:
-        thing.setdefault("area", thing["bbox"][2] * thing["bbox"][3])
+        if "area" not in thing:
+            thing["area"] = _area(thing, *sizes[thing["image_id"]])
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
     return truth
+
+
+def _area(thing: Annotation, height: int, width: int) -> float:
+    if outline := thing.get("segmentation"):
+        return float(rle.area(compressed(outline, height, width)))
+    return float(thing["bbox"][2] * thing["bbox"][3])
 
 
 def average_precision(truth: COCO, detections: Sequence[Annotation], kind: str) -> dict[str, Any]:
