@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pretrain.transfer.coco import compressed
+from pretrain.transfer.interval import interval_of
 
 MEASURES = (
     "AP",
@@ -30,11 +31,7 @@ MEASURES = (
     "ARm",
     "ARl",
 )  # as it sums up
-DRAWS = 100  # bootstrap samples of the interval
-NORMAL_95 = 1.96  # standard deviations to each side of 95 %
-SEED = 0  # of the bootstrap: one set of detections has one interval
 Annotation = Mapping[str, Any]
-Matches = Mapping[int, Mapping[str, Any]]  # of one category: place of an image -> pycocotools' matches in it
 
 
 def truth_of(
@@ -110,42 +107,6 @@ def by_category(judge: COCOeval, precision: Float[np.ndarray, "t r k"]) -> dict[
         for place, number in enumerate(judge.params.catIds)
         if (precision[:, :, place] > -1).all()
     }
-
-
-def interval_of(judge: COCOeval, matches: Sequence[Matches], told: float | None) -> list[float] | None:
-    """95 % interval of the AP that was told: two bounds in [0, 1], or None without an AP.
-
-    `matches` are those of all areas by category. 1.96 standard deviations of AP, over DRAWS samples of the images
-    with replacement, to both sides: percentiles of such samples lie too high, since AP rises where images come twice.
-    """
-    if told is None:
-        return None
-    num_images, generator, drawn = len(judge.params.imgIds), np.random.default_rng(SEED), []
-    asked = [row for row in matches if any((one["gtIgnore"] == 0).any() for one in row.values())]
-    for _ in range(DRAWS):
-        times = np.bincount(generator.integers(num_images, size=num_images), minlength=num_images).tolist()
-        some = ([one for place, one in row.items() for _ in range(times[place])] for row in asked)
-        precision = np.concatenate([accumulated(judge, [row])["precision"].ravel() for row in some])
-        if (precision > -1).any():
-            drawn.append(precision[precision > -1].mean())
-    margin = NORMAL_95 * float(np.std(drawn))
-    return [max(told - margin, 0.0), min(told + margin, 1.0)]
-
-
-def accumulated(judge: COCOeval, matches: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """pycocotools' precision [t, r, 1, areas, 1] and recall [t, 1, areas, 1] of one category.
-
-    `matches` has for each area, of the first of the judge's, as many images' matches.
-    """
-    params = copy.copy(judge.params)
-    params.imgIds, params.catIds, params.maxDets = list(range(len(matches[0]))), [0], params.maxDets[-1:]
-    params.areaRng, params.areaRngLbl = (kept[: len(matches)] for kept in (params.areaRng, params.areaRngLbl))
-    sample = copy.copy(judge)
-    sample.params = sample._paramsEval = params
-    sample.evalImgs = [one for area in matches for one in area]
-    with contextlib.redirect_stdout(io.StringIO()):
-        sample.accumulate()
-    return sample.eval
 
 
 def _nothing(truth: COCO) -> COCO:

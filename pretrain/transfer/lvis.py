@@ -34,8 +34,8 @@ def _categories(path: Path, image: Entry, name: str) -> frozenset[int]:
     if not isinstance(found, list) or not all(type(number) is int for number in found):
         raise ValueError(
             f"{path} has {name}={brief(found)} of image {image['id']}, a list of numbers of categories is needed, as "
-            f"its images have LVIS's fields: see {FORMAT}, or take {NEGATIVE} and {NOT_EXHAUSTIVE} out of all of them "
-            "to have it judged as COCO"
+            f"its images have LVIS's fields: see {FORMAT}, or take {NEGATIVE} and {NOT_EXHAUSTIVE} out of all of "
+            "them to have it judged as COCO"
         )
     return frozenset(found)
 
