@@ -13,9 +13,10 @@ from jaxtyping import Float
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
 
 from pretrain.transfer.coco import compressed
-from pretrain.transfer.interval import interval_of
+from pretrain.transfer.interval import PATIENCE, interval_of
 
 MEASURES = (
     "AP",
@@ -70,7 +71,7 @@ def average_precision(truth: COCO, detections: Sequence[Annotation], kind: str) 
     """
     judge = judge_of(truth, detections, kind)
     with contextlib.redirect_stdout(io.StringIO()):
-        judge.evaluate()
+        _match(judge)
         judge.accumulate()
         judge.summarize()
     measured = {
@@ -98,6 +99,20 @@ def judge_of(truth: COCO, detections: Sequence[Annotation], kind: str) -> COCOev
     judged = [{k: copy.deepcopy(v) for k, v in one.items() if k not in left_out} for one in detections]
     with contextlib.redirect_stdout(io.StringIO()):
         return COCOeval(truth, truth.loadRes(judged) if judged else _nothing(truth), kind)
+
+
+def _match(judge: COCOeval) -> None:
+    """pycocotools' evaluate, which takes minutes for thousands of images, with a bar."""
+    params, match = judge.params, judge.evaluateImg
+    total = len(params.catIds) * len(params.areaRng) * len(params.imgIds)
+    with tqdm(total=total, desc="matching", unit=" match", unit_scale=True, delay=PATIENCE) as bar:
+
+        def counted(*asked: Any) -> Any:
+            bar.update()
+            return match(*asked)
+
+        judge.evaluateImg = counted
+        judge.evaluate()
 
 
 def by_category(judge: COCOeval, precision: Float[np.ndarray, "t r k"]) -> dict[str, float]:

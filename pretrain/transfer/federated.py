@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
 
 from pretrain.transfer.average_precision import (
     Annotation,
@@ -24,7 +25,7 @@ from pretrain.transfer.average_precision import (
     judge_of,
 )
 from pretrain.transfer.examples import Federation
-from pretrain.transfer.interval import Matches, interval_of
+from pretrain.transfer.interval import PATIENCE, Matches, interval_of
 from pretrain.transfer.lvis import FREQUENCIES
 
 MOST = 300  # detections of an image, of all its categories together
@@ -89,7 +90,7 @@ def _matches(judge: COCOeval, federation: Federation) -> list[list[Matches]]:
         if (image, category) in judge._gts or category in federation.negative[image]:
             judged[category].append(image)
     found: list[list[Matches]] = []
-    for category in params.catIds:
+    for category in tqdm(params.catIds, desc="matching", unit=" category", delay=PATIENCE):
         images = sorted(judged[category])
         for image in images:
             judge.ious[image, category] = judge.computeIoU(image, category)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from pycocotools.cocoeval import COCOeval
 
+from pretrain.transfer import average_precision as average_precision_file
 from pretrain.transfer import interval
 from pretrain.transfer.average_precision import average_precision, truth_of
 from pretrain.transfer.examples import Federation
@@ -104,3 +105,16 @@ def test_draws_that_ask_for_nothing_are_left_out(monkeypatch: pytest.MonkeyPatch
     found = [{**truth[0], "score": 0.5}, {**truth[1], "score": 0.9, "category_id": 2}]
     average_precision(truth_of(SIZES, truth, NAMES), found, "bbox")
     assert 0 < compared[0] < 20
+
+
+@pytest.mark.parametrize(("patience", "bars"), [(0.0, ["matching", "interval of AP"]), (60.0, [])])
+def test_bars_are_shown_where_it_takes_seconds(
+    patience: float, bars: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (average_precision_file, interval):
+        monkeypatch.setattr(module, "PATIENCE", patience)
+    truth, found = set_of(0, 3)
+    average_precision(truth_of(SIZES, truth, NAMES), found, "bbox")
+    told = capsys.readouterr().err
+    assert [name for name in ("matching", "interval of AP") if f"{name}: 100%" in told] == bars
+    assert bool(told) == bool(bars)
