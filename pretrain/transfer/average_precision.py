@@ -105,7 +105,9 @@ def _match(judge: COCOeval) -> None:
     """pycocotools' evaluate, which takes minutes for thousands of images, with a bar."""
     params, match = judge.params, judge.evaluateImg
     total = len(params.catIds) * len(params.areaRng) * len(params.imgIds)
-    with tqdm(total=total, desc="matching", unit=" match", unit_scale=True, delay=PATIENCE) as bar:
+    with tqdm(
+        total=total, desc="matching", unit=" match", unit_scale=True, delay=PATIENCE, mininterval=1.0
+    ) as bar:
 
         def counted(*asked: Any) -> Any:
             bar.update()

@@ -90,7 +90,7 @@ def _matches(judge: COCOeval, federation: Federation) -> list[list[Matches]]:
         if (image, category) in judge._gts or category in federation.negative[image]:
             judged[category].append(image)
     found: list[list[Matches]] = []
-    for category in tqdm(params.catIds, desc="matching", unit=" category", delay=PATIENCE):
+    for category in tqdm(params.catIds, desc="matching", unit=" category", delay=PATIENCE, mininterval=1.0):
         images = sorted(judged[category])
         for image in images:
             judge.ious[image, category] = judge.computeIoU(image, category)

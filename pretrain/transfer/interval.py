@@ -49,7 +49,7 @@ def precisions(
     """
     asked = [row for row in matches if any((one["gtIgnore"] == 0).any() for one in row.values())]
     sums, counts = np.zeros(len(times)), np.zeros(len(times), np.int64)
-    for row in tqdm(asked, desc="interval of AP", unit=" category", delay=PATIENCE):
+    for row in tqdm(asked, desc="interval of AP", unit=" category", delay=PATIENCE, mininterval=1.0):
         of_row = times[:, list(row)]
         wanted = of_row @ [np.count_nonzero(one["gtIgnore"] == 0) for one in row.values()]
         found = _sorted(list(row.values()), of_row.max(axis=0))
