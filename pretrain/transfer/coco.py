@@ -29,8 +29,8 @@ class CocoSet:
     """An AnnotatedSet of one JSON file and the folder that its file names are relative to; boxes, RLE, polygons.
 
     Federated where it has the fields of LVIS. Read once, so that all that the file alone can tell is told at once. A
-    box that reaches over the edge is taken as it is; one with less than LEAST_SIDE inside is left out. Raises
-    FileNotFoundError and ValueError.
+    box that reaches over the edge is taken as it is, up to FAR; one with less than LEAST_SIDE inside is left out, as
+    is all that would end the process in a decoder. Raises FileNotFoundError and ValueError.
     """
 
     def __init__(self, path: Path, images: Path, max_bad: float) -> None:

@@ -16,7 +16,7 @@ NORMAL_95 = 1.96  # standard deviations to each side of 95 %
 SEED = 0  # of the bootstrap: one set of detections has one interval
 PATIENCE = 2.0  # seconds before a bar is shown
 AT_ONCE = 2**22  # numbers of an array over draws and detections
-ALL = -1
+ALL = -1  # in place of the number of a copy
 Matches = Mapping[int, Mapping[str, Any]]  # of one category: place of an image -> pycocotools' matches in it
 
 
@@ -66,7 +66,7 @@ class _Sorted:
     """Detections of one category, highest scores first."""
 
     image: Int[np.ndarray, " n"]  # place in the row
-    copy: Int[np.ndarray, " n"]  # which of an image's copies it is of; ALL
+    copy: Int[np.ndarray, " n"]  # which copy of its image it is of, from 0, or ALL
     right: Bool[np.ndarray, "t n"]
     passed_over: Bool[np.ndarray, "t n"]
 
