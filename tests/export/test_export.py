@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from pretrain.evaluate.probes import PROBES
 from pretrain.export.__main__ import export_run, main
-from pretrain.export.agreement import NotProven, compare
+from pretrain.export.agreement import compare
 from pretrain.export.formats import EXPORTERS, export
 from pretrain.export.keys import Keys
+from pretrain.export.names import NotProven
 from pretrain.export.trained import count_samples
 from tests.evaluate.sets import COLORS, write_set
 from tests.export.conftest import FACTS, last
@@ -24,7 +25,7 @@ FILES_OF_WEIGHTS = sorted(EXPORTERS.keys() - {"onnx"})  # a graph has its own te
 
 
 def test_command_writes_files_card_and_keys(vit_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exported = export_run([str(vit_run), "--to", "timm"])
+    (exported,) = export_run([str(vit_run), "--to", "timm"])
     assert exported.folder == vit_run / "export" / "timm"
     assert {path.name for path in exported.folder.iterdir()} == {
         "README.md",
@@ -190,7 +191,8 @@ def test_format_for_another_backbone_is_refused(internimage_run: Path, vit_run: 
 def test_another_format_in_the_folder_and_an_interpreter_without_use_are_refused(
     vit_run: Path, tmp_path: Path
 ) -> None:
-    folder = export_run([str(vit_run), "--to", "timm", "--out", str(tmp_path / "out")]).folder
+    (exported,) = export_run([str(vit_run), "--to", "timm", "--out", str(tmp_path / "out")])
+    folder = exported.folder
     assert {path.stat().st_mode & 0o044 for path in folder.iterdir()} == {0o044}
     with pytest.raises(FileExistsError, match="holds an export to timm: name another --out for safetensors"):
         export_run([str(vit_run), "--to", "safetensors", "--out", str(folder)])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.export.agreement import NotProven
 from pretrain.export.formats import Exported, export
+from pretrain.export.names import NotProven
 from pretrain.export.onnx_graph import open_graph, prove, write_graph
 from pretrain.export.remote_code.internimage_network import InternImageNetwork
 from tests.export.conftest import last

@@ -15,8 +15,8 @@ import torch
 
 from pretrain.export import openmmlab
 from pretrain.export.__main__ import UNPROVEN, main
-from pretrain.export.agreement import NoToolkits, NotProven, random_images
 from pretrain.export.formats import EXPORTERS, Exported, export
+from pretrain.export.names import NoToolkits, NotProven
 from pretrain.export.openmmlab import REMOTE_CODE
 from pretrain.export.openmmlab_configs import all_configs, render
 from pretrain.export.openmmlab_keys import vit_tensors
@@ -91,7 +91,7 @@ def test_configs_whose_maps_are_not_there_prove_nothing(
     vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = last(vit_run)
-    ours = {size: openmmlab._vit_maps(trained, random_images(size))["-1"] for size in (64, 128)}
+    ours = {size: openmmlab._vit_maps(trained, size)["-1"] for size in (64, 128)}
 
     def answered(files: set[str], position: str = "-1") -> list[str]:
         outputs = {
