@@ -42,6 +42,7 @@ class Family:
     multiple: Callable[[Trained], int]  # pixels, of which an image's sides are multiples
     add: Callable[[Trained, Parts], None]
     outputs: Callable[[dict[str, Tensor]], dict[str, Tensor]]  # of our features those of the graph
+    remark: str  # for the model card
 
 
 def _internimage(trained: Trained, parts: Parts) -> None:
@@ -94,14 +95,22 @@ GRAPHS: dict[str, Family] = {
         lambda trained: INTERNIMAGE[trained.run.backbone.size].strides[-1],
         _internimage,
         _internimage_outputs,
+        "Sampling of DCNv3 is `GridSample`: no operator is built.",
     ),
     "swin": Family(
         ("encoder.swin.",),
         lambda trained: trained.towers.encoder.stride,
         _swin,
         lambda features: {"tokens": features["tokens"]},
+        "Windows stay as large as they were trained, whatever the size; grids are padded to whole windows.",
     ),
-    "vit": Family(("encoder.vit.",), lambda trained: trained.towers.encoder.stride, _vit, _vit_outputs),
+    "vit": Family(
+        ("encoder.vit.",),
+        lambda trained: trained.towers.encoder.stride,
+        _vit,
+        _vit_outputs,
+        "Position embeddings are resized within the graph, bicubically with antialiasing, as in pre-training.",
+    ),
 }
 
 
@@ -183,6 +192,6 @@ def how_to_load(trained: Trained) -> str:
             "",
             f"Any batch, and images of any height and width that are multiples of {multiple} pixels; trained at",
             f"{side} x {side}. Operator set {OPSET}. The weights lie beside it, in `{GRAPH}.data`; outputs and",
-            "pixel statistics: `config.json`.",
+            f"pixel statistics: `config.json`. {GRAPHS[trained.run.backbone.family].remark}",
         )
     )
