@@ -36,7 +36,7 @@ def add_internimage(parts: Parts, network: InternImageNetwork, prefix: str) -> l
         maps.append(parts.transposed(x, (0, 3, 1, 2)))
         if stage.downsample is not None:
             here = f"{prefix}levels.{number}.downsample."
-            (x,) = parts("downsample", stage.downsample, here, [x], [last_axes()])
+            (x,) = parts(f"downsample_of_stage_{number + 1}", stage.downsample, here, [x], [last_axes()])
     return maps
 
 
