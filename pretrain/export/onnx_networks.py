@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
-from pretrain.export.onnx_parts import Parts, Placed, last_axes, map_axes, token_axes
+from pretrain.export.onnx_parts import TO_FIRST, TO_LAST, Parts, Placed, last_axes, map_axes, token_axes
 from pretrain.export.remote_code.internimage_network import InternImageNetwork
 from pretrain.export.remote_code.vit_network import ViTNetwork
 
@@ -27,28 +25,28 @@ class Tokens(nn.Module):
 
 def add_internimage(parts: Parts, network: InternImageNetwork, prefix: str) -> list[Placed]:
     """The maps [b, c_i, h_i, w_i] of the stages."""
-    (x,) = parts("stem", network.patch_embed, f"{prefix}patch_embed.", [parts.images], [map_axes()])
-    maps = []
+    stem, here = network.patch_embed, f"{prefix}patch_embed."
+    x = parts.convolved(stem.conv1, f"{here}conv1.", parts.images)
+    x = parts.normalised(stem.norm1[1], f"{here}norm1.1.", parts.transposed(x, TO_LAST))
+    x = parts.transposed(parts.activated(x), TO_FIRST)
+    x = parts.transposed(parts.convolved(stem.conv2, f"{here}conv2.", x), TO_LAST)
+    x, maps = parts.normalised(stem.norm2[1], f"{here}norm2.1.", x), []
     for number, stage in enumerate(network.levels):
-        for kind, module, name in _steps(number + 1, stage):
-            here = f"{prefix}levels.{number}.{name}."
-            (x,) = parts(kind, module, here, [x], [last_axes()])
-        maps.append(parts.transposed(x, (0, 3, 1, 2)))
+        here = f"{prefix}levels.{number}."
+        for index, block in enumerate(stage.blocks):
+            kind = f"block_of_stage_{number + 1}"
+            (x,) = parts(kind, block, f"{here}blocks.{index}.", [x], [last_axes()])
+            if index in stage.post_norm_ids:
+                place = stage.post_norm_ids.index(index)
+                x = parts.normalised(stage.post_norms[place][0], f"{here}post_norms.{place}.0.", x)
+        if stage.norm is not None:
+            x = parts.normalised(stage.norm[0], f"{here}norm.0.", x)
+        maps.append(parts.transposed(x, TO_FIRST))
         if stage.downsample is not None:
-            here = f"{prefix}levels.{number}.downsample."
-            (x,) = parts(f"downsample_of_stage_{number + 1}", stage.downsample, here, [x], [last_axes()])
+            x = parts.convolved(stage.downsample.conv, f"{here}downsample.conv.", maps[-1])
+            x = parts.transposed(x, TO_LAST)
+            x = parts.normalised(stage.downsample.norm[1], f"{here}downsample.norm.1.", x)
     return maps
-
-
-def _steps(number: int, stage: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Kind, module and name of all that a stage computes one after the other, before its map."""
-    for index, block in enumerate(stage.blocks):
-        yield f"block_of_stage_{number}", block, f"blocks.{index}"
-        if index in stage.post_norm_ids:
-            place = stage.post_norm_ids.index(index)
-            yield "norm", stage.post_norms[place], f"post_norms.{place}"
-    if stage.norm is not None:
-        yield "norm", stage.norm, "norm"
 
 
 def add_tokens(parts: Parts, maps: list[Placed], x3: nn.Module, x4: nn.Module, prefix: str) -> Placed:

@@ -2,7 +2,7 @@
 
 Tracing takes seconds a block, whatever its width. So a graph is put together from parts: a module is traced when the
 first of its kind comes, for any batch, height and width, and becomes a function of its inputs and its weights; each
-module of that kind is a call with weights of its own. In the end the functions are inlined.
+module of that kind is a call with weights of its own. In the end the functions are inlined. Single layers are nodes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.export import Dim
 
+TO_FIRST, TO_LAST = (0, 3, 1, 2), (0, 2, 3, 1)  # where the channels of a map go
 DOMAIN = "parts"  # of the functions, which are gone in the end
 Axes = dict[int, Any]  # axis -> torch.export's Dim: those that may be of any length
 
@@ -75,9 +76,41 @@ class Parts:
 
     def transposed(self, placed: Placed, axes: Sequence[int]) -> Placed:
         """The axes of a value in another order."""
-        node = ir.node("Transpose", [placed.value], {"perm": list(axes)})
+        return self._node("Transpose", [placed.value], {"perm": list(axes)}, placed.example.permute(*axes))
+
+    def convolved(self, convolution: nn.Conv2d, prefix: str, placed: Placed) -> Placed:
+        """A convolution of a map [b, c, h, w]."""
+        (rows, columns), attributes = convolution.padding, {}
+        attributes["strides"], attributes["pads"] = list(convolution.stride), [rows, columns, rows, columns]
+        with torch.no_grad():
+            example = convolution(placed.example)
+        return self._node("Conv", [placed.value, *self._weights(convolution, prefix)], attributes, example)
+
+    def normalised(self, norm: nn.LayerNorm, prefix: str, placed: Placed) -> Placed:
+        """A LayerNorm of the last axis."""
+        inputs = [placed.value, *self._weights(norm, prefix)]
+        return self._node("LayerNormalization", inputs, {"epsilon": norm.eps}, placed.example)
+
+    def rows(self, placed: Placed) -> Placed:
+        """A map [b, h, w, c] row by row, [b, l, c]."""
+        shape = ir.tensor([0, -1, placed.example.shape[-1]], dtype=ir.DataType.INT64, name="rows.shape")
+        value = ir.Value(
+            name="rows.shape", shape=shape.shape, type=ir.TensorType(shape.dtype), const_value=shape
+        )
+        self.graph.register_initializer(value)
+        return self._node("Reshape", [placed.value, value], {}, placed.example.flatten(1, 2))
+
+    def activated(self, placed: Placed) -> Placed:
+        """GELU."""
+        return self._node("Gelu", [placed.value], {}, placed.example)
+
+    def _node(self, kind: str, inputs: list[ir.Value], attributes: dict[str, Any], example: Tensor) -> Placed:
+        node = ir.node(kind, inputs, attributes)
         self.graph.append(node)
-        return Placed(node.outputs[0], placed.example.permute(*axes))
+        return Placed(node.outputs[0], example)
+
+    def _weights(self, module: nn.Module, prefix: str) -> list[ir.Value]:
+        return [self._weight(prefix + name, tensor) for name, tensor in module.named_parameters()]
 
     def output(self, name: str, placed: Placed, shape: Sequence[str | int]) -> None:
         """Makes a value an output of the graph, under a name and with the shape that readers see."""

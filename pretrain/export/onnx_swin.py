@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
-from pretrain.export.onnx_parts import Parts, Placed, last_axes, map_axes
+from pretrain.export.onnx_parts import TO_LAST, Parts, Placed, last_axes
 
 FAR = -100.0  # added to the scores of tokens that the shift has brought into one window
 
 
 def add_swin(parts: Parts, swin: nn.Module, prefix: str) -> Placed:
     """Tokens [b, l, d] of the last stage, behind the last norm."""
-    embedding = Embedding(swin.patch_embed)
-    sides = (embedding.patch * Dim("rows"), embedding.patch * Dim("columns"))
-    (x,) = parts("embedding", embedding, f"{prefix}patch_embed.", [parts.images], [map_axes(*sides)])
+    embedding, here = swin.patch_embed, f"{prefix}patch_embed."
+    x = parts.transposed(parts.convolved(embedding.proj, f"{here}proj.", parts.images), TO_LAST)
+    x = parts.normalised(embedding.norm, f"{here}norm.", x)
     for number, stage in enumerate(swin.layers):
         if not isinstance(stage.downsample, nn.Identity):
             here = f"{prefix}layers.{number}.downsample."
@@ -26,18 +26,7 @@ def add_swin(parts: Parts, swin: nn.Module, prefix: str) -> Placed:
             kind = f"{'shifted' if any(block.shift_size) else 'plain'}_block_of_stage_{number + 1}"
             here = f"{prefix}layers.{number}.blocks.{index}."
             (x,) = parts(kind, WindowBlock(block), here, [x], [last_axes()])
-    return parts("tokens", Last(swin.norm), prefix, [x], [last_axes()])[0]
-
-
-class Embedding(nn.Module):
-    """Images -> patches [b, h, w, c], normalised."""
-
-    def __init__(self, embedding: nn.Module) -> None:
-        super().__init__()
-        self.proj, self.norm, self.patch = embedding.proj, embedding.norm, embedding.patch_size[0]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.norm(self.proj(images).permute(0, 2, 3, 1))
+    return parts.rows(parts.normalised(swin.norm, f"{prefix}norm.", x))
 
 
 class Merging(nn.Module):
@@ -90,17 +79,6 @@ class WindowBlock(nn.Module):
         if mask is not None:
             scores = scores + mask
         return attn.proj((scores.softmax(-1) @ v).transpose(2, 3).flatten(3))
-
-
-class Last(nn.Module):
-    """The last stage -> tokens [b, l, d], row by row."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x).flatten(1, 2)
 
 
 def rolled(x: Tensor, steps: int, axis: int) -> Tensor:
