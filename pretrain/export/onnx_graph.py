@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 
 GRAPH = "model.onnx"
 OPSET = 20  # the first with GridSample of more than images
-EXAMPLE = (
-    2,
-    3,
-)  # images, and positions of the coarsest map a side and one more: lengths must differ to stay open
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,8 @@ class Family:
     prefixes: tuple[str, ...]  # of the tensors in our towers that are part of the graph
     multiple: Callable[[Trained], int]  # pixels, of which an image's sides are multiples
     add: Callable[[Trained, Parts], None]
+    # Positions of the coarsest map in what is traced: lengths that are 1, or equal, would not stay open.
+    example: Callable[[Trained], tuple[int, int]]
     outputs: Callable[[dict[str, Tensor]], dict[str, Tensor]]  # of our features those of the graph
     remark: str  # for the model card
 
@@ -88,12 +86,19 @@ def _swin(trained: Trained, parts: Parts) -> None:
     parts.output("tokens", tokens, ["batch", "number of tokens", encoder.width])
 
 
+def _windows(trained: Trained) -> tuple[int, int]:
+    """Of the last stage two windows and three, not all of them full."""
+    high, wide = trained.towers.encoder.swin.layers[-1].blocks[0].window_size
+    return high + 1, 2 * wide + 1
+
+
 # By backbone.family.
 GRAPHS: dict[str, Family] = {
     "internimage": Family(
         ("encoder.dcnv3.", "encoder.heads."),
         lambda trained: INTERNIMAGE[trained.run.backbone.size].strides[-1],
         _internimage,
+        lambda trained: (2, 3),
         _internimage_outputs,
         "Sampling of DCNv3 is `GridSample`: no operator is built.",
     ),
@@ -101,6 +106,7 @@ GRAPHS: dict[str, Family] = {
         ("encoder.swin.",),
         lambda trained: trained.towers.encoder.stride,
         _swin,
+        _windows,
         lambda features: {"tokens": features["tokens"]},
         "Windows stay as large as they were trained, whatever the size; grids are padded to whole windows.",
     ),
@@ -108,6 +114,7 @@ GRAPHS: dict[str, Family] = {
         ("encoder.vit.",),
         lambda trained: trained.towers.encoder.stride,
         _vit,
+        lambda trained: (2, 3),
         _vit_outputs,
         "Position embeddings are resized within the graph, bicubically with antialiasing, as in pre-training.",
     ),
@@ -119,9 +126,8 @@ def write(trained: Trained, folder: Path) -> dict[str, Keys]:
     from pretrain.export.onnx_parts import Parts
 
     family, views = GRAPHS[trained.run.backbone.family], trained.run.views
-    multiple = family.multiple(trained)
-    count, least = EXAMPLE
-    parts = Parts(torch.zeros(count, 3, least * multiple, (least + 1) * multiple), OPSET)
+    multiple, (rows, columns) = family.multiple(trained), family.example(trained)
+    parts = Parts(torch.zeros(2, 3, rows * multiple, columns * multiple), OPSET)
     family.add(trained, parts)
     parts.save(folder / GRAPH)
     told = {

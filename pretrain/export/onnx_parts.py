@@ -76,7 +76,7 @@ class Parts:
 
     def transposed(self, placed: Placed, axes: Sequence[int]) -> Placed:
         """The axes of a value in another order."""
-        return self._node("Transpose", [placed.value], {"perm": list(axes)}, placed.example.permute(*axes))
+        return self.node("Transpose", [placed.value], {"perm": list(axes)}, placed.example.permute(*axes))
 
     def convolved(self, convolution: nn.Conv2d, prefix: str, placed: Placed) -> Placed:
         """A convolution of a map [b, c, h, w]."""
@@ -84,30 +84,42 @@ class Parts:
         attributes["strides"], attributes["pads"] = list(convolution.stride), [rows, columns, rows, columns]
         with torch.no_grad():
             example = convolution(placed.example)
-        return self._node("Conv", [placed.value, *self._weights(convolution, prefix)], attributes, example)
+        return self.node("Conv", [placed.value, *self._weights(convolution, prefix)], attributes, example)
 
     def normalised(self, norm: nn.LayerNorm, prefix: str, placed: Placed) -> Placed:
         """A LayerNorm of the last axis."""
         inputs = [placed.value, *self._weights(norm, prefix)]
-        return self._node("LayerNormalization", inputs, {"epsilon": norm.eps}, placed.example)
+        return self.node("LayerNormalization", inputs, {"epsilon": norm.eps}, placed.example)
 
-    def rows(self, placed: Placed) -> Placed:
-        """A map [b, h, w, c] row by row, [b, l, c]."""
-        shape = ir.tensor([0, -1, placed.example.shape[-1]], dtype=ir.DataType.INT64, name="rows.shape")
-        value = ir.Value(
-            name="rows.shape", shape=shape.shape, type=ir.TensorType(shape.dtype), const_value=shape
-        )
-        self.graph.register_initializer(value)
-        return self._node("Reshape", [placed.value, value], {}, placed.example.flatten(1, 2))
+    def linear(self, linear: nn.Linear, prefix: str, placed: Placed) -> Placed:
+        """A linear layer of the last axis."""
+        weight, *bias = self._weights(linear, prefix)
+        with torch.no_grad():
+            example = linear(placed.example)
+        columns = self.node("Transpose", [weight], {"perm": [1, 0]}, linear.weight)
+        product = self.node("MatMul", [placed.value, columns.value], {}, example)
+        return self.node("Add", [product.value, *bias], {}, example) if bias else product
 
     def activated(self, placed: Placed) -> Placed:
         """GELU."""
-        return self._node("Gelu", [placed.value], {}, placed.example)
+        return self.node("Gelu", [placed.value], {}, placed.example)
 
-    def _node(self, kind: str, inputs: list[ir.Value], attributes: dict[str, Any], example: Tensor) -> Placed:
+    def node(
+        self, kind: str, inputs: Sequence[ir.Value], attributes: dict[str, Any], example: Tensor
+    ) -> Placed:
+        """One operator of ONNX; `example` is what it gives for examples."""
         node = ir.node(kind, inputs, attributes)
         self.graph.append(node)
         return Placed(node.outputs[0], example)
+
+    def numbers(self, *values: int) -> ir.Value:
+        """A constant vector."""
+        name = f"numbers.{'.'.join(map(str, values))}"
+        if name not in self.graph.initializers:
+            data = ir.tensor(list(values), dtype=ir.DataType.INT64, name=name)
+            value = ir.Value(name=name, shape=data.shape, type=ir.TensorType(data.dtype), const_value=data)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
 
     def _weights(self, module: nn.Module, prefix: str) -> list[ir.Value]:
         return [self._weight(prefix + name, tensor) for name, tensor in module.named_parameters()]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
-from pretrain.export.onnx_parts import TO_LAST, Parts, Placed, last_axes
+from pretrain.export.onnx_parts import TO_LAST, Parts, Placed
 
+END = 2**31  # behind every place of an axis
 FAR = -100.0  # added to the scores of tokens that the shift has brought into one window
 
 
@@ -23,10 +25,55 @@ def add_swin(parts: Parts, swin: nn.Module, prefix: str) -> Placed:
             axes = {0: Dim("batch"), 1: 2 * Dim("rows"), 2: 2 * Dim("columns")}
             (x,) = parts(f"merging_of_stage_{number + 1}", Merging(stage.downsample), here, [x], [axes])
         for index, block in enumerate(stage.blocks):
-            kind = f"{'shifted' if any(block.shift_size) else 'plain'}_block_of_stage_{number + 1}"
-            here = f"{prefix}layers.{number}.blocks.{index}."
-            (x,) = parts(kind, WindowBlock(block), here, [x], [last_axes()])
-    return parts.rows(parts.normalised(swin.norm, f"{prefix}norm.", x))
+            x = _block(parts, block, number + 1, f"{prefix}layers.{number}.blocks.{index}.", x)
+    x = parts.normalised(swin.norm, f"{prefix}norm.", x)
+    shape = parts.numbers(0, -1, x.example.shape[-1])
+    return parts.node("Reshape", [x.value, shape], {}, x.example.flatten(1, 2))
+
+
+def _block(parts: Parts, block: nn.Module, stage: int, prefix: str, x: Placed) -> Placed:
+    """Attention in windows and MLP on [b, h, w, c], of any height and width."""
+    y = parts.normalised(block.norm1, f"{prefix}norm1.", x)
+    for axis, steps in enumerate(block.shift_size, 1):
+        y = _rolled(parts, y, steps, axis)
+    (high, wide), kind = (
+        block.window_size,
+        f"{'shifted' if any(block.shift_size) else 'plain'}_of_stage_{stage}",
+    )
+    axes = {0: Dim("batch"), 1: high * Dim("rows"), 2: wide * Dim("columns")}
+    (y,) = parts(kind, Windows(block), prefix, [_padded(parts, y, high, wide)], [axes])
+    h, w = x.example.shape[1:3]
+    size = parts.node("Shape", [x.value], {"start": 1, "end": 3}, torch.tensor([h, w]))
+    taken = [y.value, parts.numbers(0, 0), size.value, parts.numbers(1, 2)]
+    y = parts.node("Slice", taken, {}, y.example[:, :h, :w])
+    for axis, steps in enumerate(block.shift_size, 1):
+        y = _rolled(parts, y, -steps, axis)
+    x = parts.node("Add", [x.value, y.value], {}, x.example)
+    y = parts.linear(block.mlp.fc1, f"{prefix}mlp.fc1.", parts.normalised(block.norm2, f"{prefix}norm2.", x))
+    y = parts.linear(block.mlp.fc2, f"{prefix}mlp.fc2.", parts.activated(y))
+    return parts.node("Add", [x.value, y.value], {}, x.example)
+
+
+def _rolled(parts: Parts, x: Placed, steps: int, axis: int) -> Placed:
+    """What stands first comes last, `steps` of an axis; of a negative number the other way round."""
+    if not steps:
+        return x
+    along, here = parts.numbers(axis), parts.numbers(steps)
+    last = parts.node("Slice", [x.value, here, parts.numbers(END), along], {}, x.example)
+    first = parts.node("Slice", [x.value, parts.numbers(0), here, along], {}, x.example)
+    return parts.node("Concat", [last.value, first.value], {"axis": axis}, x.example)
+
+
+def _padded(parts: Parts, x: Placed, high: int, wide: int) -> Placed:
+    """With zeros below and on the right, to whole windows."""
+    h, w = x.example.shape[1:3]
+    missing = torch.tensor([-h % high, -w % wide])
+    size = parts.node("Shape", [x.value], {"start": 1, "end": 3}, torch.tensor([h, w]))
+    size = parts.node("Neg", [size.value], {}, missing)
+    size = parts.node("Mod", [size.value, parts.numbers(high, wide)], {}, missing)
+    pads = parts.node("Concat", [parts.numbers(0, 0), size.value], {"axis": 0}, missing)
+    inputs = [x.value, pads.value, ir.Value(name=""), parts.numbers(1, 2)]
+    return parts.node("Pad", inputs, {}, F.pad(x.example, (0, 0, 0, int(missing[1]), 0, int(missing[0]))))
 
 
 class Merging(nn.Module):
@@ -42,34 +89,26 @@ class Merging(nn.Module):
         return self.reduction(self.norm(squares))
 
 
-class WindowBlock(nn.Module):
-    """Attention in windows and MLP on [b, h, w, c], of any height and width."""
+class Windows(nn.Module):
+    """Attention in windows on [b, rows of windows x their height, columns x their width, c]."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
-        self.window, self.shift = tuple(block.window_size), tuple(block.shift_size)
+        self.attn, self.window, self.shift = block.attn, tuple(block.window_size), tuple(block.shift_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self._attend(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-    def _attend(self, x: Tensor) -> Tensor:
-        (_, h, w, _), (high, wide), (down, right) = x.shape, self.window, self.shift
-        rows, columns = (h + high - 1) // high, (w + wide - 1) // wide  # windows
-        x = rolled(rolled(x, down, 1), right, 2)
-        x = F.pad(x, (0, 0, 0, wide - 1, 0, high - 1))[:, : rows * high, : columns * wide]
-        windows = x.unflatten(1, (rows, high)).unflatten(3, (columns, wide)).permute(0, 1, 3, 2, 4, 5)
+        (b, h, w, c), (high, wide), (down, right) = x.shape, self.window, self.shift
+        rows, columns = h // high, w // wide  # windows
+        windows = x.view(b, rows, high, columns, wide, c).permute(0, 1, 3, 2, 4, 5)
         mask = None
         if down or right:
-            region = 3 * regions(x[0, :, 0, 0], high, down)[:, None] + regions(x[0, 0, :, 0], wide, right)
-            region = region.unflatten(0, (rows, high)).unflatten(2, (columns, wide)).transpose(1, 2)
-            region = region.flatten(2).flatten(0, 1)  # [windows, tokens of a window]
+            region = 3 * regions(h, high, down)[:, None] + regions(w, wide, right)
+            region = (
+                region.view(rows, high, columns, wide).transpose(1, 2).reshape(rows * columns, high * wide)
+            )
             mask = (region[:, None, :] != region[:, :, None]).to(x.dtype)[:, None] * FAR
-        found = self._within(windows.flatten(3, 4).flatten(1, 2), mask)
-        found = found.unflatten(2, (high, wide)).unflatten(1, (rows, columns)).transpose(2, 3)
-        found = found.flatten(3, 4).flatten(1, 2)[:, :h, :w]
-        return rolled(rolled(found, h - down, 1) if down else found, w - right, 2) if down or right else found
+        found = self._within(windows.reshape(b, rows * columns, high * wide, c), mask)
+        return found.view(b, rows, columns, high, wide, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
 
     def _within(self, windows: Tensor, mask: Tensor | None) -> Tensor:
         """Of [b, windows, tokens, c], all tokens of a window ask all others."""
@@ -81,15 +120,7 @@ class WindowBlock(nn.Module):
         return attn.proj((scores.softmax(-1) @ v).transpose(2, 3).flatten(3))
 
 
-def rolled(x: Tensor, steps: int, axis: int) -> Tensor:
-    """What stands first comes last, `steps` of an axis."""
-    if not steps:
-        return x
-    length = x.shape[axis]
-    return torch.cat([x.narrow(axis, steps, length - steps), x.narrow(axis, 0, steps)], axis)
-
-
-def regions(along: Tensor, window: int, shift: int) -> Tensor:
-    """Which of three stretches of a side each place lies in, 0, 1 or 2: those never met before the shift."""
-    place, length = torch.arange(along.shape[0]), along.shape[0]
+def regions(length: int, window: int, shift: int) -> Tensor:
+    """Which of three stretches of a side each place lies in, 0, 1 or 2: those that met only by the shift."""
+    place = torch.arange(length)
     return (place >= length - window).long() + (place >= length - shift).long()
