@@ -21,10 +21,8 @@ from pretrain.export.torchvision_folder import internimage_arguments, vit_argume
 from pretrain.export.trained import Trained
 from pretrain.models.internimage import INTERNIMAGE
 
-if TYPE_CHECKING:
-    from pretrain.export.onnx_parts import (
-        Parts,  # whose packages take seconds to load: no other format needs them
-    )
+if TYPE_CHECKING:  # its packages take seconds to load, and no other format needs them
+    from pretrain.export.onnx_parts import Parts
 
 GRAPH = "model.onnx"
 OPSET = 20  # the first with GridSample of more than images

@@ -58,7 +58,8 @@ def test_other_weights_are_not_proven(exported: Exported, vit_run: Path) -> None
 
 
 def test_an_internimage_is_standard_operators_for_any_size(tmp_path: Path) -> None:
-    network = InternImageNetwork(8, (1, 2), (2, 2), res_post_norm=True, center_feature_scale=True)
+    depths = (2, 0)  # blocks of one kind, traced once; the second stage has its downsampling and its norm
+    network = InternImageNetwork(8, depths, (2, 2), res_post_norm=True, center_feature_scale=True)
     x3, x4 = nn.Conv2d(8, 8, 1), nn.Sequential(nn.Conv2d(16, 32, 1), nn.PixelShuffle(2))
     parts = Parts(torch.zeros(2, 3, 16, 24), OPSET)
     maps = add_internimage(parts, randomised(network), "backbone.")
