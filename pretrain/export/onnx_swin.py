@@ -21,9 +21,7 @@ def add_swin(parts: Parts, swin: nn.Module, prefix: str) -> Placed:
     x = parts.normalised(embedding.norm, f"{here}norm.", x)
     for number, stage in enumerate(swin.layers):
         if not isinstance(stage.downsample, nn.Identity):
-            here = f"{prefix}layers.{number}.downsample."
-            axes = {0: Dim("batch"), 1: 2 * Dim("rows"), 2: 2 * Dim("columns")}
-            (x,) = parts(f"merging_of_stage_{number + 1}", Merging(stage.downsample), here, [x], [axes])
+            x = _merged(parts, stage.downsample, f"{prefix}layers.{number}.downsample.", x)
         for index, block in enumerate(stage.blocks):
             x = _block(parts, block, number + 1, f"{prefix}layers.{number}.blocks.{index}.", x)
     x = parts.normalised(swin.norm, f"{prefix}norm.", x)
@@ -31,15 +29,26 @@ def add_swin(parts: Parts, swin: nn.Module, prefix: str) -> Placed:
     return parts.node("Reshape", [x.value, shape], {}, x.example.flatten(1, 2))
 
 
+def _merged(parts: Parts, merging: nn.Module, prefix: str, x: Placed) -> Placed:
+    """[b, 2 h, 2 w, c] -> [b, h, w, 2 c]: four neighbours in one: left ones from above, then right ones."""
+    quarters = []
+    for right, down in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        starts, ends, along, steps = (down, right), (END, END), (1, 2), (2, 2)
+        taken = [x.value, *(parts.numbers(*one) for one in (starts, ends, along, steps))]
+        quarters.append(parts.node("Slice", taken, {}, x.example[:, down::2, right::2]))
+    example = torch.cat([one.example for one in quarters], dim=-1)
+    x = parts.node("Concat", [one.value for one in quarters], {"axis": 3}, example)
+    x = parts.normalised(merging.norm, f"{prefix}norm.", x)
+    return parts.linear(merging.reduction, f"{prefix}reduction.", x)
+
+
 def _block(parts: Parts, block: nn.Module, stage: int, prefix: str, x: Placed) -> Placed:
     """Attention in windows and MLP on [b, h, w, c], of any height and width."""
     y = parts.normalised(block.norm1, f"{prefix}norm1.", x)
     for axis, steps in enumerate(block.shift_size, 1):
         y = _rolled(parts, y, steps, axis)
-    (high, wide), kind = (
-        block.window_size,
-        f"{'shifted' if any(block.shift_size) else 'plain'}_of_stage_{stage}",
-    )
+    high, wide = block.window_size
+    kind = f"{'shifted' if any(block.shift_size) else 'plain'}_of_stage_{stage}"
     axes = {0: Dim("batch"), 1: high * Dim("rows"), 2: wide * Dim("columns")}
     (y,) = parts(kind, Windows(block), prefix, [_padded(parts, y, high, wide)], [axes])
     h, w = x.example.shape[1:3]
@@ -74,19 +83,6 @@ def _padded(parts: Parts, x: Placed, high: int, wide: int) -> Placed:
     pads = parts.node("Concat", [parts.numbers(0, 0), size.value], {"axis": 0}, missing)
     inputs = [x.value, pads.value, ir.Value(name=""), parts.numbers(1, 2)]
     return parts.node("Pad", inputs, {}, F.pad(x.example, (0, 0, 0, int(missing[1]), 0, int(missing[0]))))
-
-
-class Merging(nn.Module):
-    """[b, 2 h, 2 w, c] -> [b, h, w, 2 c]."""
-
-    def __init__(self, merging: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.reduction = merging.norm, merging.reduction
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, h, w, c = x.shape
-        squares = x.view(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
-        return self.reduction(self.norm(squares))
 
 
 class Windows(nn.Module):

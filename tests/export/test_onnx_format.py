@@ -84,15 +84,15 @@ def test_a_swin_keeps_its_windows_at_any_size(tmp_path: Path) -> None:
         num_classes=0,
         global_pool="",
         embed_dim=8,
-        depths=(2,),
-        num_heads=(2,),
+        depths=(2, 0),
+        num_heads=(2, 2),
         window_size=5,
         strict_img_size=False,
     )
     assert [block.shift_size for block in swin.layers[0].blocks] == [(0, 0), (2, 2)]
     parts = Parts(torch.zeros(2, 3, 32, 48), OPSET)
-    parts.output("tokens", add_swin(parts, randomised(swin), "swin."), ["batch", "number", 8])
-    shapes = ((2, 3, 64, 64), (1, 3, 28, 44))  # 7 x 11 positions: windows of 5 are padded
+    parts.output("tokens", add_swin(parts, randomised(swin), "swin."), ["batch", "number", 16])
+    shapes = ((2, 3, 64, 64), (1, 3, 24, 56))  # 6 x 14 positions: windows of 5 are padded
     written_and_compared(parts, tmp_path, lambda images: [swin(images).flatten(1, 2)], shapes)
 
 
