@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pretrain.export.agreement import Agreement, NotProven, compare, random_images
+from pretrain.export.agreement import Agreement, compare, random_images
 from pretrain.export.keys import Keys
+from pretrain.export.names import NotProven
+from pretrain.export.own_features import own_features, texts_of_ones
 from pretrain.export.trained import Trained
 
 WEIGHTS = "towers.safetensors"
@@ -33,7 +35,7 @@ class Outputs(nn.Module):
 
     def __init__(self, trained: Trained) -> None:
         super().__init__()
-        self.towers, self.length = trained.towers, trained.run.text.length
+        self.towers, self.trained = trained.towers, trained
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         towers = self.towers
@@ -44,7 +46,7 @@ class Outputs(nn.Module):
         if towers.has_categories:
             outputs["logits"] = towers.category(outputs["embedding"])
         if towers.has_texts:
-            texts = torch.ones(len(images), self.length, dtype=torch.int64)
+            texts = texts_of_ones(self.trained, len(images))
             outputs["texts"] = towers.embed_texts(texts, texts.bool())
         return outputs
 
@@ -65,14 +67,10 @@ def prove(trained: Trained, folder: Path) -> list[Agreement]:
     size, stride = trained.run.views.size, trained.towers.encoder.stride
     agreements, model = [], Outputs(trained)
     for side in (size, size + 2 * stride):
-        images = random_images(side)
-        own, theirs = (
-            model(images),
-            functional_call(
-                model, {f"towers.{name}": tensor for name, tensor in tensors.items()}, (images,), strict=False
-            ),
-        )
-        agreements += [compare(WEIGHTS, key, side, own[key], theirs[key]) for key in own]
+        own = own_features(trained, side)
+        replaced = {f"towers.{name}": tensor for name, tensor in tensors.items()}
+        theirs = functional_call(model, replaced, (random_images(side),), strict=False)
+        agreements += [compare(WEIGHTS, key, side, own[key], theirs[key]) for key in theirs]
     if changed := [name for name, tensor in ours.items() if not torch.equal(tensor, tensors[name])]:
         raise NotProven(f"{WEIGHTS} holds other bits of {changed[:3]}")
     return agreements

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from pretrain.checkpoint import load_towers
 from pretrain.config import Run
@@ -27,6 +29,8 @@ class Trained:
     state: dict[str, Any]  # state.json of the checkpoint: step, position, commit, versions
     evaluation: dict[str, Any] | None  # what `python -m pretrain.evaluate` found for this checkpoint
     num_samples: dict[str, int]  # by source, of those whose data sets are still where the run read them
+    # By image size, what `own_features` has computed.
+    features: dict[int, dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_bytes(self) -> int:

@@ -80,7 +80,7 @@ def test_exports_are_measured_like_their_runs(
 ) -> None:
     vit = write_run(tmp_path / "vit", shrink(load("m3i.vit_b16")), DataFacts(tuple(COLORS), 0), steps=(3,))
     for run, name in ((run_folder, "internimage"), (vit, "timm")):
-        folder = export_run([str(run), "--to", name, "--out", str(tmp_path / name)]).folder
+        folder = export_run([str(run), "--to", name, "--out", str(tmp_path / name)])[0].folder
         expected = of_run if run is run_folder else rows_of(run, data, tmp_path / "x.json", "--steps", "3")
         found = rows_of(folder, data, tmp_path / f"{name}.json", "--fine-tune", "1")
         for row in ("knn", "linear", "dense"):

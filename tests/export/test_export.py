@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pretrain.evaluate.probes import PROBES
+from pretrain.export import several
 from pretrain.export.__main__ import export_run, main
-from pretrain.export.agreement import NotProven, compare
+from pretrain.export.agreement import compare
 from pretrain.export.formats import EXPORTERS, export
 from pretrain.export.keys import Keys
+from pretrain.export.names import NotProven
 from pretrain.export.trained import count_samples
 from tests.evaluate.sets import COLORS, write_set
 from tests.export.conftest import FACTS, last
@@ -24,7 +27,7 @@ FILES_OF_WEIGHTS = sorted(EXPORTERS.keys() - {"onnx"})  # a graph has its own te
 
 
 def test_command_writes_files_card_and_keys(vit_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exported = export_run([str(vit_run), "--to", "timm"])
+    (exported,) = export_run([str(vit_run), "--to", "timm"])
     assert exported.folder == vit_run / "export" / "timm"
     assert {path.name for path in exported.folder.iterdir()} == {
         "README.md",
@@ -190,14 +193,43 @@ def test_format_for_another_backbone_is_refused(internimage_run: Path, vit_run: 
 def test_another_format_in_the_folder_and_an_interpreter_without_use_are_refused(
     vit_run: Path, tmp_path: Path
 ) -> None:
-    folder = export_run([str(vit_run), "--to", "timm", "--out", str(tmp_path / "out")]).folder
+    (exported,) = export_run([str(vit_run), "--to", "timm", "--out", str(tmp_path / "out")])
+    folder = exported.folder
     assert {path.stat().st_mode & 0o044 for path in folder.iterdir()} == {0o044}
     with pytest.raises(FileExistsError, match="holds an export to timm: name another --out for safetensors"):
         export_run([str(vit_run), "--to", "safetensors", "--out", str(folder)])
-    with pytest.raises(ValueError, match="--python /bin/ls would be ignored"):
-        export_run([str(vit_run), "--to", "timm", "--python", "/bin/ls"])
+    with pytest.raises(ValueError, match=r"--python .* would be ignored: no other interpreter proves timm"):
+        export_run([str(vit_run), "--to", "timm", "--python", sys.executable])
     with pytest.raises(ValueError, match=r"--out .*model\.safetensors/x cannot be written"):
         export_run([str(vit_run), "--to", "timm", "--out", str(folder / "model.safetensors" / "x")])
+
+
+def test_several_formats_are_written_from_one_read(
+    vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reads, read = [], several.read_trained
+
+    def counted(*arguments):
+        reads.append(arguments[-1])
+        return read(*arguments)
+
+    def refuse(trained, folder):
+        raise NotProven("other tokens")
+
+    monkeypatch.setattr(several, "read_trained", counted)
+    monkeypatch.setitem(EXPORTERS, "timm", dataclasses.replace(EXPORTERS["timm"], prove=refuse))
+    arguments = [str(vit_run), "--out", str(tmp_path), "--to"]
+    assert main([*arguments, "timm", "torchvision", "detectron2", "timm"]) == 1  # that which failed, not 3
+    assert reads == [{"encoder"}] and {path.name for path in tmp_path.iterdir()} == {
+        "torchvision",
+        "detectron2",
+    }
+    assert "was not kept: timm: other tokens" in capsys.readouterr().err
+    monkeypatch.setattr(several, "fitting", lambda run: ["safetensors", "torchvision"])
+    assert main([*arguments, "all"]) == 0 and reads[1:] == [None]
+    assert {path.name for path in tmp_path.iterdir()} == {"torchvision", "detectron2", "safetensors"}
+    assert main([*arguments, "all", "timm"]) == 1
+    assert "--to all timm names formats beside 'all': give either" in capsys.readouterr().err
 
 
 def test_unknown_format_names_those_that_fit(vit_run: Path) -> None:
