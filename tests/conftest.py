@@ -9,6 +9,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# torch.compile for a CPU: a pool of compilers imports torch once more, and headers that are compiled beforehand, in
+# ten seconds, make none of the few compilations faster.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 
 import pytest
 from jaxtyping import install_import_hook
@@ -20,23 +24,33 @@ install_import_hook(["pretrain", "data_prep"], "tests.shapes.checked")
 HERE = Path(__file__).resolve().parent
 
 
-# Files of minutes. They come first, the longest before the others, so that no process is left alone with one at the
-# end; pytest-xdist by itself starts those of few tests last, and these have few.
+# Files of half a minute or more. They come first, the longest before the others, so that no process is left alone
+# with one at the end; pytest-xdist by itself starts those of few tests last, and these have few. The two clusters,
+# which start most processes, do not come at once.
 LONGEST_FIRST = (
     "jobs/test_slurm.py",
-    "engine/test_drill.py",
-    "kernels/test_pointwise.py",
     "engine/test_rows_ranks.py",
-    "engine/test_m3i_ranks.py",
-    "kernels/test_pointwise_sass.py",
-    "kernels/test_dcnv3_triton.py",
-    "engine/test_resume.py",
-    "jobs/test_hosts.py",
-    "engine/test_main.py",
-    "engine/test_micro_batches.py",
+    "engine/test_drill.py",
     "kernels/test_dcnv3.py",
+    "jobs/test_hosts.py",
+    "engine/test_micro_batches.py",
+    "engine/test_main.py",
+    "kernels/test_pointwise_sass.py",
+    "engine/test_m3i_ranks.py",
+    "models/test_internimage.py",
+    "data_prep/test_drills.py",
+    "kernels/test_pointwise.py",
+    "data_prep/download/test_drills.py",
+    "engine/test_resume.py",
+    "data_prep/sources/test_every_source.py",
+    "compare/test_compare.py",
+    "kernels/test_dcnv3_triton.py",
+    "plan/test_counted.py",
+    "data/test_remote.py",
     "kernels/test_dcnv3_sass.py",
     "engine/test_engine.py",
+    "pretrainer/test_tag_decoder.py",
+    "data/test_loader.py",
 )
 
 
