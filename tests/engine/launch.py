@@ -42,14 +42,19 @@ def start(
     ), log.read_text()
 
 
-def run_ranks(command: Sequence[str], log: Path, *, world: int, timeout: float = TIMEOUT) -> list[int]:
-    """Exit codes of `python *command` on every rank, whose joint output is in `log`."""
+def run_ranks(
+    command: Sequence[str], log: Path, *, world: int, timeout: float = TIMEOUT, kill_at: str | None = None
+) -> list[int]:
+    """Exit codes of `python *command` on every rank, whose joint output is in `log`; SIGKILL to all as soon as that
+    has the words `kill_at`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"WORLD_SIZE": str(world), "MASTER_PORT": str(free.getsockname()[1])}
     log.write_text("")
     ranks = [environment(RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(world)]
     asked = {"command": list(command), "environments": ranks, "log": str(log), "timeout": timeout}
+    asked["kill_at"] = kill_at
     server = _warm()
     assert server.stdin is not None and server.stdout is not None
     server.stdin.write(json.dumps(asked) + "\n")
