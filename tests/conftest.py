@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,16 +43,35 @@ LONGEST_FIRST = (
     "kernels/test_pointwise.py",
     "data_prep/download/test_drills.py",
     "engine/test_resume.py",
+    "engine/test_engine.py",
     "data_prep/sources/test_every_source.py",
     "compare/test_compare.py",
     "kernels/test_dcnv3_triton.py",
     "plan/test_counted.py",
     "data/test_remote.py",
     "kernels/test_dcnv3_sass.py",
-    "engine/test_engine.py",
     "pretrainer/test_tag_decoder.py",
     "data/test_loader.py",
 )
+
+
+# Files that share what a launch of ranks has found: one process of pytest-xdist takes them all.
+TOGETHER = ("engine/test_resume.py", "engine/test_engine.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
+    """Whole files to a process, as --dist loadfile has it, and those of TOGETHER to the same one."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER[0] if file.endswith(TOGETHER) else file
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
