@@ -5,16 +5,15 @@ from __future__ import annotations
 import atexit
 import functools
 import json
-import multiprocessing
 import os
+import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch.multiprocessing
 
 from tests.paths import ROOT
 
@@ -75,9 +74,12 @@ def _warm() -> subprocess.Popen[str]:
 
 
 def together(function: Callable[..., None], *arguments: Any, world: int) -> None:
-    """function(rank, *arguments) in `world` processes at once, forked from one that has imported what they need."""
-    multiprocessing.set_forkserver_preload(["pretrain.data.workers"])  # as loaders do, who share the server
-    torch.multiprocessing.start_processes(function, arguments, nprocs=world, start_method="forkserver")
+    """function(rank, *arguments) on so many ranks; AssertionError with their output when one fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked, log = Path(folder, "asked"), Path(folder, "output.txt")
+        asked.write_bytes(pickle.dumps((function, arguments)))
+        codes = run_ranks([str(ROOT / "tests" / "engine" / "call.py"), str(asked)], log, world=world)
+        assert codes == [0] * world, f"{function.__name__} ended with {codes}:\n{log.read_text()}"
 
 
 def environment(**added: str) -> dict[str, str]:

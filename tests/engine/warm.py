@@ -71,6 +71,7 @@ def do_before_forks() -> None:
     """Imports what a rank does until its first engine is built, and does once what each would do for nothing."""
     import deepspeed.ops
     import deepspeed.utils.nvtx
+    import pytest  # noqa: F401  by test files whose ranks are these
     import timm  # noqa: F401
     import torch._dynamo
     import torch._inductor  # noqa: F401
