@@ -67,6 +67,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what packages print while they are imported is no answer
 
+    import scipy.optimize
+    import scipy.stats  # noqa: F401  not scikit-learn, which starts a thread
     import timm  # noqa: F401
     import torch._dynamo
     import torch._inductor  # noqa: F401

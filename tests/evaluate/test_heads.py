@@ -93,7 +93,7 @@ def test_sweep_finds_the_layer_and_ignores_held_out_images(monkeypatch: pytest.M
     worse = replace(other, layers={"layer 3": noise[:200].repeat(1, 2)})
     found, misled = (probing.linear_sweep(evidence(train, split)).record for split in (other, worse))
     assert found["feature"] == misled["feature"] == "layer 3" and found["lr"] == misled["lr"]
-    assert found["accuracy"] > 0.6 > misled["accuracy"]
+    assert found["accuracy"] > 0.45 > 0.3 > misled["accuracy"]  # chance is 1/6
     assert len(found["tried"]) == 4
 
 

@@ -1,6 +1,6 @@
 """Do several ranks, each with its share of the features, measure what one rank with all of them does?
 
-As a script, one rank of it: `python test_joint_probes.py FOLDER SCENARIO ...`.
+As a script, one rank of it: `python test_joint_probes.py FOLDER [RUN DATA]`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ SHARES = {
     3: ((0, 70, 70, NUM_TRAIN), (0, 0, 20, NUM_HELDOUT)),
 }
 LARGE = "linear, large set"
+FEW = ("knn", "linear", "linear_sweep", "attentive", "few_shot_10_linear", "dense")
+LEFT, LOST = 7, 9  # exit codes
 
 
 def planted(count: int, seed: int) -> Features:
@@ -135,11 +137,11 @@ def short() -> Iterator[None]:
         yield
 
 
-def measured() -> dict[str, Any]:
-    """What all probes say of the planted features, and what is trained for them; the same on every rank."""
+def measured(names: tuple[str, ...] = tuple(PROBES)) -> dict[str, Any]:
+    """What probes say of the planted features, and what is trained for them; the same on every rank."""
     evidence = own_evidence()
     with short(), pytest.MonkeyPatch.context() as patched:
-        outcomes = measure(evidence, tuple(PROBES))
+        outcomes = measure(evidence, names)
         patched.setattr(linear, "MOST_VALUES", 0)
         outcomes[LARGE] = measure(evidence, ["linear"])["linear"]
         train, held, device = evidence.train, evidence.heldout, CPU
@@ -167,11 +169,6 @@ def alone() -> dict[str, Any]:
     return measured()
 
 
-@pytest.fixture(scope="module")
-def command_alone(run_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return command(run_folder, data, tmp_path_factory.mktemp("alone") / "evaluation.json")
-
-
 def command(run: Path, data: Path, out: Path) -> dict[str, Any]:
     """The result of the command that measures everything that reads features."""
     with short():
@@ -180,34 +177,58 @@ def command(run: Path, data: Path, out: Path) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_with_uneven_shares_measure_what_one_does(
-    world: int, alone: dict[str, Any], run_folder: Path, data: Path, tmp_path: Path, request: Any
-) -> None:
-    places = [str(run_folder), str(data)] if world == 3 else []
-    codes, output = start(tmp_path, "measure", *places, world=world, script=Path(__file__))
-    assert codes == [0] * world, output
-    found = torch.load(tmp_path / "found.pt")
-    assert found["dropped"] == {"unreadable": world} and alone["dropped"] == {"unreadable": 1}
+@pytest.fixture(scope="module")
+def two(
+    run_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[int], str]:
+    """What two ranks leave, with which codes they end, and what they say."""
+    folder = tmp_path_factory.mktemp("two")
+    places = (str(run_folder), str(data))
+    return folder, *start(folder, *places, world=2, script=Path(__file__), timeout=120)
+
+
+def test_two_ranks_measure_what_one_does(two: tuple[Path, list[int], str], alone: dict[str, Any]) -> None:
+    folder, _, output = two
+    assert (folder / "found.pt").exists(), output
+    require_alike(torch.load(folder / "found.pt"), alone)
+
+
+def test_three_ranks_measure_what_one_does(tmp_path: Path, alone: dict[str, Any]) -> None:
+    codes, output = start(tmp_path, world=3, script=Path(__file__), timeout=120)
+    assert codes == [0, 0, 0], output
+    require_alike(torch.load(tmp_path / "found.pt"), alone)
+
+
+def require_alike(found: dict[str, Any], alone: dict[str, Any]) -> None:
     # Sums of float32 in another order; what LARS and AdamW make of it in some 20 steps.
     torch.testing.assert_close(found["heads"], alone["heads"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found["logits"], alone["logits"], rtol=1e-3, atol=1e-4)
-    for name, row in alone["rows"].items():
+    assert found["dropped"]["unreadable"] > alone["dropped"]["unreadable"]  # each rank's own, or share
+    for name, row in found["rows"].items():
         assert row["accuracy"] is not None, (name, row)
-        assert_same(found["rows"][name], row)
-    assert found["predicted"] == alone["predicted"] and found["confusion"] == alone["confusion"]
+        assert_same(row, alone["rows"][name])
+    assert found["predicted"] == {name: alone["predicted"][name] for name in found["predicted"]}
+    assert found["confusion"] == alone["confusion"]
     assert_same(found["neighbours"], alone["neighbours"])
-    if places:
-        ours, expected = (
-            json.loads((tmp_path / "evaluation.json").read_text()),
-            request.getfixturevalue("command_alone"),
-        )
-        assert [path.name for path in tmp_path.glob("evaluation*")] == ["evaluation.json"]
-        assert_same(kinds_of(ours), kinds_of(expected))
-        for rows in zip(*(r["checkpoints"]["step_000003"].items() for r in (ours, expected)), strict=True):
-            (name, our), (_, their) = rows
-            if name != "dropped":  # 20 images, some of which rounding may take over a border
-                assert our["accuracy"] == pytest.approx(their["accuracy"], abs=0.1), name
+
+
+def test_two_ranks_write_one_result_of_one_form(
+    two: tuple[Path, list[int], str], run_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    folder, _, output = two
+    assert [path.name for path in folder.glob("evaluation*")] == ["evaluation.json"], output
+    ours = json.loads((folder / "evaluation.json").read_text())
+    expected = command(run_folder, data, tmp_path / "evaluation.json")
+    assert_same(kinds_of(ours), kinds_of(expected))
+    for rows in zip(*(r["checkpoints"]["step_000003"].items() for r in (ours, expected)), strict=True):
+        (name, our), (_, their) = rows
+        if name != "dropped":  # 20 images, some of which rounding may take over a border
+            assert our["accuracy"] == pytest.approx(their["accuracy"], abs=0.1), name
+
+
+def test_an_error_of_one_rank_ends_the_other(two: tuple[Path, list[int], str]) -> None:
+    _, codes, output = two
+    assert codes == [LEFT, LOST], output
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -235,11 +256,6 @@ def kinds_of(value: Any) -> Any:
     return type(value).__name__
 
 
-def test_an_error_of_one_rank_ends_the_others(tmp_path: Path) -> None:
-    codes, output = start(tmp_path, "fail", world=3, script=Path(__file__), timeout=60)
-    assert codes == [7, 9, 7], output
-
-
 def fail() -> None:
     """Rank 1 cannot read its images, which all hear, and is lost in the midst of a training, which ends all."""
     heard = ""
@@ -252,12 +268,12 @@ def fail() -> None:
         if rank() == 1:
             schedule = heads.warm_cosine
             patched.setattr(
-                heads, "warm_cosine", lambda step, *o: sys.exit(9) if step == 2 else schedule(step, *o)
+                heads, "warm_cosine", lambda step, *o: sys.exit(LOST) if step == 2 else schedule(step, *o)
             )
         try:
             measure(own_evidence(), ["linear_paper"])
         except RuntimeError:
-            sys.exit(7)
+            sys.exit(LEFT)
 
 
 def _failing(told: str) -> Features:
@@ -266,16 +282,16 @@ def _failing(told: str) -> Features:
     return planted(3, 0)
 
 
-def scenario(folder: Path, name: str, *places: str) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    if name == "fail":
-        fail()
-    found = measured()
+def scenario(folder: Path, *places: str) -> None:
+    """What one of several ranks does."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    found = measured(FEW if places else tuple(PROBES))
     if rank() == 0:
         torch.save(found, folder / "found.pt")
     if places:
         run, data = map(Path, places)
         command(run, data, folder / "evaluation.json")
+        fail()
     dist.destroy_process_group()
 
 
