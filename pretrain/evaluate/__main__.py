@@ -145,8 +145,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
 def _written(
     out: Path, evaluated: dict[str, Any], names: list[str] | None, protocols: Protocols, data: dict[str, Any]
 ) -> Path | None:
-    """Writes what is measured, whatever becomes of the next subject; where another result lies now, that of before
-    the first.
+    """Writes what is measured, whatever becomes of the next subject; `names`, of all subjects, come with the first,
+    when a result of other rows or data is set aside. Returns where that lies now.
     """
     kept = None if names is None else result.set_aside(out, names, protocols.rows, data)
     result.write(out, evaluated)

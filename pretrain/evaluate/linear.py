@@ -134,9 +134,8 @@ class Large:
                 options=options,
                 callback=lambda _: bar.update() and None,
             )
-        return OptimizeResult(
-            {name: value for name, value in found.items() if name != "hess_inv"}
-        )  # which is large
+        found.pop("hess_inv")  # which is large, and of no use to the other ranks
+        return found
 
     def _loss(self, flat: Float64[np.ndarray, " p"], ask: Ask) -> tuple[float, Float64[np.ndarray, " p"]]:
         total, *_ = sums = ask(torch.from_numpy(flat.copy()))

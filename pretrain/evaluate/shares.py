@@ -18,7 +18,7 @@ from pretrain.evaluate.cached import CachedTokens
 from pretrain.evaluate.dense import DenseFeatures
 from pretrain.evaluate.features import REMEDY, Features, NoneReadable
 
-TIMEOUT = timedelta(days=1)  # of a rank that the others wait for while all read images
+TIMEOUT = timedelta(days=1)  # of a rank that the others wait for
 
 
 @dataclass(frozen=True)
