@@ -102,9 +102,12 @@ def led(lead: Callable[[Ask], T], answer: Ask, size: int) -> T:
 
     def led_to_its_end() -> T:
         try:
-            return lead(ask)
-        finally:
+            outcome = lead(ask)
+        except (OSError, ValueError):  # not what a lost rank raises, which cannot be told anything
             dist.broadcast(torch.tensor(False), 0)
+            raise
+        dist.broadcast(torch.tensor(False), 0)
+        return outcome
 
     return from_first_rank(led_to_its_end)
 
