@@ -179,8 +179,8 @@ def extract(
     """Features of every readable sample, in float32, with a progress bar named `title`.
 
     `kept` says what else is kept of the same pass, `dense` which of the masked tokens. Unreadable
-    samples are left out and counted; DataError when they exceed `run.max_bad`. On several ranks each takes a share;
-    `gathered` puts them together.
+    samples are left out and counted; DataError when they exceed `run.max_bad`. On several ranks each takes a share
+    and keeps it; see `shares.divided`.
     """
     num_images = read_set(folder).num_samples
     if MASKED not in kept:

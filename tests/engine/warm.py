@@ -72,6 +72,8 @@ def do_before_forks() -> None:
     import deepspeed.ops
     import deepspeed.utils.nvtx
     import pytest  # noqa: F401  by test files whose ranks are these
+    import scipy.optimize
+    import scipy.stats  # noqa: F401  not scikit-learn, which starts a thread
     import timm  # noqa: F401
     import torch._dynamo
     import torch._inductor  # noqa: F401
