@@ -84,7 +84,7 @@ def _load(folder: Path) -> tuple[Tokenizer, int]:
     from transformers import AutoTokenizer  # takes seconds; runs without text and workers do not pay them
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file raises anything
         raise ValueError(
             f"{folder} holds no Hugging Face tokenizer: {error!r}; name another folder"

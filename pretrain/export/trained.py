@@ -27,6 +27,7 @@ class Trained:
     state: dict[str, Any]  # state.json of the checkpoint: step, position, commit, versions
     evaluation: dict[str, Any] | None  # what `python -m pretrain.evaluate` found for this checkpoint
     num_samples: dict[str, int]  # by source, of those whose data sets are still where the run read them
+    tokenizer: Path | None = None  # folder of the checkpoint's; None without text
 
     @property
     def num_bytes(self) -> int:
@@ -46,6 +47,7 @@ def read_trained(
     evaluation = read_evaluation(run_folder / "evaluation.json") if which == "teacher" else None
     if evaluation is not None and step_folder.name not in evaluation["checkpoints"]:
         evaluation = None  # of an earlier checkpoint of the same run
+    tokenizer = step_folder / "tokenizer"
     return Trained(
         run,
         facts,
@@ -55,6 +57,7 @@ def read_trained(
         state,
         evaluation,
         count_samples(run_folder / "data.json"),
+        tokenizer if facts.vocab_size and tokenizer.is_dir() else None,
     )
 
 
