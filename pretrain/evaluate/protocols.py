@@ -27,7 +27,7 @@ from pretrain.evaluate.evidence import (
     outcome_of,
 )
 from pretrain.evaluate.features import Features, extract
-from pretrain.evaluate.fine_tune import fine_tune, predict
+from pretrain.evaluate.fine_tune import encoder_of, fine_tune, predict
 from pretrain.evaluate.fine_tune_order import Examples
 from pretrain.evaluate.fine_tune_precision import name_of
 from pretrain.evaluate.fine_tune_recipes import FineTune
@@ -117,9 +117,14 @@ def measure_subject(
     """Runs the encoder once over both data sets, then the probes, then fine-tuning.
 
     A collective call: on several ranks each reads a share of the images and of fine-tuning, the first measures the
-    probes meanwhile, and is given what came out.
+    probes meanwhile, and is given what came out. ValueError, before an image is read, for an encoder that the recipe
+    of fine-tuning does not fit.
     """
     run, towers = subject.run, subject.towers.to(device)
+    if protocols.fine_tune is not None:
+        encoder_of(
+            towers, run, protocols.fine_tune.drop_path
+        )  # what cannot be trained so is told before hours
     samplings = {"train": dense.TRAIN, "heldout": dense.HELDOUT}
     kept = frozenset().union(*(PROBES[name].reads for name in protocols.probes))
     features = {}
