@@ -33,8 +33,9 @@ from pretrain.evaluate.fine_tune_precision import name_of
 from pretrain.evaluate.fine_tune_recipes import FineTune
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, measure
 from pretrain.evaluate.retrieval import MOST_IMAGES
-from pretrain.evaluate.sets import SPLITS, Listing, read_manifests
+from pretrain.evaluate.sets import Listing, read_manifests
 from pretrain.evaluate.shares import by_first_rank, gathered
+from pretrain.evaluate.splits import SPLITS
 from pretrain.evaluate.subjects import Subject, embed_with, open_checkpoint
 from pretrain.evaluate.templates import AUTO, check_templates
 
