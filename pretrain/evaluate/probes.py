@@ -24,6 +24,7 @@ from pretrain.evaluate.evidence import (
     outcome_of,
 )
 from pretrain.evaluate.features import LAYERS, MASKED, TOKENS
+from pretrain.evaluate.published_texts import NONE
 from pretrain.evaluate.regions import score_regions
 from pretrain.evaluate.templates import choose_templates
 
@@ -218,6 +219,6 @@ def _encoder(evidence: Evidence) -> zero_shot.Encode:
         raise NotMeasured("the export holds no tokenizer: export the run again, or name the run")
     if evidence.encode is None:
         raise NotMeasured(
-            "no text tower came with the images' one: it takes a run some of whose data has captions"
+            f"{evidence.without_text or NONE}: it takes a run some of whose data has captions, or a CLIP"
         )
     return evidence.encode

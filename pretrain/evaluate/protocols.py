@@ -171,6 +171,7 @@ def _probed(
         ks=protocols.ks,
         templates=protocols.templates,
         encode=subject.encode,
+        without_text=subject.without_text,
         embed=embed_with(towers, device),
         device=device,
         retrieval_images=protocols.retrieval_images,

@@ -23,6 +23,7 @@ from pretrain.evaluate.published import (
     is_published,
     open_published,
 )
+from pretrain.evaluate.published_texts import NONE, EncoderWithTexts, NoTexts, open_texts
 from pretrain.evaluate.zero_shot import Encode
 from pretrain.export.safetensors_file import TOKENIZER, WEIGHTS
 from pretrain.facts import DataFacts
@@ -42,6 +43,7 @@ class Subject:
     facts: DataFacts
     towers: nn.Module  # Towers or EncoderAlone, float32, eval mode, on the CPU
     encode: Encode | None  # captions to tokens; None without text
+    without_text: str = ""  # why it has none, where that is known
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,14 @@ def open_model(place: Path, size: int | None) -> Subject:
     run = replace(
         base, name=f"none, published as {place.name}", views=found.views, mask=replace(mask, min_block=1)
     )
-    return Subject(place.name, run, DataFacts(categories=(), vocab_size=0), EncoderAlone(found.encoder), None)
+    facts = DataFacts(categories=(), vocab_size=0)
+    try:
+        if found.guide is None:
+            raise NoTexts(NONE)
+        texts = open_texts(found.guide)
+    except NoTexts as reason:
+        return Subject(place.name, run, facts, EncoderAlone(found.encoder), None, str(reason))
+    return Subject(place.name, run, facts, EncoderWithTexts(found.encoder, texts.tower), texts.encode)
 
 
 def _open_towers(folder: Path, size: int | None) -> Subject:

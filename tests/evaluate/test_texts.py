@@ -125,17 +125,17 @@ def test_captions_of_one_image_are_no_independent_queries() -> None:
 
 
 def test_intervals_over_clusters_hold_the_truth_as_often_as_they_say() -> None:
-    """2,000 draws of 150 images with 1 to 6 captions, whose chance of being found is the image's own, 0.6 in mean."""
+    """1,000 draws of 150 images with 1 to 6 captions, whose chance of being found is the image's own, 0.6 in mean."""
     random = np.random.default_rng(0)
     held, naive = [], []
-    for _ in range(2000):
+    for _ in range(1000):
         counts = random.integers(1, 7, 150)
         correct = random.binomial(counts, random.beta(0.6, 0.4, 150))
         low, high = clustered(torch.from_numpy(correct), torch.from_numpy(counts))["interval"]
         held.append(low <= 0.6 <= high)
         low, high = wilson(int(correct.sum()), int(counts.sum()))
         naive.append(low <= 0.6 <= high)
-    assert 0.935 < np.mean(held) < 0.965 and np.mean(naive) < 0.85  # four deviations of 2,000 draws: 0.02
+    assert 0.925 < np.mean(held) < 0.975 and np.mean(naive) < 0.85  # four deviations of 1,000 draws: 0.028
 
 
 def test_intervals_over_clusters_are_those_of_a_bootstrap_over_images() -> None:
