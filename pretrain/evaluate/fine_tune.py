@@ -32,7 +32,7 @@ from pretrain.evaluate.fine_tune_state import WHAT, identity
 from pretrain.evaluate.layers import UnknownOrder, layer_order, names_without_decay
 from pretrain.evaluate.published import PublishedEncoder
 from pretrain.models.backbone import build_encoder
-from pretrain.models.drop_path import DropPath, set_linear
+from pretrain.models.drop_path import DropPath, blocks_of, set_linear
 from pretrain.models.pixels import normalise
 from pretrain.optim import warm_cosine
 from pretrain.training_state import States
@@ -229,17 +229,24 @@ def _joint(model: Classifier, device: torch.device) -> nn.Module:
     )
 
 
+def require_blocks(towers: nn.Module, drop_path: float) -> None:
+    """ValueError unless the encoder has a place where branches can be dropped, if they shall be."""
+    encoder = towers.encoder
+    if drop_path and isinstance(encoder, PublishedEncoder) and not blocks_of(encoder.trunk):
+        raise ValueError(
+            f"a recipe of fine-tuning with drop_path={drop_path} needs blocks that drop branches, and "
+            f"{type(encoder.trunk).__name__} has none: fine-tune it by --fine-tune-recipe small"
+        )
+
+
 def encoder_of(towers: nn.Module, run: Run, drop_path: float) -> nn.Module:
     """The towers' encoder, another one where it shall drop branches. ValueError where it has no place for that."""
     if not drop_path:
         return towers.encoder
     if isinstance(towers.encoder, PublishedEncoder):
+        require_blocks(towers, drop_path)
         published = copy.deepcopy(towers.encoder)
-        if not set_linear(published.trunk, drop_path):
-            raise ValueError(
-                f"a recipe of fine-tuning with drop_path={drop_path} needs blocks that drop branches, and "
-                f"{type(published.trunk).__name__} has none: fine-tune it by --fine-tune-recipe small"
-            )
+        set_linear(published.trunk, drop_path)
         return published
     backbone = replace(run.backbone, drop_path=drop_path, drop_path_schedule="linear")
     with seeded(0):  # of weights that are overwritten

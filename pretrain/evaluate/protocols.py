@@ -27,7 +27,7 @@ from pretrain.evaluate.evidence import (
     outcome_of,
 )
 from pretrain.evaluate.features import Features, extract
-from pretrain.evaluate.fine_tune import encoder_of, fine_tune, predict
+from pretrain.evaluate.fine_tune import fine_tune, predict, require_blocks
 from pretrain.evaluate.fine_tune_order import Examples
 from pretrain.evaluate.fine_tune_precision import name_of
 from pretrain.evaluate.fine_tune_recipes import FineTune
@@ -123,9 +123,7 @@ def measure_subject(
     """
     run, towers = subject.run, subject.towers.to(device)
     if protocols.fine_tune is not None:
-        encoder_of(
-            towers, run, protocols.fine_tune.drop_path
-        )  # what cannot be trained so is told before hours
+        require_blocks(towers, protocols.fine_tune.drop_path)
     samplings = {"train": dense.TRAIN, "heldout": dense.HELDOUT}
     kept = frozenset().union(*(PROBES[name].reads for name in protocols.probes))
     features = {}

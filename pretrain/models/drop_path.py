@@ -64,13 +64,18 @@ class DropPaths:
         return (drawn < self._thresholds) * (2**UPPER / self._thresholds.double()).float()
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Modules of a model that have a place for a DropPath, whether they drop branches or not."""
+    return [m for m in model.modules() if any(name in NAMES for name, _ in m.named_children())]
+
+
 def set_linear(model: nn.Module, last: float) -> int:
     """Number of blocks of a model, by others too, that got DropPaths: of probabilities that rise from 0 to `last`.
 
     Those that have a place for them (NAMES), whether they dropped branches before or not, in the order of their
     modules, as timm and transformers count.
     """
-    blocks = [m for m in model.modules() if any(name in NAMES for name, _ in m.named_children())]
+    blocks = blocks_of(model)
     for number, block in enumerate(blocks):
         probability = last * number / max(len(blocks) - 1, 1)
         for name in NAMES & dict(block.named_children()).keys():
