@@ -75,6 +75,24 @@ def test_hugging_face_clip_is_embedded_as_transformers_does(data: Path, tmp_path
     assert (texts[0] - texts[1]).abs().max() > 0.01
 
 
+@torch.inference_mode()
+def test_open_clip_folder_with_a_tokenizer_of_its_own_uses_that_alone(data: Path, tmp_path: Path) -> None:
+    folder, own = tmp_path / "clip", data / "train" / "tokenizer"
+    model = open_clip_folder(folder, vocab=200)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "some/where"  # which is not asked
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    assert "cannot be opened" in opened(folder).without_text
+    for file in own.iterdir():
+        shutil.copy(file, folder)
+    subject = opened(folder)
+    texts = embed_captions(CAPTIONS, subject.encode, embed_with(subject.towers, CPU))
+    tokenizer = AutoTokenizer.from_pretrained(own, local_files_only=True)
+    padded = tokenizer(CAPTIONS, return_tensors="pt", padding="max_length", truncation=True, max_length=8)
+    theirs = model.encode_text(padded["input_ids"], normalize=True)
+    torch.testing.assert_close(texts, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_what_gives_captions_no_vectors_says_why(tmp_path: Path) -> None:
     few = tmp_path / "few"
     open_clip_folder(few)
