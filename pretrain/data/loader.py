@@ -87,6 +87,7 @@ class Loader:
             vocab_size=0 if captions is None else captions.vocab_size,
             tags=sources.tags,
             sha256=sha256,
+            num_samples={source.name: source.shards.manifest.num_samples for source in sources.opened},
         )
         self._steps = Steps(run, sources, rank, world)
         if workers:

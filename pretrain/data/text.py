@@ -91,11 +91,16 @@ def _load(folder: Path) -> tuple[Tokenizer, int]:
     from transformers import AutoTokenizer  # takes seconds; runs without text and workers do not pay them
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file raises anything
         raise ValueError(
             f"{folder} holds no Hugging Face tokenizer: {error!r}; name another folder"
         ) from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made of a model's config.json alone
+        raise ValueError(
+            f"{folder} holds no Hugging Face tokenizer: its {len(tokenizer)} tokens are all special, so no word is "
+            "known; save the tokenizer there (tokenizer.json), or name another folder"
+        )
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no padding token: add one (`pad_token`) to it")
     if not tokenizer.is_fast:

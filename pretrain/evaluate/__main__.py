@@ -34,8 +34,9 @@ from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, SLOW
 from pretrain.evaluate.protocols import Protocols, best_device, measure_subject
 from pretrain.evaluate.published import is_published
 from pretrain.evaluate.retrieval import MOST_IMAGES
-from pretrain.evaluate.sets import FOLDERS, SPLITS, Listing, read_manifests
+from pretrain.evaluate.sets import Listing, read_manifests
 from pretrain.evaluate.shares import TIMEOUT
+from pretrain.evaluate.splits import FOLDERS, SPLITS, found_in
 from pretrain.evaluate.subjects import Named, find_subjects
 from pretrain.evaluate.templates import AUTO, TEMPLATES
 from pretrain.ranks import exit_code_of_ranks
@@ -223,12 +224,6 @@ def split_folders(data: Path | None, train: Path | None, heldout: Path | None) -
             "nothing; name two data sets"
         )
     return named
-
-
-def found_in(data: Path, split: str) -> Path:
-    """The first of the folders that may be called so; the expected one where there is none."""
-    folders = [data / name for name in FOLDERS[split]]
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -39,6 +39,7 @@ class Evidence:
     templates: str = AUTO  # of zero-shot classification
     device: torch.device = CPU  # of probes that are trained step by step
     retrieval_images: int = MOST_IMAGES  # at most, that compete
+    without_text: str = ""  # why nothing makes tokens, where that is known
     kept: dict[str, Any] = field(default_factory=dict)  # what one probe leaves for another
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pretrain.collectives import all_rows, from_every_rank, rank, sum_over_ranks
 from pretrain.evaluate import dense, few_shot, knn, linear, probing, retrieval, zero_shot
-from pretrain.evaluate.accuracy import proportion, score
+from pretrain.evaluate.accuracy import clustered, proportion, score
 from pretrain.evaluate.divided import division
 from pretrain.evaluate.evidence import (
     Evidence,
@@ -26,6 +26,7 @@ from pretrain.evaluate.evidence import (
     outcome_of,
 )
 from pretrain.evaluate.features import LAYERS, MASKED, TOKENS
+from pretrain.evaluate.published_texts import NONE
 from pretrain.evaluate.regions import score_regions
 from pretrain.evaluate.templates import choose_templates
 
@@ -106,8 +107,10 @@ def _retrieval(evidence: Evidence, query: str) -> Outcome:
         is_match = is_match.turned
         ranks = retrieval.ranks(texts, images, is_match)
     counts = is_match.counts()
+    # Captions of one image are found or missed together: as queries they are no independent draws.
+    sizes = None if query == "image" or len(texts) == len(owned) else torch.tensor([*map(len, owned)])
     recall = {
-        str(top): proportion(int((ranks < top).sum()), len(ranks))
+        str(top): _recall(ranks < top, sizes)
         | {"chance": retrieval.chance(counts, is_match.num_candidates, top)}
         for top in retrieval.TOPS
     }
@@ -119,6 +122,14 @@ def _retrieval(evidence: Evidence, query: str) -> Outcome:
         "most_images": evidence.retrieval_images,
     }
     return Outcome(recall["1"] | told | {"recall": recall})
+
+
+def _recall(is_found: Tensor, sizes: Tensor | None) -> dict[str, Any]:
+    """Share of the queries found, of which `sizes` in turn are of one image; None: each of another."""
+    if sizes is None:
+        return proportion(int(is_found.sum()), len(is_found))
+    image = torch.arange(len(sizes)).repeat_interleave(sizes)
+    return clustered(torch.zeros_like(sizes).index_add(0, image, is_found.long()), sizes)
 
 
 def _captioned(evidence: Evidence) -> tuple[list[tuple[str, ...]], int, Tensor, Tensor]:
@@ -219,9 +230,9 @@ def measure(evidence: Evidence, names: Sequence[str] = DEFAULT) -> dict[str, Out
 
 def _encoder(evidence: Evidence) -> zero_shot.Encode:
     if evidence.encode is None and evidence.facts.vocab_size:
-        raise NotMeasured("an export holds no tokenizer: name the run")
+        raise NotMeasured("the export holds no tokenizer: export the run again, or name the run")
     if evidence.encode is None:
         raise NotMeasured(
-            "no text tower came with the images' one: it takes a run some of whose data has captions"
+            f"{evidence.without_text or NONE}: it takes a run some of whose data has captions, or a CLIP"
         )
     return evidence.encode

@@ -27,14 +27,15 @@ from pretrain.evaluate.evidence import (
     outcome_of,
 )
 from pretrain.evaluate.features import Features, extract
-from pretrain.evaluate.fine_tune import fine_tune, predict
+from pretrain.evaluate.fine_tune import fine_tune, predict, require_blocks
 from pretrain.evaluate.fine_tune_order import Examples
 from pretrain.evaluate.fine_tune_precision import name_of
 from pretrain.evaluate.fine_tune_recipes import FineTune
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, measure
 from pretrain.evaluate.retrieval import MOST_IMAGES
-from pretrain.evaluate.sets import SPLITS, Listing, read_manifests
+from pretrain.evaluate.sets import Listing, read_manifests
 from pretrain.evaluate.shares import divided
+from pretrain.evaluate.splits import SPLITS
 from pretrain.evaluate.subjects import Subject, embed_with, open_checkpoint
 from pretrain.evaluate.templates import AUTO, check_templates
 
@@ -116,9 +117,12 @@ def measure_subject(
     """Runs the encoder once over both data sets, then the probes, then fine-tuning.
 
     A collective call: on several ranks each keeps the features of a share of the images, and has a share of every
-    protocol; all are given what came out.
+    protocol; all are given what came out. ValueError, before an image is read, for an encoder that the recipe of
+    fine-tuning does not fit.
     """
     run, towers = subject.run, subject.towers.to(device)
+    if protocols.fine_tune is not None:
+        require_blocks(towers, protocols.fine_tune.drop_path)
     samplings = {"train": dense.TRAIN, "heldout": dense.HELDOUT}
     kept = frozenset().union(*(PROBES[name].reads for name in protocols.probes))
     features = {}
@@ -163,6 +167,7 @@ def _probed(
         ks=protocols.ks,
         templates=protocols.templates,
         encode=subject.encode,
+        without_text=subject.without_text,
         embed=embed_with(towers, device),
         device=device,
         retrieval_images=protocols.retrieval_images,

@@ -232,7 +232,7 @@ def publish(partial: Path, folder: Path) -> None:
     """Gives `partial` its name, in place of an earlier export."""
     for cache in [*partial.rglob("__pycache__")]:  # of the proof, which ran the shipped modules
         shutil.rmtree(cache)
-    for path in (*partial.iterdir(), partial):
+    for path in (*partial.rglob("*"), partial):
         path.chmod(
             path.stat().st_mode | 0o044 | (0o011 if path.is_dir() else 0)
         )  # safetensors writes for one user

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from data_prep.schema import fill_prompt
+from data_prep.schema import Manifest, fill_prompt
 from pretrain.config import Mixing, Source
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.loader import Loader, _tell_of_memory
@@ -173,6 +173,7 @@ def test_supervision_decides_which_labels_are_taken(tmp_path: Path) -> None:
         assert bool(batch.has_text.all()) is has_text and bool(batch.has_text.any()) is has_text
         assert loader.facts.categories == (("ant", "bee", "cow") if has_category else ())
         assert loader.facts.vocab_size == (15 if has_text else 0)
+        assert loader.facts.num_samples == {"both": Manifest.read(folder).num_samples}
         loader.close()
 
 

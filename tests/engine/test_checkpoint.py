@@ -141,6 +141,11 @@ def test_other_data_is_refused(tmp_path: Path) -> None:
         resume.check_resumable(checkpoint.latest(tmp_path), toy_run(), rebuilt)
 
 
+def test_a_checkpoint_that_tells_no_numbers_of_samples_is_gone_on_from(tmp_path: Path) -> None:
+    counted = dataclasses.replace(FACTS, num_samples={"toy": 12})
+    resume.check_resumable(whole(tmp_path, 3), toy_run(), counted)
+
+
 def test_files_of_deepspeed_are_refused(tmp_path: Path) -> None:
     folder = whole(tmp_path, 3)
     (folder / "state.json").write_text('{"step": 3, "world": 2}')

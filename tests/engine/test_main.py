@@ -67,7 +67,7 @@ def test_overrides_are_typed_and_nested() -> None:
         (["--ds-config", "no.json"], "--ds-config no.json is no file; choose one of"),
         (["--workers", "-1"], "--workers -1 must not be negative"),
         (["--evaluate-every", "5"], "--evaluate-every 5 with --evaluate-data None: give a positive number"),
-        (["--evaluate-every", "5", "--evaluate-data", "tests"], "--evaluate-data tests has no train/:"),
+        (["--evaluate-every", "5", "--evaluate-data", "tests"], "--evaluate-data tests has no train/: "),
         (["--micro-batches", "0"], "--micro-batches 0 must be positive"),
         (["--guide", "clip"], "--guide clip would be ignored, no target of recipe 'm3i.demo' asks for it"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_prep.schema import sha256_file
 from pretrain.evaluate.probes import PROBES
 from pretrain.export import several
 from pretrain.export.__main__ import export_run, main
@@ -138,7 +140,7 @@ def test_card_says_what_was_trained_and_measured(vit_run: Path, tmp_path: Path) 
             "data": {"heldout": {"name": "scenes", "num_samples": 1000}},
         },
         num_samples={"imagenet1k": 1_281_167},
-        facts=dataclasses.replace(FACTS, sha256={"init": "9f86d0"}),
+        facts=dataclasses.replace(FACTS, sha256={"init": "9f86d0", "data.imagenet1k": "3c59dc"}),
     )
     export(trained, "timm", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -148,7 +150,7 @@ def test_card_says_what_was_trained_and_measured(vit_run: Path, tmp_path: Path) 
         "64 x 64 pixels",
         "mean: [0.485, 0.456, 0.406]",
         "[123.675, 116.28, 103.53]",
-        "`imagenet1k`: 1,281,167 samples, supervision category",
+        "`imagenet1k`: 1,281,167 samples (manifest of SHA-256 3c59dc), supervision category",
         "categories: 5",
         "started from weights of SHA-256 9f86d0",
         "heldout: `scenes`, 1,000 samples",
@@ -160,18 +162,25 @@ def test_card_says_what_was_trained_and_measured(vit_run: Path, tmp_path: Path) 
         assert fact in card, fact
 
 
-def test_samples_are_counted_where_the_data_still_is(tmp_path: Path) -> None:
+def test_samples_are_those_that_the_checkpoint_tells(tmp_path: Path) -> None:
     write_set(tmp_path / "colors", "train", 3, text=False)
-    place = tmp_path / "data.json"
-    assert count_samples(place) == {}
+    manifest, place = tmp_path / "colors" / "manifest.json", tmp_path / "data.json"
     place.write_text(json.dumps({"here": str(tmp_path / "colors"), "gone": str(tmp_path / "gone")}))
-    assert count_samples(place) == {"here": 3 * len(COLORS)}
+    sha256 = {"data.here": sha256_file(manifest)}
+    told = dataclasses.replace(FACTS, sha256=sha256, num_samples={"here": 7, "gone": 9})
+    assert count_samples(told, place) == count_samples(told, tmp_path / "none") == {"here": 7, "gone": 9}
+    older = dataclasses.replace(FACTS, sha256=sha256)  # it tells no numbers
+    assert count_samples(older, tmp_path / "none") == {} == count_samples(FACTS, place)
+    assert count_samples(older, place) == {"here": 3 * len(COLORS)}
     next((tmp_path / "colors").glob("*.tar")).write_bytes(
         b""
     )  # no matter: the card tells of the manifest's number
-    assert count_samples(place) == {"here": 3 * len(COLORS)}
-    (tmp_path / "colors" / "manifest.json").write_text("{")
-    assert count_samples(place) == {}
+    assert count_samples(older, place) == {"here": 3 * len(COLORS)}
+    shutil.rmtree(tmp_path / "colors")
+    write_set(tmp_path / "colors", "train", 4, text=False)  # built again since
+    assert count_samples(older, place) == {}
+    manifest.write_text("{")
+    assert count_samples(older, place) == {}
 
 
 def test_card_says_when_nothing_was_evaluated(vit_run: Path, tmp_path: Path) -> None:
