@@ -5,7 +5,7 @@
 
 Exports backbones with random weights (`--sizes`, InternImage-T and ViT-B/16), builds every configuration file
 by the toolkits in an environment of their own (mmcv-lite: its compiled operators are missing, so Mask R-CNN is built
-and not run), compares the backbones' maps at two sizes and makes one training step. Writes
+and not run), compares the backbones' maps at two sizes and makes one training step of three of them. Writes
 benchmarks/results/openmmlab_loads.json.
 """
 
@@ -94,8 +94,9 @@ def main() -> None:
         found = {size: measure(size, python, Path(scratch)) for size in options.sizes}
     keep(
         "openmmlab_loads",
-        "mmsegmentation and mmdetection build every exported configuration file, load its weights bit by bit, give "
-        "our features at two sizes and make a training step",
+        "mmsegmentation and mmdetection build every exported configuration file and load its weights bit by bit; "
+        "those for ADE20K and COCO give our features at two sizes; UperNet, Mask2Former and DINO for COCO make a "
+        "training step",
         torch.device("cpu"),
         requirements=REQUIREMENTS,
         backbones=found,

@@ -17,6 +17,7 @@ from typing import Any
 from pretrain import recipes
 from pretrain.config import Run
 from pretrain.data.remote import Place, place_of
+from pretrain.evaluate.splits import FOLDERS, found_in
 from pretrain.exits import FINISHED, MISTAKE
 from pretrain.initial.asked import init_of
 from pretrain.named_folders import named_places
@@ -149,10 +150,10 @@ def check_evaluation(every: int, folder: Path | None) -> None:
             f"--evaluate-every {every} with --evaluate-data {folder}: give a positive number of steps and a "
             "folder of train/ and heldout/, or neither"
         )
-    for split in ("train", "heldout") if folder is not None else ():
-        if not (folder / split).is_dir():
+    for split, names in FOLDERS.items() if folder is not None else ():
+        if not found_in(folder, split).is_dir():
             raise FileNotFoundError(
-                f"--evaluate-data {folder} has no {split}/: `python -m data_prep build` writes it"
+                f"--evaluate-data {folder} has no {'/, '.join(names)}/: `python -m data_prep build` writes {split}/"
             )
 
 

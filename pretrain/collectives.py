@@ -1,16 +1,18 @@
-"""What do the ranks tell each other? Sums, means, rows and errors; no-ops without torch.distributed."""
+"""What do the ranks tell each other? Sums, means, gradients, rows and errors; no-ops without torch.distributed."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
+
+BUCKET = 2**25  # numbers of gradients that are averaged at once
 
 
 def world_size() -> int:
@@ -34,6 +36,40 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Mean of `values` over the ranks, in a new tensor without gradient."""
     return sum_over_ranks(values) / world_size()
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replaces each gradient by its mean over the ranks; one that no rank has stays None. A collective call.
+
+    After the whole backward pass: batch norms call the other ranks within it, and calls of two kinds at once could
+    meet in another order on each rank.
+    """
+    if world_size() == 1:
+        return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    holders = sum_over_ranks(torch.tensor([parameter.grad is not None for parameter in trained]).long())
+    bucket: list[nn.Parameter] = []
+    for parameter, num_holders in zip(trained, holders.tolist(), strict=True):
+        if not num_holders:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if bucket and sum(one.numel() for one in bucket) + parameter.numel() > BUCKET:
+            _average(bucket)
+            bucket = []
+        bucket.append(parameter)
+    _average(bucket)
+
+
+def _average(parameters: list[nn.Parameter]) -> None:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return
+    joined = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(joined)
+    joined /= world_size()
+    for gradient, mean in zip(gradients, joined.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def from_first_rank(work: Callable[[], T]) -> T:
@@ -112,3 +148,27 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows)
     return torch.cat(parts)
+
+
+def all_rows(own: Tensor) -> Tensor:
+    """Rows of all ranks one after the other, without gradient; a rank may have any number of them, or none.
+
+    A collective call.
+    """
+    if world_size() == 1:
+        return own.detach()
+    counts = gather_rows(torch.tensor([len(own)])).tolist()
+    if not max(counts):
+        return own.detach()
+    filled = torch.cat([own.detach(), own.new_zeros(max(counts) - len(own), *own.shape[1:])])
+    parts = gather_rows(filled).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def rows_of(own: Tensor, source: int, count: int) -> Tensor:
+    """The `count` rows that rank `source` has, on all ranks; elsewhere `own` tells their shape. A collective call."""
+    if world_size() == 1:
+        return own
+    rows = own.detach().contiguous() if rank() == source else own.new_empty(count, *own.shape[1:])
+    dist.broadcast(rows, source)
+    return rows

@@ -17,6 +17,7 @@ class DataFacts:
     guide_width: int = 0  # of the features of the frozen encoder that targets need; 0 without
     guide_codes: int = 0  # of its codebook; 0 where it is no tokenizer
     sha256: dict[str, str] = field(default_factory=dict)  # of "data.NAME", "tokenizer", "guide", "init"
+    num_samples: dict[str, int] = field(default_factory=dict)  # by source; empty in checkpoints of before
 
     def to_json(self) -> str:
         """The facts as text, from which `from_json` makes equal ones."""

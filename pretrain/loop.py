@@ -85,7 +85,7 @@ def _accepted(job: Job, loader: Loader, monitor: Monitor, losses: Any) -> None:
         job.watchdog.at(engine.steps_done, "evaluates the teacher", times=FIRST)
         with engine.clock.during("evaluate"):
             monitor.evaluated(engine.steps_done, job.check(engine))
-    monitor.after_step(engine, losses, loader.dropped, loader.captions)
+    monitor.after_step(engine, losses, loader.dropped, loader.captions, loader.epochs)
     job.journal.catch_up()
     if engine.steps_done % run.save_every == 0 or is_last:
         job.watchdog.at(engine.steps_done, "saves a checkpoint")

@@ -29,7 +29,7 @@ class Paths:
     profile: tuple[int, int] | None = None  # first and last step that a profiler follows
     compile: bool = False  # transformer blocks by torch.compile
     evaluate_every: int = 0  # steps between two looks at the teacher; 0: none
-    evaluate_data: Path | None = None  # folder of the data sets train/ and heldout/ that it is looked at with
+    evaluate_data: Path | None = None  # folder of train/ and heldout/ (or val/) that it is looked at with
     init: Init | None = None  # weights that the run starts from, if any
 
     @property

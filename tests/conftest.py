@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# torch.compile for a CPU: a pool of compilers imports torch once more, and headers that are compiled beforehand, in
+# ten seconds, make none of the few compilations faster.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 
 import pytest
 from jaxtyping import install_import_hook
@@ -20,24 +25,53 @@ install_import_hook(["pretrain", "data_prep"], "tests.shapes.checked")
 HERE = Path(__file__).resolve().parent
 
 
-# Files of minutes. They come first, the longest before the others, so that no process is left alone with one at the
-# end; pytest-xdist by itself starts those of few tests last, and these have few.
+# Files of half a minute or more. They come first, the longest before the others, so that no process is left alone
+# with one at the end; pytest-xdist by itself starts those of few tests last, and these have few. The two clusters,
+# which start most processes, do not come at once.
 LONGEST_FIRST = (
     "jobs/test_slurm.py",
-    "engine/test_drill.py",
-    "kernels/test_pointwise.py",
     "engine/test_rows_ranks.py",
-    "engine/test_m3i_ranks.py",
-    "kernels/test_pointwise_sass.py",
-    "kernels/test_dcnv3_triton.py",
-    "engine/test_resume.py",
-    "jobs/test_hosts.py",
-    "engine/test_main.py",
-    "engine/test_micro_batches.py",
+    "engine/test_drill.py",
     "kernels/test_dcnv3.py",
-    "kernels/test_dcnv3_sass.py",
+    "jobs/test_hosts.py",
+    "engine/test_micro_batches.py",
+    "engine/test_main.py",
+    "kernels/test_pointwise_sass.py",
+    "engine/test_m3i_ranks.py",
+    "models/test_internimage.py",
+    "data_prep/test_drills.py",
+    "kernels/test_pointwise.py",
+    "data_prep/download/test_drills.py",
+    "engine/test_resume.py",
     "engine/test_engine.py",
+    "data_prep/sources/test_every_source.py",
+    "compare/test_compare.py",
+    "kernels/test_dcnv3_triton.py",
+    "plan/test_counted.py",
+    "data/test_remote.py",
+    "kernels/test_dcnv3_sass.py",
+    "pretrainer/test_tag_decoder.py",
+    "data/test_loader.py",
 )
+
+
+# Files that share what a launch of ranks has found: one process of pytest-xdist takes them all.
+TOGETHER = ("engine/test_resume.py", "engine/test_engine.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
+    """Whole files to a process, as --dist loadfile has it, and those of TOGETHER to the same one."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER[0] if file.endswith(TOGETHER) else file
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,8 +10,5 @@ set -euo pipefail
 : "${EVALUATE_DATA:?is not set: name the folder with train/ and heldout/ in run.yaml}"
 
 python -m pretrain.evaluate "$OUT" --data "$EVALUATE_DATA" --out "$OUT/evaluation.json"
-code=0
-for format in ${EXPORT_TO:-safetensors}; do
-  python -m pretrain.export "$OUT" --to "$format" || code=$?
-done
-exit "$code"
+read -ra formats <<<"${EXPORT_TO:-safetensors}"
+python -m pretrain.export "$OUT" --to "${formats[@]}"

@@ -22,9 +22,5 @@ root=${M3I_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 require_out
 set_environment
 
-code=0
-for format in ${EXPORT_TO:-safetensors}; do
-  run_step 1 "${bin}python" -m pretrain.export "$OUT" --to "$format" "$@" || code=$?
-  if ((code > 128)); then break; fi # asked to stop
-done
-exit "$code"
+read -ra formats <<<"${EXPORT_TO:-safetensors}"
+run_step 1 "${bin}python" -m pretrain.export "$OUT" --to "${formats[@]}" "$@"

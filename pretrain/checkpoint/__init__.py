@@ -16,6 +16,9 @@ ranks, at any ZeRO stage, in any precision. What bears the name step_N and has i
 later broke it, and `latest` finds that.
 """
 
+from importlib import import_module
+from typing import Any
+
 from pretrain.checkpoint.names import (
     PLACE_RECORD,
     checkpoint_folder,
@@ -29,35 +32,36 @@ from pretrain.checkpoint.names import (
     step_of,
     steps_in,
 )
-from pretrain.checkpoint.read import (
-    WEIGHTS,
-    left_out,
-    load_student,
-    load_teacher,
-    load_towers,
-    read_json,
-    restore,
-)
-from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.stores import left_out, read_json
+
+# Name -> the module that has it, which comes when it is asked for: torch, or even the models, take seconds.
+OWNERS = {
+    "Saver": "saver",
+    "WEIGHTS": "read",
+    "load_student": "read",
+    "load_teacher": "read",
+    "load_towers": "towers",
+    "restore": "read",
+}
 
 __all__ = [
     "PLACE_RECORD",
-    "WEIGHTS",
-    "Saver",
     "checkpoint_folder",
     "checkpoints_of",
     "folder_in",
     "kept_of",
     "latest",
     "left_out",
-    "load_student",
-    "load_teacher",
-    "load_towers",
     "place_name",
     "read_json",
     "record_place",
     "recorded_place",
-    "restore",
     "step_of",
     "steps_in",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in OWNERS:
+        raise AttributeError(f"module {__name__} has no {name}")
+    return getattr(import_module(f"{__name__}.{OWNERS[name]}"), name)

@@ -14,16 +14,11 @@ import json
 import sys
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
 from pretrain import intact
-from pretrain.checkpoint.names import checkpoints_of, folder_in, is_step, step_of, steps_in
-from pretrain.checkpoint.read import WEIGHTS, read_json
-from pretrain.checkpoint.stores import store_at
+from pretrain.checkpoint.names import WHOSE, checkpoints_of, folder_in, is_step, step_of, steps_in
+from pretrain.checkpoint.stores import read_json, store_at
 from pretrain.command import exit_code, require_place
 from pretrain.data.remote import Place, place_of
-from pretrain.given_up import given_up_by
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -34,7 +29,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("command", choices=sorted(COMMANDS))
     parser.add_argument("place", type=place_of, metavar="PLACE")
-    parser.add_argument("--of", choices=sorted(WEIGHTS), default="teacher", help="consolidate: whose weights")
+    parser.add_argument("--of", choices=sorted(WHOSE), default="teacher", help="consolidate: whose weights")
     parser.add_argument("--out", type=Path, help="consolidate: the file that is written")
     return parser.parse_args(arguments)
 
@@ -84,6 +79,12 @@ def verify(options: argparse.Namespace) -> None:
 
 def consolidate(options: argparse.Namespace) -> None:
     """Writes the float32 weights and buffers of the newest checkpoint of PLACE; ValueError where it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from pretrain.checkpoint.read import WEIGHTS  # here: the other commands need no torch
+    from pretrain.given_up import given_up_by
+
     if options.out is None or options.out.suffix != ".safetensors" or options.out.is_dir():
         raise ValueError(
             f"--out {options.out}: consolidate writes a file whose name ends in .safetensors, such as "

@@ -12,6 +12,7 @@ from pretrain.checkpoint.stores import store_at
 from pretrain.data.remote import Place, place_of
 
 PLACE_RECORD = "checkpoints.json"  # in a run's folder: where its checkpoints lie
+WHOSE = ("teacher", "student")  # weights that a checkpoint holds
 
 
 def checkpoints_of(out: Path) -> Path:

@@ -9,6 +9,7 @@ what only reads after ATTEMPT seconds.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -32,6 +33,16 @@ T = TypeVar("T")
 def store_at(place: Place) -> Store:
     """The store of a folder or URL; ValueError for a URL that no installed package opens."""
     return Remote(str(place)) if is_url(place) else Disk(Path(place))
+
+
+def read_json(folder: Place, name: str) -> Any:
+    """What a JSON file of a checkpoint says; FileNotFoundError without it."""
+    return json.loads(store_at(folder).read(name))
+
+
+def left_out(folder: Place) -> set[int]:
+    """Numbers of the batches that a run had left out of its order when it was saved."""
+    return set(read_json(folder, "state.json").get("guard", {}).get("left_out", ()))
 
 
 class Disk:

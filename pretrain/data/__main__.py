@@ -111,6 +111,8 @@ def remarks(run: Run, measured: Measured, dropped_to: Path) -> list[str]:
     if measured.dropped:
         counts = ", ".join(f"{kind} {count}" for kind, count in sorted(measured.dropped.items()))
         said.append(f"Replaced: {counts}; listed in {dropped_to}.")
+        if measured.would_stop:
+            said.append(f"Training would stop here: {measured.would_stop}.")
     else:
         said.append("No sample had to be replaced.")
     return said

@@ -16,6 +16,7 @@ from torch import Tensor
 from pretrain.data.faults import BadSample
 
 MAX_PIXELS = 64 * 2**20  # a larger image is refused from its header, before memory is taken for it
+PART = 2**22  # pixels that Pillow converts at once
 APP1, START_OF_SCAN = b"\xe1", b"\xda"  # markers of JPEG segments, after 0xff
 ORIENTATION_TAG = 0x0112  # EXIF
 TURNED = {  # EXIF orientation -> how to turn the stored pixels upright
@@ -27,6 +28,11 @@ TURNED = {  # EXIF orientation -> how to turn the stored pixels upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+)  # Pillow would hand others to programs of the machine, as EPS to Ghostscript
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 
@@ -98,14 +104,13 @@ def _decode_with_pillow(content: bytes) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size is stricter
-            image = Image.open(io.BytesIO(content))
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
         _check_size(*image.size)
         image.load()
         turn = TURNED.get(image.getexif().get(ORIENTATION_TAG, 1))
-        image = image if turn is None else image.transpose(turn)
-        return np.array(_to_rgb(image))
+        return _rgb_of(image if turn is None else image.transpose(turn))
     except UnidentifiedImageError as error:
-        raise BadSample("not_an_image", "the first bytes are of no known image format") from error
+        raise BadSample("not_an_image", "the first bytes are of no JPEG, PNG or WebP file") from error
     except Image.DecompressionBombError as error:
         raise BadSample("too_large", str(error)) from error
     except BadSample:
@@ -114,13 +119,24 @@ def _decode_with_pillow(content: bytes) -> np.ndarray:
         raise _bad(error) from error  # what Pillow's readers raise on damaged files
 
 
+def _rgb_of(image: Image.Image) -> np.ndarray:
+    """Part by part: all at once, a large image with transparency would lie in memory five times."""
+    width, height = image.size
+    pixels, rows = np.empty((height, width, 3), np.uint8), max(PART // max(width, 1), 1)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        pixels[top:bottom] = _to_rgb(image.crop((0, top, width, bottom)))
+    return pixels
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in SIXTEEN_BIT:
         return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in TRANSPARENT or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        ground = Image.new("RGB", image.size, (255, 255, 255))
+        ground.paste(image, mask=image)
+        return ground
     return image.convert("RGB")
 
 

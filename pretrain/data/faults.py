@@ -55,9 +55,9 @@ def exactly(limit: float, num_reads: int) -> float:
 
 def beyond_chance(limit: float, num_reads: int) -> float:
     """Bad samples that each of hundreds of judges allows: four standard deviations and a few more, or one of them
-    would stop a run whose data is good enough."""
+    would stop a run whose data is good enough. None where the limit is 0."""
     expected = limit * num_reads
-    return expected + 4 * expected**0.5 + A_FEW
+    return expected + 4 * expected**0.5 + (A_FEW if limit else 0)
 
 
 def check_bad_share(

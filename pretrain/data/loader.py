@@ -25,6 +25,7 @@ from pretrain.facts import DataFacts
 
 VERIFIED_BYTES = 2 * 2**30  # data sets up to this size are hashed at start, of larger ones the first shard
 VERIFY_RATE = 2**28  # bytes a second that all ranks together hash of the rest, while they train
+MOST_BATCH = 0.8 * 2**30  # bytes of views that a worker makes, of the 1.5 GiB that it may take
 MOST_UNTAGGED = 64  # images without any tag before that is told
 
 
@@ -86,8 +87,11 @@ class Loader:
             vocab_size=0 if captions is None else captions.vocab_size,
             tags=sources.tags,
             sha256=sha256,
+            num_samples={source.name: source.shards.manifest.num_samples for source in sources.opened},
         )
         self._steps = Steps(run, sources, rank, world)
+        if workers:
+            _tell_of_memory(run, world, workers)
         self._device = device
         self._verifier = Verifier(later, VERIFY_RATE / world)
         self._changed = changed  # before a resume, and not yet counted
@@ -173,6 +177,13 @@ class Loader:
         return torch.from_numpy(self._steps.order.slots)
 
     @property
+    def epochs(self) -> dict[str, float]:
+        """Passes over each source, by all ranks, up to the last batch that was delivered; left out ones count too."""
+        order, opened = self._steps.order, self._steps.sources.opened
+        drawn = order.drawn(self._next_step * self._steps.run.batch)
+        return {source.name: done / len(source.shards) for source, done in zip(opened, drawn, strict=True)}
+
+    @property
     def dropped(self) -> dict[str, int]:
         """ "source: reason" -> samples replaced so far on this rank, also before a resume."""
         return self._drops.counts
@@ -180,7 +191,11 @@ class Loader:
     def _count(self, dropped: Sequence[Dropped], number: int) -> None:
         """Keeps and tells what was replaced in this batch; DataError when it is too much."""
         self._drops.add(number, dropped)
-        self._drops.check(self.num_images, self._steps.run.max_bad)
+        self.require_few(self._steps.run.max_bad)
+
+    def require_few(self, limit: float) -> None:
+        """DataError when what was replaced so far is more than run.max_bad=`limit` would let pass."""
+        self._drops.check(self.num_images, limit)
 
     @property
     def captions(self) -> dict[str, int]:
@@ -223,6 +238,17 @@ def _when_hashed(shards: ShardFolder, ours: slice) -> tuple[range, range]:
     numbers = range(len(shards.shard_sizes))[ours]
     num_now = len(numbers) if shards.num_bytes <= VERIFIED_BYTES else 1
     return numbers[:num_now], numbers[num_now:]
+
+
+def _tell_of_memory(run: Run, world: int, workers: int) -> None:
+    """Warns of batches that take a worker beyond what is promised of it, beside the 0.6 GiB of its program."""
+    held = run.images_per_rank(world) * 6 * run.views.size**2
+    if held > MOST_BATCH:
+        warnings.warn(
+            f"each of {workers} workers holds a batch of {held / 2**30:.1f} GiB, and two more wait: where that "
+            "is too much, share the batch among more ranks, or lower --workers",
+            stacklevel=3,
+        )
 
 
 def _tell(problems: Sequence[Exception]) -> None:

@@ -12,13 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain.config import Run
+from pretrain.data.faults import DataError
 from pretrain.data.loader import Loader
+from pretrain.data.order import CYCLE
 from pretrain.data.remote import Place
 from pretrain.data.sources import open_sources
 from pretrain.data.steps import STAGES, run_order
 
 BATCH = 32  # inputs that are made together; the run's own batch may be that of hundreds of ranks
-PLANNED = 10_000  # positions whose sources are counted, which takes no reading
+PLANNED = (
+    10 * CYCLE
+)  # positions whose sources are counted, which takes no reading: shares as in the whole run
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Measured:
     stages: Mapping[str, float]  # seconds an image by stage, of the process that works
     dropped: Mapping[str, int]  # "source: reason" -> samples replaced
     tokens: tuple[float, float] | None  # of captions: mean length, share that is cut to run.text.length
+    would_stop: str  # why a training with run.max_bad would; "" if it would not
     peak_bytes: int | None  # the most that a process that works has held; None where the system does not tell
 
     @property
@@ -67,7 +72,7 @@ def count_sources(run: Run, folders: Mapping[str, Place], tokenizer: Path | None
             num_shards=len(source.shards.shard_sizes),
             share=share,
             reached=counts[number] / PLANNED,
-            epochs=share * run.batch * run.steps / len(source.shards),
+            epochs=counts[number] / PLANNED * run.batch * run.steps / len(source.shards),
         )
         for number, (source, share) in enumerate(zip(sources.opened, order.shares, strict=True))
     ]
@@ -88,7 +93,7 @@ def measure(
     batch = BATCH * run.objective.input.mixed
     begun = time.perf_counter()
     loader = Loader(
-        replace(run, batch=batch),
+        replace(run, batch=batch, max_bad=1.0),  # where training would stop, its data is to be looked at
         folders,
         tokenizer,
         rank=0,
@@ -107,7 +112,11 @@ def measure(
         seconds = time.perf_counter() - since
         working = [child.pid for child in multiprocessing.active_children()] if workers else [os.getpid()]
         peaks = [peak for peak in map(peak_bytes_of, working) if peak is not None]
-    num_captions = loader.num_captions
+    num_captions, would_stop = loader.num_captions, ""
+    try:
+        loader.require_few(run.max_bad)
+    except DataError as error:
+        would_stop = str(error)
     return Measured(
         num_images=loader.num_images,
         workers=workers,
@@ -117,6 +126,7 @@ def measure(
         stages={stage: loader.seconds[stage] / loader.num_images for stage in STAGES},
         dropped=dict(loader.dropped),
         tokens=(loader.num_tokens / num_captions, loader.num_cut / num_captions) if num_captions else None,
+        would_stop=would_stop,
         peak_bytes=max(peaks, default=None),
     )
 

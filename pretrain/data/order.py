@@ -13,6 +13,7 @@ from pretrain.config import Mixing
 
 CYCLE = 1000  # positions after which the choice of sources repeats; any so many hold exact shares
 SHUFFLED = 8  # neighbouring positions whose sources are shuffled, so that pairs of every kind meet
+ROUNDING = 1e-9  # of a share that is a whole number of positions
 PAIR = 2  # neighbouring positions that share an input, where two images do
 
 
@@ -58,6 +59,12 @@ class Order:
         cycle, slot = divmod(position, CYCLE)
         source = int(self.slots[slot])
         return source, cycle * self._quotas[source] + int(self._earlier[slot])
+
+    def drawn(self, position: int) -> list[int]:
+        """How many samples of every source come before `position`."""
+        cycles, slot = divmod(position, CYCLE)
+        begun = np.bincount(self.slots[:slot], minlength=len(self._quotas)).tolist()
+        return [cycles * quota + more for quota, more in zip(self._quotas, begun, strict=True)]
 
     def pick(self, source: int, draw: int) -> Pick:
         """The sample that is the `draw`-th (from 0) of `source`."""
@@ -123,7 +130,7 @@ def shares(weights: Sequence[float], sizes: Sequence[int], mixing: Mixing) -> li
     """The part of all samples that each source of so many samples gives; they add up to 1."""
     counted = np.asarray(weights, dtype=np.float64)
     if mixing.by == "size":
-        counted = counted * np.asarray(sizes, dtype=np.float64)
+        counted = counted / counted.max() * np.asarray(sizes, dtype=np.float64)
     evened = (counted / counted.max()) ** (1 / mixing.temperature)
     return (evened / evened.sum()).tolist()
 
@@ -136,7 +143,7 @@ def source_cycle(seed: int, shares: Sequence[float], pairs: str = "any") -> np.n
     different sources are asked of one source or of one that gives more than half of the samples.
     """
     draws = CYCLE // PAIR if pairs == "same" else CYCLE
-    if min(shares) * draws < 1:
+    if min(shares) * draws < 1 - ROUNDING:
         raise ValueError(
             f"the sources' shares {[float(f'{share:.3g}') for share in shares]} of the samples must be at least 1 in "
             f"{draws}: raise that weight or mixing.temperature, or leave the source out"

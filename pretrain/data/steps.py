@@ -22,6 +22,7 @@ from pretrain.data.device import Unfinished
 from pretrain.data.faults import BadSample, DataError, Dropped
 from pretrain.data.mask import draw_mask
 from pretrain.data.order import Order, Pick
+from pretrain.data.room import room_for
 from pretrain.data.sources import OpenSource, Sources
 from pretrain.data.text import Tokens
 from pretrain.data.views import draw_views, make_views
@@ -86,15 +87,27 @@ class Steps:
         return Steps, self._arguments
 
     def __getitem__(self, step: int) -> Delivery:
+        return self.make(step)
+
+    def make(self, step: int, is_shared: bool = False) -> Delivery:
+        """What the rank gets at a step; its tensors lie in one piece of memory, shared with processes if so said."""
         first = step * self.run.batch + self._rank * self._images
         positions = range(first, first + self._images)
         self._seconds = dict.fromkeys(STAGES, 0.0)
         dropped: list[Dropped] = []
-        rows = [self._row(position, dropped) for position in positions]
         with self._during("batch"):
-            fields = {name: torch.stack([row.fields[name] for row in rows]) for name in rows[0].fields}
             masks = [self._masks(position) for position in positions[:: self.run.objective.input.mixed]]
-            batch = Batch(mask=torch.cat(masks), position=torch.tensor(positions), **fields)
+            whole = {"mask": torch.cat(masks), "position": torch.tensor(positions)}
+        rows: list[_Row] = []
+        fields: dict[str, Tensor] = {}
+        for number, position in enumerate(positions):
+            row = self._row(position, dropped)
+            with self._during("batch"):
+                fields = fields or _room(row, whole, len(positions), is_shared)
+                for name, value in row.fields.items():
+                    fields[name][number] = value
+            rows.append(row._replace(fields={}))
+        batch = Batch(**fields)
         return Delivery(
             batch,
             self._unfinished(rows),
@@ -215,6 +228,16 @@ class Steps:
             return torch.zeros(shown.views, grid, grid, dtype=torch.bool)
         generator = _generator(self.run.seed, position, "mask")
         return torch.stack([draw_mask(grid, self.run.mask, generator) for _ in range(shown.views)])
+
+
+def _room(row: _Row, whole: Mapping[str, Tensor], num_rows: int, is_shared: bool) -> dict[str, Tensor]:
+    """The fields of a batch of as many rows like this one, still without them, and with what is `whole`."""
+    forms = {name: (value.dtype, (num_rows, *value.shape)) for name, value in row.fields.items()}
+    forms |= {name: (value.dtype, tuple(value.shape)) for name, value in whole.items()}
+    fields = room_for(forms, is_shared)
+    for name, value in whole.items():
+        fields[name].copy_(value)
+    return fields
 
 
 def _generator(seed: int, position: int, purpose: str) -> Random:

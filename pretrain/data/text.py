@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pretrain.data.faults import BadSample
 
+LETTERS = 64  # of a caption that are read for each token that is wanted, a word or two dozen
+
 
 class Tokens(NamedTuple):
     """One caption."""
@@ -46,8 +48,13 @@ class Captions:
         return numbers, is_real
 
     def tokens(self, caption: str) -> Tokens:
-        """The same, and whether the caption is longer."""
-        encoding = self._tokenizer.encode(caption)
+        """The same, and whether the caption is longer. What lies far behind the cut is not read: a text of megabytes
+        would take seconds and as many hundreds of megabytes."""
+        reach = LETTERS * self.length
+        encoding = self._tokenizer.encode(caption[:reach])
+        while not encoding.overflowing and reach < len(caption):  # blanks, or words of any length
+            reach *= 2
+            encoding = self._tokenizer.encode(caption[:reach])
         mask = torch.tensor(encoding.attention_mask, dtype=torch.bool)
         return Tokens(torch.tensor(encoding.ids), mask, bool(encoding.overflowing))
 
@@ -84,11 +91,16 @@ def _load(folder: Path) -> tuple[Tokenizer, int]:
     from transformers import AutoTokenizer  # takes seconds; runs without text and workers do not pay them
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file raises anything
         raise ValueError(
             f"{folder} holds no Hugging Face tokenizer: {error!r}; name another folder"
         ) from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made of a model's config.json alone
+        raise ValueError(
+            f"{folder} holds no Hugging Face tokenizer: its {len(tokenizer)} tokens are all special, so no word is "
+            "known; save the tokenizer there (tokenizer.json), or name another folder"
+        )
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no padding token: add one (`pad_token`) to it")
     if not tokenizer.is_fast:

@@ -147,7 +147,7 @@ class _Told:
 
     def __getitem__(self, step: int) -> Packed | DataError:
         try:
-            return pack(self._steps[step])
+            return pack(self._steps.make(step, is_shared=True))
         except DataError as error:
             return error
 

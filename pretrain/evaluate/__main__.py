@@ -6,7 +6,7 @@ python -m pretrain.evaluate RUN --data DIR        DIR/train gives the probes the
 
 RUN is a run, one of its checkpoints, or an exported or published model (timm, internimage, safetensors,
 Hugging Face, open_clip). DIR/train and DIR/heldout are data sets of `data_prep`, or folders with one folder of images
-a class. Several ranks share the images: torchrun --nproc-per-node 8 -m pretrain.evaluate RUN --data DIR
+a class. Several ranks share images and probes: torchrun --nproc-per-node 8 -m pretrain.evaluate RUN --data DIR
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, SLOW
 from pretrain.evaluate.protocols import Protocols, best_device, measure_subject
 from pretrain.evaluate.published import is_published
 from pretrain.evaluate.retrieval import MOST_IMAGES
-from pretrain.evaluate.sets import FOLDERS, SPLITS, Listing, read_manifests
+from pretrain.evaluate.sets import Listing, read_manifests
 from pretrain.evaluate.shares import TIMEOUT
+from pretrain.evaluate.splits import FOLDERS, SPLITS, found_in
 from pretrain.evaluate.subjects import Named, find_subjects
 from pretrain.evaluate.templates import AUTO, TEMPLATES
 from pretrain.ranks import exit_code_of_ranks
@@ -124,23 +125,33 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     data = result.data_of(folders, manifests)
     for subject in subjects:
         measured = measure_subject(on_every_rank(subject.open), folders, manifests, protocols, device)
-        if measured is None:
-            continue
         evidence, outcomes = measured.evidence, measured.outcomes
         is_first = not evaluated["checkpoints"]
         evaluated |= result.header(measured.run, folders, manifests, provenance.hardware(device))
         evaluated["checkpoints"][subject.name] = result.of_checkpoint(evidence, outcomes)
         evaluated["confusion"] = result.confusion(subject.name, evidence, outcomes)
         evaluated["neighbours"] = result.neighbours(subject.name, evidence)
-        if is_first and (kept := result.set_aside(out, [s.name for s in subjects], protocols.rows, data)):
+        names = [s.name for s in subjects] if is_first else None
+        kept = from_first_rank(lambda: _written(out, evaluated, names, protocols, data))  # noqa: B023  called at once
+        if kept and rank() == 0:
             print(f"what {out} held of other checkpoints, probes or data is kept as {kept}")
-        result.write(out, evaluated)  # what is measured is kept, whatever becomes of the next subject
     if rank() == 0:
         print(result.table(evaluated))
         print(f"written to {out}")
         if protocols.states is not None:  # the next one begins anew
             shutil.rmtree(protocols.states, ignore_errors=True)
     return evaluated
+
+
+def _written(
+    out: Path, evaluated: dict[str, Any], names: list[str] | None, protocols: Protocols, data: dict[str, Any]
+) -> Path | None:
+    """Writes what is measured, whatever becomes of the next subject; `names`, of all subjects, come with the first,
+    when a result of other rows or data is set aside. Returns where that lies now.
+    """
+    kept = None if names is None else result.set_aside(out, names, protocols.rows, data)
+    result.write(out, evaluated)
+    return kept
 
 
 def prepared(
@@ -213,12 +224,6 @@ def split_folders(data: Path | None, train: Path | None, heldout: Path | None) -
             "nothing; name two data sets"
         )
     return named
-
-
-def found_in(data: Path, split: str) -> Path:
-    """The first of the folders that may be called so; the expected one where there is none."""
-    folders = [data / name for name in FOLDERS[split]]
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,7 +2,8 @@
 
 One learnable query attends to the frozen tokens, a residual MLP and a linear layer follow: the attentive probe of
 V-JEPA (arXiv 2404.08471, section 4 and appendix D), which AIM (arXiv 2401.08541) and CAE (arXiv 2202.03026) have
-without the MLP. Trained by AdamW on cached tokens, at several rates together on the same batches.
+without the MLP. Trained by AdamW on cached tokens, at several rates together on the same batches, of which each rank
+has a share.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pretrain.collectives import average_gradients, rank, world_size
+from pretrain.evaluate.divided import division, step_rows
 from pretrain.optim import warm_cosine
 
 HEAD_WIDTHS = (64, 48, 32)  # of the attention, first that divides
@@ -61,7 +64,10 @@ def train_attentive(
     recipe: AttentiveRecipe,
     device: torch.device,
 ) -> list[AttentiveProbe]:
-    """One probe a rate, float32; torch's global generator is as it was."""
+    """One probe a rate, float32; torch's global generator is as it was.
+
+    A collective call: a rank gives its share of the images, any number of them, and gets all probes.
+    """
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
         torch.manual_seed(recipe.seed)
         first = AttentiveProbe(tokens.shape[2], num_categories)
@@ -71,20 +77,27 @@ def train_attentive(
         probes[-1].load_state_dict(first.state_dict())
     groups = [{"params": list(p.parameters()), "peak": rate} for p, rate in zip(probes, rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
-    batch = recipe.batch_of(len(labels))
-    an_epoch = len(labels) // batch
-    steps = recipe.epochs * an_epoch
-    generator = torch.Generator().manual_seed(recipe.seed)
-    for step in tqdm(range(steps), desc="attentive probe", unit=" step", mininterval=1.0):
-        if step % an_epoch == 0:
-            order = torch.randperm(len(labels), generator=generator)
-        rows = order[step % an_epoch * batch :][:batch]
+    divided = division(len(labels))
+    batch = recipe.batch_of(divided.total)
+    steps = recipe.epochs * (divided.total // batch)
+    bar = tqdm(
+        step_rows(divided, batch, recipe.epochs, recipe.seed),
+        total=steps,
+        desc="attentive probe",
+        unit=" step",
+        mininterval=1.0,
+        disable=rank() > 0,
+    )
+    for step, rows in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = warm_cosine(step, steps, round(recipe.warmup * steps), group["peak"], 0.0)
         some, targets = tokens[rows].to(device, torch.float32), labels[rows].to(device)
-        loss = sum(F.cross_entropy(probe(some), targets) for probe in probes)
+        loss = sum(F.cross_entropy(probe(some), targets, reduction="sum") for probe in probes) / batch
         optimizer.zero_grad()
-        loss.backward()
+        (
+            loss * world_size()
+        ).backward()  # the mean of such gradients over the ranks is that of the batch's mean
+        average_gradients(parameter for group in groups for parameter in group["params"])
         optimizer.step()
     return probes
 

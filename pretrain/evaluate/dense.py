@@ -12,9 +12,11 @@ from math import isqrt
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from pretrain.collectives import all_rows, from_every_rank
+from pretrain.evaluate.divided import Ask, division, led, moments
 from pretrain.evaluate.masks import Mask
 from pretrain.evaluate.regions import GROUND, count_pixels
 
@@ -102,25 +104,14 @@ class TokenCollector:
         )
 
 
-def joined(parts: Sequence[DenseFeatures]) -> DenseFeatures:
-    """Those of several shares of a data set as one."""
-    kinds = tuple(sorted({kind for part in parts for kind in part.kinds}))
-    return DenseFeatures(
-        tokens=torch.cat([part.tokens for part in parts]),
-        places=torch.cat([part.places for part in parts]),
-        classes=torch.cat([_renumbered(part, kinds) for part in parts]),
-        kinds=kinds,
-        grid=parts[0].grid,
-    )
-
-
 def dense_probe(train: DenseFeatures, heldout: DenseFeatures) -> tuple[Int[Tensor, "n 3 k"], tuple[str, ...]]:
     """Pixel counts of the held-out images (see `count_pixels`) and the names of the k classes, ground first.
 
     A multinomial logistic regression from a standardised training token to the shares that the classes have of its
-    pixels; the logits of a held-out image are interpolated bilinearly to the pixels of its view.
+    pixels; the logits of a held-out image are interpolated bilinearly to the pixels of its view. A collective call: a
+    rank gives its share of the images, and gets the counts of all.
     """
-    kinds = tuple(sorted({*train.kinds, *heldout.kinds}))
+    kinds = tuple(sorted(set(from_every_rank([*train.kinds, *heldout.kinds]))))
     num_classes = 1 + len(kinds)
     targets = [
         token_shares(classes, train.grid, num_classes).gather(
@@ -131,14 +122,16 @@ def dense_probe(train: DenseFeatures, heldout: DenseFeatures) -> tuple[Int[Tenso
         )
     ]
     classifier = fit(train.tokens.flatten(0, 1), torch.cat(targets).flatten(0, 1))
-    counts = []
+    counts = [torch.zeros(0, 3, num_classes, dtype=torch.long)]
     for tokens, truth in zip(
         heldout.tokens.split(IMAGES_AT_ONCE), _renumbered(heldout, kinds).split(IMAGES_AT_ONCE), strict=True
     ):
+        if not len(tokens):  # of a rank without images
+            continue
         logits = classifier.logits(tokens).unflatten(1, (heldout.grid, heldout.grid)).permute(0, 3, 1, 2)
         fine = F.interpolate(logits, size=truth.shape[1:], mode="bilinear", align_corners=False)
         counts.append(count_pixels(fine.argmax(1), truth, num_classes))
-    return torch.cat(counts), ("ground", *kinds)
+    return all_rows(torch.cat(counts)), ("ground", *kinds)
 
 
 def token_shares(classes: Int[Tensor, "n s s"], grid: int, num_classes: int) -> Float[Tensor, "n l k"]:
@@ -168,26 +161,45 @@ class Classifier:
 def fit(features: Float[Tensor, "n d"], shares: Float[Tensor, "n k"]) -> Classifier:
     """The classifier with the least mean cross-entropy (nats) to the shares + PENALTY / 2 x its squared weights.
 
-    Float32; L-BFGS from zero, without randomness.
+    Float32; L-BFGS from zero, without randomness. A collective call: a rank gives its share of the tokens.
     """
-    deviation, mean = torch.std_mean(features, dim=0, correction=0)
+    mean, variance = moments(features)
+    mean, deviation = mean.float(), variance.sqrt().float()
     # What is constant but for rounding is not blown up.
     deviation = torch.where(deviation > ROUNDING * mean.abs(), deviation, 1.0)
     standard = (features - mean) / deviation
-    weight = torch.zeros(features.shape[1], shares.shape[1], requires_grad=True)
-    bias = torch.zeros(shares.shape[1], requires_grad=True)
+    width, num_tokens = features.shape[1], division(len(features)).total
+    shape = (width + 1, shares.shape[1])  # last row: bias
+
+    def sums(flat: Float64[Tensor, " p"]) -> Float64[Tensor, " q"]:
+        """This rank's part of the mean cross-entropy, and of its gradient."""
+        matrix = flat.float().view(shape).requires_grad_()
+        with torch.enable_grad():
+            logits = standard @ matrix[:-1] + matrix[-1]
+            value = F.cross_entropy(logits, shares, reduction="sum") / num_tokens
+        value.backward()
+        return torch.cat([value.detach()[None], matrix.grad.flatten()]).double()
+
+    matrix = led(lambda ask: _minimum(ask, shape), sums, shape[0] * shape[1])
+    return Classifier(mean, deviation, matrix[:-1], matrix[-1])
+
+
+def _minimum(ask: Ask, shape: tuple[int, int]) -> Float[Tensor, "e k"]:
+    """Weights and biases with the least loss and penalty."""
+    matrix = torch.zeros(shape, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=MAX_ITERATIONS, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+        [matrix], max_iter=MAX_ITERATIONS, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(standard @ weight + bias, shares) + PENALTY / 2 * weight.square().sum()
-        value.backward()
-        return value
+        value, *_ = told = ask(matrix.detach().double().flatten())
+        weight = matrix.detach()[:-1]
+        matrix.grad = told[1:].float().view(shape)
+        matrix.grad[:-1] += PENALTY * weight
+        return value.float() + PENALTY / 2 * weight.square().sum()
 
     optimizer.step(loss)
-    return Classifier(mean, deviation, weight.detach(), bias.detach())
+    return matrix.detach()
 
 
 def _renumbered(features: DenseFeatures, kinds: tuple[str, ...]) -> Int[Tensor, "n s s"]:

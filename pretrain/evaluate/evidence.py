@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from pretrain.collectives import all_rows, sum_over_ranks
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.evaluate import zero_shot
 from pretrain.evaluate.features import Features
@@ -26,7 +27,7 @@ class NotMeasured(Exception):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What every probe may read."""
+    """What every probe may read. Each rank has the features of its share of the images; the rest is alike."""
 
     train: Features
     heldout: Features
@@ -38,13 +39,16 @@ class Evidence:
     templates: str = AUTO  # of zero-shot classification
     device: torch.device = CPU  # of probes that are trained step by step
     retrieval_images: int = MOST_IMAGES  # at most, that compete
+    without_text: str = ""  # why nothing makes tokens, where that is known
     kept: dict[str, Any] = field(default_factory=dict)  # what one probe leaves for another
 
 
 @dataclass(frozen=True)
 class Outcome:
     record: dict[str, Any]  # of the JSON result
-    predicted: Int[Tensor, " n"] | None = None  # for the labelled held-out images, in their order
+    predicted: Int[Tensor, " n"] | None = (
+        None  # for the labelled held-out images of all ranks, in their order
+    )
 
 
 def outcome_of(measurement: Callable[[], Outcome]) -> Outcome:
@@ -56,14 +60,15 @@ def outcome_of(measurement: Callable[[], Outcome]) -> Outcome:
 
 
 def heldout_labels(evidence: Evidence) -> Int[Tensor, " n"]:
-    """Categories of the labelled held-out images."""
+    """Categories of the labelled held-out images of all ranks. A collective call."""
     for split in (evidence.train, evidence.heldout):
-        if not evidence.categories or not is_labelled(split).any():
+        if not evidence.categories or not sum_over_ranks(is_labelled(split).sum()):
             raise NotMeasured("the data set has no categories")
-    return evidence.heldout.labels[is_labelled(evidence.heldout)]
+    return all_rows(evidence.heldout.labels[is_labelled(evidence.heldout)])
 
 
 def of_labelled(evidence: Evidence, feature: str) -> Tensor:
+    """Of this rank's held-out images."""
     return getattr(evidence.heldout, feature)[is_labelled(evidence.heldout)]
 
 

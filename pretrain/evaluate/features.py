@@ -27,6 +27,7 @@ from pretrain.evaluate.cached import CachedTokens, TokenCache
 from pretrain.evaluate.dense import NOTHING, DenseFeatures, Sampling, TokenCollector, chosen_images
 from pretrain.evaluate.layers import LAYER, layer_means
 from pretrain.evaluate.masks import Mask, read_mask
+from pretrain.evaluate.published_texts import EncoderWithTexts
 from pretrain.evaluate.sets import open_set, place_in, read_set
 from pretrain.models.pixels import normalise
 
@@ -179,8 +180,8 @@ def extract(
     """Features of every readable sample, in float32, with a progress bar named `title`.
 
     `kept` says what else is kept of the same pass, `dense` which of the masked tokens. Unreadable
-    samples are left out and counted; DataError when they exceed `run.max_bad`. On several ranks each takes a share;
-    `gathered` puts them together.
+    samples are left out and counted; DataError when they exceed `run.max_bad`. On several ranks each takes a share
+    and keeps it; see `shares.divided`.
     """
     num_images = read_set(folder).num_samples
     if MASKED not in kept:
@@ -197,8 +198,8 @@ def extract(
     for good in readable(pictures, dropped, **options):
         views = torch.stack([picture.view for picture in good]).to(device)
         with layer_means(towers.encoder) if LAYERS in kept else nullcontext({}) as means:
-            tokens = towers.encoder(normalise(views, run.views.mean, run.views.std, torch.float32))
-        for name, value in (_embed(towers, tokens) | means).items():
+            summary, tokens = _encoded(towers, normalise(views, run.views.mean, run.views.std, torch.float32))
+        for name, value in (_embed(towers, tokens, summary) | means).items():
             vectors.setdefault(name, []).append(value.cpu())
         collector.add(tokens, [picture.mask for picture in good], [picture.index for picture in good])
         if TOKENS in kept:
@@ -220,11 +221,23 @@ def extract(
     )
 
 
-def _embed(towers: nn.Module, tokens: Float[Tensor, "n l d"]) -> dict[str, Tensor]:
+def _encoded(
+    towers: nn.Module, images: Float[Tensor, "n 3 s s"]
+) -> tuple[Float[Tensor, "n d"] | None, Float[Tensor, "n l d"]]:
+    """Summary, where that is the embedding of an image, and tokens."""
+    if not isinstance(towers, EncoderWithTexts):
+        return None, towers.encoder(images)
+    found = towers.encoder(images, summary=True)
+    return found[:, 0], found[:, 1:]
+
+
+def _embed(
+    towers: nn.Module, tokens: Float[Tensor, "n l d"], summary: Float[Tensor, "n d"] | None
+) -> dict[str, Tensor]:
     vectors = {"tokens": tokens.mean(dim=1)}
     if not towers.has_embedding:
         return vectors
-    embedding = vectors["embedding"] = towers.embed_tokens(tokens)
+    embedding = vectors["embedding"] = towers.embed_tokens(tokens) if summary is None else summary
     if towers.has_texts:
         vectors["projected"] = towers.project_images(embedding)
     if towers.has_categories:

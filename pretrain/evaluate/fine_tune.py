@@ -32,7 +32,7 @@ from pretrain.evaluate.fine_tune_state import WHAT, identity
 from pretrain.evaluate.layers import UnknownOrder, decay_of_depth, layer_order, names_without_decay
 from pretrain.evaluate.published import PublishedEncoder
 from pretrain.models.backbone import build_encoder
-from pretrain.models.drop_path import DropPath
+from pretrain.models.drop_path import DropPath, blocks_of, set_linear
 from pretrain.models.pixels import normalise
 from pretrain.optim import warm_cosine
 from pretrain.training_state import States
@@ -109,7 +109,7 @@ def fine_tune(
     an_epoch = steps_of(num_images, batch)
     steps = settings.epochs * an_epoch
     peak = settings.base_lr * math.sqrt(batch / BASE_BATCH)
-    encoder = _encoder(towers, run, settings.drop_path)
+    encoder = encoder_of(towers, run, settings.drop_path)
     model = Classifier(encoder, num_categories, drops=settings.drop_path > 0).to(device).train()
     optimizer = _optimizer(model, settings, peak)
     model.precision = precision_of(model, run.views.size, device)
@@ -231,15 +231,25 @@ def _joint(model: Classifier, device: torch.device) -> nn.Module:
     )
 
 
-def _encoder(towers: nn.Module, run: Run, drop_path: float) -> nn.Module:
-    """The towers' encoder, built again where it shall drop branches."""
+def require_blocks(towers: nn.Module, drop_path: float) -> None:
+    """ValueError unless the encoder has a place where branches can be dropped, if they shall be."""
+    encoder = towers.encoder
+    if drop_path and isinstance(encoder, PublishedEncoder) and not blocks_of(encoder.trunk):
+        raise ValueError(
+            f"a recipe of fine-tuning with drop_path={drop_path} needs blocks that drop branches, and "
+            f"{type(encoder.trunk).__name__} has none: fine-tune it by --fine-tune-recipe small"
+        )
+
+
+def encoder_of(towers: nn.Module, run: Run, drop_path: float) -> nn.Module:
+    """The towers' encoder, another one where it shall drop branches. ValueError where it has no place for that."""
     if not drop_path:
         return towers.encoder
     if isinstance(towers.encoder, PublishedEncoder):
-        raise NotMeasured(
-            f"drop_path={drop_path} needs an encoder that can be built anew: fine-tune the run's checkpoint, or by "
-            "the small recipe"
-        )
+        require_blocks(towers, drop_path)
+        published = copy.deepcopy(towers.encoder)
+        set_linear(published.trunk, drop_path)
+        return published
     backbone = replace(run.backbone, drop_path=drop_path, drop_path_schedule="linear")
     with seeded(0):  # of weights that are overwritten
         encoder = build_encoder(backbone, run.views.size).eval()

@@ -24,6 +24,7 @@ from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.faults import check_bad_share
 from pretrain.data.views import cut, draw_crop
 from pretrain.evaluate.augment import rand_augment
+from pretrain.evaluate.divided import epoch_order
 from pretrain.evaluate.features import Picture, Pictures
 from pretrain.evaluate.fine_tune_recipes import FineTune
 
@@ -106,8 +107,7 @@ def training_batches(
     """Those of this rank from step `begun` on, to the end of the last epoch; every epoch has an order of its own."""
     an_epoch = steps_of(len(train.index), batch)
     for epoch in range(begun // an_epoch, settings.epochs):
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
-        order = train.index[torch.randperm(len(train.index), generator=generator)].tolist()
+        order = train.index[epoch_order(settings.seed, epoch, len(train.index))].tolist()
         first = max(begun - epoch * an_epoch, 0)
         own = [own_pairs(order[step * batch : (step + 1) * batch]) for step in range(first, an_epoch)]
         reader.pictures.view = partial(_augment, run=run, settings=settings, epoch=epoch)

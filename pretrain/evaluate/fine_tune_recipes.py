@@ -31,7 +31,7 @@ class FineTune:
     cutmix: float = 0.0  # alpha; 0: off
     rand_augment: str = ""  # timm's notation; "": off
     erasing: float = 0.0  # probability of a random rectangle of noise
-    drop_path: float = 0.0  # of the last block, rising from 0; only where the encoder can be built anew
+    drop_path: float = 0.0  # of the last block, rising from 0
     seed: int = 0  # of order, crops, flips and mixing; the head starts from zero
 
     def __post_init__(self) -> None:

@@ -4,7 +4,8 @@ Source of the recipe: M3I (arXiv 2211.09807), appendix, linear probe on ImageNet
 16,384, no weight decay, 90 epochs, 10 of them warm-up, cosine. Two things differ: features are cached, so that no
 crop or flip varies them, and their standardisation (a batch norm without affine, as in MAE, arXiv 2111.06377,
 appendix A.1) takes the statistics of all training images. A set of fewer images has smaller batches and their rate as
-it is: the layer-wise trust ratio of LARS makes a step a share of the weights, whatever the batch.
+it is: the layer-wise trust ratio of LARS makes a step a share of the weights, whatever the batch. Several ranks train
+one set of heads: each has the features of its share of the images, and of each batch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pretrain.collectives import average_gradients, rank, world_size
+from pretrain.evaluate.divided import division, moments, step_rows
 from pretrain.optim import warm_cosine
 
 
@@ -67,13 +70,13 @@ def train_heads(
 ) -> list[Head]:
     """A head for each of the features and rates, by the mean cross-entropy in nats of each alone; float32.
 
-    All see the same batches; none feels another, since every head has weights, and so a trust ratio, of its own.
+    All see the same batches; none feels another, since every head has weights, and so a trust ratio, of its own. A
+    collective call: a rank gives its share of the images, any number of them, and gets all heads.
     """
-    generator = torch.Generator().manual_seed(recipe.seed)
     groups, stacks = [], {}
     for name, values in features.items():
-        deviation, mean = torch.std_mean(values, dim=0, correction=0)
-        deviation = deviation.clamp(min=1e-6)
+        mean, variance = moments(values)
+        mean, deviation = mean.float(), variance.sqrt().clamp(min=1e-6).float()
         first = torch.empty(values.shape[1], num_categories)
         # The same for every rate, and whatever the other features are.
         nn.init.trunc_normal_(first, std=0.01, generator=torch.Generator().manual_seed(recipe.seed))
@@ -86,13 +89,19 @@ def train_heads(
             own = [stack[tensors][place] for stack in stacks.values()]
             groups.append({"params": own, "peak": rate, "always_adapt": adapts})
     optimizer = Lars(groups, lr=recipe.lr, momentum=recipe.momentum)
-    batch = recipe.batch_of(len(labels))
-    an_epoch = len(labels) // batch
+    divided = division(len(labels))
+    batch = recipe.batch_of(divided.total)
+    an_epoch = divided.total // batch
     steps = recipe.epochs * an_epoch
-    for step in tqdm(range(steps), desc="linear heads", unit=" step", mininterval=1.0):
-        if step % an_epoch == 0:
-            order = torch.randperm(len(labels), generator=generator)
-        rows = order[step % an_epoch * batch :][:batch]
+    bar = tqdm(
+        step_rows(divided, batch, recipe.epochs, recipe.seed),
+        total=steps,
+        desc="linear heads",
+        unit=" step",
+        mininterval=1.0,
+        disable=rank() > 0,
+    )
+    for step, rows in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = warm_cosine(step, steps, recipe.warmup * an_epoch, group["peak"], 0.0)
         targets = labels[rows, None].expand(-1, len(rates)).to(device)
@@ -103,8 +112,11 @@ def train_heads(
             by_head = logits.unflatten(1, (len(rates), num_categories)).transpose(1, 2)
             loss = loss + F.cross_entropy(by_head, targets, reduction="sum") / batch
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        (
+            loss * world_size()
+        ).backward()  # the mean of such gradients over the ranks is that of the batch's mean
+        average_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
+        optimizer.step()  # trust ratios are those of the whole batch
     return [
         Head(name, rate, mean, deviation, weight.detach().cpu(), bias.detach().cpu())
         for name, (weights, biases, mean, deviation) in stacks.items()

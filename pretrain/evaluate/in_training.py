@@ -25,7 +25,8 @@ from pretrain.data.text import Captions
 from pretrain.evaluate import knn, zero_shot
 from pretrain.evaluate.accuracy import score
 from pretrain.evaluate.features import Pictures
-from pretrain.evaluate.sets import SPLITS, read_manifests
+from pretrain.evaluate.sets import read_manifests
+from pretrain.evaluate.splits import SPLITS, found_in
 from pretrain.evaluate.templates import AUTO, choose_templates
 from pretrain.facts import DataFacts
 from pretrain.models.pixels import normalise
@@ -47,13 +48,13 @@ class Taught(Protocol):
 
 
 class TeacherCheck:
-    """Measures the teacher of an engine on FOLDER/train and FOLDER/heldout.
+    """Measures the teacher of an engine on FOLDER/train and FOLDER/heldout (or what else it may be called).
 
     Raises FileNotFoundError and ValueError at once for data sets that cannot be evaluated on.
     """
 
     def __init__(self, run: Run, facts: DataFacts, folder: Path, tokenizer: Path | None) -> None:
-        folders = {split: folder / split for split in SPLITS}
+        folders = {split: found_in(folder, split) for split in SPLITS}
         manifests = read_manifests(folders)
         self.categories = manifests["heldout"].categories
         if not self.categories:

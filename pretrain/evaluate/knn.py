@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pretrain.collectives import all_rows, rows_of
+from pretrain.evaluate.divided import division
+
 TEMPERATURE = 0.07  # of the votes; instance discrimination (arXiv 1805.01978), section 3.4
 CHUNK = 1024  # queries compared at once: bounds the memory to CHUNK x training images
 
@@ -25,9 +28,7 @@ def nearest(
     Raises ValueError unless 1 <= k <= n.
     """
     if not 1 <= k <= len(train):
-        raise ValueError(
-            f"k={k} must lie in [1, {len(train)}], the number of training images: give another --k"
-        )
+        raise _impossible(k, len(train))
     directions = F.normalize(train, dim=1)
     found = [(F.normalize(chunk, dim=1) @ directions.T).topk(k, dim=1) for chunk in queries.split(CHUNK)]
     return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
@@ -54,5 +55,57 @@ def votes(
     if not possible:
         return {}
     similarities, indices = nearest(train, queries, max(possible))
-    labels = train_labels[indices]
-    return {k: vote(similarities[:, :k], labels[:, :k], num_categories) for k in possible}
+    return _votes_of(similarities, train_labels[indices], possible, num_categories)
+
+
+def nearest_of_all(
+    train: Float[Tensor, "n d"], queries: Float[Tensor, "m d"], k: int
+) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
+    """As `nearest`, of this rank's queries among the training features of all ranks, of which it gives its share.
+
+    A collective call: the shares go round, so that no rank holds more than its own and one other.
+    """
+    divided = division(len(train))
+    if not 1 <= k <= divided.total:
+        raise _impossible(k, divided.total)
+    values, numbers = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+    first = 0
+    for source, count in enumerate(divided.counts):
+        if count:
+            found = nearest(rows_of(train, source, count), queries, min(k, count))
+            values, numbers = (
+                torch.cat(pair, dim=1) for pair in ((values, found[0]), (numbers, first + found[1]))
+            )
+            values, places = values.sort(dim=1, descending=True, stable=True)
+            values, numbers = values[:, :k], numbers.gather(1, places[:, :k])
+        first += count
+    return values, numbers
+
+
+def votes_of_all(
+    train: Float[Tensor, "n d"],
+    train_labels: Int[Tensor, " n"],
+    queries: Float[Tensor, "m d"],
+    ks: Sequence[int],
+    num_categories: int,
+) -> dict[int, Int[Tensor, " _"]]:
+    """As `votes`, where each rank gives its share of the training images and of the queries, and gets what is said of
+    all queries. A collective call.
+    """
+    labels = all_rows(train_labels)
+    possible = [k for k in dict.fromkeys(ks) if k <= len(labels)]
+    if not possible:
+        return {}
+    similarities, indices = nearest_of_all(train, queries, max(possible))
+    own = _votes_of(similarities, labels[indices], possible, num_categories)
+    return {k: all_rows(said) for k, said in own.items()}
+
+
+def _votes_of(
+    similarities: Float[Tensor, "m k"], labels: Int[Tensor, "m k"], ks: Sequence[int], num_categories: int
+) -> dict[int, Int[Tensor, " m"]]:
+    return {k: vote(similarities[:, :k], labels[:, :k], num_categories) for k in ks}
+
+
+def _impossible(k: int, num_images: int) -> ValueError:
+    return ValueError(f"k={k} must lie in [1, {num_images}], the number of training images: give another --k")

@@ -2,7 +2,8 @@
 
 Multinomial logistic regression on standardised features, by scikit-learn as long as that is a matter of minutes. A
 larger set has the same objective minimised by the same solver (SciPy's L-BFGS-B), whose loss and gradient the device
-computes in float32, some rows at once: ImageNet-1k needs no copy of its features in float64.
+computes in float32, some rows at once: ImageNet-1k needs no copy of its features in float64. Several ranks each sum
+them over their share of the images; a small set comes to the first rank.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int
-from scipy.optimize import minimize
+from scipy.optimize import OptimizeResult, minimize
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm import tqdm
 
+from pretrain.collectives import all_rows, from_first_rank, sum_over_ranks, to_first_rank
+from pretrain.evaluate.divided import Ask, division, led, moments
 from pretrain.evaluate.evidence import NotMeasured
 
 C = 0.1  # inverse L2 penalty on standardised features; fixed, so that no checkpoint is tuned more than another
@@ -33,9 +36,9 @@ ROUNDED = 1e-3  # the same, where no step of float32 leads further down
 DECREASE = 1e-9  # of the loss, relative, below which float32 tells no more
 
 
-def solver_of(train: Float[Tensor, "n d"]) -> str:
-    """Which of SOLVERS a set of this size is given."""
-    return SOLVERS[train.numel() > MOST_VALUES]
+def solver_of(num_images: int, width: int) -> str:
+    """Which of SOLVERS a training set of this size is given."""
+    return SOLVERS[num_images * width > MOST_VALUES]
 
 
 def linear_probe(
@@ -46,21 +49,36 @@ def linear_probe(
 ) -> Int[Tensor, " m"]:
     """Predicted categories of `heldout` by multinomial logistic regression on standardised training features.
 
-    `device` is that of large sets. Raises NotMeasured when the training images show fewer than two categories, for
-    features that are not finite, and when the solver does not come to its minimum.
+    `device` is that of large sets. A collective call: a rank gives its share of training and held-out images. Raises
+    NotMeasured, on all ranks, when the training images show fewer than two categories, for features that are not
+    finite, and when the solver does not come to its minimum.
     """
-    if len(labels.unique()) < 2:
+    shown = all_rows(labels)
+    if len(shown.unique()) < 2:
         raise NotMeasured(
-            f"the training images show {len(labels.unique())} category, a linear probe needs two or more"
+            f"the training images show {len(shown.unique())} category, a linear probe needs two or more"
         )
     for which, values in (("training", train), ("held-out", heldout)):
-        if num_bad := sum(int((~rows.isfinite().all(dim=1)).sum()) for rows in values.split(ROWS_AT_ONCE)):
+        own_bad = sum(int((~rows.isfinite().all(dim=1)).sum()) for rows in values.split(ROWS_AT_ONCE))
+        num_bad, num_all = sum_over_ranks(torch.tensor([own_bad, len(values)])).tolist()
+        if num_bad:
             raise NotMeasured(
-                f"the features of {num_bad} of {len(values)} {which} images are not finite, which no linear probe "
+                f"the features of {num_bad} of {num_all} {which} images are not finite, which no linear probe "
                 "reads: the training has diverged, or the checkpoint is damaged"
             )
-    if solver_of(train) == SOLVERS[1]:
+    if solver_of(len(shown), train.shape[1]) == SOLVERS[1]:
         return Large(train, labels, device).fit().predict(heldout)
+    parts = to_first_rank(train)
+    probe = from_first_rank(lambda: _small(torch.cat(parts), shown))
+    if isinstance(probe, str):
+        raise _unsolved(probe)
+    if not len(heldout):  # of which scikit-learn wants at least one
+        return heldout.new_empty(0, dtype=torch.long)
+    return torch.from_numpy(probe.predict(heldout.double().numpy()))
+
+
+def _small(train: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> Pipeline | str:
+    """scikit-learn's probe, or why it has not come to its minimum."""
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=MAX_ITERATIONS))
     with warnings.catch_warnings():
         # One image a category, as few labels have it, makes scikit-learn ask whether the labels are quantities:
@@ -68,42 +86,34 @@ def linear_probe(
         warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%", UserWarning)
         warnings.filterwarnings("error", category=ConvergenceWarning)
         try:
-            probe.fit(train.double().numpy(), labels.numpy())
+            return probe.fit(train.double().numpy(), labels.numpy())
         except ConvergenceWarning as told:
-            raise _unsolved(str(told).partition(":\n")[0]) from told
-    return torch.from_numpy(probe.predict(heldout.double().numpy()))
+            return str(told).partition(":\n")[0]
 
 
 class Large:
     """scikit-learn's objective over rows that are looked at some at once: the mean cross-entropy in nats, and the
-    squares of the weights over 2 C n; of two categories one has no weights.
+    squares of the weights over 2 C n; of two categories one has no weights. The rows are those of all ranks, of which
+    each has its own, and all make and `fit` one together.
     """
 
     def __init__(
         self, train: Float[Tensor, "n d"], labels: Int[Tensor, " n"], device: torch.device | str
     ) -> None:
         self.train, self.device = train, device
-        self.classes, self.targets = labels.unique(return_inverse=True)
+        self.classes = all_rows(labels).unique()
+        self.targets = torch.searchsorted(self.classes, labels)
+        self.num_images = division(len(labels)).total
         self.shape = (train.shape[1] + 1, len(self.classes) if len(self.classes) > 2 else 1)  # last row: bias
         self.mean, self.deviation = _statistics(train)
         self.weights = torch.zeros(self.shape, device=device)
 
     def fit(self) -> Large:
         """Itself, at the minimum; NotMeasured where the solver does not come to it."""
-        options = {"maxiter": MAX_ITERATIONS, "maxls": 50, "gtol": GRADIENT, "ftol": DECREASE}
-        with tqdm(desc="linear probe", unit=" iteration", mininterval=1.0) as bar:
-            found = minimize(
-                self._loss,
-                np.zeros(self.shape).ravel(),
-                method="L-BFGS-B",
-                jac=True,
-                options=options,
-                callback=lambda _: bar.update() and None,
-            )
-        if not found.success and not np.abs(found.jac).max() < ROUNDED:
-            raise _unsolved(
-                f"{found.message} after {found.nit} iterations, slope {np.abs(found.jac).max():.2g}"
-            )
+        found = led(self._minimised, self._sums, self.shape[0] * self.shape[1])
+        slope = np.abs(found.jac).max()
+        if not found.success and not slope < ROUNDED:
+            raise _unsolved(f"{found.message} after {found.nit} iterations, slope {slope:.2g}")
         self.weights = self._weights(found.x)
         return self
 
@@ -113,8 +123,30 @@ class Large:
         ]
         return self.classes[torch.cat(said)]
 
-    def _loss(self, flat: Float64[np.ndarray, " p"]) -> tuple[float, Float64[np.ndarray, " p"]]:
-        self.weights = self._weights(flat)
+    def _minimised(self, ask: Ask) -> OptimizeResult:
+        options = {"maxiter": MAX_ITERATIONS, "maxls": 50, "gtol": GRADIENT, "ftol": DECREASE}
+        with tqdm(desc="linear probe", unit=" iteration", mininterval=1.0) as bar:
+            found = minimize(
+                lambda flat: self._loss(flat, ask),
+                np.zeros(self.shape).ravel(),
+                method="L-BFGS-B",
+                jac=True,
+                options=options,
+                callback=lambda _: bar.update() and None,
+            )
+        found.pop("hess_inv")  # which is large, and of no use to the other ranks
+        return found
+
+    def _loss(self, flat: Float64[np.ndarray, " p"], ask: Ask) -> tuple[float, Float64[np.ndarray, " p"]]:
+        total, *_ = sums = ask(torch.from_numpy(flat.copy()))
+        n, matrix = self.num_images, flat.reshape(self.shape)[:-1]
+        slopes = (sums[1:] / n).reshape(self.shape).numpy()
+        slopes[:-1] += matrix / (C * n)
+        return float(total) / n + float(np.square(matrix).sum() / (2 * C * n)), slopes.ravel()
+
+    def _sums(self, flat: Float64[Tensor, " p"]) -> Float64[Tensor, " q"]:
+        """Cross-entropy and its gradient, summed over this rank's rows."""
+        self.weights = self._weights(flat.numpy())
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         gradient = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
         for rows, targets in zip(
@@ -128,11 +160,7 @@ class Large:
             slope = slope[:, -self.shape[1] :]
             gradient[:-1] += standard.T @ slope
             gradient[-1] += slope.sum(dim=0)
-        n, matrix = len(self.train), flat.reshape(self.shape)[:-1]
-        penalty = np.square(matrix).sum() / (2 * C * n)
-        slopes = (gradient / n).cpu().numpy()
-        slopes[:-1] += matrix / (C * n)
-        return float(total) / n + float(penalty), slopes.ravel()
+        return torch.cat([total[None], gradient.ravel()]).cpu()
 
     def _weights(self, flat: Float64[np.ndarray, " p"]) -> Float[Tensor, "e k"]:
         return torch.from_numpy(flat.reshape(self.shape)).to(self.device, torch.float32)
@@ -150,10 +178,8 @@ def _unsolved(told: str) -> NotMeasured:
 
 
 def _statistics(values: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-    """Mean and deviation, 1 where a feature is constant; summed in float64."""
-    n, parts = len(values), values.split(ROWS_AT_ONCE)
-    mean = sum(part.sum(dim=0, dtype=torch.float64) for part in parts) / n
-    variance = sum((part.double() - mean).square().sum(dim=0) for part in parts) / n
+    """Mean and deviation over all ranks, 1 where a feature is constant."""
+    mean, variance = moments(values)
     eps = torch.finfo(torch.float32).eps
     is_constant = variance <= (eps * mean).square()
     return mean.float(), variance.sqrt().masked_fill(is_constant, 1.0).float()

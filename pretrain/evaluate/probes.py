@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pretrain.collectives import all_rows, from_every_rank, rank, sum_over_ranks
 from pretrain.evaluate import dense, few_shot, knn, linear, probing, retrieval, zero_shot
-from pretrain.evaluate.accuracy import proportion, score
+from pretrain.evaluate.accuracy import clustered, proportion, score
+from pretrain.evaluate.divided import division
 from pretrain.evaluate.evidence import (
     Evidence,
     NotMeasured,
@@ -24,6 +26,7 @@ from pretrain.evaluate.evidence import (
     outcome_of,
 )
 from pretrain.evaluate.features import LAYERS, MASKED, TOKENS
+from pretrain.evaluate.published_texts import NONE
 from pretrain.evaluate.regions import score_regions
 from pretrain.evaluate.templates import choose_templates
 
@@ -32,10 +35,10 @@ def _knn(evidence: Evidence, feature: str) -> Outcome:
     check_trained(evidence, feature)
     rows, labels = is_labelled(evidence.train), heldout_labels(evidence)
     train, heldout = getattr(evidence.train, feature)[rows], of_labelled(evidence, feature)
-    num_categories = len(evidence.categories)
-    predicted = knn.votes(train, evidence.train.labels[rows], heldout, evidence.ks, num_categories)
+    num_categories, num_images = len(evidence.categories), division(len(train)).total
+    predicted = knn.votes_of_all(train, evidence.train.labels[rows], heldout, evidence.ks, num_categories)
     by_k = {
-        k: score(predicted[k], labels, num_categories) if k in predicted else _too_many(k, len(train))
+        k: score(predicted[k], labels, num_categories) if k in predicted else _too_many(k, num_images)
         for k in evidence.ks
     }
     settings = {"feature": feature, "k": evidence.ks[0], "temperature": knn.TEMPERATURE}
@@ -54,22 +57,26 @@ def _linear(evidence: Evidence, feature: str) -> Outcome:
     check_trained(evidence, feature)
     rows, labels = is_labelled(evidence.train), heldout_labels(evidence)
     train, heldout = getattr(evidence.train, feature)[rows], of_labelled(evidence, feature)
-    predicted = linear.linear_probe(train, evidence.train.labels[rows], heldout, evidence.device)
-    settings = {"feature": feature, "c": linear.C, "solver": linear.solver_of(train)}
+    predicted = all_rows(linear.linear_probe(train, evidence.train.labels[rows], heldout, evidence.device))
+    solver = linear.solver_of(division(len(train)).total, train.shape[1])
+    settings = {"feature": feature, "c": linear.C, "solver": solver}
     return Outcome(score(predicted, labels, len(evidence.categories)) | settings, predicted)
 
 
 def _zero_shot(evidence: Evidence) -> Outcome:
     labels, encode = heldout_labels(evidence), _encoder(evidence)
     name, templates, names = choose_templates(evidence.templates, evidence.categories)
-    classes = zero_shot.class_vectors(names, encode, evidence.embed, templates)
     images = of_labelled(evidence, "projected")
-    predicted = zero_shot.classify(images, classes)
+    vectors_of = partial(zero_shot.class_vectors, encode=encode, embed=evidence.embed, templates=templates)
+    classes = zero_shot.by_all_ranks(vectors_of, names, images.shape[1])
+    predicted = all_rows(zero_shot.classify(images, classes))
+    own_labels = evidence.heldout.labels[is_labelled(evidence.heldout)]
+    own_top5 = zero_shot.count_top(images, classes, own_labels, 5)
     settings = {
         "feature": "projected",
         "templates": name,
         "prompts": [template.text for template in templates],
-        "top5": proportion(zero_shot.count_top(images, classes, labels, 5), len(labels)),
+        "top5": proportion(int(sum_over_ranks(torch.tensor(own_top5))), len(labels)),
     }
     return Outcome(score(predicted, labels, len(evidence.categories)) | settings, predicted)
 
@@ -86,13 +93,13 @@ def _classifier(evidence: Evidence) -> Outcome:
         )
     # The same names may be numbered differently in the run and in the data set.
     numbers = torch.tensor([evidence.categories.index(name) for name in evidence.facts.categories])
-    predicted = numbers[of_labelled(evidence, "classified")]
+    predicted = all_rows(numbers[of_labelled(evidence, "classified")])
     return Outcome(score(predicted, labels, len(evidence.categories)) | {"feature": "embedding"}, predicted)
 
 
 def _retrieval(evidence: Evidence, query: str) -> Outcome:
     """Recall among the first held-out images with captions, from images to captions or back."""
-    owned, images, texts = _captioned(evidence)
+    owned, num_captioned, images, texts = _captioned(evidence)
     is_match = retrieval.matches(owned)
     if query == "image":
         ranks = retrieval.ranks(images, texts, is_match)
@@ -100,8 +107,10 @@ def _retrieval(evidence: Evidence, query: str) -> Outcome:
         is_match = is_match.turned
         ranks = retrieval.ranks(texts, images, is_match)
     counts = is_match.counts()
+    # Captions of one image are found or missed together: as queries they are no independent draws.
+    sizes = None if query == "image" or len(texts) == len(owned) else torch.tensor([*map(len, owned)])
     recall = {
-        str(top): proportion(int((ranks < top).sum()), len(ranks))
+        str(top): _recall(ranks < top, sizes)
         | {"chance": retrieval.chance(counts, is_match.num_candidates, top)}
         for top in retrieval.TOPS
     }
@@ -109,24 +118,37 @@ def _retrieval(evidence: Evidence, query: str) -> Outcome:
         "query": query,
         "images": len(owned),
         "captions": len(texts),
-        "captioned_images": sum(map(bool, evidence.heldout.captions)),  # of which those are the first
+        "captioned_images": num_captioned,  # of which those are the first
         "most_images": evidence.retrieval_images,
     }
     return Outcome(recall["1"] | told | {"recall": recall})
 
 
-def _captioned(evidence: Evidence) -> tuple[list[tuple[str, ...]], Tensor, Tensor]:
-    """Captions of the images that compete, and the vectors of both; embedded once for both ways."""
+def _recall(is_found: Tensor, sizes: Tensor | None) -> dict[str, Any]:
+    """Share of the queries found, of which `sizes` in turn are of one image; None: each of another."""
+    if sizes is None:
+        return proportion(int(is_found.sum()), len(is_found))
+    image = torch.arange(len(sizes)).repeat_interleave(sizes)
+    return clustered(torch.zeros_like(sizes).index_add(0, image, is_found.long()), sizes)
+
+
+def _captioned(evidence: Evidence) -> tuple[list[tuple[str, ...]], int, Tensor, Tensor]:
+    """Captions of the images that compete, of how many that have some, and the vectors of both; of all ranks, and
+    embedded once for both ways.
+    """
     if "captioned" not in evidence.kept:
         encode = _encoder(evidence)
         rows = [row for row, captions in enumerate(evidence.heldout.captions) if captions]
-        rows = rows[: evidence.retrieval_images]
-        if len(rows) < 2:
+        most, num_captioned = evidence.retrieval_images, division(len(rows)).total
+        if num_captioned < 2:
             raise NotMeasured("the held-out images have no captions")
-        owned = [evidence.heldout.captions[row] for row in rows]
+        rows = rows[:most]
+        owned = from_every_rank([evidence.heldout.captions[row] for row in rows])[:most]
+        images = all_rows(evidence.heldout.projected[rows])[:most]
         captions = [text for texts in owned for text in texts]
-        texts = zero_shot.embed_captions(captions, encode, evidence.embed)
-        evidence.kept["captioned"] = owned, evidence.heldout.projected[rows], texts
+        vectors_of = partial(zero_shot.embed_captions, encode=encode, embed=evidence.embed)
+        texts = zero_shot.by_all_ranks(vectors_of, captions, images.shape[1])
+        evidence.kept["captioned"] = owned, num_captioned, images, texts
     return evidence.kept["captioned"]
 
 
@@ -134,13 +156,13 @@ def _dense(evidence: Evidence) -> Outcome:
     train, heldout = evidence.train.dense, evidence.heldout.dense
     if train is None or heldout is None:
         raise NotMeasured("the data set has no masks")
-    if not train.kinds:
+    if not from_every_rank(train.kinds):
         raise NotMeasured("the masks of the training images show nothing but ground")
     counts, names = dense.dense_probe(train, heldout)
     settings = {
         "feature": "single tokens",
-        "train_images": len(train.tokens),
-        "train_tokens": train.places.numel(),
+        "train_images": division(len(train.tokens)).total,
+        "train_tokens": division(train.places.numel()).total,
         "most_images": {"train": dense.TRAIN.images, "heldout": dense.HELDOUT.images},
         "penalty": dense.PENALTY,
     }
@@ -194,9 +216,12 @@ TITLES |= {f"few_shot_{share}_fine_tune": f"{share} % of the labels, fine-tuned"
 
 
 def measure(evidence: Evidence, names: Sequence[str] = DEFAULT) -> dict[str, Outcome]:
-    """The outcomes of the named probes; {"accuracy": None, "reason": ...} where one has nothing to measure."""
+    """The outcomes of the named probes; {"accuracy": None, "reason": ...} where one has nothing to measure.
+
+    A collective call: all ranks measure the probes together, in one order, and get the same outcomes.
+    """
     outcomes = {}
-    bar = tqdm(names, desc="probes", unit=" probe")
+    bar = tqdm(names, desc="probes", unit=" probe", disable=rank() > 0)
     for name in bar:
         bar.set_postfix_str(TITLES[name])
         outcomes[name] = outcome_of(partial(PROBES[name].measure, evidence))
@@ -205,9 +230,9 @@ def measure(evidence: Evidence, names: Sequence[str] = DEFAULT) -> dict[str, Out
 
 def _encoder(evidence: Evidence) -> zero_shot.Encode:
     if evidence.encode is None and evidence.facts.vocab_size:
-        raise NotMeasured("an export holds no tokenizer: name the run")
+        raise NotMeasured("the export holds no tokenizer: export the run again, or name the run")
     if evidence.encode is None:
         raise NotMeasured(
-            "no text tower came with the images' one: it takes a run some of whose data has captions"
+            f"{evidence.without_text or NONE}: it takes a run some of whose data has captions, or a CLIP"
         )
     return evidence.encode

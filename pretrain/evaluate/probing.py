@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pretrain.collectives import all_rows
 from pretrain.evaluate import attentive, few_shot, heads, knn, linear
 from pretrain.evaluate.accuracy import score
+from pretrain.evaluate.divided import division, share_of_right
 from pretrain.evaluate.evidence import Evidence, NotMeasured, Outcome, heldout_labels, is_labelled
 from pretrain.evaluate.features import Features
 
@@ -25,8 +28,8 @@ def linear_paper(evidence: Evidence) -> Outcome:
     train, labels = _labelled({"tokens": evidence.train.tokens}, evidence.train)
     heldout, _ = _labelled({"tokens": evidence.heldout.tokens}, evidence.heldout)
     head = heads.train_heads(train, labels, num_categories, [heads.PAPER.lr], heads.PAPER, evidence.device)[0]
-    predicted = head.predict(heldout)
-    settings = {"feature": "tokens", "recipe": _told(len(labels))}
+    predicted = all_rows(head.predict(heldout))
+    settings = {"feature": "tokens", "recipe": _told(division(len(labels)).total)}
     return Outcome(score(predicted, truth, num_categories) | settings, predicted)
 
 
@@ -37,22 +40,20 @@ def linear_sweep(evidence: Evidence) -> Outcome:
         raise NotMeasured("the model does not tell the order of its layers, among which this probe chooses")
     train, labels = _labelled(choices(evidence.train), evidence.train)
     heldout, _ = _labelled(choices(evidence.heldout), evidence.heldout)
-    fit, chosen_by = heads.selection_split(labels)
-    if not len(chosen_by):
-        raise NotMeasured("no category has two training images, so that there is nothing to choose by")
+    fit, chosen_by, num_chosen_by = _split(labels)
     some = {name: values[fit] for name, values in train.items()}
     tried = heads.train_heads(some, labels[fit], num_categories, RATES, heads.PAPER, evidence.device)
     others = {name: values[chosen_by] for name, values in train.items()}
-    right = [float((head.predict(others) == labels[chosen_by]).double().mean()) for head in tried]
+    right = [share_of_right(head.predict(others), labels[chosen_by]) for head in tried]
     best = tried[max(range(len(tried)), key=right.__getitem__)]
     only = {best.feature: train[best.feature]}
     head = heads.train_heads(only, labels, num_categories, [best.lr], heads.PAPER, evidence.device)[0]
-    predicted = head.predict(heldout)
+    predicted = all_rows(head.predict(heldout))
     settings = {
         "feature": best.feature,
         "lr": best.lr,
-        "recipe": _told(len(labels)),
-        "chosen_by": len(chosen_by),  # training images
+        "recipe": _told(division(len(labels)).total),
+        "chosen_by": num_chosen_by,  # training images
         "tried": [
             {"feature": h.feature, "lr": h.lr, "train_split_accuracy": value}
             for h, value in zip(tried, right, strict=True)
@@ -76,54 +77,69 @@ def attentive_probe(evidence: Evidence) -> Outcome:
     heldout_labels(evidence)
     (train, labels), (heldout, truth) = (_cached(split) for split in (evidence.train, evidence.heldout))
     num_categories, device = len(evidence.categories), evidence.device
-    fit, chosen_by = heads.selection_split(labels)
-    if not len(chosen_by):
-        raise NotMeasured("no category has two training images, so that there is nothing to choose by")
+    fit, chosen_by, _ = _split(labels)
     tried = attentive.train_attentive(
         train[fit], labels[fit], num_categories, ATTENTIVE.rates, ATTENTIVE, device
     )
-    right = [
-        float((attentive.predict(p, train[chosen_by], device) == labels[chosen_by]).double().mean())
-        for p in tried
-    ]
+    right = [share_of_right(attentive.predict(p, train[chosen_by], device), labels[chosen_by]) for p in tried]
     rate = ATTENTIVE.rates[max(range(len(right)), key=right.__getitem__)]
     probe = attentive.train_attentive(train, labels, num_categories, [rate], ATTENTIVE, device)[0]
-    predicted = attentive.predict(probe, heldout, device)
+    predicted, truth = all_rows(attentive.predict(probe, heldout, device)), all_rows(truth)
     settings = {
         "feature": "all tokens",
         "lr": rate,
         "recipe": asdict(ATTENTIVE),
-        "train_images": len(labels),
+        "train_images": division(len(labels)).total,
         "tried": dict(zip(map(str, ATTENTIVE.rates), right, strict=True)),
     }
     return Outcome(score(predicted, truth, num_categories) | settings)
 
 
 def few_shot_knn(evidence: Evidence, share: int) -> Outcome:
-    heldout_labels(evidence)
-    train, labels = _labelled({"tokens": evidence.train.tokens}, evidence.train)
-    heldout, truth = _labelled({"tokens": evidence.heldout.tokens}, evidence.heldout)
     num_categories = len(evidence.categories)
 
-    def predict(rows: Tensor, seed: int) -> Tensor:
-        k = min(evidence.ks[0], len(rows))
-        of_k = knn.votes(train["tokens"][rows], labels[rows], heldout["tokens"], [k], num_categories)
-        return of_k[k]
+    def predict(train: Tensor, labels: Tensor, heldout: Tensor) -> Tensor:
+        k = min(evidence.ks[0], division(len(labels)).total)
+        return knn.votes_of_all(train, labels, heldout, [k], num_categories)[k]
 
-    return Outcome(few_shot.over_draws(labels, share, truth, predict, num_categories) | {"feature": "tokens"})
+    return Outcome(_over_draws(evidence, share, predict))
 
 
 def few_shot_linear(evidence: Evidence, share: int) -> Outcome:
-    heldout_labels(evidence)
+    def predict(train: Tensor, labels: Tensor, heldout: Tensor) -> Tensor:
+        return all_rows(linear.linear_probe(train, labels, heldout, evidence.device))
+
+    found = _over_draws(evidence, share, predict)
+    solver = linear.solver_of(found["train_images"], evidence.train.tokens.shape[1])
+    return Outcome(found | {"c": linear.C, "solver": solver})
+
+
+def _over_draws(
+    evidence: Evidence, share: int, predict: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> dict[str, Any]:
+    """`few_shot.over_draws` of the mean token, where `predict` is given this rank's part of what is drawn and of the
+    held-out images, and says the categories of all of these.
+    """
+    truth, num_categories = heldout_labels(evidence), len(evidence.categories)
     train, labels = _labelled({"tokens": evidence.train.tokens}, evidence.train)
-    heldout, truth = _labelled({"tokens": evidence.heldout.tokens}, evidence.heldout)
+    heldout, _ = _labelled({"tokens": evidence.heldout.tokens}, evidence.heldout)
+    divided = division(len(labels))
 
-    def predict(rows: Tensor, seed: int) -> Tensor:
-        return linear.linear_probe(train["tokens"][rows], labels[rows], heldout["tokens"], evidence.device)
+    def of_rows(rows: Tensor, seed: int) -> Tensor:
+        own = divided.own(rows)
+        return predict(train["tokens"][own], labels[own], heldout["tokens"])
 
-    found = few_shot.over_draws(labels, share, truth, predict, len(evidence.categories))
-    solver = linear.solver_of(train["tokens"][: found["train_images"]])
-    return Outcome(found | {"feature": "tokens", "c": linear.C, "solver": solver})
+    found = few_shot.over_draws(all_rows(labels), share, truth, of_rows, num_categories)
+    return found | {"feature": "tokens"}
+
+
+def _split(labels: Tensor) -> tuple[Tensor, Tensor, int]:
+    """This rank's rows to train on and to choose by, and how many all ranks choose by. A collective call."""
+    divided = division(len(labels))
+    fit, chosen_by = heads.selection_split(all_rows(labels))
+    if not len(chosen_by):
+        raise NotMeasured("no category has two training images, so that there is nothing to choose by")
+    return divided.own(fit), divided.own(chosen_by), len(chosen_by)
 
 
 def _labelled(found: dict[str, Tensor], features: Features) -> tuple[dict[str, Tensor], Tensor]:
@@ -132,13 +148,14 @@ def _labelled(found: dict[str, Tensor], features: Features) -> tuple[dict[str, T
 
 
 def _cached(features: Features) -> tuple[Tensor, Tensor]:
-    """Tokens and labels of the images that have both."""
+    """Tokens and labels of this rank's images that have both."""
     if features.cached is None:
         raise NotMeasured("no tokens were kept")
     label_of = dict(zip(features.index.tolist(), features.labels.tolist(), strict=True))
-    labels = torch.tensor([label_of[number] for number in features.cached.index.tolist()])
+    numbers = features.cached.index.tolist()
+    labels = torch.tensor([label_of[number] for number in numbers], dtype=torch.long)
     rows = (labels >= 0).nonzero()[:, 0]
-    if not len(rows):
+    if not division(len(rows)).total:
         raise NotMeasured("none of the images whose tokens were kept has a category")
     return features.cached.tokens[rows], labels[rows]
 

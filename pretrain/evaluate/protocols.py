@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from data_prep.schema import Manifest
-from pretrain.collectives import from_first_rank
+from pretrain.collectives import all_rows
 from pretrain.config import Run
 from pretrain.evaluate import dense, few_shot, result
 from pretrain.evaluate.accuracy import score
@@ -27,14 +27,15 @@ from pretrain.evaluate.evidence import (
     outcome_of,
 )
 from pretrain.evaluate.features import Features, extract
-from pretrain.evaluate.fine_tune import fine_tune, predict
+from pretrain.evaluate.fine_tune import fine_tune, predict, require_blocks
 from pretrain.evaluate.fine_tune_order import Examples
 from pretrain.evaluate.fine_tune_precision import name_of
 from pretrain.evaluate.fine_tune_recipes import FineTune
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, measure
 from pretrain.evaluate.retrieval import MOST_IMAGES
-from pretrain.evaluate.sets import SPLITS, Listing, read_manifests
-from pretrain.evaluate.shares import by_first_rank, gathered
+from pretrain.evaluate.sets import Listing, read_manifests
+from pretrain.evaluate.shares import divided
+from pretrain.evaluate.splits import SPLITS
 from pretrain.evaluate.subjects import Subject, embed_with, open_checkpoint
 from pretrain.evaluate.templates import AUTO, check_templates
 
@@ -96,7 +97,6 @@ def evaluate_checkpoint(
     folders = {"train": train, "heldout": heldout}
     manifests = read_manifests(folders)
     measured = measure_subject(open_checkpoint(step), folders, manifests, protocols, device or best_device())
-    assert measured is not None, "the ranks of a process group evaluate by `python -m pretrain.evaluate`"
     return result.of_checkpoint(measured.evidence, measured.outcomes)
 
 
@@ -113,13 +113,16 @@ def measure_subject(
     manifests: Mapping[str, Manifest | Listing],
     protocols: Protocols,
     device: torch.device,
-) -> Measured | None:
+) -> Measured:
     """Runs the encoder once over both data sets, then the probes, then fine-tuning.
 
-    A collective call: on several ranks each reads a share of the images and of fine-tuning, the first measures the
-    probes meanwhile, and is given what came out.
+    A collective call: on several ranks each keeps the features of a share of the images, and has a share of every
+    protocol; all are given what came out. ValueError, before an image is read, for an encoder that the recipe of
+    fine-tuning does not fit.
     """
     run, towers = subject.run, subject.towers.to(device)
+    if protocols.fine_tune is not None:
+        require_blocks(towers, protocols.fine_tune.drop_path)
     samplings = {"train": dense.TRAIN, "heldout": dense.HELDOUT}
     kept = frozenset().union(*(PROBES[name].reads for name in protocols.probes))
     features = {}
@@ -135,16 +138,15 @@ def measure_subject(
             dense=samplings[split],
             kept=kept,
         )
-        features[split] = gathered(work, run.max_bad, folders[split])
-    measured = by_first_rank(lambda: _probed(subject, towers, features, manifests, protocols, device))
+        features[split] = divided(work, run.max_bad, folders[split])
+    measured = _probed(subject, towers, features, manifests, protocols, device)
     if protocols.fine_tune is not None:
-        labelled = from_first_rank(lambda: _labelled(measured.evidence, folders))
+        labelled = _labelled(measured.evidence, folders)
         tune = partial(_fine_tune, subject, towers, labelled, protocols, device)
         tuned = {"fine_tune": outcome_of(tune)}
         for share in protocols.fine_tune_shares:
             tuned[f"few_shot_{share}_fine_tune"] = outcome_of(partial(tune, share=share))
-        if measured is not None:
-            measured.outcomes.update(tuned)
+        measured.outcomes.update(tuned)
     return measured
 
 
@@ -165,6 +167,7 @@ def _probed(
         ks=protocols.ks,
         templates=protocols.templates,
         encode=subject.encode,
+        without_text=subject.without_text,
         embed=embed_with(towers, device),
         device=device,
         retrieval_images=protocols.retrieval_images,
@@ -185,20 +188,18 @@ class _Labelled:
 
 
 def _labelled(evidence: Evidence, folders: Mapping[str, Path]) -> _Labelled:
+    """That of all ranks. A collective call."""
     problem = ""
     try:
         heldout_labels(evidence)
     except NotMeasured as reason:
         problem = str(reason)
-    rows = {name: is_labelled(getattr(evidence, name)) for name in SPLITS}
-    return _Labelled(
-        Examples(folders["train"], evidence.train.index[rows["train"]]),
-        evidence.train.labels[rows["train"]],
-        Examples(folders["heldout"], evidence.heldout.index[rows["heldout"]]),
-        evidence.heldout.labels[rows["heldout"]],
-        len(evidence.categories),
-        problem,
-    )
+    found = []
+    for name in SPLITS:
+        features = getattr(evidence, name)
+        rows = is_labelled(features)
+        found += [Examples(folders[name], all_rows(features.index[rows])), all_rows(features.labels[rows])]
+    return _Labelled(*found, len(evidence.categories), problem)
 
 
 def _fine_tune(

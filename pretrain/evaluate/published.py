@@ -68,6 +68,7 @@ class EncoderAlone(nn.Module):
 class Published:
     encoder: PublishedEncoder
     views: Views
+    guide: Path | None = None  # folder that it was opened from as guides are: texts may lie in the same space
 
 
 def open_published(place: Path, size: int | None = None) -> Published:
@@ -85,7 +86,7 @@ def open_published(place: Path, size: int | None = None) -> Published:
         return _open_internimage(place if place.is_file() else folder / PLAIN_FILE, config, size)
     guide = open_guide(folder)
     views = Views(size=size or guide.patch * guide.grid, mean=tuple(guide.mean), std=tuple(guide.std))
-    return Published(PublishedEncoder(guide.tower, _of_tower, views.size), views)
+    return Published(PublishedEncoder(guide.tower, _of_tower, views.size), views, folder)
 
 
 def _require_served(folder: Path, config: Mapping[str, Any]) -> None:

@@ -12,11 +12,12 @@ import torch
 
 from data_prep.schema import Manifest, write_atomic
 from pretrain import provenance
+from pretrain.collectives import all_rows
 from pretrain.config import Run
-from pretrain.data.batch import NO_CATEGORY
 from pretrain.evaluate.accuracy import confusion_counts
-from pretrain.evaluate.evidence import Evidence, Outcome
-from pretrain.evaluate.knn import nearest
+from pretrain.evaluate.divided import division
+from pretrain.evaluate.evidence import Evidence, Outcome, heldout_labels
+from pretrain.evaluate.knn import nearest_of_all
 from pretrain.evaluate.probes import TITLES
 from pretrain.evaluate.sets import Listing
 
@@ -63,30 +64,39 @@ def of_checkpoint(evidence: Evidence, outcomes: Mapping[str, Outcome]) -> dict[s
 
 
 def confusion(step: str, evidence: Evidence, outcomes: Mapping[str, Outcome]) -> dict[str, Any] | None:
-    """Counts by true (row) and predicted (column) category; None without categories or that probe."""
+    """Counts by true (row) and predicted (column) category; None without categories or that probe.
+
+    A collective call.
+    """
     predicted = outcomes[CONFUSION_OF].predicted if CONFUSION_OF in outcomes else None
     if predicted is None:
         return None
-    labels = evidence.heldout.labels
-    counts = confusion_counts(predicted, labels[labels != NO_CATEGORY], len(evidence.categories))
+    labels = heldout_labels(evidence)
+    counts = confusion_counts(predicted, labels, len(evidence.categories))
     return {"checkpoint": step, "probe": CONFUSION_OF, "counts": counts.tolist()}
 
 
 def neighbours(step: str, evidence: Evidence) -> dict[str, Any]:
-    """The nearest training images of held-out images spread over the set, by sample numbers of the data sets."""
-    num_queries = min(NUM_QUERIES, len(evidence.heldout.index))
-    rows = torch.linspace(0, len(evidence.heldout.index) - 1, num_queries).round().long()
-    k = min(NUM_NEIGHBOURS, len(evidence.train.index))
-    similarities, indices = nearest(evidence.train.tokens, evidence.heldout.tokens[rows], k)
+    """The nearest training images of held-out images spread over the set, by sample numbers of the data sets.
+
+    A collective call.
+    """
+    train, heldout = evidence.train, evidence.heldout
+    divided = division(len(heldout.index))
+    num_queries = min(NUM_QUERIES, divided.total)
+    rows = divided.own(torch.linspace(0, divided.total - 1, num_queries).round().long())
+    numbers, labels = (all_rows(values) for values in (train.index, train.labels))
+    found = nearest_of_all(train.tokens, heldout.tokens[rows], min(NUM_NEIGHBOURS, len(numbers)))
+    of_query = (heldout.index[rows], heldout.labels[rows], *found)
     queries = [
         {
-            "heldout": int(evidence.heldout.index[row]),
-            "label": int(evidence.heldout.labels[row]),
-            "train": evidence.train.index[found].tolist(),
-            "train_labels": evidence.train.labels[found].tolist(),
+            "heldout": int(index),
+            "label": int(label),
+            "train": numbers[near].tolist(),
+            "train_labels": labels[near].tolist(),
             "similarity": [round(value, 4) for value in similar.tolist()],
         }
-        for row, found, similar in zip(rows.tolist(), indices, similarities, strict=True)
+        for index, label, similar, near in zip(*map(all_rows, of_query), strict=True)
     ]
     return {"checkpoint": step, "feature": "tokens", "queries": queries}
 

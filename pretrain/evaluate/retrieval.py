@@ -15,6 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pretrain.collectives import all_rows
+from pretrain.evaluate.divided import even_share
+
 TOPS = (1, 5, 10)
 MOST_IMAGES = 5000  # that compete, with all their captions, unless told otherwise: COCO's test of 5,000
 QUERIES_AT_ONCE = 1024  # bounds the memory to so many rows of similarities
@@ -77,14 +80,19 @@ def matches(owned: Sequence[Sequence[str]]) -> Matches:
 def ranks(
     queries: Float[Tensor, "n e"], candidates: Float[Tensor, "m e"], matches: Matches
 ) -> Int[Tensor, " n"]:
-    """Candidates that stand before the best match of each query: 0 where a match is the best of all."""
-    found = []
-    for start, stop in _chunks(len(queries)):
+    """Candidates that stand before the best match of each query: 0 where a match is the best of all.
+
+    A collective call: all ranks give all queries and candidates, and each looks for some of the queries.
+    """
+    own = even_share(len(queries))
+    found = [torch.empty(0, dtype=torch.long)]
+    for start in range(own.start, own.stop, QUERIES_AT_ONCE):
+        stop = min(start + QUERIES_AT_ONCE, own.stop)
         right = matches.rows(start, stop)
         similarity = queries[start:stop] @ candidates.T
         best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
         found.append(((similarity >= best) & ~right).sum(dim=1))  # ties count against the match
-    return torch.cat(found)
+    return all_rows(torch.cat(found))
 
 
 def chance(counts: Int[Tensor, " n"], num_candidates: int, top: int) -> float:

@@ -11,12 +11,8 @@ from torchvision.datasets.folder import find_classes, make_dataset
 from data_prep.schema import MANIFEST_NAME, Manifest
 from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
+from pretrain.evaluate.splits import SPLITS
 
-FOLDERS = {
-    "train": ("train",),
-    "heldout": ("heldout", "val", "validation", "test"),
-}  # the first that is there
-SPLITS = tuple(FOLDERS)
 # Suffix of a file -> name of the image in a sample.
 SUFFIXES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 
@@ -73,6 +69,11 @@ def place_in(samples: ShardFolder | ClassFolders, index: int) -> str:
         return samples.place(index)
     shard, inside = samples.locate(index)
     return f"{samples.folder / samples.manifest.shards[shard].name} sample {inside}"
+
+
+def is_set(folder: Path) -> bool:
+    """Does a data set of either kind lie there?"""
+    return (folder / MANIFEST_NAME).is_file() or _has_folders(folder)
 
 
 def read_set(folder: Path) -> Manifest | Listing:

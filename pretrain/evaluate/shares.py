@@ -1,4 +1,4 @@
-"""How do several ranks read one data set together? Each a share of the images; the first rank gets all features."""
+"""How do several ranks read one data set together? Each keeps the features of its share of the images."""
 
 from __future__ import annotations
 
@@ -6,26 +6,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.collectives import rank, sendable, to_first_rank, world_size
+from pretrain.collectives import world_size
 from pretrain.data.faults import check_bad_share
-from pretrain.evaluate import dense
 from pretrain.evaluate.cached import CachedTokens
+from pretrain.evaluate.dense import DenseFeatures
 from pretrain.evaluate.features import REMEDY, Features, NoneReadable
 
-TIMEOUT = timedelta(days=1)  # of a rank that the others wait for while all read images
-PATIENCE = timedelta(
-    days=3650
-)  # with the first rank, which trains probes alone: gloo tells when it has ended
-
-T = TypeVar("T")
+TIMEOUT = timedelta(days=1)  # of a rank that the others wait for
 
 
 @dataclass(frozen=True)
@@ -68,8 +61,8 @@ def judge(
     return dropped
 
 
-def gathered(work: Callable[[], Features], max_bad: float, folder: Path) -> Features | None:
-    """What `work` gives of `folder` on all ranks, in the order of the ranks, on the first; None on the others.
+def divided(work: Callable[[], Features], max_bad: float, folder: Path) -> Features:
+    """What `work` gives of `folder` on this rank, of no images where it has none; `dropped` is that of all ranks.
 
     A collective call. An error (ValueError, OSError) of one rank is raised by all; whether more than a share of
     `max_bad` is unreadable is judged of all images together.
@@ -77,65 +70,44 @@ def gathered(work: Callable[[], Features], max_bad: float, folder: Path) -> Feat
     if world_size() == 1:
         return work()
     share = share_of(work)
-    counts: list[Any] = [None] * world_size()
-    dist.all_gather_object(counts, share.counts)
+    told: list[Any] = [None] * world_size()
+    dist.all_gather_object(told, (share.counts, None if share.features is None else of_none(share.features)))
     try:
-        dropped = judge(counts, max_bad, folder)
+        dropped = judge([counts for counts, _ in told], max_bad, folder)
     except ValueError as error:
         raise error from share.problem
-    parts = to_first_rank(share.features)
-    if parts is None:
-        return None
-    return replace(join([part for part in parts if part is not None]), dropped=dict(dropped))
-
-
-def by_first_rank(work: Callable[[], T]) -> T | None:
-    """What `work` gives on the first rank, None on the others, which wait for as long as it takes, or lives.
-
-    A collective call. An OSError or ValueError of it is raised by all; RuntimeError on the others when the first rank
-    has ended.
-    """
-    outcome, problem = None, None
-    group = _patient() if world_size() > 1 else None
-    if rank() == 0:
-        try:
-            outcome = work()
-        except (OSError, ValueError) as error:
-            problem = error
-    if group is not None:
-        told = [None if problem is None else sendable(problem)]
-        dist.broadcast_object_list(told, group=group)
-        problem = problem or told[0]
-    if problem is not None:
-        raise problem
-    return outcome
-
-
-@cache
-def _patient() -> dist.ProcessGroup:
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
-
-
-def join(parts: Sequence[Features]) -> Features:
-    """Features of shares of a data set as those of the whole."""
-    masked = [part.dense for part in parts if part.dense is not None]
-    cached = [part.cached for part in parts if part.cached is not None]
-    return Features(
-        tokens=torch.cat([part.tokens for part in parts]),
-        embedding=_cat([part.embedding for part in parts]),
-        projected=_cat([part.projected for part in parts]),
-        classified=_cat([part.classified for part in parts]),
-        labels=torch.cat([part.labels for part in parts]),
-        captions=[captions for part in parts for captions in part.captions],
-        index=torch.cat([part.index for part in parts]),
-        dropped=dict(sum((Counter(part.dropped) for part in parts), Counter())),
-        dense=dense.joined(masked) if masked else None,
-        layers={name: torch.cat([part.layers[name] for part in parts]) for name in parts[0].layers},
-        cached=CachedTokens(torch.cat([c.tokens for c in cached]), torch.cat([c.index for c in cached]))
-        if cached
-        else None,
+    forms = [form for _, form in told if form is not None]
+    own = share.features or forms[0]
+    return replace(
+        own,
+        dropped=dict(dropped),
+        dense=own.dense or next((form.dense for form in forms if form.dense), None),
+        cached=own.cached or next((form.cached for form in forms if form.cached), None),
     )
 
 
-def _cat(values: Sequence[Tensor | None]) -> Tensor | None:
-    return None if values[0] is None else torch.cat(values)
+def of_none(features: Features) -> Features:
+    """Features of the same kinds and widths, of no image."""
+    return Features(
+        tokens=_none(features.tokens),
+        embedding=_none(features.embedding),
+        projected=_none(features.projected),
+        classified=_none(features.classified),
+        labels=_none(features.labels),
+        captions=[],
+        index=_none(features.index),
+        dropped={},
+        dense=features.dense and dense_of_none(features.dense),
+        layers={name: _none(values) for name, values in features.layers.items()},
+        cached=features.cached and CachedTokens(_none(features.cached.tokens), _none(features.cached.index)),
+    )
+
+
+def dense_of_none(dense: DenseFeatures) -> DenseFeatures:
+    return replace(
+        dense, tokens=_none(dense.tokens), places=_none(dense.places), classes=_none(dense.classes), kinds=()
+    )
+
+
+def _none(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.new_empty(0, *values.shape[1:])

@@ -23,8 +23,9 @@ from pretrain.evaluate.published import (
     is_published,
     open_published,
 )
+from pretrain.evaluate.published_texts import NONE, EncoderWithTexts, NoTexts, open_texts
 from pretrain.evaluate.zero_shot import Encode
-from pretrain.export.safetensors_file import WEIGHTS
+from pretrain.export.safetensors_file import TOKENIZER, WEIGHTS
 from pretrain.facts import DataFacts
 from pretrain.initial.bounds import explained_by, require_pixels
 from pretrain.intact import verify
@@ -42,6 +43,7 @@ class Subject:
     facts: DataFacts
     towers: nn.Module  # Towers or EncoderAlone, float32, eval mode, on the CPU
     encode: Encode | None  # captions to tokens; None without text
+    without_text: str = ""  # why it has none, where that is known
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,18 @@ def open_model(place: Path, size: int | None) -> Subject:
     run = replace(
         base, name=f"none, published as {place.name}", views=found.views, mask=replace(mask, min_block=1)
     )
-    return Subject(place.name, run, DataFacts(categories=(), vocab_size=0), EncoderAlone(found.encoder), None)
+    facts = DataFacts(categories=(), vocab_size=0)
+    try:
+        if found.guide is None:
+            raise NoTexts(NONE)
+        texts = open_texts(found.guide)
+    except NoTexts as reason:
+        return Subject(place.name, run, facts, EncoderAlone(found.encoder), None, str(reason))
+    return Subject(place.name, run, facts, EncoderWithTexts(found.encoder, texts.tower), texts.encode)
 
 
 def _open_towers(folder: Path, size: int | None) -> Subject:
-    """An export --to safetensors: all of a run's towers, without its tokenizer. ValueError for what does not fit."""
+    """An export --to safetensors: all of a run's towers, and its tokenizer. ValueError for what does not fit."""
     if size is not None:
         raise ValueError(f"--image-size {size} is of published models: {folder} tells its own, leave it out")
     tensors = finite_tensors(folder / WEIGHTS)
@@ -116,7 +125,21 @@ def _open_towers(folder: Path, size: int | None) -> Subject:
         raise ValueError(
             f"{WEIGHTS} of {folder} does not fit its {CONFIG} ({error!r}): export it again"
         ) from error
-    return Subject(folder.name, run, facts, towers, None)
+    return Subject(folder.name, run, facts, towers, _encode_of(folder / TOKENIZER, run, facts))
+
+
+def _encode_of(folder: Path, run: Run, facts: DataFacts) -> Encode | None:
+    """The export's tokenizer; None without one, ValueError for another than the texts' tower was trained with."""
+    if not facts.vocab_size or not folder.is_dir():
+        return None
+    captions = Captions(folder, run.text.length)
+    known = facts.sha256.get("tokenizer", captions.sha256)
+    if captions.sha256 != known or captions.vocab_size > facts.vocab_size:
+        raise ValueError(
+            f"{folder} has {captions.vocab_size} tokens and SHA-256 {captions.sha256}, the tower of the texts was "
+            f"trained with {facts.vocab_size} and {known}: export it again"
+        )
+    return captions.encode
 
 
 def embed_with(

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pretrain.collectives import all_rows
+from pretrain.evaluate.divided import even_share
 from pretrain.evaluate.templates import PROMPTS, Template
 
 TEXTS_AT_ONCE = 256
@@ -24,6 +26,15 @@ def embed_captions(captions: list[str], encode: Encode, embed: EmbedTexts) -> Fl
         tokens, masks = zip(*map(encode, captions[start : start + TEXTS_AT_ONCE]), strict=True)
         vectors.append(embed(torch.stack(tokens), torch.stack(masks)).cpu())
     return torch.cat(vectors)
+
+
+def by_all_ranks(
+    work: Callable[[Sequence[str]], Float[Tensor, "_ e"]], texts: Sequence[str], width: int
+) -> Float[Tensor, "_ e"]:
+    """Vectors of `width` numbers that `work` makes of texts, some of them on each rank. A collective call."""
+    own = even_share(len(texts))
+    vectors = work(texts[own.start : own.stop]) if own else torch.empty(0, width)
+    return all_rows(vectors)
 
 
 def class_vectors(

@@ -9,17 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from pretrain.export.names import NotProven
+
 MIN_COSINE = 0.9999
 MAX_DIFFERENCE = 0.01  # as a fraction of the largest value: a cosine does not see a factor
 NUM_IMAGES = 2
-
-
-class NotProven(Exception):
-    """The exported file does not load as it must, or gives other features than the towers it was made from."""
-
-
-class NoToolkits(Exception):
-    """The interpreter that was to prove an export lacks the toolkits that the export is for."""
 
 
 @dataclass(frozen=True)

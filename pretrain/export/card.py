@@ -95,6 +95,8 @@ def _data(trained: Trained) -> str:
     for name, source in trained.run.data.items():
         count = trained.num_samples.get(name)
         known = "number of samples unknown" if count is None else f"{count:,} samples"
+        manifest = facts.sha256.get(f"data.{name}")
+        known += "" if manifest is None else f" (manifest of SHA-256 {manifest})"
         lines.append(f"`{name}`: {known}, supervision {source.supervision}, weight {source.weight:g}")
     lines.append(
         f"categories: {len(facts.categories)}; vocabulary of the captions: {facts.vocab_size} tokens"

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,8 +24,9 @@ from pretrain.export import (
     timm_folder,
     torchvision_folder,
 )
-from pretrain.export.agreement import Agreement, NoToolkits
+from pretrain.export.agreement import Agreement
 from pretrain.export.keys import Keys
+from pretrain.export.names import FORMATS, NoToolkits
 from pretrain.export.trained import Trained
 from pretrain.intact import flush
 from pretrain.models.backbone import BACKBONES
@@ -42,6 +45,7 @@ class Exporter:
     unproven: str = ""  # what the proof leaves open, since the toolkit cannot be had
     # What only the toolkits themselves can prove, by the interpreter that has them; NoToolkits without them.
     prove_in_toolkits: Callable[[Trained, Path, str], list[Agreement]] | None = None
+    more_toolkits: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by family, beside those of all
     instead: dict[str, str] = field(
         default_factory=dict
     )  # by family that it cannot hold: what serves in its place
@@ -75,6 +79,7 @@ EXPORTERS: dict[str, Exporter] = {
         openmmlab.how_to_load,
         ("encoder",),
         prove_in_toolkits=openmmlab.prove_in_toolkits,
+        more_toolkits={"vit": ("mmpretrain",)},
     ),
     "timm": Exporter(
         tuple(timm_folder.LAYOUTS),
@@ -114,6 +119,9 @@ EXPORTERS: dict[str, Exporter] = {
 }
 
 
+assert tuple(EXPORTERS) == FORMATS
+
+
 @dataclass(frozen=True)
 class Exported:
     folder: Path
@@ -122,17 +130,21 @@ class Exported:
     unproven: str = ""  # what the proof leaves open, and why
 
 
+def fitting(run: Run) -> list[str]:
+    """Names of the formats that hold the run's backbone."""
+    return sorted(name for name, exporter in EXPORTERS.items() if run.backbone.family in exporter.families)
+
+
 def choose(name: str, run: Run) -> Exporter:
     """The exporter of a format; ValueError lists those that fit the run's backbone."""
-    fitting = sorted(key for key, exporter in EXPORTERS.items() if run.backbone.family in exporter.families)
     if name not in EXPORTERS:
         raise ValueError(
-            f"--to {name!r} is unknown; choose from {sorted(EXPORTERS)} (this run fits {fitting})"
+            f"--to {name!r} is unknown; choose from {sorted(EXPORTERS)} (this run fits {fitting(run)})"
         )
-    if name not in fitting:
+    if name not in fitting(run):
         raise ValueError(
             f"--to {name} holds backbones of the families {EXPORTERS[name].families}, this run trained "
-            f"{run.backbone.family!r} ({run.backbone.size}); choose from {fitting}"
+            f"{run.backbone.family!r} ({run.backbone.size}); choose from {fitting(run)}"
             + EXPORTERS[name].instead.get(run.backbone.family, "")
         )
     return EXPORTERS[name]
@@ -155,14 +167,8 @@ def export(trained: Trained, name: str, folder: Path, python: str = sys.executab
     partial.mkdir(parents=True)
     try:
         keys = exporter.write(trained, partial)
-        proof, unproven = exporter.prove(trained, partial), exporter.unproven
-        if exporter.prove_in_toolkits is not None:
-            try:
-                proof += exporter.prove_in_toolkits(trained, partial, python)
-            except NoToolkits as error:
-                unproven = (
-                    f"nothing was loaded in the toolkits: {error}; give --python an interpreter that has them"
-                )
+        with _being_flushed(partial):
+            proof, unproven = _prove(exporter, trained, partial, python)
         record = {
             "format": name,
             "files": {file: told.record() for file, told in keys.items()},
@@ -177,6 +183,28 @@ def export(trained: Trained, name: str, folder: Path, python: str = sys.executab
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Exported(folder, keys, proof, unproven)
+
+
+def _prove(exporter: Exporter, trained: Trained, folder: Path, python: str) -> tuple[list[Agreement], str]:
+    """What was compared, and what is left open."""
+    proof, unproven = exporter.prove(trained, folder), exporter.unproven
+    if exporter.prove_in_toolkits is not None:
+        try:
+            proof += exporter.prove_in_toolkits(trained, folder, python)
+        except NoToolkits as error:
+            unproven = (
+                f"nothing was loaded in the toolkits: {error}; give --python an interpreter that has them"
+            )
+    return proof, unproven
+
+
+@contextmanager
+def _being_flushed(folder: Path) -> Iterator[None]:
+    """The disk takes the files meanwhile, and has them at the end: it is as slow as the proof."""
+    with ThreadPoolExecutor(1) as one:
+        flushing = one.submit(lambda: [flush(path) for path in folder.iterdir()])
+        yield
+        flushing.result()
 
 
 def check_target(folder: Path, name: str, num_bytes: int) -> None:
@@ -204,7 +232,7 @@ def publish(partial: Path, folder: Path) -> None:
     """Gives `partial` its name, in place of an earlier export."""
     for cache in [*partial.rglob("__pycache__")]:  # of the proof, which ran the shipped modules
         shutil.rmtree(cache)
-    for path in (*partial.iterdir(), partial):
+    for path in (*partial.rglob("*"), partial):
         path.chmod(
             path.stat().st_mode | 0o044 | (0o011 if path.is_dir() else 0)
         )  # safetensors writes for one user

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pretrain.export.agreement import Agreement, NotProven, compare, random_images
+from pretrain.export.agreement import Agreement, compare, random_images
 from pretrain.export.fresh_process import FreshProcessError, run_fresh
-from pretrain.export.internimage import in_layout, our_outputs
+from pretrain.export.internimage import in_layout
 from pretrain.export.keys import Keys
+from pretrain.export.names import NotProven
+from pretrain.export.own_features import own_features
 from pretrain.export.preprocessor import write_preprocessor
 from pretrain.export.trained import Trained
 from pretrain.models import internimage_layouts as layouts
@@ -85,10 +87,12 @@ def prove(trained: Trained, folder: Path) -> list[Agreement]:
     outputs = probe(folder, {str(size): random_images(size) for size in sizes})
     agreements = []
     for size in sizes:
-        ours = our_outputs(trained, random_images(size))
-        for index in range(len(ours)):
-            if f"stage {index + 1}" in ours:
-                ours[f"backbone stage{index + 1}"] = ours[f"stage {index + 1}"]
+        ours = dict(own_features(trained, size))
+        ours |= {
+            f"backbone stage{name.removeprefix('stage ')}": stage_map
+            for name, stage_map in ours.items()
+            if name.startswith("stage ")
+        }
         found = {key.split("/")[1]: tensor for key, tensor in outputs.items() if key.startswith(f"{size}/")}
         for key, theirs in found.items():
             theirs = theirs.permute(0, 2, 3, 1) if "stage" in key else theirs

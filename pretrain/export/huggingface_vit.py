@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pretrain.export.agreement import Agreement, NotProven, compare, random_images
+from pretrain.export.agreement import Agreement, compare, random_images
 from pretrain.export.keys import Keys
+from pretrain.export.names import NotProven
 from pretrain.export.preprocessor import write_preprocessor
 from pretrain.export.resized_positions import with_resized_positions
 from pretrain.export.trained import Trained

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pretrain.export.agreement import Agreement, NotProven, compare, random_images
+from pretrain.export.agreement import Agreement, compare, random_images
 from pretrain.export.keys import Keys
+from pretrain.export.names import NotProven
+from pretrain.export.own_features import own_features
 from pretrain.export.preprocessor import write_preprocessor
 from pretrain.export.trained import Trained
 from pretrain.models import internimage_layouts as layouts
@@ -83,13 +85,12 @@ def prove(trained: Trained, folder: Path) -> list[Agreement]:
     """
     config = INTERNIMAGE[trained.run.backbone.size]
     sizes = (trained.run.views.size, trained.run.views.size + config.strides[-1])
-    ours = {size: our_outputs(trained, random_images(size)) for size in sizes}
     agreements = []
     for name, layout in FILES.items():
         model = reload(folder / name, layout, trained)
         for size in sizes:
-            theirs = published_outputs(model, random_images(size))
-            agreements += [compare(name, key, size, ours[size][key], theirs[key]) for key in theirs]
+            ours, theirs = own_features(trained, size), published_outputs(model, random_images(size))
+            agreements += [compare(name, key, size, ours[key], theirs[key]) for key in theirs]
         del model  # a size of the backbone
     return agreements
 
@@ -141,20 +142,6 @@ def published_outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         outputs["embedding"] = model.fc_norm(model.clip_projector(tokens))
     if hasattr(model, "head"):
         outputs["logits"] = model.head(outputs["embedding"])
-    return outputs
-
-
-def our_outputs(trained: Trained, images: Tensor) -> dict[str, Tensor]:
-    """The same outputs by the towers as pre-training calls them."""
-    towers = trained.towers
-    maps = towers.encoder.dcnv3(images)
-    tokens = towers.encoder(images)
-    outputs = {f"stage {index + 1}": stage_map for index, stage_map in enumerate(maps)}
-    outputs["tokens"] = tokens
-    if towers.has_embedding:
-        outputs["embedding"] = towers.embed_tokens(tokens)
-    if towers.has_categories:
-        outputs["logits"] = towers.category(outputs["embedding"])
     return outputs
 
 

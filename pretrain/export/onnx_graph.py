@@ -1,145 +1,170 @@
-"""How does a run become a graph that onnxruntime computes? Any batch, at the size of pre-training."""
+"""How does a run become a graph that onnxruntime computes, for any batch, height and width?"""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pretrain.export.agreement import Agreement, NotProven, compare, random_images
+from pretrain.export.agreement import Agreement, compare, random_images
 from pretrain.export.keys import Keys
+from pretrain.export.names import NotProven
+from pretrain.export.own_features import own_features
 from pretrain.export.remote_code.internimage_network import InternImageNetwork
 from pretrain.export.remote_code.vit_network import ViTNetwork
 from pretrain.export.torchvision_folder import internimage_arguments, vit_arguments
 from pretrain.export.trained import Trained
-from pretrain.models.internimage import stride_tokens
+from pretrain.models.internimage import INTERNIMAGE
+
+if TYPE_CHECKING:  # its packages take seconds to load, and no other format needs them
+    from pretrain.export.onnx_parts import Parts
 
 GRAPH = "model.onnx"
 OPSET = 20  # the first with GridSample of more than images
-OURS = {"internimage": ("encoder.dcnv3.", "encoder.heads."), "vit": ("encoder.vit.",)}
 
 
-class InternImageGraph(nn.Module):
-    """Images [b, 3, s, s] -> maps [b, c_i, h_i, w_i] of the stages, then tokens [b, l, d], row by row."""
+@dataclass(frozen=True)
+class Family:
+    """What the backbones of one family differ in."""
 
-    def __init__(self, trained: Trained) -> None:
-        super().__init__()
-        with torch.device("meta"):
-            self.network = InternImageNetwork(**internimage_arguments(trained))
-        encoder = trained.towers.encoder
-        self.network.load_state_dict(encoder.dcnv3.state_dict(), strict=True, assign=True)
-        self.x3, self.x4 = encoder.heads.dcnv3_head_x3, encoder.heads.dcnv3_head_x4
-        self.names = [f"stage_{index + 1}" for index in range(len(self.network.widths))] + ["tokens"]
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        maps = self.network(images)
-        tokens = self.x3(maps[-2]) + self.x4(maps[-1])
-        return (*maps, tokens.flatten(2).transpose(1, 2))
+    prefixes: tuple[str, ...]  # of the tensors in our towers that are part of the graph
+    multiple: Callable[[Trained], int]  # pixels, of which an image's sides are multiples
+    add: Callable[[Trained, Parts], None]
+    # Positions of the coarsest map in what is traced: lengths that are 1, or equal, would not stay open.
+    example: Callable[[Trained], tuple[int, int]]
+    outputs: Callable[[dict[str, Tensor]], dict[str, Tensor]]  # of our features those of the graph
+    remark: str  # for the model card
 
 
-class ViTGraph(nn.Module):
-    """Images [b, 3, s, s] of the run's size -> class token [b, d] and patch tokens [b, l, d], normalised."""
+def _internimage(trained: Trained, parts: Parts) -> None:
+    from pretrain.export.onnx_networks import add_internimage, add_tokens
 
-    names = ("class_token", "tokens")
+    with torch.device("meta"):
+        network = InternImageNetwork(**internimage_arguments(trained))
+    encoder, config = trained.towers.encoder, INTERNIMAGE[trained.run.backbone.size]
+    network.load_state_dict(encoder.dcnv3.state_dict(), strict=True, assign=True)
+    maps, heads = add_internimage(parts, network, "encoder.dcnv3."), encoder.heads
+    for index, (one, width, stride) in enumerate(zip(maps, config.widths, config.strides, strict=True)):
+        parts.output(f"stage_{index + 1}", one, ["batch", width, f"height/{stride}", f"width/{stride}"])
+    tokens = add_tokens(parts, maps, heads.dcnv3_head_x3, heads.dcnv3_head_x4, "encoder.heads.")
+    parts.output("tokens", tokens, ["batch", "number of tokens", encoder.width])
 
-    def __init__(self, trained: Trained) -> None:
-        super().__init__()
-        with torch.device("meta"):
-            self.network = ViTNetwork(**vit_arguments(trained))
-        self.network.load_state_dict(trained.towers.encoder.vit.state_dict(), strict=True, assign=True)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        tokens = self.network(images)
-        return tokens[:, 0], tokens[:, 1:]
+def _internimage_outputs(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    maps = {name.replace(" ", "_"): one for name, one in features.items() if name.startswith("stage ")}
+    return {name: one.permute(0, 3, 1, 2) for name, one in maps.items()} | {"tokens": features["tokens"]}
+
+
+def _vit(trained: Trained, parts: Parts) -> None:
+    from pretrain.export.onnx_networks import add_vit
+
+    with torch.device("meta"):
+        network = ViTNetwork(**vit_arguments(trained))
+    encoder = trained.towers.encoder
+    network.load_state_dict(encoder.vit.state_dict(), strict=True, assign=True)
+    class_token, tokens = add_vit(parts, network, "encoder.vit.")
+    parts.output("class_token", class_token, ["batch", encoder.width])
+    parts.output("tokens", tokens, ["batch", "number of tokens", encoder.width])
+
+
+def _vit_outputs(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"class_token": features["summary"], "tokens": features["tokens"]}
+
+
+def _swin(trained: Trained, parts: Parts) -> None:
+    from pretrain.export.onnx_swin import add_swin
+
+    encoder = trained.towers.encoder
+    tokens = add_swin(parts, encoder.swin, "encoder.swin.")
+    parts.output("tokens", tokens, ["batch", "number of tokens", encoder.width])
+
+
+def _windows(trained: Trained) -> tuple[int, int]:
+    """Of the last stage two windows and three, not all of them full."""
+    high, wide = trained.towers.encoder.swin.layers[-1].blocks[0].window_size
+    return high + 1, 2 * wide + 1
 
 
 # By backbone.family.
-GRAPHS: dict[str, Callable[[Trained], nn.Module]] = {"internimage": InternImageGraph, "vit": ViTGraph}
-BATCHES = (2, 3)  # that the graph is compared on; it is traced with the first
+GRAPHS: dict[str, Family] = {
+    "internimage": Family(
+        ("encoder.dcnv3.", "encoder.heads."),
+        lambda trained: INTERNIMAGE[trained.run.backbone.size].strides[-1],
+        _internimage,
+        lambda trained: (2, 3),
+        _internimage_outputs,
+        "Sampling of DCNv3 is `GridSample`: no operator is built.",
+    ),
+    "swin": Family(
+        ("encoder.swin.",),
+        lambda trained: trained.towers.encoder.stride,
+        _swin,
+        _windows,
+        lambda features: {"tokens": features["tokens"]},
+        "Windows stay as large as they were trained, whatever the size; grids are padded to whole windows.",
+    ),
+    "vit": Family(
+        ("encoder.vit.",),
+        lambda trained: trained.towers.encoder.stride,
+        _vit,
+        lambda trained: (2, 3),
+        _vit_outputs,
+        "Position embeddings are resized within the graph, bicubically with antialiasing, as in pre-training.",
+    ),
+}
 
 
 def write(trained: Trained, folder: Path) -> dict[str, Keys]:
-    """Writes the graph, its weights beside it where they are too many for one file, and config.json."""
-    family = trained.run.backbone.family
-    module, views = GRAPHS[family](trained).eval(), trained.run.views
-    names = list(module.names)
-    write_graph(module, names, views.size, folder / GRAPH)
+    """Writes the graph, its weights beside it, and config.json."""
+    from pretrain.export.onnx_parts import Parts
+
+    family, views = GRAPHS[trained.run.backbone.family], trained.run.views
+    multiple, (rows, columns) = family.multiple(trained), family.example(trained)
+    parts = Parts(torch.zeros(2, 3, rows * multiple, columns * multiple), OPSET)
+    family.add(trained, parts)
+    parts.save(folder / GRAPH)
     told = {
-        "inputs": {"images": ["batch", 3, views.size, views.size]},
-        "outputs": names,
+        "inputs": {"images": ["batch", 3, "height", "width"]},
+        "multiple_of": multiple,
+        "trained_size": views.size,
+        "outputs": [value.name for value in parts.graph.outputs],
         "image_mean": list(views.mean),
         "image_std": list(views.std),
         "opset": OPSET,
     }
     (folder / "config.json").write_text(json.dumps(told, indent=1) + "\n")
     state = trained.towers.state_dict()
-    written = {name: name for name in state if name.startswith(OURS[family])}
+    written = {name: name for name in state if name.startswith(family.prefixes)}
+    assert written.keys() <= parts.graph.initializers.keys()
     skipped = {name: "no part of the graph" for name in state if name not in written}
     return {GRAPH: Keys(written, skipped).require_whole(state, written.values())}
 
 
-def write_graph(module: nn.Module, names: list[str], size: int, path: Path) -> None:
-    """The graph of a module that gives a tuple for images [batch, 3, size, size]."""
-    with torch.inference_mode(False), warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
-        warnings.simplefilter("ignore")  # of torch.export and onnxscript about themselves
-        with contextlib.redirect_stdout(nowhere):
-            program = torch.onnx.export(
-                module,
-                (torch.randn(BATCHES[0], 3, size, size),),
-                dynamo=True,
-                input_names=["images"],
-                output_names=names,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                opset_version=OPSET,
-                verbose=False,
-                optimize=False,
-            )
-            _simplify(program.model)
-            program.save(str(path), external_data=True)
-
-
-def _simplify(model: Any) -> None:
-    """What needs no image is computed, and what is computed twice once, in a model of onnx_ir.
-
-    The exporter's own optimisation tries each rule of rewriting on each node besides: forty times as long for 7 %
-    fewer nodes, which onnxruntime computes no faster.
-    """
-    from onnx_ir.passes import common
-    from onnxscript import optimizer
-
-    common.InlinePass()(model)
-    optimizer.fold_constants(model)
-    common.RemoveUnusedNodesPass()(model)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    common.DeduplicateInitializersPass()(model)
-    common.CommonSubexpressionEliminationPass()(model)
-    common.OutputFixPass()(model)
-
-
+@torch.inference_mode()
 def prove(trained: Trained, folder: Path) -> list[Agreement]:
-    """Computes the graph in onnxruntime, on two batches, and compares every output.
+    """Computes the graph in onnxruntime at two sizes, in two batches, and compares every output.
 
     Raises NotProven.
     """
-    session = open_graph(folder / GRAPH)
-    agreements = []
-    size = trained.run.views.size
-    for number in BATCHES:
-        images = random_images(size).repeat(2, 1, 1, 1)[:number]
-        with torch.inference_mode():
-            ours = own_outputs(trained, images)
-        found = session.run(list(ours), {"images": images.numpy()})
-        for (name, own), values in zip(ours.items(), found, strict=True):
-            output = f"{name} of {number} images"
-            agreements.append(compare(GRAPH, output, size, own, last_axis(name, torch.from_numpy(values))))
+    session, family = open_graph(folder / GRAPH), GRAPHS[trained.run.backbone.family]
+    size, agreements = trained.run.views.size, []
+    for side, number in ((size, 2), (size + 2 * trained.towers.encoder.stride, 1)):
+        ours = family.outputs(own_features(trained, side))
+        found = session.run(list(ours), {"images": random_images(side)[:number].numpy()})
+        for (name, own), values in zip(ours.items(), map(torch.from_numpy, found), strict=True):
+            output = f"{name} of {number} image{'s' * (number > 1)}"
+            agreements.append(compare(GRAPH, output, side, vectors(own[:number]), vectors(values)))
     return agreements
+
+
+def vectors(values: Tensor) -> Tensor:
+    """Maps with their channels last; others as they are."""
+    return values.permute(0, 2, 3, 1) if values.ndim == 4 else values
 
 
 def open_graph(path: Path) -> Any:
@@ -157,35 +182,20 @@ def open_graph(path: Path) -> Any:
         raise NotProven(f"onnxruntime does not load {path.name}: {error}") from error
 
 
-def own_outputs(trained: Trained, images: Tensor) -> dict[str, Tensor]:
-    """By the towers as pre-training calls them, channels last."""
-    encoder = trained.towers.encoder
-    if trained.run.backbone.family == "vit":
-        tokens = encoder(images, summary=True)
-        return {"class_token": tokens[:, 0], "tokens": tokens[:, 1:]}
-    maps = encoder.dcnv3(images)
-    tokens = stride_tokens(encoder.heads.dcnv3_head_x3, encoder.heads.dcnv3_head_x4, maps).flatten(1, 2)
-    return {f"stage_{index + 1}": one for index, one in enumerate(maps)} | {"tokens": tokens}
-
-
-def last_axis(name: str, values: Tensor) -> Tensor:
-    """Maps with their channels last, as ours."""
-    return values.permute(0, 2, 3, 1) if name.startswith("stage") else values
-
-
 def how_to_load(trained: Trained) -> str:
     """For the model card."""
-    side = trained.run.views.size
+    side, multiple = trained.run.views.size, GRAPHS[trained.run.backbone.family].multiple(trained)
     return "\n".join(
         (
             "```python",
             "import onnxruntime",
             "",
             f'session = onnxruntime.InferenceSession("{GRAPH}")',
-            'outputs = session.run(None, {"images": images})     # float32 [b, 3, s, s], normalised',
+            'outputs = session.run(None, {"images": images})     # float32 [b, 3, h, w], normalised',
             "```",
             "",
-            f"Any batch, images of {side} x {side} pixels; operator set {OPSET}. Large weights lie beside the graph,",
-            f"in `{GRAPH}.data`. Outputs and pixel statistics: `config.json`.",
+            f"Any batch, and images of any height and width that are multiples of {multiple} pixels; trained at",
+            f"{side} x {side}. Operator set {OPSET}. The weights lie beside it, in `{GRAPH}.data`; outputs and",
+            f"pixel statistics: `config.json`. {GRAPHS[trained.run.backbone.family].remark}",
         )
     )

@@ -12,12 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pretrain.export import openmmlab_vit
-from pretrain.export.agreement import Agreement, NoToolkits, NotProven, compare, random_images
+from pretrain.export.agreement import Agreement, compare, random_images
 from pretrain.export.fresh_process import FreshProcessError, run_fresh
 from pretrain.export.keys import Keys
+from pretrain.export.names import NoToolkits, NotProven
 from pretrain.export.openmmlab_configs import INTERNIMAGE_FILE, VIT_FILES, all_configs, write_configs
 from pretrain.export.openmmlab_keys import vit_tensors
 from pretrain.export.openmmlab_probe import MISSING
+from pretrain.export.own_features import own_features
 from pretrain.export.resized_positions import with_resized_positions
 from pretrain.export.trained import Trained
 from pretrain.models.internimage import INTERNIMAGE
@@ -40,7 +42,7 @@ class Family:
     modules: tuple[str, ...]  # files that the toolkits import
     files: dict[str, Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, str]]]]
     sizes: Callable[[Trained], tuple[int, int]]  # pixels of the squares of the proof
-    maps: Callable[[Trained, Tensor], Maps]  # ours
+    maps: Callable[[Trained, int], Maps]  # ours for images of that size
     prove_alone: Callable[[Trained, Path], list[Agreement]]
 
 
@@ -89,7 +91,7 @@ def _compared(trained: Trained, outputs: dict[str, Tensor], configs: list[str]) 
     """What the maps of all configuration files agree in; NotProven where one of them gave none of ours."""
     family, agreements = FAMILIES[trained.run.backbone.family], []
     for size in family.sizes(trained):
-        ours = family.maps(trained, random_images(size))
+        ours = family.maps(trained, size)
         for key, theirs in outputs.items():
             pixels, config, position = key.split("/")
             if pixels == str(size) and position in ours:
@@ -110,8 +112,8 @@ def _config(trained: Trained):
     return INTERNIMAGE[trained.run.backbone.size]
 
 
-def _internimage_maps(trained: Trained, images: Tensor) -> Maps:
-    maps = trained.towers.encoder.dcnv3(images)
+def _internimage_maps(trained: Trained, size: int) -> Maps:
+    maps = [one for name, one in own_features(trained, size).items() if name.startswith("stage ")]
     return {str(index - len(maps)): stage_map for index, stage_map in enumerate(maps)}
 
 
@@ -128,10 +130,10 @@ def _vit_sizes(trained: Trained) -> tuple[int, int]:
     return trained.run.views.size, trained.run.views.size + 4 * trained.towers.encoder.stride
 
 
-def _vit_maps(trained: Trained, images: Tensor) -> Maps:
+def _vit_maps(trained: Trained, size: int) -> Maps:
     encoder = trained.towers.encoder
-    tokens = with_resized_positions(encoder, images)[:, 1:]
-    return {"-1": tokens.unflatten(1, (images.shape[-1] // encoder.stride, -1))}
+    tokens = with_resized_positions(encoder, random_images(size))[:, 1:]
+    return {"-1": tokens.unflatten(1, (size // encoder.stride, -1))}
 
 
 def _prove_vit(trained: Trained, folder: Path) -> list[Agreement]:

@@ -1,6 +1,7 @@
 """What do mmsegmentation and mmdetection, or the shipped module alone, make of an exported folder?
 
-python -I openmmlab_probe.py alone|toolkit FOLDER IMAGES OUTPUTS, in a process that has nothing of this project.
+python -I openmmlab_probe.py alone|toolkit FOLDER IMAGES OUTPUTS, in a process that has nothing of this project; or
+`check [NAME ...]`, which ends quickly with MISSING unless the toolkits and those packages are found.
 `alone` builds the backbone of every configuration file without any toolkit. `toolkit` builds every model whole, by
 the toolkits' registries, with its optimizer, and finds all data classes. Both write the backbone's maps to OUTPUTS,
 for the images of a safetensors file; the metadata says what was done, and what is missing.
@@ -11,13 +12,14 @@ import importlib.util
 import json
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 TOOLKITS = ("mmengine", "mmcv", "mmseg", "mmdet")
 MISSING = 4  # exit code: this interpreter has no such toolkits
 
 
-def require(names: tuple[str, ...]) -> None:
+def require(names: Sequence[str]) -> None:
     """Ends the process, quickly, when one of the toolkits is not there."""
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -25,8 +27,11 @@ def require(names: tuple[str, ...]) -> None:
             sys.exit(MISSING)
 
 
-if __name__ == "__main__" and sys.argv[1] == "toolkit":
+if __name__ == "__main__" and sys.argv[1] in ("check", "toolkit"):
     require(TOOLKITS)
+    if sys.argv[1] == "check":
+        require(sys.argv[2:])
+        sys.exit()
 
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -53,14 +58,18 @@ def alone(folder: Path, images: dict, outputs: dict) -> dict:
     module = importlib.import_module("internimage_openmmlab")
     files = sorted(folder.glob("*_*.py"))
     configs = [file for file in files if not file.stem.endswith(("_openmmlab", "_network"))]
-    before, maps = None, {}  # a billion weights are loaded once for neighbours that say the same of them
+    computed: list = []  # arguments and maps: a billion weights serve all files that say the same of them
     for file in configs:
         source = file.read_text().replace("{{ fileDirname }}", str(folder))
         exec(compile(source, str(file), "exec"), names := {})
         arguments = dict(names["model"]["backbone"])
         assert arguments.pop("type") == "InternImage"
-        if arguments != before:
-            before, maps = arguments, maps_of(module.InternImage(**arguments), images)
+        maps = next((maps for before, maps in computed if before == arguments), None)
+        if maps is None:
+            with torch.device("meta"):  # nothing is drawn that is read at once
+                backbone = module.InternImage(**arguments)
+            maps = maps_of(backbone, images)
+            computed.append((arguments, maps))
         keep(maps, file.stem, outputs)
     return {"configs": [file.name for file in configs]}
 

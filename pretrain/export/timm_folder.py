@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pretrain.config import Run
-from pretrain.export.agreement import Agreement, NotProven, compare, random_images
+from pretrain.export.agreement import Agreement, compare, random_images
 from pretrain.export.keys import Keys
+from pretrain.export.names import NotProven
+from pretrain.export.own_features import own_features
 from pretrain.export.trained import Trained
 from pretrain.models.backbone import BACKBONES
 
@@ -145,13 +147,12 @@ def prove(trained: Trained, folder: Path) -> list[Agreement]:
         raise NotProven(f"timm's model and {WEIGHTS} hold different tensors")
     agreements, encoder = [], trained.towers.encoder
     for size in (trained.run.views.size, trained.run.views.size + 2 * encoder.stride):
-        images = random_images(size)
-        theirs = LAYOUTS[trained.run.backbone.family].outputs(model, images)
-        tokens = encoder(images, summary=True)
+        theirs = LAYOUTS[trained.run.backbone.family].outputs(model, random_images(size))
+        own = own_features(trained, size)
         ours = {
-            "class token": tokens[:, 0],
-            "tokens": tokens[:, 1:],
-            "pooled features": tokens[:, 1:].mean(dim=1),
+            "class token": own["summary"],
+            "tokens": own["tokens"],
+            "pooled features": own["tokens"].mean(dim=1),
         }
         agreements += [compare(WEIGHTS, key, size, ours[key], theirs[key]) for key in theirs]
     return agreements

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.export.agreement import Agreement, NotProven, compare, random_images
+from pretrain.export.agreement import Agreement, compare, random_images
 from pretrain.export.keys import Keys
+from pretrain.export.names import NotProven
+from pretrain.export.own_features import own_features
 from pretrain.export.trained import Trained
 from pretrain.models.backbone import BACKBONES
 from pretrain.models.internimage import INTERNIMAGE
@@ -30,7 +32,7 @@ class Network:
     file: str  # of remote_code
     prefix: str  # of the tensors in our towers
     arguments: Callable[[Trained], dict[str, Any]]
-    maps: Callable[[Trained, Tensor], dict[str, Tensor]]  # ours, channels last
+    maps: Callable[[Trained, int], dict[str, Tensor]]  # ours for images of that size, channels last
 
 
 def internimage_arguments(trained: Trained) -> dict[str, Any]:
@@ -44,13 +46,14 @@ def vit_arguments(trained: Trained) -> dict[str, Any]:
     return told | {"image_size": trained.run.views.size}
 
 
-def internimage_maps(trained: Trained, images: Tensor) -> dict[str, Tensor]:
-    return {str(index): one for index, one in enumerate(trained.towers.encoder.dcnv3(images))}
+def internimage_maps(trained: Trained, size: int) -> dict[str, Tensor]:
+    stages = (one for name, one in own_features(trained, size).items() if name.startswith("stage "))
+    return {str(index): one for index, one in enumerate(stages)}
 
 
-def vit_maps(trained: Trained, images: Tensor) -> dict[str, Tensor]:
-    grid = images.shape[-1] // trained.towers.encoder.stride
-    return {"0": trained.towers.encoder(images).unflatten(1, (grid, grid))}
+def vit_maps(trained: Trained, size: int) -> dict[str, Tensor]:
+    grid = size // trained.towers.encoder.stride
+    return {"0": own_features(trained, size)["tokens"].unflatten(1, (grid, grid))}
 
 
 NETWORKS = {  # by backbone.family
@@ -95,8 +98,7 @@ def prove(trained: Trained, folder: Path) -> list[Agreement]:
     )
     agreements = []
     for side in (trained.run.views.size, trained.run.views.size + step):
-        images = random_images(side)
-        ours, theirs = NETWORKS[family].maps(trained, images), body(images)
+        ours, theirs = NETWORKS[family].maps(trained, side), body(random_images(side))
         if ours.keys() != theirs.keys():
             raise NotProven(f"the folder gives the maps {list(theirs)} instead of {list(ours)}")
         agreements += [

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from pretrain.checkpoint import load_towers
 from pretrain.config import Run
 from pretrain.data.remote import place_of
-from pretrain.data.shards import read_manifest
+from pretrain.data.shards import NONE, ShardFolder
 from pretrain.facts import DataFacts
 from pretrain.towers import Towers
 
@@ -26,7 +28,10 @@ class Trained:
     step: str  # name of the checkpoint, "step_000400"
     state: dict[str, Any]  # state.json of the checkpoint: step, position, commit, versions
     evaluation: dict[str, Any] | None  # what `python -m pretrain.evaluate` found for this checkpoint
-    num_samples: dict[str, int]  # by source, of those whose data sets are still where the run read them
+    num_samples: dict[str, int]  # by source, of those that are known
+    tokenizer: Path | None = None  # folder of the checkpoint's; None without text
+    # By image size, what `own_features` has computed.
+    features: dict[int, dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_bytes(self) -> int:
@@ -46,6 +51,7 @@ def read_trained(
     evaluation = read_evaluation(run_folder / "evaluation.json") if which == "teacher" else None
     if evaluation is not None and step_folder.name not in evaluation["checkpoints"]:
         evaluation = None  # of an earlier checkpoint of the same run
+    tokenizer = step_folder / "tokenizer"
     return Trained(
         run,
         facts,
@@ -54,7 +60,8 @@ def read_trained(
         step_folder.name,
         state,
         evaluation,
-        count_samples(run_folder / "data.json"),
+        count_samples(facts, run_folder / "data.json"),
+        tokenizer if facts.vocab_size and tokenizer.is_dir() else None,
     )
 
 
@@ -72,11 +79,19 @@ def read_evaluation(path: Path) -> dict[str, Any] | None:
     return evaluation
 
 
-def count_samples(path: Path) -> dict[str, int]:
-    """Samples of the data sets that data.json of a run names ({source: folder or URL}), where they still are."""
+def count_samples(facts: DataFacts, path: Path) -> dict[str, int]:
+    """Samples that a run was trained on, by source, as its checkpoint tells.
+
+    Of an older one that does not tell: by the manifests of the data sets that data.json of the run names ({source:
+    folder or URL}), as far as they are there and are the bytes that the run read.
+    """
+    if facts.num_samples:
+        return dict(facts.num_samples)
     places = json.loads(path.read_text()) if path.is_file() else {}
     counts = {}
     for name, place in places.items():
         with contextlib.suppress(OSError, ValueError):  # moved, damaged, or a store that does not answer
-            counts[name] = read_manifest(place_of(place)).num_samples
+            shards = ShardFolder(place_of(place), checked=NONE)
+            if shards.sha256 == facts.sha256.get(f"data.{name}"):
+                counts[name] = shards.manifest.num_samples
     return counts

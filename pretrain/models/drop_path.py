@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from pretrain.kernels.splitmix import UPPER, splitmix64, upper_bits
 
+NAMES = frozenset({"drop_path", "drop_path1", "drop_path2"})  # in blocks of timm, transformers, InternImage
+
 
 class DropPath(nn.Module):
     """Stochastic depth of one branch: each image's rows [b, ...] times zero with `probability`, else times more
@@ -60,6 +62,25 @@ class DropPaths:
         branches = torch.arange(len(self._paths), device=keys.device)[:, None]
         drawn = upper_bits(splitmix64(keys + splitmix64(branches)))
         return (drawn < self._thresholds) * (2**UPPER / self._thresholds.double()).float()
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Modules of a model that have a place for a DropPath, whether they drop branches or not."""
+    return [m for m in model.modules() if any(name in NAMES for name, _ in m.named_children())]
+
+
+def set_linear(model: nn.Module, last: float) -> int:
+    """Number of blocks of a model, by others too, that got DropPaths: of probabilities that rise from 0 to `last`.
+
+    Those that have a place for them (NAMES), whether they dropped branches before or not, in the order of their
+    modules, as timm and transformers count.
+    """
+    blocks = blocks_of(model)
+    for number, block in enumerate(blocks):
+        probability = last * number / max(len(blocks) - 1, 1)
+        for name in NAMES & dict(block.named_children()).keys():
+            setattr(block, name, DropPath(probability))
+    return len(blocks)
 
 
 def replace_timm(model: nn.Module) -> None:

@@ -95,7 +95,12 @@ class Monitor:
         return self._clock.during("save")
 
     def after_step(
-        self, engine: Any, losses: Any, dropped: Mapping[str, int], captions: Mapping[str, int]
+        self,
+        engine: Any,
+        losses: Any,
+        dropped: Mapping[str, int],
+        captions: Mapping[str, int],
+        epochs: Mapping[str, float],
     ) -> None:
         """Call after each accepted `Engine.step` on all ranks with what it gave and the loader's counts so far."""
         self._steps += 1
@@ -106,7 +111,11 @@ class Monitor:
         seconds = {part: total / self._steps for part, total in self._clock.look().items()}
         with self._clock.during("log"):
             record = self._record(engine, losses, seconds)
-            record |= {"dropped": sum_counts(dropped), "captions": sum_counts(captions)}
+            record |= {
+                "dropped": sum_counts(dropped),
+                "captions": sum_counts(captions),
+                "epochs": dict(epochs),
+            }
             self._steps = 0
             if self._first_rank:
                 self._write(record)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.evaluate.sets import is_set
+from pretrain.evaluate.splits import found_in
 from pretrain.report import accuracy, curves, header, pairs, provenance, teacher
 from pretrain.report.document import Section, document
 from pretrain.report.looks import Look, Shown, look, read_images, spread_over_categories
@@ -234,13 +236,13 @@ def _name_data(record: Record, missing: list[str]) -> str:
 
 
 def heldout_folder(record: Record, named: Path | None) -> Path | None:
-    """Held-out images: as named, else those of the evaluation, else `heldout` beside a training folder."""
+    """Held-out images: as named, else those of the evaluation, else those beside a training folder."""
     if named is not None:
         return named
     evaluated: Mapping[str, str] = (record.evaluation.get("data") or {}).get("heldout") or {}
-    beside = [folder.parent / "heldout" for folder in record.data.values()]
+    beside = [found_in(place.parent, "heldout") for place in record.data.values() if isinstance(place, Path)]
     measured = [Path(evaluated["folder"])] if "folder" in evaluated else []
     for folder in measured + beside:
-        if (folder / "manifest.json").is_file():
+        if is_set(folder):
             return folder
     return None

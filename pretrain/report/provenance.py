@@ -11,6 +11,7 @@ from pretrain.config import Run
 from pretrain.data.order import shares
 from pretrain.data.remote import Place
 from pretrain.data.shards import read_manifest
+from pretrain.evaluate.sets import Listing, is_set, read_set
 from pretrain.report.record import Record
 from pretrain.visualize.markup import Html, element, table
 
@@ -29,10 +30,10 @@ def data(record: Record, heldout: Path | None) -> Html:
             told = [
                 f"{manifest.num_samples:,}",
                 f"{len(manifest.categories):,}",
-                f"{manifest.name}, {manifest.split}; captions: {texts}; shards: {len(manifest.shards)}",
+                f"{manifest.name}, {manifest.split}; captions: {texts}; {_kept_in(manifest)}",
             ]
             rows.append([name, kind, share, *told])
-            counts = sorted(manifest.dropped.items())
+            counts = sorted(manifest.dropped.items()) if isinstance(manifest, Manifest) else []
             dropped += [[f"building {name}", reason, f"{count:,}"] for reason, count in counts if count]
         elif name not in folders:
             rows.append([name, kind, share, "–", "–", "folder not known"])
@@ -54,18 +55,25 @@ def data(record: Record, heldout: Path | None) -> Html:
     return element("div", parts)
 
 
-def _manifests(places: Mapping[str, Place]) -> tuple[dict[str, Manifest], list[str]]:
+def _kept_in(manifest: Manifest | Listing) -> str:
+    if isinstance(manifest, Manifest):
+        return f"shards: {len(manifest.shards)}"
+    return "a folder of images for each class"
+
+
+def _manifests(places: Mapping[str, Place]) -> tuple[dict[str, Manifest | Listing], list[str]]:
     """Those that can be read, by name, and what is wrong with the others."""
     found, problems = {}, []
     for name, place in places.items():
         try:
-            found[name] = read_manifest(place)
+            is_local = isinstance(place, Path) and is_set(place)
+            found[name] = read_set(place) if is_local else read_manifest(place)
         except (FileNotFoundError, ValueError) as error:
             problems.append(f"{name}: {error}")
     return found, problems
 
 
-def _shares(run: Run, manifests: Mapping[str, Manifest]) -> dict[str, str]:
+def _shares(run: Run, manifests: Mapping[str, Manifest | Listing]) -> dict[str, str]:
     """The part of all samples that each source gives, as far as its size is known where that decides."""
     if run.mixing.by == "size" and not manifests.keys() >= run.data.keys():
         return dict.fromkeys(run.data, "by size")

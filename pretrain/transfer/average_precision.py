@@ -10,8 +10,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
+
+from pretrain.transfer.coco import compressed
+from pretrain.transfer.interval import PATIENCE, interval_of
 
 MEASURES = (
     "AP",
@@ -27,11 +32,7 @@ MEASURES = (
     "ARm",
     "ARl",
 )  # as it sums up
-DRAWS = 100  # bootstrap samples of the interval
-NORMAL_95 = 1.96  # standard deviations to each side of 95 %
-SEED = 0  # of the bootstrap: one set of detections has one interval
 Annotation = Mapping[str, Any]
-Matches = Mapping[int, Mapping[str, Any]]  # of one category: place of an image -> pycocotools' matches in it
 
 
 def truth_of(
@@ -39,7 +40,8 @@ def truth_of(
 ) -> COCO:
     """COCO's object of images (height, width by number), annotations and categories (name by number).
 
-    Annotations are numbered anew, from 1: pycocotools takes one with number 0 for unmatched.
+    Annotations are numbered anew, from 1: pycocotools takes one with number 0 for unmatched. One without `area`, of
+    which pycocotools would ask, has that of its outline, or of its box without one.
     """
     truth = COCO()
     truth.dataset = {
@@ -48,10 +50,17 @@ def truth_of(
         "categories": [{"id": number, "name": name} for number, name in names.items()],
     }
     for thing in truth.dataset["annotations"]:
-        thing.setdefault("area", thing["bbox"][2] * thing["bbox"][3])
+        if "area" not in thing:
+            thing["area"] = _area(thing, *sizes[thing["image_id"]])
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
     return truth
+
+
+def _area(thing: Annotation, height: int, width: int) -> float:
+    if outline := thing.get("segmentation"):
+        return float(rle.area(compressed(outline, height, width)))
+    return float(thing["bbox"][2] * thing["bbox"][3])
 
 
 def average_precision(truth: COCO, detections: Sequence[Annotation], kind: str) -> dict[str, Any]:
@@ -62,7 +71,7 @@ def average_precision(truth: COCO, detections: Sequence[Annotation], kind: str) 
     """
     judge = judge_of(truth, detections, kind)
     with contextlib.redirect_stdout(io.StringIO()):
-        judge.evaluate()
+        _match(judge)
         judge.accumulate()
         judge.summarize()
     measured = {
@@ -92,6 +101,22 @@ def judge_of(truth: COCO, detections: Sequence[Annotation], kind: str) -> COCOev
         return COCOeval(truth, truth.loadRes(judged) if judged else _nothing(truth), kind)
 
 
+def _match(judge: COCOeval) -> None:
+    """pycocotools' evaluate, which takes minutes for thousands of images, with a bar."""
+    params, match = judge.params, judge.evaluateImg
+    total = len(params.catIds) * len(params.areaRng) * len(params.imgIds)
+    with tqdm(
+        total=total, desc="matching", unit=" match", unit_scale=True, delay=PATIENCE, mininterval=1.0
+    ) as bar:
+
+        def counted(*asked: Any) -> Any:
+            bar.update()
+            return match(*asked)
+
+        judge.evaluateImg = counted
+        judge.evaluate()
+
+
 def by_category(judge: COCOeval, precision: Float[np.ndarray, "t r k"]) -> dict[str, float]:
     """AP by name of those categories that something is judged of; thresholds, recalls, categories."""
     return {
@@ -99,42 +124,6 @@ def by_category(judge: COCOeval, precision: Float[np.ndarray, "t r k"]) -> dict[
         for place, number in enumerate(judge.params.catIds)
         if (precision[:, :, place] > -1).all()
     }
-
-
-def interval_of(judge: COCOeval, matches: Sequence[Matches], told: float | None) -> list[float] | None:
-    """95 % interval of the AP that was told: two bounds in [0, 1], or None without an AP.
-
-    `matches` are those of all areas by category. 1.96 standard deviations of AP, over DRAWS samples of the images
-    with replacement, to both sides: percentiles of such samples lie too high, since AP rises where images come twice.
-    """
-    if told is None:
-        return None
-    num_images, generator, drawn = len(judge.params.imgIds), np.random.default_rng(SEED), []
-    asked = [row for row in matches if any((one["gtIgnore"] == 0).any() for one in row.values())]
-    for _ in range(DRAWS):
-        times = np.bincount(generator.integers(num_images, size=num_images), minlength=num_images).tolist()
-        some = ([one for place, one in row.items() for _ in range(times[place])] for row in asked)
-        precision = np.concatenate([accumulated(judge, [row])["precision"].ravel() for row in some])
-        if (precision > -1).any():
-            drawn.append(precision[precision > -1].mean())
-    margin = NORMAL_95 * float(np.std(drawn))
-    return [max(told - margin, 0.0), min(told + margin, 1.0)]
-
-
-def accumulated(judge: COCOeval, matches: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """pycocotools' precision [t, r, 1, areas, 1] and recall [t, 1, areas, 1] of one category.
-
-    `matches` has for each area, of the first of the judge's, as many images' matches.
-    """
-    params = copy.copy(judge.params)
-    params.imgIds, params.catIds, params.maxDets = list(range(len(matches[0]))), [0], params.maxDets[-1:]
-    params.areaRng, params.areaRngLbl = (kept[: len(matches)] for kept in (params.areaRng, params.areaRngLbl))
-    sample = copy.copy(judge)
-    sample.params = sample._paramsEval = params
-    sample.evalImgs = [one for area in matches for one in area]
-    with contextlib.redirect_stdout(io.StringIO()):
-        sample.accumulate()
-    return sample.eval
 
 
 def _nothing(truth: COCO) -> COCO:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
+import os
+import sys
 from collections import defaultdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from reprlib import repr as brief
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as rle
 
+from pretrain.data.decode import MAX_PIXELS
 from pretrain.data.faults import BadSample
 from pretrain.intact import sha256
 from pretrain.transfer.examples import Drops, Example, read_image, repeated, resolved
 from pretrain.transfer.lvis import federation_of
+from pretrain.transfer.outlines import FAR, are_real, check_outline
 
 LISTS = ("images", "annotations", "categories")
 FORMAT = "https://cocodataset.org/#format-data"
@@ -25,8 +29,8 @@ class CocoSet:
     """An AnnotatedSet of one JSON file and the folder that its file names are relative to; boxes, RLE, polygons.
 
     Federated where it has the fields of LVIS. Read once, so that all that the file alone can tell is told at once. A
-    box that reaches over the edge is taken as it is; one with less than LEAST_SIDE inside is left out. Raises
-    FileNotFoundError and ValueError.
+    box that reaches over the edge is taken as it is, up to FAR; one with less than LEAST_SIDE inside is left out, as
+    is all that would end the process in a decoder. Raises FileNotFoundError and ValueError.
     """
 
     def __init__(self, path: Path, images: Path, max_bad: float) -> None:
@@ -45,7 +49,7 @@ class CocoSet:
         self._things: dict[int, list[dict[str, Any]]] = defaultdict(list)
         missing = {image["id"] for image in content["images"]} - self._entries.keys()
         for thing in content["annotations"]:
-            if thing.get("image_id") in missing:
+            if _number(thing, "image_id") in missing:
                 continue  # counted with its image
             try:
                 _check_thing(thing, self._entries, categories, self.has_masks)
@@ -84,44 +88,68 @@ class CocoSet:
         """The images by number whose files are there."""
         entries = {}
         for image in images:
-            sides = (image.get("height"), image.get("width"))
-            is_named = "file_name" in image or "coco_url" in image
-            if not is_named or not all(type(side) is int and side > 0 for side in sides):
-                drops.add("bad_image_entry", f"image {image['id']} needs file_name, height and width")
-            elif not self._file(image).is_file():
-                drops.add("missing_image", f"{self._file(image)} of image {image['id']}")
-            else:
+            try:
+                _check_image(image)
+                file = self._file(image)
+                if not os.path.isfile(file):  # as Path has it, but no error for a name too long
+                    raise BadSample("missing_image", f"{file} of image {image['id']}")
                 entries[image["id"]] = image
+            except BadSample as error:
+                drops.add(error.reason, str(error))
         return entries
 
     def _file(self, image: dict[str, Any]) -> Path:
         """LVIS gives a URL alone, .../train2017/NAME, and takes images of both of COCO's splits."""
         if "file_name" in image:
-            return self.images / str(image["file_name"])
-        return self.images.parent.joinpath(*str(image["coco_url"]).split("/")[-2:])
+            return _below(self.images, image["file_name"])
+        url = image["coco_url"]
+        return _below(self.images.parent, "/".join(url.split("/")[-2:]) if isinstance(url, str) else url)
+
+
+def _below(folder: Path, name: Any) -> Path:
+    """A file of the folder or of one inside it; BadSample for a name that leads elsewhere."""
+    place = PurePosixPath(name) if isinstance(name, str) else None
+    if place is None or not place.parts or place.is_absolute() or ".." in place.parts:
+        raise BadSample("bad_image_entry", f"{brief(name)} names no file below {folder}")
+    return folder / place
+
+
+def _check_image(image: dict[str, Any]) -> None:
+    """Raises BadSample where pixels and masks of an entry could not be read."""
+    sides = [image.get("height"), image.get("width")]
+    is_named = "file_name" in image or "coco_url" in image
+    if not is_named or not all(type(side) is int and side > 0 for side in sides):
+        raise BadSample("bad_image_entry", f"image {image['id']} needs file_name, height and width")
+    if sides[0] * sides[1] > MAX_PIXELS:
+        raise BadSample(
+            "bad_image_entry",
+            f"image {image['id']} has {brief(sides[0])} x {brief(sides[1])} pixels, more than the limit of "
+            f"{MAX_PIXELS}",
+        )
 
 
 def read_lists(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The three lists of a file in COCO's format, with numbers that are unique."""
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}): name a file in COCO's format, {FORMAT}") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in LISTS):
-        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        found = brief(sorted(content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
             f"{path} holds {found}, but COCO's format has the lists {LISTS}: see {FORMAT}; results of a detector "
             "are no annotations"
         )
     for name in ("images", "categories"):
         ids = [entry.get("id") if isinstance(entry, dict) else None for entry in content[name]]
-        if not ids or not all(type(number) is int for number in ids) or len(set(ids)) < len(ids):
+        is_number = [type(number) is int and abs(number) <= sys.maxsize for number in ids]
+        if not ids or not all(is_number) or len(set(ids)) < len(ids):
             raise ValueError(
-                f"{path}: its {len(ids)} {name} must each have an integer `id` of its own: see {FORMAT}"
+                f"{path}: its {len(ids)} {name} must each have an integer `id` of its own, of 64 bits: see {FORMAT}"
             )
     if odd := [thing for thing in content["annotations"] if not isinstance(thing, dict)]:
-        raise ValueError(f"{path}: its annotations must be objects, not {str(odd[0])[:40]}: see {FORMAT}")
-    if any("name" not in category for category in content["categories"]):
+        raise ValueError(f"{path}: its annotations must be objects, not {brief(odd[0])}: see {FORMAT}")
+    if not all(isinstance(category.get("name"), str | int | float) for category in content["categories"]):
         raise ValueError(f"{path}: every category must have a `name`: see {FORMAT}")
     if twice := repeated(str(category["name"]) for category in content["categories"]):
         raise ValueError(
@@ -134,21 +162,43 @@ def _check_thing(
     thing: dict[str, Any], entries: dict[int, dict[str, Any]], categories: dict[int, str], with_masks: bool
 ) -> None:
     """Raises BadSample with the reason why an annotation cannot be used."""
-    who = f"annotation {thing.get('id')!r}"
-    image = entries.get(thing.get("image_id"))
+    who = f"annotation {brief(thing.get('id'))}"
+    image = entries.get(_number(thing, "image_id"))
     if image is None:
-        raise BadSample("unknown_image", f"{who} is of image {thing.get('image_id')!r}, which is not listed")
-    if thing.get("category_id") not in categories:
+        raise BadSample(
+            "unknown_image", f"{who} is of image {brief(thing.get('image_id'))}, which is not listed"
+        )
+    if _number(thing, "category_id") not in categories:
         raise BadSample(
             "unknown_category",
-            f"{who} is of category {thing.get('category_id')!r}, and the listed ones are {list(categories)[:10]}",
+            f"{who} is of category {brief(thing.get('category_id'))}, and the listed ones are "
+            f"{list(categories)[:10]}",
         )
     if thing.get("iscrowd", 0) not in (0, 1):
-        raise BadSample("bad_crowd", f"{who} has iscrowd {thing['iscrowd']!r}, it must be 0 or 1")
-    box = thing.get("bbox")
-    is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
-    if not is_box or not all(map(math.isfinite, box)) or min(box[2:]) <= 0:
-        raise BadSample("bad_box", f"{who} has bbox {box!r}, it must be [x, y, width, height] in pixels")
+        raise BadSample("bad_crowd", f"{who} has iscrowd {brief(thing['iscrowd'])}, it must be 0 or 1")
+    if not are_real([thing.get("area", 0)], sys.float_info.max) or thing.get("area", 0) < 0:
+        raise BadSample(
+            "bad_area", f"{who} has area {brief(thing['area'])}, it must be pixels, 0 or more, or be left out"
+        )
+    _check_box(who, thing.get("bbox"), image)
+    if with_masks:
+        check_outline(who, thing.get("segmentation"), image["height"], image["width"])
+
+
+def _number(thing: dict[str, Any], name: str) -> int | float | None:
+    """A field of an annotation; None for what is no number, and may not even be looked up."""
+    found = thing.get(name)
+    return found if type(found) in (int, float) else None
+
+
+def _check_box(who: str, box: Any, image: dict[str, Any]) -> None:
+    far = FAR * max(image["height"], image["width"])
+    is_box = isinstance(box, list) and len(box) == 4 and are_real(box, far)
+    if not is_box or min(box[2:]) <= 0:
+        raise BadSample(
+            "bad_box",
+            f"{who} has bbox {brief(box)}, it must be [x, y, width, height] in pixels, within +-{far}",
+        )
     left, top, width, height = box
     inside = (
         min(left + width, image["width"]) - max(left, 0),
@@ -159,43 +209,6 @@ def _check_thing(
             "box_outside",
             f"{who} has bbox {box}, outside of image {image['id']} of {image['width']} x {image['height']} pixels",
         )
-    if with_masks:
-        _check_outline(who, thing.get("segmentation"), image)
-
-
-def _check_outline(who: str, outline: Any, image: dict[str, Any]) -> None:
-    size = [image["height"], image["width"]]
-    match outline:
-        case {"size": found, "counts": str() | list()}:
-            if list(found) != size:
-                raise BadSample("mask_size", f"{who} has a mask of {found}, its image has {size}")
-            _check_runs(who, outline)
-        case [*polygons] if polygons and all(
-            isinstance(p, list) and len(p) >= 6 and not len(p) % 2 for p in polygons
-        ):
-            pass
-        case _:
-            raise BadSample(
-                "bad_mask", f"{who} has segmentation {str(outline)[:60]}: it must be polygons or RLE"
-            )
-
-
-def _check_runs(who: str, outline: dict[str, Any]) -> None:
-    """Raises BadSample unless the runs of an RLE are whole numbers that cover the image once."""
-    counts, pixels = outline["counts"], math.prod(outline["size"])
-    if isinstance(counts, list):
-        if not all(type(run) is int and run >= 0 for run in counts) or sum(counts) != pixels:
-            raise BadSample(
-                "bad_mask",
-                f"{who} has an RLE of {str(counts)[:40]}, whose runs must sum to its {pixels} pixels",
-            )
-        return
-    try:
-        if not counts:  # which the decoder takes, and reads beyond
-            raise ValueError("it is empty")
-        rle.decode(outline)
-    except (ValueError, UnicodeError) as error:
-        raise BadSample("bad_mask", f"{who} has a broken RLE {str(counts)[:40]!r}: {error}") from error
 
 
 def compressed(outline: Any, height: int, width: int) -> dict[str, Any]:

@@ -7,6 +7,9 @@ summing are pycocotools'; `benchmarks/lvis_agreement.py` compares with the lvis 
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -14,16 +17,15 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
 
 from pretrain.transfer.average_precision import (
     Annotation,
-    Matches,
-    accumulated,
     by_category,
-    interval_of,
     judge_of,
 )
 from pretrain.transfer.examples import Federation
+from pretrain.transfer.interval import PATIENCE, Matches, interval_of
 from pretrain.transfer.lvis import FREQUENCIES
 
 MOST = 300  # detections of an image, of all its categories together
@@ -88,7 +90,7 @@ def _matches(judge: COCOeval, federation: Federation) -> list[list[Matches]]:
         if (image, category) in judge._gts or category in federation.negative[image]:
             judged[category].append(image)
     found: list[list[Matches]] = []
-    for category in params.catIds:
+    for category in tqdm(params.catIds, desc="matching", unit=" category", delay=PATIENCE, mininterval=1.0):
         images = sorted(judged[category])
         for image in images:
             judge.ious[image, category] = judge.computeIoU(image, category)
@@ -107,6 +109,22 @@ def _match(
     if category in federation.not_exhaustive[image]:
         found["dtIgnore"] = found["dtIgnore"] | (found["dtMatches"] == 0)
     return found
+
+
+def accumulated(judge: COCOeval, matches: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """pycocotools' precision [t, r, 1, areas, 1] and recall [t, 1, areas, 1] of one category.
+
+    `matches` has for each area, of the first of the judge's, as many images' matches.
+    """
+    params = copy.copy(judge.params)
+    params.imgIds, params.catIds, params.maxDets = list(range(len(matches[0]))), [0], params.maxDets[-1:]
+    params.areaRng, params.areaRngLbl = (kept[: len(matches)] for kept in (params.areaRng, params.areaRngLbl))
+    sample = copy.copy(judge)
+    sample.params = sample._paramsEval = params
+    sample.evalImgs = [one for area in matches for one in area]
+    with contextlib.redirect_stdout(io.StringIO()):
+        sample.accumulate()
+    return sample.eval
 
 
 def _measures(

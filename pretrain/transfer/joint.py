@@ -1,52 +1,13 @@
-"""What must ranks that train one model share at each step? The mean of their gradients and what batch norms see."""
+"""What do the batch norms of ranks that train one model see? The images of all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pretrain.collectives import sum_over_ranks, world_size
+from pretrain.collectives import world_size
 from pretrain.models.feature_norm import EPS, standardise
-
-BUCKET = 2**25  # numbers that are averaged at once
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replaces each gradient by its mean over the ranks; one that no rank has stays None. A collective call.
-
-    After the whole backward pass: batch norms call the other ranks within it, and calls of two kinds at once could
-    meet in another order on each rank.
-    """
-    if world_size() == 1:
-        return
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    holders = sum_over_ranks(torch.tensor([parameter.grad is not None for parameter in trained]).long())
-    bucket: list[nn.Parameter] = []
-    for parameter, num_holders in zip(trained, holders.tolist(), strict=True):
-        if not num_holders:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        if bucket and sum(one.numel() for one in bucket) + parameter.numel() > BUCKET:
-            _average(bucket)
-            bucket = []
-        bucket.append(parameter)
-    _average(bucket)
-
-
-def _average(parameters: list[nn.Parameter]) -> None:
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return
-    joined = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(joined)
-    joined /= world_size()
-    for gradient, mean in zip(gradients, joined.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
 
 
 class JointBatchNorm(nn.Module):

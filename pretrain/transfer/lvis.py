@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 from pretrain.transfer.examples import Federation
@@ -32,9 +33,9 @@ def _categories(path: Path, image: Entry, name: str) -> frozenset[int]:
     found = image.get(name)
     if not isinstance(found, list) or not all(type(number) is int for number in found):
         raise ValueError(
-            f"{path} has {name}={found!r} of image {image['id']}, a list of numbers of categories is needed, as its "
-            f"images have LVIS's fields: see {FORMAT}, or take {NEGATIVE} and {NOT_EXHAUSTIVE} out of all of them to "
-            "have it judged as COCO"
+            f"{path} has {name}={brief(found)} of image {image['id']}, a list of numbers of categories is needed, as "
+            f"its images have LVIS's fields: see {FORMAT}, or take {NEGATIVE} and {NOT_EXHAUSTIVE} out of all of "
+            "them to have it judged as COCO"
         )
     return frozenset(found)
 
@@ -43,8 +44,8 @@ def _frequency(path: Path, category: Entry) -> str:
     found = category.get(FREQUENCY)
     if found not in FREQUENCIES:
         raise ValueError(
-            f"{path} has {FREQUENCY}={found!r} of category {category['id']}, one of {FREQUENCIES} is needed, as its "
-            f"images have LVIS's fields: see {FORMAT}, or take {NEGATIVE} and {NOT_EXHAUSTIVE} out of the images to "
-            "have it judged as COCO"
+            f"{path} has {FREQUENCY}={brief(found)} of category {category['id']}, one of {FREQUENCIES} is needed, as "
+            f"its images have LVIS's fields: see {FORMAT}, or take {NEGATIVE} and {NOT_EXHAUSTIVE} out of the images "
+            "to have it judged as COCO"
         )
     return found

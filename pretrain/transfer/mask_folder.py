@@ -7,15 +7,14 @@ number i, a line `-` one that is neither taught nor judged (ADE20k's 0), as is 2
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from pretrain.data.faults import BadSample
+from pretrain.evaluate.masks import UNREADABLE, opened
 from pretrain.intact import sha256
 from pretrain.transfer.examples import IGNORED, Drops, Example, read_image, repeated, resolved
 
@@ -75,9 +74,9 @@ class MaskFolder:
         image_path, mask_path = self._pairs[index]
         image = read_image(image_path)
         try:
-            with Image.open(io.BytesIO(mask_path.read_bytes())) as mask:
+            with opened(mask_path) as mask:
                 numbers = np.array(mask).astype(np.int64)
-        except (OSError, SyntaxError, ValueError) as error:
+        except UNREADABLE as error:
             raise BadSample("bad_mask", f"{mask_path}: {error}") from error
         if numbers.shape != tuple(image.shape[:2]):
             raise BadSample(
@@ -130,11 +129,11 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], list[int]]:
 def _check_pair(image: Path, mask: Path) -> None:
     """Reads the two headers."""
     try:
-        with Image.open(image) as opened:
-            size = opened.size
-        with Image.open(mask) as opened:
-            mask_size, mode = opened.size, opened.mode
-    except (OSError, SyntaxError, ValueError) as error:
+        with opened(image) as header:
+            size = header.size
+        with opened(mask) as header:
+            mask_size, mode = header.size, header.mode
+    except UNREADABLE as error:
         raise BadSample("unreadable", f"{image} or {mask}: {error}") from error
     if mode not in ONE_CHANNEL:
         raise BadSample("mask_colours", f"{mask} has mode {mode}: one channel of class numbers is needed")

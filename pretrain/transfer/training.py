@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pretrain.collectives import mean_over_ranks, rank
+from pretrain.collectives import average_gradients, mean_over_ranks, rank
 from pretrain.evaluate.augment import seeded
 from pretrain.randomness import step_seed
 from pretrain.training_state import States
 from pretrain.transfer.examples import Drops
-from pretrain.transfer.joint import average_gradients, with_joint_norms
+from pretrain.transfer.joint import with_joint_norms
 from pretrain.transfer.order import Draws, batches
 from pretrain.transfer.rates import Layered, rate
 from pretrain.transfer.recipes import Optimisation
@@ -49,8 +49,8 @@ def train(
     """Trains `model` in place to the last step and returns how many examples were left out, by reason.
 
     A collective call: the ranks share each batch, and average the gradients of losses that are means over as many
-    images (see `joint`). What is drawn inside the model depends on seed, step and rank. The same call goes on from
-    the last of `states` with the same numbers, bit for bit on as many ranks of CPUs, on any number of ranks. Float32.
+    images. What is drawn inside the model depends on seed, step and rank. The same call goes on from the last of
+    `states` with the same numbers, bit for bit on as many ranks of CPUs, on any number of ranks. Float32.
     Raises ValueError when the loss is not finite or too many examples cannot be used, on all ranks.
     """
     with_joint_norms(model, machine.device)

@@ -54,3 +54,22 @@ def test_the_start_on_many_shards_is_the_one_that_was_measured() -> None:
         f"{three_digits(found['mebibytes_before'])}, the next position {1e6 * found['position_seconds']:.1f} "
         f"microseconds, the first of a window {1e3 * found['position_in_a_new_window_seconds']:.0f} ms"
     ) in README
+
+
+def test_what_the_toolkits_made_of_exported_files_is_what_was_measured() -> None:
+    """Six files are built; four give our features; three make a step, in which no parameter of the backbone stays."""
+    for size, found in measured("openmmlab_loads")["backbones"].items():
+        files = found["toolkits"]["configs"]
+        assert size.endswith("_tiny") and len(files) == 6 and found["min_cosine"] > 0.9999
+        assert {row["file"] for row in found["proof"]} >= {file for file in files if "lvis" not in file}
+        stepped = found["training_step"]
+        assert set(stepped) == {"upernet_ade20k.py", "mask2former_ade20k.py", "dino_coco.py"}
+        assert not any(step["backbone_parameters_that_stayed"] for step in stepped.values())
+    assert "no committed result" not in README
+    for told in (
+        "all six files of a tiny InternImage and of a tiny ViT were built",
+        "those for ADE20K and COCO gave our features at two sizes",
+        "UperNet, Mask2Former and DINO for COCO made a training step.",
+        "No step was made of those for LVIS, nor of Mask R-CNN",
+    ):
+        assert told in README

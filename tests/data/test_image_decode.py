@@ -54,6 +54,17 @@ def test_a_palette_with_a_transparent_colour_becomes_white_there() -> None:
     assert found[0, 0].tolist() == [255, 255, 255] and found[1, 1].tolist() == [0, 0, 255]
 
 
+def test_an_image_is_the_same_converted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.dstack([picture(3), picture(4)[..., 0]])
+    content = encoded(pixels, "PNG")
+    whole = decode_image(content)
+    monkeypatch.setattr(decode, "PART", 3 * 52)
+    assert np.array_equal(decode_image(content), whole)
+    shown = pixels[..., :3].astype(float)
+    opaque = pixels[..., 3:] / 255
+    assert np.abs(shown * opaque + 255 * (1 - opaque) - whole.numpy()).max() <= 1
+
+
 def test_sixteen_bits_are_scaled_not_cut() -> None:
     grey = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     found = decode_image(saved(Image.fromarray(grey), "PNG")).numpy()
@@ -113,6 +124,14 @@ def test_what_is_no_image_is_refused(content: bytes) -> None:
     with pytest.raises(BadSample) as caught:
         decode_image(content)
     assert caught.value.reason in ("not_an_image", "truncated", "corrupt")
+
+
+@pytest.mark.parametrize("form", ["EPS", "BMP", "TIFF", "GIF"])
+def test_what_pillow_would_open_besides_is_refused(form: str) -> None:
+    """Some formats it hands to programs of the machine."""
+    with pytest.raises(BadSample, match="no JPEG, PNG or WebP file") as caught:
+        decode_image(encoded(picture(6), form))
+    assert caught.value.reason == "not_an_image"
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +12,13 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from data_prep.schema import fill_prompt
+from data_prep.schema import Manifest, fill_prompt
 from pretrain.config import Mixing, Source
 from pretrain.data.batch import NO_CATEGORY
-from pretrain.data.loader import Loader
+from pretrain.data.loader import Loader, _tell_of_memory
+from pretrain.data.packed import pack, unpack
+from pretrain.data.sources import open_sources
+from pretrain.data.steps import Steps
 from pretrain.data.text import Captions
 from pretrain.objective import Input, Objective, Target
 from tests.data.delivered import assert_same, batches, joined
@@ -168,6 +173,7 @@ def test_supervision_decides_which_labels_are_taken(tmp_path: Path) -> None:
         assert bool(batch.has_text.all()) is has_text and bool(batch.has_text.any()) is has_text
         assert loader.facts.categories == (("ant", "bee", "cow") if has_category else ())
         assert loader.facts.vocab_size == (15 if has_text else 0)
+        assert loader.facts.num_samples == {"both": Manifest.read(folder).num_samples}
         loader.close()
 
 
@@ -185,6 +191,34 @@ def test_captions_longer_than_the_text_are_counted(folders: dict[str, Path]) -> 
     assert bool((uncut.token_mask.sum(1) > 10).any()) and int(batch.token_mask.sum(1).max()) == 10
     loader.close()
     long.close()
+
+
+def test_a_vast_caption_is_read_as_far_as_it_is_shown(folders: dict[str, Path]) -> None:
+    captions = Captions(folders["talk"] / "tokenizer", 8)
+    words = "a green bird in the old tree beside a river of stones and nothing else " * 40
+    whole = captions._tokenizer.encode(words)  # the tokenizer's own cut
+    for text in (words, words * 500, " " * 5000 + words):
+        began = time.process_time()
+        found = captions.tokens(text)
+        assert found.numbers.tolist() == whole.ids and found.is_cut
+        assert time.process_time() - began < 0.5
+    short = captions.tokens("a bird" + " " * 5000)
+    assert not short.is_cut and short.numbers.tolist() == captions.tokens("a bird").numbers.tolist()
+
+
+def test_a_batch_is_held_once_and_a_large_one_is_told(folders: dict[str, Path]) -> None:
+    run = small_run(data={"names": Source("category")})
+    sources = open_sources(run, {"names": folders["names"]}, None)
+    made = Steps(run, sources, 0, 1).make(3, is_shared=True)
+    packed = pack(made)
+    assert packed.buffer.data_ptr() == made.batch.views.untyped_storage().data_ptr()
+    assert packed.buffer.is_shared()
+    again, plain = unpack(packed).batch, Steps(run, sources, 0, 1)[3].batch
+    for field in dataclasses.fields(plain):
+        assert torch.equal(getattr(again, field.name), getattr(plain, field.name))
+    large = replace(run, batch=2048, views=replace(run.views, size=512))
+    with pytest.warns(UserWarning, match=r"each of 1 workers holds a batch of 3\.0 GiB.*more ranks"):
+        _tell_of_memory(large, world=1, workers=1)
 
 
 def test_categories_become_captions_by_prompts(tmp_path: Path, folders: dict[str, Path]) -> None:

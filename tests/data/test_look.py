@@ -32,7 +32,7 @@ def test_sources_are_counted_with_shares_and_passes(folders: dict[str, Path]) ->
     names, talk = count_sources(small_run(), folders, None)
     assert (names.num_samples, talk.num_samples, talk.num_shards) == (21, 12, 2)
     assert names.share == pytest.approx(2 / 3) and names.reached == pytest.approx(2 / 3, abs=1e-3)
-    assert names.epochs == pytest.approx(2 / 3 * 2000 * 8 / 21)
+    assert names.epochs == pytest.approx(0.667 * 2000 * 8 / 21)  # as its share is reached, in every thousand
     data = {"names": Source("category"), "talk": Source("text")}
     by_size = small_run(data=data, mixing=Mixing(by="size"))
     assert [source.share for source in count_sources(by_size, folders, None)] == [21 / 33, 12 / 33]
@@ -76,10 +76,13 @@ def test_replaced_samples_are_counted_and_listed(tmp_path: Path, capsys: pytest.
     samples = [sample(number, has_text=False) for number in range(60)]
     samples[7]["jpg"] = samples[7]["jpg"][:-30]
     folder = write_set(tmp_path / "names", [samples])
-    recipe = write_recipe(tmp_path, data={"names": Source("category")}, max_bad=0.5)
+    recipe = write_recipe(tmp_path, data={"names": Source("category")}, max_bad=0.0)
     page = tmp_path / "page.html"
     assert main([str(folder), "--recipe", str(recipe), "--images", "64", "--out", str(page)]) == 0
-    assert "Replaced: names: truncated" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Replaced: names: truncated" in told
+    assert "Training would stop here: " in told and "max_bad=0.0 allows 0: run `python -m data_prep" in told
+    assert "Training would stop here: " in page.read_text()
     lines = [json.loads(line) for line in (tmp_path / "page.dropped.jsonl").read_text().splitlines()]
     assert {(line["source"], line["index"], line["reason"]) for line in lines} == {("names", 7, "truncated")}
 

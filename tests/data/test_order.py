@@ -150,6 +150,13 @@ def test_shares_hold_in_short_stretches_too() -> None:
         assert np.abs(counts - np.array([4, 2, 2])).max() <= 2
 
 
+def test_what_was_drawn_is_counted_by_source() -> None:
+    order = Order(5, (3.0, 1.0, 2.5), [[7], [4, 4], [30]])
+    sources = [order.draw(position)[0] for position in range(2345)]
+    assert order.drawn(2345) == [sources.count(source) for source in range(3)]
+    assert order.drawn(0) == [0, 0, 0] and sum(order.drawn(7000)) == 7000
+
+
 def test_each_source_is_drawn_without_gaps() -> None:
     order = Order(3, (5.0, 2.0, 1.0), [[4], [9, 9], [3]])
     draws = [order.draw(position) for position in range(2 * CYCLE + 17)]
@@ -192,6 +199,13 @@ def test_the_order_never_changes_between_versions() -> None:
 def test_a_source_with_too_small_a_share_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at least 1 in 1000: raise that weight or mixing\.temperature"):
         Order(0, (10_000.0, 1.0), [[1], [1]])
+
+
+def test_the_least_share_and_the_largest_weights_are_taken() -> None:
+    order = Order(0, (999.0, 1.0), [[5], [5]])
+    assert [order.draw(position)[0] for position in range(1000)].count(1) == 1
+    vast = Order(0, (1e308, 1e308), [[6, 3], [1]], Mixing(by="size"))
+    assert vast.shares == pytest.approx([0.9, 0.1])
 
 
 def test_forty_thousand_shards_start_and_draw_fast() -> None:

@@ -1,7 +1,8 @@
 """What befalls a run of two ranks, and how does it end? `python drill.py FOLDER` leaves FOLDER/result.json.
 
-One process imports torch and DeepSpeed, and every rank of every start is a fork of it, so that a start takes
-seconds less. The run is a shrunken m3i.vit_b16 through pretrain/main.py's `start`, with files, log and exit codes.
+Every rank of every start is a fork of this process, which has imported torch and DeepSpeed, or is itself a fork of
+one that has (warm.py): a start takes seconds less. The run is a shrunken m3i.vit_b16 through pretrain/main.py's
+`start`, with files, log and exit codes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -26,8 +26,10 @@ from typing import Any, TypedDict
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+import s3fs  # noqa: E402, F401  no rank needs to import it then
 import torch  # noqa: E402
 
+import pretrain.train  # noqa: E402
 from data_prep import stores as builders_stores  # noqa: E402
 from pretrain import main, recipes, resume  # noqa: E402
 from pretrain.checkpoint import (  # noqa: E402
@@ -61,6 +63,7 @@ from tests.engine.drill_faults import (  # noqa: E402
     small_disk,
     without,
 )
+from tests.engine.warm import do_before_forks, require_one_thread  # noqa: E402
 from tests.fakes import shrink  # noqa: E402
 
 main.quieten()
@@ -157,6 +160,7 @@ class Drill:
             os.dup2(descriptor, 2)
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
             os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
+            sys.modules["__main__"].__file__ = main.__file__  # a loader's workers begin as those of a run do
             if fault is not None:
                 fault()
             code = main.start(self.run, paths) if work is None else work(paths)
@@ -239,9 +243,10 @@ def killed(drill: Drill) -> dict[str, Any]:
         names.append(name)
         before = -1
         while True:
-            where = SAVING if kills % 2 else PACKAGE
-            number = random.randrange(1, num_calls[where] // 2)
-            fault = {0: kill_at_call(number, where)} if kills < KILLS else {}
+            where, times = (SAVING, STEPS // SAVE_EVERY) if kills % 2 else (PACKAGE, STEPS)
+            number = random.randrange(1, num_calls[where] // times)  # of a step or a save
+            batch = random.randrange(1, STEPS // 2 + 2)
+            fault = {0: kill_at_call(number, where, batch)} if kills < KILLS else {}
             end = drill.start(
                 name, fault, grace=0, ds_config=_ds_config("zero3" if name == BY_ZERO3 else "zero2")
             )
@@ -279,7 +284,9 @@ def undisturbed(drill: Drill) -> dict[str, Any]:
         "without_4_to_9": {4, 5, 6, 7, 8, 9},
     }
     for name, batches in runs.items():
-        faults = {0: both(without(batches), count_calls(drill.folder / "calls")), 1: without(batches)}
+        faults = dict.fromkeys(range(WORLD), without(batches))
+        if name == "straight":
+            faults[0] = both(faults[0], count_calls(drill.folder / "calls"))
         end = drill.start(name, faults)
         assert end["codes"] == [main.FINISHED] * WORLD, end["output"]
         found[name] = drill.outcome(name)
@@ -518,17 +525,12 @@ SCENARIOS: dict[str, Callable[[Drill], dict[str, Any]]] = {
 }
 
 
-def import_the_rest() -> None:
-    """What DeepSpeed and torch import when an engine is built, most of a start: once, before the forks."""
-    import deepspeed.runtime.zero.muon.muon_optimizer  # torch's compiler with it
-
-    assert deepspeed.ops.__compatible_ops__  # probes for compilers
-    assert threading.active_count() == 1, "a fork would lose the other threads"
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    import_the_rest()
+    do_before_forks()
+    require_one_thread()
+    # A quarter second of every rank, for figures that no drill looks at.
+    pretrain.train.measured_peak = lambda dtype: 1e9
     drill = Drill(Path(sys.argv[1]))
     found = {name: SCENARIOS[name](drill) for name in sys.argv[2:] or SCENARIOS}
     found["cpu_seconds"] = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])

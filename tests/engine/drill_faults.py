@@ -31,8 +31,10 @@ DISK_BYTES = 64 * 2**20  # of a disk that holds the checkpoints of a run, and no
 Fault = Callable[[], None]
 
 
-def kill_at_call(number: int, where: str) -> Fault:
-    """SIGKILL at the so-manieth call of a function in files that begin so, after the first batch, in any thread."""
+def kill_at_call(number: int, where: str, batch: int) -> Fault:
+    """SIGKILL at the so-manieth call of a function in files that begin so, in any thread, from the so-manieth batch
+    of the start on: Python is slow while calls are counted.
+    """
 
     def install() -> None:
         count = 0
@@ -44,7 +46,7 @@ def kill_at_call(number: int, where: str) -> Fault:
                 if count == number:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        after_first_batch(lambda: (threading.setprofile(profile), sys.setprofile(profile)))
+        at_batch(batch, lambda: (threading.setprofile(profile), sys.setprofile(profile)))
 
     return install
 
@@ -59,7 +61,7 @@ def count_calls(path: Path) -> Fault:
             for where in counts if event == "call" else ():
                 counts[where] += frame.f_code.co_filename.startswith(where)
 
-        after_first_batch(lambda: (threading.setprofile(profile), sys.setprofile(profile)))
+        at_batch(1, lambda: (threading.setprofile(profile), sys.setprofile(profile)))
         train = pretrain.train.train
 
         def counted(*arguments: Any) -> None:
@@ -73,15 +75,15 @@ def count_calls(path: Path) -> Fault:
     return install
 
 
-def after_first_batch(work: Callable[[], object]) -> None:
-    """`work` is done when the rank gets its first batch."""
-    own, is_first = Loader.__next__, True
+def at_batch(number: int, work: Callable[[], object]) -> None:
+    """`work` is done when the rank gets the so-manieth batch of this start."""
+    own, count = Loader.__next__, 0
 
     def following(loader: Loader) -> Batch:
-        nonlocal is_first
+        nonlocal count
         batch = own(loader)
-        if is_first:
-            is_first = False
+        count += 1
+        if count == number:
             work()
         return batch
 

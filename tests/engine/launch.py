@@ -5,16 +5,15 @@ from __future__ import annotations
 import atexit
 import functools
 import json
-import multiprocessing
 import os
+import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch.multiprocessing
 
 from tests.paths import ROOT
 
@@ -42,14 +41,19 @@ def start(
     ), log.read_text()
 
 
-def run_ranks(command: Sequence[str], log: Path, *, world: int, timeout: float = TIMEOUT) -> list[int]:
-    """Exit codes of `python *command` on every rank, whose joint output is in `log`."""
+def run_ranks(
+    command: Sequence[str], log: Path, *, world: int, timeout: float = TIMEOUT, kill_at: str | None = None
+) -> list[int]:
+    """Exit codes of `python *command` on every rank, whose joint output is in `log`; SIGKILL to all as soon as that
+    has the words `kill_at`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"WORLD_SIZE": str(world), "MASTER_PORT": str(free.getsockname()[1])}
     log.write_text("")
     ranks = [environment(RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(world)]
     asked = {"command": list(command), "environments": ranks, "log": str(log), "timeout": timeout}
+    asked["kill_at"] = kill_at
     server = _warm()
     assert server.stdin is not None and server.stdout is not None
     server.stdin.write(json.dumps(asked) + "\n")
@@ -70,9 +74,12 @@ def _warm() -> subprocess.Popen[str]:
 
 
 def together(function: Callable[..., None], *arguments: Any, world: int) -> None:
-    """function(rank, *arguments) in `world` processes at once, forked from one that has imported what they need."""
-    multiprocessing.set_forkserver_preload(["pretrain.data.workers"])  # as loaders do, who share the server
-    torch.multiprocessing.start_processes(function, arguments, nprocs=world, start_method="forkserver")
+    """function(rank, *arguments) on so many ranks; AssertionError with their output when one fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked, log = Path(folder, "asked"), Path(folder, "output.txt")
+        asked.write_bytes(pickle.dumps((function, arguments)))
+        codes = run_ranks([str(ROOT / "tests" / "engine" / "call.py"), str(asked)], log, world=world)
+        assert codes == [0] * world, f"{function.__name__} ended with {codes}:\n{log.read_text()}"
 
 
 def environment(**added: str) -> dict[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from pretrain import checkpoint, intact, resume
 from pretrain.facts import DataFacts
 from tests.engine.toy import FACTS, toy_run
+from tests.paths import ROOT
 
 
 def whole(place: Path, step: int, **state: Any) -> Path:
@@ -25,6 +28,15 @@ def whole(place: Path, step: int, **state: Any) -> Path:
     (partial / "state.json").write_text(json.dumps({"step": step, "optimizer_steps": step} | state))
     intact.publish(partial, folder, intact.digest(partial, intact.files_in(partial)))
     return folder
+
+
+def test_checkpoints_are_listed_without_torch(tmp_path: Path) -> None:
+    whole(tmp_path, 7)
+    code = "import sys; from pretrain.checkpoint.__main__ import main; code = main(['ls', sys.argv[1]]); "
+    command = [sys.executable, "-c", code + "sys.exit(code + ('torch' in sys.modules))", str(tmp_path)]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert listed.returncode == 0, listed.stderr
+    assert listed.stdout.splitlines()[-1].split()[0] == "7"
 
 
 def test_latest_is_the_newest_by_number(tmp_path: Path) -> None:
@@ -127,6 +139,11 @@ def test_other_data_is_refused(tmp_path: Path) -> None:
     message = r"what is read as 'toy' has changed \(other SHA-256\). Go on with the same, or"
     with pytest.raises(ValueError, match=message):
         resume.check_resumable(checkpoint.latest(tmp_path), toy_run(), rebuilt)
+
+
+def test_a_checkpoint_that_tells_no_numbers_of_samples_is_gone_on_from(tmp_path: Path) -> None:
+    counted = dataclasses.replace(FACTS, num_samples={"toy": 12})
+    resume.check_resumable(whole(tmp_path, 3), toy_run(), counted)
 
 
 def test_files_of_deepspeed_are_refused(tmp_path: Path) -> None:

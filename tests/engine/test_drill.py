@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from pretrain.exits import DIVERGED, FAILED, FINISHED, LOST, PREEMPTED
 from tests.data.sets import good_set
-from tests.engine.launch import environment
+from tests.engine.launch import start
 from tests.paths import ROOT
 
 SECONDS = 900  # of a busy machine; a quiet one needs 100
@@ -26,12 +24,8 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All of drill.py, in one process that forks the ranks."""
     folder = tmp_path_factory.mktemp("drill")
     good_set(folder / "data" / "imagenet1k", sizes=(14, 10, 18), has_text=False)
-    command = [sys.executable, str(ROOT / "tests" / "engine" / "drill.py"), str(folder)]
-    with (folder / "output.txt").open("w") as output:
-        code = subprocess.run(
-            command, env=environment(), stdout=output, stderr=subprocess.STDOUT, timeout=SECONDS, check=False
-        ).returncode
-    assert code == 0, (folder / "output.txt").read_text()
+    codes, output = start(folder, world=1, script=ROOT / "tests" / "engine" / "drill.py", timeout=SECONDS)
+    assert codes == [0], output
     return json.loads((folder / "result.json").read_text())
 
 

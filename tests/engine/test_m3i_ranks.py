@@ -142,7 +142,7 @@ def waits_between_lines(variant: str, run: Run, facts: Any, batches: list[Batch]
     engine.steps_done = 1
     with Monitor(log, engine.run, 1, engine.clock) as monitor, Waits() as waits, listed(waits):
         for batch in batches[:2]:
-            monitor.after_step(engine, engine.step(batch), {}, {})
+            monitor.after_step(engine, engine.step(batch), {}, {}, {})
     return waits.found
 
 

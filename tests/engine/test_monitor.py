@@ -58,7 +58,7 @@ def _follow(out: Path, first_step: int, until: int) -> None:
         for step in range(first_step + 1, until + 1):
             with monitor.waiting_for_data():
                 pass
-            monitor.after_step(_engine(step), _losses(1.0 + step), {"bad_jpeg": 3}, {"seen": 8})
+            monitor.after_step(_engine(step), _losses(1.0 + step), {"bad_jpeg": 3}, {"seen": 8}, {"a": 0.5})
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def test_a_logged_step_holds_what_report_and_reader_need(tmp_path: Path) -> None
     lines = _lines(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 4]
     assert lines[-1]["nats"] == {"dense": 5.0, "category": 0.5}
-    assert lines[-1]["dropped"] == {"bad_jpeg": 3}
+    assert lines[-1]["dropped"] == {"bad_jpeg": 3} and lines[-1]["epochs"] == {"a": 0.5}
     wanted = "time collapse grad_norm grad_norm_image grad_norm_label grad_norm_by_part lambda lr momentum "
     wanted += "images_per_second pairs_per_second teraflops_per_gpu mfu memory_bytes step_seconds seconds "
     wanted += "eta_seconds gpu_hours gpu_hours_left cost cost_left"
@@ -94,7 +94,7 @@ def test_a_resume_cuts_what_came_after_its_step(tmp_path: Path) -> None:
 def test_between_logged_steps_nothing_is_read_from_the_device(tmp_path: Path) -> None:
     with _monitor(tmp_path, 1, log_every=5) as monitor:
         nats = {"dense": torch.empty((), device="meta")}  # reading a meta tensor raises
-        monitor.after_step(_engine(2), ToyLosses(nats["dense"], nats, {}), {}, {})
+        monitor.after_step(_engine(2), ToyLosses(nats["dense"], nats, {}), {}, {}, {})
     assert _lines(tmp_path) == []
 
 
@@ -125,7 +125,7 @@ def _collapse_from(out: Path, first_step: int, until: int, seen: Seen) -> None:
     nats = {"dense": torch.tensor(1.0)}
     with _monitor(out, first_step) as monitor:
         for step in range(first_step + 1, until + 1):
-            monitor.after_step(_engine(step), ToyLosses(nats["dense"], nats, {"dense": seen}), {}, {})
+            monitor.after_step(_engine(step), ToyLosses(nats["dense"], nats, {"dense": seen}), {}, {}, {})
 
 
 def test_a_collapse_is_told_once_when_it_is_clear_and_again_at_the_end(tmp_path: Path, capsys: Any) -> None:
@@ -169,7 +169,7 @@ def test_trackers_are_told_what_the_log_is_and_alerted_of_a_collapse(tmp_path: P
     nats = {"dense": torch.tensor(1.0)}
     with _monitor(tmp_path, 0, trackers=[fake]) as monitor:
         for step in range(1, 6):
-            monitor.after_step(_engine(step), ToyLosses(nats["dense"], nats, {"dense": FLAT}), {}, {})
+            monitor.after_step(_engine(step), ToyLosses(nats["dense"], nats, {"dense": FLAT}), {}, {}, {})
         assert len(alerts) == 1 and "target dense" in alerts[0]
     assert len(logged) == 6 and logged[0] == "after 0"
 
@@ -249,7 +249,7 @@ def test_hours_that_a_kill_or_a_rewind_undid_were_paid_all_the_same(
         with _monitor(tmp_path, first, spent=spent) as monitor:
             for step in range(first + 1, until + 1):
                 now[0] += 3600.0
-                monitor.after_step(_engine(step), _losses(1.0), {}, {})
+                monitor.after_step(_engine(step), _losses(1.0), {}, {}, {})
 
     spent = Spent(2, gpu_hours=spent_before(tmp_path))
     follow(0, 4, spent)
@@ -274,7 +274,7 @@ def _follow_on_a_full_disk(out: Path, most: int) -> None:
                 full.enter_context(files_of_at_most(most))
             if step == 5:
                 full.close()
-            monitor.after_step(_engine(step), _losses(1.0), {}, {})
+            monitor.after_step(_engine(step), _losses(1.0), {}, {}, {})
 
 
 def test_a_full_disk_is_told_once_and_its_lines_are_written_when_there_is_room(
@@ -346,7 +346,7 @@ def test_a_log_that_cannot_be_cut_where_a_run_goes_back_is_cut_later(
     with files_of_at_most(10):
         monitor = _monitor(tmp_path, 4)
     with monitor:
-        monitor.after_step(_engine(5), _losses(9.0), {}, {})
+        monitor.after_step(_engine(5), _losses(9.0), {}, {}, {})
     assert [(line["step"], line["nats"]["dense"]) for line in _lines(tmp_path)][-2:] == [(4, 5.0), (5, 9.0)]
 
 

@@ -6,6 +6,8 @@ Reads a launch from each line of its standard input, as launch.py writes it, and
 from __future__ import annotations
 
 import atexit
+import functools
+import importlib.metadata
 import json
 import os
 import runpy
@@ -47,41 +49,61 @@ def fork(command: Sequence[str], environment: Mapping[str, str], log: str) -> in
         os._exit(code if isinstance(code, int) else 1)
 
 
-def ended(processes: Sequence[int], timeout: float) -> list[int]:
-    """Exit codes, minus the signal of those that one ended; those that live after `timeout` seconds are killed."""
+def ended(processes: Sequence[int], timeout: float, log: Path, kill_at: str | None) -> list[int]:
+    """Exit codes, minus the signal of those that one ended; those that live after `timeout` seconds, or when `log`
+    has the words `kill_at`, are killed.
+    """
     codes: dict[int, int] = {}
     until = time.monotonic() + timeout
     while len(codes) < len(processes):
+        is_over = time.monotonic() > until or (kill_at is not None and kill_at in log.read_text())
         for process in set(processes) - codes.keys():
             found, status = os.waitpid(process, os.WNOHANG)
             if found:
                 codes[process] = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > until:
+            elif is_over:
                 os.kill(process, 9)
         time.sleep(LOOKS)
     return [codes[process] for process in processes]
+
+
+def do_before_forks() -> None:
+    """Imports what a rank does until its first engine is built, and does once what each would do for nothing."""
+    import deepspeed.ops
+    import deepspeed.utils.nvtx
+    import pytest  # noqa: F401  by test files whose ranks are these
+    import scipy.optimize
+    import scipy.stats  # noqa: F401  not scikit-learn, which starts a thread
+    import timm  # noqa: F401
+    import torch._dynamo
+    import torch._inductor  # noqa: F401
+    from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401  DeepSpeed loads it with its first engine
+    from transformers import AutoTokenizer, BertModel  # noqa: F401  of runs with text: half of a start
+
+    import pretrain.train  # noqa: F401
+
+    assert deepspeed.ops.__compatible_ops__  # probes for compilers
+    # Whenever ranks meet, torch looks through all that is installed for its backends.
+    importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
+    importlib.metadata.entry_points(group="torch.distributed.backends")
+    deepspeed.utils.nvtx.enable_nvtx = False  # thousands of ranges a step, for a profiler that is not there
+
+
+def require_one_thread() -> None:
+    assert len(os.listdir("/proc/self/task")) == 1, "a thread that holds a lock would be missing in a fork"
 
 
 def main() -> None:
     """Until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what packages print while they are imported is no answer
-
-    import timm  # noqa: F401
-    import torch._dynamo
-    import torch._inductor  # noqa: F401
-    import transformers  # noqa: F401
-    from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401  DeepSpeed loads it with its first engine
-
-    import pretrain.train  # noqa: F401
-
+    do_before_forks()
     for line in sys.stdin:
         asked = json.loads(line)
-        assert len(os.listdir("/proc/self/task")) == 1, (
-            "a thread that holds a lock would be missing in a fork"
-        )
+        require_one_thread()
         processes = [fork(asked["command"], one, asked["log"]) for one in asked["environments"]]
-        print(json.dumps(ended(processes, asked["timeout"])), file=answers, flush=True)
+        codes = ended(processes, asked["timeout"], Path(asked["log"]), asked["kill_at"])
+        print(json.dumps(codes), file=answers, flush=True)
 
 
 if __name__ == "__main__":

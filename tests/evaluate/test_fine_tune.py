@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint import load_towers
+from pretrain.evaluate import protocols as protocols_module
 from pretrain.evaluate.augment import rand_augment
 from pretrain.evaluate.evidence import NotMeasured
-from pretrain.evaluate.fine_tune import Classifier, _encoder, fine_tune, predict
+from pretrain.evaluate.fine_tune import Classifier, encoder_of, fine_tune, predict
 from pretrain.evaluate.fine_tune_order import Examples
 from pretrain.evaluate.fine_tune_recipes import RECIPES, FineTune
 from pretrain.evaluate.layers import decay_of_depth, layer_order
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint, measure_subject
 from pretrain.evaluate.published import EncoderAlone, PublishedEncoder
 from pretrain.evaluate.sets import read_manifests
-from pretrain.evaluate.subjects import Subject
+from pretrain.evaluate.subjects import Subject, find_subjects
+from pretrain.export.__main__ import export_run
 from pretrain.facts import DataFacts
 from pretrain.models.backbone import build_encoder
 from pretrain.models.pooling import prepend_mean
@@ -209,7 +211,7 @@ def test_recipe_of_the_paper_learns_by_its_seed_alone(steps: dict[str, Path], da
 def test_dropping_branches_ends_with_the_training(steps: dict[str, Path]) -> None:
     for step in steps.values():
         run, _, towers = load_towers(step)
-        model = Classifier(_encoder(towers, run, 0.5), 4, drops=True).train()
+        model = Classifier(encoder_of(towers, run, 0.5), 4, drops=True).train()
         images = torch.randn(2, 3, run.views.size, run.views.size)
         torch.nn.init.normal_(model.head.weight)
         first, second = model(images), model(images)
@@ -217,6 +219,39 @@ def test_dropping_branches_ends_with_the_training(steps: dict[str, Path]) -> Non
         model.eval()
         expected = model.head(towers.encoder(images).mean(dim=1))
         torch.testing.assert_close(model(images), expected)
+
+
+def test_recipe_of_the_paper_trains_an_export_like_its_run(
+    steps: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    paper = replace(RECIPES["paper"], epochs=1, batch=8, base_lr=1e-2)
+    run, _, towers = load_towers(steps["vit"])
+    folder = export_run(
+        [str(steps["vit"].parents[1]), "--to", "timm", "--out", str(tmp_path / "timm")]
+    ).folder
+    subject = find_subjects(folder, [])[0].open()
+    train, heads = Examples(data / "train", torch.arange(40)), []
+    for whose in (towers, subject.towers):
+        model = fine_tune(whose, run, train, len(COLORS), paper, device=CPU)
+        heads.append(model.state_dict()["head.weight"])
+    torch.testing.assert_close(heads[1], heads[0])  # which it would not be without the same branches dropped
+
+
+def test_branches_that_cannot_be_dropped_are_told_before_images_are_read(
+    run_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, facts, _ = load_towers(run_folder / "checkpoints" / "step_000003")
+    trunk = nn.Conv2d(3, 8, 32, 32)
+    encoder = PublishedEncoder(trunk, lambda trunk, images: prepend_mean(trunk(images).flatten(2).mT), 64)
+    subject = Subject("plain", run, facts, EncoderAlone(encoder), None)
+    folders = {split: data / split for split in ("train", "heldout")}
+    monkeypatch.setattr(protocols_module, "extract", lambda *_, **__: pytest.fail("images are read"))
+    message = (
+        r"drop_path=0\.1 needs blocks that drop branches, and Conv2d has none: .* --fine-tune-recipe small"
+    )
+    with pytest.raises(ValueError, match=message):
+        asked = Protocols(probes=("knn",), fine_tune=RECIPES["paper"])
+        measure_subject(subject, folders, read_manifests(folders), asked, CPU)
 
 
 def test_augmented_view_depends_on_its_seed_alone() -> None:

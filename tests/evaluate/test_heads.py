@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from pretrain.evaluate.evidence import Evidence
 from pretrain.evaluate.features import LAYERS, MASKED, TOKENS, Features, extract
 from pretrain.evaluate.probes import PROBES, measure
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
-from pretrain.evaluate.shares import Share, join, judge, share_of
+from pretrain.evaluate.shares import Share, judge, share_of
 from pretrain.facts import DataFacts
 from tests.evaluate.sets import write_set
 from tests.evaluate.test_evaluate import damage
@@ -91,7 +93,7 @@ def test_sweep_finds_the_layer_and_ignores_held_out_images(monkeypatch: pytest.M
     worse = replace(other, layers={"layer 3": noise[:200].repeat(1, 2)})
     found, misled = (probing.linear_sweep(evidence(train, split)).record for split in (other, worse))
     assert found["feature"] == misled["feature"] == "layer 3" and found["lr"] == misled["lr"]
-    assert found["accuracy"] > 0.6 > misled["accuracy"]
+    assert found["accuracy"] > 0.45 > 0.3 > misled["accuracy"]  # chance is 1/6
     assert len(found["tried"]) == 4
 
 
@@ -185,16 +187,22 @@ def test_shares_of_a_data_set_join_to_the_whole(
         options = {"device": torch.device("cpu"), "workers": 0, "title": "test", "dense": few, "kept": kept}
         return extract(towers, run, data / "heldout", **options)
 
-    whole, parts = of_rank(0, 1), join([of_rank(number, 3) for number in range(3)])
-    assert torch.equal(parts.index, whole.index) and parts.captions == whole.captions
-    assert parts.dense.kinds == whole.dense.kinds and torch.equal(parts.dense.classes, whole.dense.classes)
-    assert torch.equal(parts.dense.places, whole.dense.places)
-    pairs = [(parts.tokens, whole.tokens), (parts.projected, whole.projected)]
-    pairs += [(parts.dense.tokens, whole.dense.tokens)]
-    pairs += [(parts.layers[name], values) for name, values in whole.layers.items()]
-    pairs += [(parts.cached.tokens.float(), whole.cached.tokens.float())]
-    for ours, expected in pairs:  # batches of other sizes sum in another order; half precision for the last
-        torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)
+    whole, parts = of_rank(0, 1), [of_rank(number, 3) for number in range(3)]
+    assert [told for part in parts for told in part.captions] == whole.captions
+    assert {part.dense.kinds for part in parts} == {whole.dense.kinds}
+    assert [len(part.tokens) for part in parts] == [6, 7, 7]
+
+    def same(value: Callable[[Features], torch.Tensor]) -> None:
+        ours = torch.cat([value(part) for part in parts])
+        # Batches of other sizes sum in another order; some are kept in half precision.
+        torch.testing.assert_close(ours, value(whole), rtol=1e-2, atol=1e-2)
+
+    for name in ("index", "labels", "tokens", "projected"):
+        same(attrgetter(name))
+    for name in ("dense.tokens", "dense.places", "dense.classes", "cached.tokens", "cached.index"):
+        same(attrgetter(name))
+    for name in whole.layers:
+        same(lambda found, name=name: found.layers[name])
 
 
 def test_ranks_without_a_readable_image_end_nothing(
@@ -215,7 +223,7 @@ def test_ranks_without_a_readable_image_end_nothing(
     assert [share.counts[2] for share in shares] == [0, 1, 0, 0, 0, 1, 0, 1]
     counts = [share.counts for share in shares]
     assert judge(counts, 0.5, folder).total() == 1
-    assert join([s.features for s in shares if s.features is not None]).index.tolist() == [0, 2, 3]
+    assert [s.features.index.tolist() for s in shares if s.features is not None] == [[0], [2], [3]]
     with pytest.raises(ValueError, match=r"1 of the 4 samples read so far are bad.*max_bad=0\.001 allows 0"):
         judge(counts, 0.001, folder)
     with pytest.raises(ValueError, match="has no readable image"):

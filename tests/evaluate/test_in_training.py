@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import pytest
 import torch
 
+from pretrain.arguments import check_evaluation
 from pretrain.checkpoint import load_towers
 from pretrain.data.shards import ShardFolder
 from pretrain.evaluate import zero_shot
@@ -122,6 +123,17 @@ def test_sets_without_labels_are_refused_before_the_training(
     monkeypatch.setattr(ShardFolder, "sample", unlabelled)
     with pytest.raises(ValueError, match=r"none of the 20 images of .*heldout .* has a label: name another"):
         TeacherCheck(RUN, DataFacts(categories=("a", "b"), vocab_size=0), data, None)
+
+
+def test_images_that_test_may_be_called_otherwise(data: Path, tmp_path: Path) -> None:
+    facts = DataFacts(categories=("a", "b"), vocab_size=0)
+    (tmp_path / "train").symlink_to(data / "train")
+    with pytest.raises(FileNotFoundError, match=r"has no heldout/, val/, validation/, test/: `python -m"):
+        check_evaluation(5, tmp_path)
+    (tmp_path / "val").symlink_to(data / "heldout")
+    check_evaluation(5, tmp_path)
+    check = TeacherCheck(RUN, facts, tmp_path, None)
+    assert check._pictures["heldout"].shards.folder == tmp_path / "val"
 
 
 def test_imagenets_classes_get_their_templates(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -33,7 +31,6 @@ from pretrain.evaluate.fine_tune import UNREAD, Classifier, fine_tune, predict
 from pretrain.evaluate.fine_tune_order import Examples, own_pairs
 from pretrain.evaluate.fine_tune_precision import obstacle_to_bfloat16
 from pretrain.evaluate.fine_tune_recipes import FineTune
-from pretrain.evaluate.shares import by_first_rank
 from pretrain.facts import DataFacts
 from pretrain.intact import files_in
 from pretrain.recipes import load
@@ -192,12 +189,6 @@ def test_an_image_that_fails_later_is_left_out_and_wrong(step: Path, data: Path,
         fine_tune(towers, replace(run, max_bad=0.0), examples, len(COLORS), recipe, device=CPU)
 
 
-def test_ranks_wait_for_the_first_longer_than_for_a_call_and_end_when_it_does(tmp_path: Path) -> None:
-    codes, output = start(tmp_path, "wait", world=2, script=Path(__file__), timeout=60)
-    assert codes == [9, 7], output
-    assert "all heard no file" in output
-
-
 def found_behind_a_url(step: Path, folder: Path) -> Path:
     """The checkpoint of a run of `folder` that is kept in a store, found by all ranks at once."""
     memory, own = fsspec.filesystem("memory"), folder / "run"
@@ -216,17 +207,6 @@ def found_behind_a_url(step: Path, folder: Path) -> Path:
 
 
 def scenario(folder: Path, name: str, *places: str) -> None:
-    if name == "wait":
-        dist.init_process_group("gloo", timeout=timedelta(seconds=2))
-        assert by_first_rank(lambda: time.sleep(3) or "done") == ("done" if rank() == 0 else None)
-        try:
-            by_first_rank(lambda: (folder / "no file").read_text())
-        except FileNotFoundError:
-            print("all heard no file" if rank() else "")
-        try:
-            by_first_rank(lambda: os._exit(9))
-        except RuntimeError:
-            sys.exit(7)
     step, data = map(Path, places)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     found = found_behind_a_url(step, folder)

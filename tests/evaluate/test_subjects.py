@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_exports_are_measured_like_their_runs(
 ) -> None:
     vit = write_run(tmp_path / "vit", shrink(load("m3i.vit_b16")), DataFacts(tuple(COLORS), 0), steps=(3,))
     for run, name in ((run_folder, "internimage"), (vit, "timm")):
-        folder = export_run([str(run), "--to", name, "--out", str(tmp_path / name)]).folder
+        folder = export_run([str(run), "--to", name, "--out", str(tmp_path / name)])[0].folder
         expected = of_run if run is run_folder else rows_of(run, data, tmp_path / "x.json", "--steps", "3")
         found = rows_of(folder, data, tmp_path / f"{name}.json", "--fine-tune", "1")
         for row in ("knn", "linear", "dense"):
@@ -225,6 +226,29 @@ def test_an_export_of_all_towers_is_opened_whole(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"does not fit its config\.json .*: export it again"):
             named.open()
+
+
+TEXTS = ["--k", "5", "--probes", "knn,classifier,zero_shot,retrieval_image,retrieval_text"]
+
+
+def test_an_export_of_all_towers_reads_captions_like_its_run(
+    run_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = export_run([str(run_folder), "--to", "safetensors", "--out", str(tmp_path / "whole")]).folder
+    rows = []
+    for place, name in ((run_folder, "a"), (folder, "b")):
+        out = str(tmp_path / f"{name}.json")
+        found = evaluate([str(place), "--data", str(data), "--out", out, "--steps", "3", *TEXTS])
+        rows += found["checkpoints"].values()
+    assert rows[0] == rows[1] and all(rows[1][name]["n"] == 20 for name in TEXTS[-1].split(","))
+    assert "`tokenizer/` is the captions' own" in (folder / "README.md").read_text()
+    told = json.loads((folder / "config.json").read_text())
+    told["facts"]["sha256"] = {"tokenizer": "9f"}
+    (folder / "config.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"tokenizer has \d+ tokens and SHA-256 .* and 9f: export it again"):
+        find_subjects(folder, [])[0].open()
+    shutil.rmtree(folder / "tokenizer")  # as exports of before
+    assert find_subjects(folder, [])[0].open().encode is None
 
 
 def test_exports_that_are_not_evaluated_say_which_are(tmp_path: Path) -> None:

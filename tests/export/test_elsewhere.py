@@ -52,11 +52,11 @@ def test_checkpoints_in_another_folder_are_found(vit_run: Path, tmp_path: Path) 
 
 def test_checkpoints_behind_a_url_are_exported(vit_run: Path, url: str, tmp_path: Path) -> None:
     run = kept_at(tmp_path / "run", url)
-    there = export_run([str(run), "--to", "timm", "--step", "3", "--which", "student"]).folder
-    here = export_run(
+    (there,) = export_run([str(run), "--to", "timm", "--step", "3", "--which", "student"])
+    (here,) = export_run(
         [str(vit_run), "--to", "timm", "--which", "student", "--out", str(tmp_path / "here")]
-    ).folder
-    assert sha256(there / "model.safetensors") == sha256(here / "model.safetensors")
+    )
+    assert sha256(there.folder / "model.safetensors") == sha256(here.folder / "model.safetensors")
     copied = {path.name for path in (run / "fetched" / "step_000003").iterdir()}
     assert "student" in copied and not copied & {"teacher", "optimizer", "random"}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_prep.schema import sha256_file
 from pretrain.evaluate.probes import PROBES
+from pretrain.export import several
 from pretrain.export.__main__ import export_run, main
-from pretrain.export.agreement import NotProven, compare
+from pretrain.export.agreement import compare
 from pretrain.export.formats import EXPORTERS, export
 from pretrain.export.keys import Keys
+from pretrain.export.names import NotProven
 from pretrain.export.trained import count_samples
 from tests.evaluate.sets import COLORS, write_set
 from tests.export.conftest import FACTS, last
@@ -24,7 +29,7 @@ FILES_OF_WEIGHTS = sorted(EXPORTERS.keys() - {"onnx"})  # a graph has its own te
 
 
 def test_command_writes_files_card_and_keys(vit_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exported = export_run([str(vit_run), "--to", "timm"])
+    (exported,) = export_run([str(vit_run), "--to", "timm"])
     assert exported.folder == vit_run / "export" / "timm"
     assert {path.name for path in exported.folder.iterdir()} == {
         "README.md",
@@ -135,7 +140,7 @@ def test_card_says_what_was_trained_and_measured(vit_run: Path, tmp_path: Path) 
             "data": {"heldout": {"name": "scenes", "num_samples": 1000}},
         },
         num_samples={"imagenet1k": 1_281_167},
-        facts=dataclasses.replace(FACTS, sha256={"init": "9f86d0"}),
+        facts=dataclasses.replace(FACTS, sha256={"init": "9f86d0", "data.imagenet1k": "3c59dc"}),
     )
     export(trained, "timm", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -145,7 +150,7 @@ def test_card_says_what_was_trained_and_measured(vit_run: Path, tmp_path: Path) 
         "64 x 64 pixels",
         "mean: [0.485, 0.456, 0.406]",
         "[123.675, 116.28, 103.53]",
-        "`imagenet1k`: 1,281,167 samples, supervision category",
+        "`imagenet1k`: 1,281,167 samples (manifest of SHA-256 3c59dc), supervision category",
         "categories: 5",
         "started from weights of SHA-256 9f86d0",
         "heldout: `scenes`, 1,000 samples",
@@ -157,18 +162,25 @@ def test_card_says_what_was_trained_and_measured(vit_run: Path, tmp_path: Path) 
         assert fact in card, fact
 
 
-def test_samples_are_counted_where_the_data_still_is(tmp_path: Path) -> None:
+def test_samples_are_those_that_the_checkpoint_tells(tmp_path: Path) -> None:
     write_set(tmp_path / "colors", "train", 3, text=False)
-    place = tmp_path / "data.json"
-    assert count_samples(place) == {}
+    manifest, place = tmp_path / "colors" / "manifest.json", tmp_path / "data.json"
     place.write_text(json.dumps({"here": str(tmp_path / "colors"), "gone": str(tmp_path / "gone")}))
-    assert count_samples(place) == {"here": 3 * len(COLORS)}
+    sha256 = {"data.here": sha256_file(manifest)}
+    told = dataclasses.replace(FACTS, sha256=sha256, num_samples={"here": 7, "gone": 9})
+    assert count_samples(told, place) == count_samples(told, tmp_path / "none") == {"here": 7, "gone": 9}
+    older = dataclasses.replace(FACTS, sha256=sha256)  # it tells no numbers
+    assert count_samples(older, tmp_path / "none") == {} == count_samples(FACTS, place)
+    assert count_samples(older, place) == {"here": 3 * len(COLORS)}
     next((tmp_path / "colors").glob("*.tar")).write_bytes(
         b""
     )  # no matter: the card tells of the manifest's number
-    assert count_samples(place) == {"here": 3 * len(COLORS)}
-    (tmp_path / "colors" / "manifest.json").write_text("{")
-    assert count_samples(place) == {}
+    assert count_samples(older, place) == {"here": 3 * len(COLORS)}
+    shutil.rmtree(tmp_path / "colors")
+    write_set(tmp_path / "colors", "train", 4, text=False)  # built again since
+    assert count_samples(older, place) == {}
+    manifest.write_text("{")
+    assert count_samples(older, place) == {}
 
 
 def test_card_says_when_nothing_was_evaluated(vit_run: Path, tmp_path: Path) -> None:
@@ -190,14 +202,43 @@ def test_format_for_another_backbone_is_refused(internimage_run: Path, vit_run: 
 def test_another_format_in_the_folder_and_an_interpreter_without_use_are_refused(
     vit_run: Path, tmp_path: Path
 ) -> None:
-    folder = export_run([str(vit_run), "--to", "timm", "--out", str(tmp_path / "out")]).folder
+    (exported,) = export_run([str(vit_run), "--to", "timm", "--out", str(tmp_path / "out")])
+    folder = exported.folder
     assert {path.stat().st_mode & 0o044 for path in folder.iterdir()} == {0o044}
     with pytest.raises(FileExistsError, match="holds an export to timm: name another --out for safetensors"):
         export_run([str(vit_run), "--to", "safetensors", "--out", str(folder)])
-    with pytest.raises(ValueError, match="--python /bin/ls would be ignored"):
-        export_run([str(vit_run), "--to", "timm", "--python", "/bin/ls"])
+    with pytest.raises(ValueError, match=r"--python .* would be ignored: no other interpreter proves timm"):
+        export_run([str(vit_run), "--to", "timm", "--python", sys.executable])
     with pytest.raises(ValueError, match=r"--out .*model\.safetensors/x cannot be written"):
         export_run([str(vit_run), "--to", "timm", "--out", str(folder / "model.safetensors" / "x")])
+
+
+def test_several_formats_are_written_from_one_read(
+    vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reads, read = [], several.read_trained
+
+    def counted(*arguments):
+        reads.append(arguments[-1])
+        return read(*arguments)
+
+    def refuse(trained, folder):
+        raise NotProven("other tokens")
+
+    monkeypatch.setattr(several, "read_trained", counted)
+    monkeypatch.setitem(EXPORTERS, "timm", dataclasses.replace(EXPORTERS["timm"], prove=refuse))
+    arguments = [str(vit_run), "--out", str(tmp_path), "--to"]
+    assert main([*arguments, "timm", "torchvision", "detectron2", "timm"]) == 1  # that which failed, not 3
+    assert reads == [{"encoder"}] and {path.name for path in tmp_path.iterdir()} == {
+        "torchvision",
+        "detectron2",
+    }
+    assert "was not kept: timm: other tokens" in capsys.readouterr().err
+    monkeypatch.setattr(several, "fitting", lambda run: ["safetensors", "torchvision"])
+    assert main([*arguments, "all"]) == 0 and reads[1:] == [None]
+    assert {path.name for path in tmp_path.iterdir()} == {"torchvision", "detectron2", "safetensors"}
+    assert main([*arguments, "all", "timm"]) == 1
+    assert "--to all timm names formats beside 'all': give either" in capsys.readouterr().err
 
 
 def test_unknown_format_names_those_that_fit(vit_run: Path) -> None:

@@ -1,4 +1,4 @@
-"""Does onnxruntime compute what pre-training computes, at a batch that the graph was not made with?"""
+"""Does onnxruntime compute what pre-training computes, at sizes and batches that the graph was not made with?"""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from torch import nn
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
 
-from pretrain.export.agreement import NotProven
 from pretrain.export.formats import Exported, export
-from pretrain.export.onnx_graph import open_graph, prove, write_graph
+from pretrain.export.names import NotProven
+from pretrain.export.onnx_graph import OPSET, open_graph, prove
+from pretrain.export.onnx_networks import add_internimage, add_tokens
+from pretrain.export.onnx_parts import Parts
+from pretrain.export.onnx_swin import add_swin
 from pretrain.export.remote_code.internimage_network import InternImageNetwork
 from tests.export.conftest import last
 
@@ -22,9 +26,11 @@ def exported(vit_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Exporte
     return export(last(vit_run), "onnx", tmp_path_factory.mktemp("onnx") / "out")
 
 
-def test_every_output_is_proven_at_two_batches(exported: Exported) -> None:
+def test_every_output_is_proven_at_two_sizes(exported: Exported) -> None:
     assert [(a.output, a.size) for a in exported.proof] == [
-        (f"{name} of {number} images", 64) for number in (2, 3) for name in ("class_token", "tokens")
+        (f"{name} of {number}", size)
+        for size, number in ((64, "2 images"), (96, "1 image"))
+        for name in ("class_token", "tokens")
     ]
     assert all(agreement.max_difference < 1e-4 for agreement in exported.proof)
 
@@ -32,10 +38,12 @@ def test_every_output_is_proven_at_two_batches(exported: Exported) -> None:
 def test_the_graph_is_sound_and_says_what_it_takes(exported: Exported) -> None:
     onnx.checker.check_model(exported.folder / "model.onnx", full_check=True)
     told = json.loads((exported.folder / "config.json").read_text())
-    assert told["inputs"] == {"images": ["batch", 3, 64, 64]}
+    assert told["inputs"] == {"images": ["batch", 3, "height", "width"]} and told["multiple_of"] == 16
     graph = onnx.load(exported.folder / "model.onnx", load_external_data=False).graph
     assert [output.name for output in graph.output] == told["outputs"]
     assert {node.domain for node in graph.node} == {""}  # no operator of anybody's own
+    weights = {one.name for one in graph.initializer}
+    assert set(exported.keys["model.onnx"].written.values()) <= weights
 
 
 def test_other_weights_are_not_proven(exported: Exported, vit_run: Path) -> None:
@@ -49,26 +57,61 @@ def test_other_weights_are_not_proven(exported: Exported, vit_run: Path) -> None
         open_graph(broken)
 
 
-def test_a_deformable_block_is_standard_operators_for_any_batch(tmp_path: Path) -> None:
-    torch.manual_seed(
-        0
-    )  # the whole of an InternImage takes as long as all these tests: benchmarks/export_huge.py
-    network = InternImageNetwork(8, (1,), (2,), res_post_norm=True, center_feature_scale=True).eval()
-    for parameter in network.parameters():
+def test_an_internimage_is_standard_operators_for_any_size(tmp_path: Path) -> None:
+    depths = (2, 0)  # blocks of one kind, traced once; the second stage has its downsampling and its norm
+    network = InternImageNetwork(8, depths, (2, 2), res_post_norm=True, center_feature_scale=True)
+    x3, x4 = nn.Conv2d(8, 8, 1), nn.Sequential(nn.Conv2d(16, 32, 1), nn.PixelShuffle(2))
+    parts = Parts(torch.zeros(2, 3, 16, 24), OPSET)
+    maps = add_internimage(parts, randomised(network), "backbone.")
+    parts.output("map", maps[-1], ["batch", 16, "rows", "columns"])
+    parts.output("tokens", add_tokens(parts, maps, x3, x4, "heads."), ["batch", "number", 8])
+
+    def computed(images: Tensor) -> list[Tensor]:
+        own = network(images)
+        return [own[-1], (x3(own[-2]) + x4(own[-1])).flatten(2).mT]
+
+    nodes = written_and_compared(parts, tmp_path, computed, ((2, 3, 24, 16), (1, 3, 32, 40)))
+    assert "GridSample" in nodes
+    weights = {
+        one.name for one in onnx.load(tmp_path / "graph.onnx", load_external_data=False).graph.initializer
+    }
+    assert {f"backbone.{name}" for name in network.state_dict()} <= weights
+
+
+def test_a_swin_keeps_its_windows_at_any_size(tmp_path: Path) -> None:
+    swin = SwinTransformer(
+        img_size=64,
+        num_classes=0,
+        global_pool="",
+        embed_dim=8,
+        depths=(2, 0),
+        num_heads=(2, 2),
+        window_size=5,
+        strict_img_size=False,
+    )
+    assert [block.shift_size for block in swin.layers[0].blocks] == [(0, 0), (2, 2)]
+    parts = Parts(torch.zeros(2, 3, 32, 48), OPSET)
+    parts.output("tokens", add_swin(parts, randomised(swin), "swin."), ["batch", "number", 16])
+    shapes = ((2, 3, 64, 64), (1, 3, 24, 56))  # 6 x 14 positions: windows of 5 are padded
+    written_and_compared(parts, tmp_path, lambda images: [swin(images).flatten(1, 2)], shapes)
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """In eval mode with other numbers in each block, large enough to matter."""
+    torch.manual_seed(0)
+    for parameter in network.eval().parameters():
         nn.init.normal_(parameter, std=0.3)
-    write_graph(Maps(network), ["map"], 16, tmp_path / "block.onnx")
-    images = torch.randn(3, 3, 16, 16)
-    (found,) = open_graph(tmp_path / "block.onnx").run(None, {"images": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), network(images)[0], rtol=1e-4, atol=1e-4)
-    assert "GridSample" in {node.op_type for node in onnx.load(tmp_path / "block.onnx").graph.node}
+    return network
 
 
-class Maps(nn.Module):
-    """The maps as a tuple."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self.network(images))
+def written_and_compared(parts: Parts, folder: Path, computed, shapes) -> set[str]:
+    """Operators of the graph, once onnxruntime gave what torch gives for images of all shapes."""
+    parts.save(folder / "graph.onnx")
+    onnx.checker.check_model(folder / "graph.onnx", full_check=True)
+    session = open_graph(folder / "graph.onnx")
+    for shape in shapes:
+        images = torch.randn(shape)
+        found = session.run(None, {"images": images.numpy()})
+        for values, own in zip(found, computed(images), strict=True):
+            torch.testing.assert_close(torch.from_numpy(values), own, rtol=1e-4, atol=1e-4)
+    return {node.op_type for node in onnx.load(folder / "graph.onnx", load_external_data=False).graph.node}

@@ -8,15 +8,17 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from pretrain.export import openmmlab
+from pretrain.export import openmmlab, several, toolkits
 from pretrain.export.__main__ import UNPROVEN, main
-from pretrain.export.agreement import NoToolkits, NotProven, random_images
 from pretrain.export.formats import EXPORTERS, Exported, export
+from pretrain.export.names import NoToolkits, NotProven
 from pretrain.export.openmmlab import REMOTE_CODE
 from pretrain.export.openmmlab_configs import all_configs, render
 from pretrain.export.openmmlab_keys import vit_tensors
@@ -91,7 +93,7 @@ def test_configs_whose_maps_are_not_there_prove_nothing(
     vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = last(vit_run)
-    ours = {size: openmmlab._vit_maps(trained, random_images(size))["-1"] for size in (64, 128)}
+    ours = {size: openmmlab._vit_maps(trained, size)["-1"] for size in (64, 128)}
 
     def answered(files: set[str], position: str = "-1") -> list[str]:
         outputs = {
@@ -132,6 +134,34 @@ def test_exit_code_tells_proven_open_and_wrong_apart(
     assert "give --python an interpreter that has them" in capsys.readouterr().err
     assert (tmp_path / "out" / "upernet_ade20k.py").exists()
     assert answers(None) == 0
+
+
+def test_python_without_toolkits_is_refused_before_torch_is_loaded(
+    vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        str(vit_run),
+        "--to",
+        "openmmlab",
+        "--python",
+        sys.executable,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pretrain.export", *arguments],
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1 and " torch" not in ended.stderr
+    assert (
+        "cannot prove openmmlab, since mmengine is missing there: install that, name another" in ended.stderr
+    )
+    asked = []
+    monkeypatch.setattr(toolkits, "missing_toolkit", lambda program, name, *more: asked.append(more) or "")
+    monkeypatch.setattr(several, "read_trained", lambda *_: (_ for _ in ()).throw(ValueError("reads")))
+    assert main(arguments) == 1  # every toolkit was found: only then weights are read
+    assert capsys.readouterr().err == "error: reads\n" and asked == [(), ("mmpretrain",)]
 
 
 def test_python_that_is_no_program_is_refused_at_once(

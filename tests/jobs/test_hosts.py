@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from data_prep.__main__ import main as data_prep
 from pretrain.exits import FAILED, PREEMPTED
 from tests.engine.launch import run_ranks
 from tests.jobs.two_hosts import NAMES, TwoHosts, two_hosts, unusable
@@ -59,9 +60,8 @@ def _arguments(scenes: Path, out: Path) -> list[str]:
 def test_two_hosts_train_as_two_local_ranks_do(hosts: TwoHosts, tmp_path: Path) -> None:
     """By a hostfile until they are asked to stop, then as two pods to the end."""
     env = {"ENV": str(Path(sys.executable).parent.parent)} | CPU
-    build = [sys.executable, "-m", "data_prep", "build", "scenes", "--out", str(tmp_path / "scenes")]
     small = ["--count", "64", "--size", "64", "--workers", "1"]
-    subprocess.run([*build, *small], cwd=ROOT, check=True, capture_output=True)
+    assert data_prep(["build", "scenes", "--out", str(tmp_path / "scenes"), *small]) == 0
     scenes = tmp_path / "scenes" / "train"
 
     stopped = _by_hostfile(hosts, _arguments(scenes, tmp_path / "hosts"), env, tmp_path)

@@ -24,6 +24,9 @@ from pretrain.kernels.dcnv3_launch import LARGE
 from pretrain.models import internimage_block
 from pretrain.models.internimage_block import DCNv3
 from pretrain.models.internimage_config import InternImageConfig
+from tests.kernels.interpreter import patch_once
+
+patch_once()
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,16 @@ CASES = {
     "without_scale": Case((1, 5, 4, 1), has_scale=False, offset_scale=2.0),
     "one_position": Case((1, 1, 1, 1)),
     "large_logits": Case((1, 4, 4, 1), logit_spread=100.0),
-    "medium_map": Case((1, 9, 20, 1)),
-    "banded": Case((1, 10, 18, 1), spread=1.5, is_banded=True),
-    "banded_zero_offsets": Case((2, 9, 9, 1), spread=0.0, is_banded=True, has_scale=False),
-    "banded_far_outside": Case((1, 9, 12, 1), group_width=16, spread=30.0, is_banded=True),
-    "large_map": Case((1, 13, 20, 1), group_width=16, spread=2.0),
+    "medium_map": Case((1, 5, 20, 1)),
+    "banded": Case((1, 5, 18, 1), spread=1.5, is_banded=True),
+    "banded_zero_offsets": Case((2, 5, 9, 1), spread=0.0, is_banded=True, has_scale=False),
+    "banded_far_outside": Case((1, 5, 12, 1), group_width=16, spread=30.0, is_banded=True),
+    "large_map": Case((1, 4, 65, 1), group_width=16, spread=2.0),
     "atomic": Case((1, 5, 7, 1), is_atomic=True),
     "atomic_without_scale": Case((1, 5, 7, 1), is_atomic=True, has_scale=False, spread=3.0),
     "bfloat16": Case((1, 5, 7, 2), dtype="bfloat16"),
     "bfloat16_group_width_16": Case((1, 5, 7, 2), dtype="bfloat16", group_width=16, has_scale=False),
-    "bfloat16_banded": Case((1, 9, 9, 1), dtype="bfloat16", is_banded=True),
+    "bfloat16_banded": Case((1, 5, 9, 1), dtype="bfloat16", is_banded=True),
     "bfloat16_atomic": Case((1, 5, 5, 1), dtype="bfloat16", is_atomic=True),
     "float16": Case((1, 5, 7, 1), dtype="float16"),
 }
@@ -103,7 +106,7 @@ def errors(case: Case) -> dict[str, float]:
 
 
 def is_repeatable() -> bool:
-    case = Case((1, 9, 9, 1), spread=3.0, is_banded=True)
+    case = Case((1, 5, 9, 1), spread=3.0, is_banded=True)
     first, second = (derivatives(case, "triton", *inputs(case)) for _ in range(2))
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

@@ -43,9 +43,9 @@ def shaken(build: Callable[[], Module], seed: int = 0) -> Module:
     return model.eval()
 
 
-def clip_folder(folder: Path, *, with_processor: bool = True) -> CLIPModel:
+def clip_folder(folder: Path, *, with_processor: bool = True, **text: int) -> CLIPModel:
     config = CLIPConfig(
-        text_config={**LAYERS, "vocab_size": 50},
+        text_config={**LAYERS, "vocab_size": 50, **text},
         vision_config={**LAYERS, "image_size": SIZE, "patch_size": PATCH},
         projection_dim=SHARED,
     )
@@ -65,13 +65,13 @@ def vit_folder(folder: Path, *, with_processor: bool = True) -> ViTModel:
     return model
 
 
-def open_clip_folder(folder: Path, **vision: object) -> nn.Module:
+def open_clip_folder(folder: Path, *, vocab: int = 50, **vision: object) -> nn.Module:
     folder.mkdir()
     tower = {"image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "layers": 2, "head_width": 8, **vision}
     config = {
         "embed_dim": SHARED,
         "vision_cfg": tower,
-        "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 4, "layers": 1},
+        "text_cfg": {"context_length": 8, "vocab_size": vocab, "width": 32, "heads": 4, "layers": 1},
     }
     settings = {"model_cfg": config, "preprocess_cfg": {"mean": MEAN, "std": STD}}
     (folder / "open_clip_config.json").write_text(json.dumps(settings))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -12,7 +13,7 @@ from pretrain.config import Backbone
 from pretrain.inputs import input_keys
 from pretrain.kernels.splitmix import splitmix64
 from pretrain.models.backbone import build_encoder
-from pretrain.models.drop_path import DropPath, DropPaths
+from pretrain.models.drop_path import DropPath, DropPaths, replace_timm, set_linear
 from pretrain.recipes import load
 from tests.fakes import random_batch, shrink
 
@@ -73,3 +74,35 @@ def test_an_encoder_without_keys_draws_from_the_generator(family):
     encoder, images = tiny(family, 0.5), torch.rand(4, 3, 64, 64)
     encoder.features(images, splitmix64(torch.arange(4)))  # of which nothing stays
     assert not torch.equal(encoder(images), encoder(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_tiny_patch16_224", {"depth": 4}),
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 24, "depths": (1, 2, 2, 1)}),
+        ("convnext_atto", {"depths": (1, 2, 2, 1)}),
+    ],
+)
+def test_rates_that_are_set_later_are_those_that_timm_builds(name, arguments):
+    built = timm.create_model(name, drop_path_rate=0.3, num_classes=0, **arguments)
+    replace_timm(built)
+    later = timm.create_model(name, num_classes=0, **arguments)
+    assert set_linear(later, 0.3) > 2
+    rates = [
+        {
+            where: m.probability
+            for where, m in model.named_modules()
+            if isinstance(m, DropPath) and m.probability
+        }
+        for model in (built, later)
+    ]
+    assert rates[1] == pytest.approx(rates[0]) and max(rates[0].values()) == pytest.approx(0.3)
+    assert set_linear(nn.Linear(2, 2), 0.3) == 0
+
+
+def test_rates_that_are_set_later_are_those_that_internimage_builds():
+    built, later = tiny("internimage", 0.3), tiny("internimage", 0.0)
+    assert set_linear(later, 0.3) > 2
+    rates = [[m.probability for m in model.modules() if isinstance(m, DropPath)] for model in (built, later)]
+    assert rates[1] == pytest.approx(rates[0]) and max(rates[0]) == pytest.approx(0.3)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.engine.launch import environment
+from tests.engine.launch import start
 from tests.paths import ROOT
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
-    script = str(ROOT / "tests" / "models" / "packed_zero3.py")
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, cwd=ROOT, env=environment()
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    script = ROOT / "tests" / "models" / "packed_zero3.py"
+    codes, output = start(tmp_path_factory.mktemp("packed"), world=1, script=script)
+    assert codes == [0], output
+    return json.loads(output.splitlines()[-1])
 
 
 @pytest.mark.parametrize("scale", ["scale", "no_scale"])

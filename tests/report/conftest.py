@@ -45,7 +45,7 @@ def write_tokenizer(folder: Path) -> None:
 
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
 
 
 def write_data(folder: Path, count: int, captions: list[str], broken: int | None = None) -> Path:

@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from pretrain.data.shards import ShardFolder
+from pretrain.report import provenance
 from pretrain.report.__main__ import main
 from pretrain.report.header import verdicts
+from pretrain.report.page import heldout_folder
 from pretrain.report.record import Record, read_record
 from tests.report.conftest import CATEGORIES, small_run
 from tests.report.fake_run import write_checkpoint, write_log
@@ -147,6 +150,21 @@ def test_single_checkpoint_without_text_or_evaluation_works(data: Path, tmp_path
     text, reader = read(main(arguments))
     assert "before training" in text
     assert any("no text source" in told for told in reader.missing)
+
+
+def test_held_out_images_may_be_class_folders_of_another_name(
+    run_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    record = read_record(run_folder, dict.fromkeys(small_run().data, tmp_path / "train"))
+    record = replace(record, evaluation={})
+    assert heldout_folder(record, None) is None
+    for number, name in enumerate(CATEGORIES):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        image = ShardFolder(data / "heldout").sample(number)["png"]
+        (tmp_path / "val" / name / "one.png").write_bytes(image)
+    assert heldout_folder(record, None) == tmp_path / "val"
+    assert "a folder of images for each class" in str(provenance.data(record, tmp_path / "val"))
+    assert heldout_folder(replace(record, data={"labelled": "s3://bucket/train"}), None) is None
 
 
 def test_half_written_log_line_is_skipped(run_folder: Path, tmp_path: Path) -> None:

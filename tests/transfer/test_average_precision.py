@@ -64,6 +64,19 @@ def test_measures_are_those_of_pycocotools_on_the_files(kind: str, tmp_path: Pat
     assert told["accuracy"] == told["AP"] and 0 < told["AP"] < 1
 
 
+def test_things_without_an_area_have_that_of_their_outlines() -> None:
+    """A triangle, a mask and a box; one that is told is kept."""
+    triangle = {"segmentation": [[10, 10, 50, 10, 10, 50]]}
+    things = [
+        thing(11, 3, [10, 10, 40, 40]) | more for more in (triangle, {}, {"segmentation": []}, {"area": 7})
+    ]
+    for one in things[:3]:
+        del one["area"]
+    things[1]["segmentation"] = outline_of(np.eye(100, 120, dtype=np.uint8))
+    areas = [one["area"] for one in truth_of(SIZES, things, NAMES).dataset["annotations"]]
+    assert areas == [pytest.approx(800, rel=0.05), 100, 1600, 7]
+
+
 def test_a_hand_computed_precision() -> None:
     """Two things, found at 0.9 and at 0.5 with a false one at 0.7 between: 1 up to recall 1/2, then 2/3."""
     truth = [thing(11, 3, [10, 10, 20, 20], iscrowd=0), thing(12, 3, [10, 10, 20, 20], iscrowd=0)]

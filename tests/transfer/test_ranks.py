@@ -23,7 +23,7 @@ import torch  # noqa: E402
 
 from pretrain import training_state  # noqa: E402
 from pretrain.checkpoint import load_towers  # noqa: E402
-from pretrain.collectives import mean_over_ranks, on_every_rank, rank  # noqa: E402
+from pretrain.collectives import average_gradients, mean_over_ranks, on_every_rank, rank  # noqa: E402
 from pretrain.data.faults import BadSample  # noqa: E402
 from pretrain.evaluate.__main__ import evaluate  # noqa: E402
 from pretrain.evaluate.checkpoints import find_checkpoint  # noqa: E402
@@ -31,7 +31,7 @@ from pretrain.ranks import exit_code_of_ranks  # noqa: E402
 from pretrain.training_state import States  # noqa: E402
 from pretrain.transfer import __main__ as command  # noqa: E402
 from pretrain.transfer.backbone import load_trunk  # noqa: E402
-from pretrain.transfer.joint import average_gradients, with_joint_norms  # noqa: E402
+from pretrain.transfer.joint import with_joint_norms  # noqa: E402
 from pretrain.transfer.order import Draws, batches  # noqa: E402
 from pretrain.transfer.places import Named, open_sets  # noqa: E402
 from pretrain.transfer.recipes import RECIPES, Detect, Optimisation, Segment, recipe  # noqa: E402

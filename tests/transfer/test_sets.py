@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import struct
+import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +19,13 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from pretrain.data.faults import BadSample
+from pretrain.evaluate.masks import read_numbers
 from pretrain.transfer import examples
 from pretrain.transfer.coco import CocoSet, outline_of
 from pretrain.transfer.detect import things_of
 from pretrain.transfer.mask_folder import MaskFolder, MaskPlaces
 from pretrain.transfer.masked_shards import MaskedShards
+from pretrain.transfer.outlines import check_outline, runs_of
 from pretrain.transfer.places import Named, open_sets
 
 # pycocotools (https://github.com/ppwwyyxx/cocoapi) hands arrays to numpy in a way that is to end.
@@ -64,12 +71,31 @@ BROKEN = {
         ({"segmentation": {"size": [48, 64], "counts": [-1, 3073]}}, "must sum to its 3072 pixels"),
         ({"segmentation": {"size": [48, 64], "counts": "!!!!bad"}}, "broken RLE '!!!!bad'"),
         ({"segmentation": {"size": [48, 64], "counts": ""}}, "it is empty"),
+        ({"segmentation": {"size": [48, 64], "counts": "PT"}}, "broken RLE 'PT': .* ends within a number"),
+        ({"segmentation": {"size": [48, 64], "counts": "oooooooo0"}}, "more than 7 characters"),
+        ({"segmentation": {"size": [48, 64], "counts": "0"}}, "RLE of '0', whose runs must sum to its 3072"),
+        ({"segmentation": {"size": [48, 64], "counts": "@11"}}, "whose runs must sum to its 3072 pixels"),
+        ({"segmentation": {"size": 7, "counts": "0"}}, r"has a mask of 7, its image has \[48, 64\]"),
+        ({"segmentation": {"size": [48.0, 64], "counts": "0"}}, r"has a mask of \[48.0, 64\]"),
+        ({"segmentation": [[1, 2, 3, 4, 1e12, 6]]}, r"whose numbers must be real and within \+-256"),
+        ({"segmentation": [[1, 2, 3, 4, 5, 10**400]]}, r"whose numbers must be real and within \+-256"),
+        ({"segmentation": [[1, 2, 3, 4, 5, math.nan]]}, r"whose numbers must be real and within \+-256"),
+        ({"segmentation": [["1", 2, 3, 4, 5, 6]]}, r"whose numbers must be real and within \+-256"),
+        ({"segmentation": [[True, 2, 3, 4, 5, 6]]}, r"whose numbers must be real and within \+-256"),
+        ({"segmentation": [[0, 0, 200, 9] * 100]}, "40000 pixels long: at most 3520 in an image of 48 x 64"),
+        ({"bbox": [3, 4, 5, 10**400]}, r"must be \[x, y, width, height\] in pixels, within \+-256"),
+        ({"bbox": [3, 4, math.nan, 5]}, r"must be \[x, y, width, height\] in pixels, within \+-256"),
+        ({"area": None}, "has area None, it must be pixels, 0 or more, or be left out"),
+        ({"area": "12"}, "has area '12', it must be"),
+        ({"area": math.nan}, "has area nan, it must be"),
+        ({"area": -1}, "has area -1, it must be"),
+        ({"area": 10**400}, r"has area 10+\.+0+, it must be"),
+        ({"image_id": [1]}, r"annotation 1 is of image \[1\], which is not listed"),
+        ({"category_id": {}}, r"annotation 1 is of category {}, and the listed ones"),
         ({"iscrowd": "no"}, "iscrowd 'no', it must be 0 or 1"),
     ],
 )
-def test_runs_and_crowds_that_mean_nothing_are_refused(
-    fields: dict[str, Any], message: str, coco: Path
-) -> None:
+def test_numbers_that_mean_nothing_are_refused(fields: dict[str, Any], message: str, coco: Path) -> None:
     path = change(coco, of_first(**fields))
     with pytest.raises(ValueError, match=rf"1 of 4 cannot be used .*{message}"):
         CocoSet(path, coco / "images", 0.0)
@@ -93,6 +119,11 @@ def test_an_annotation_that_cannot_be_used_is_counted_or_refused(reason: str, co
     ("content", "message"),
     [
         ("{", "is no JSON"),
+        ('{"images": ' + "[" * 100_000 + "]" * 100_000 + "}", "is no JSON .*recursion"),
+        (
+            '{"images": [{"id": 36893488147419103232}], "annotations": [], "categories": []}',
+            "an integer `id` of its own, of 64 bits",
+        ),
         ('[{"image_id": 1}]', r"holds list, but COCO's format has the lists .*results of a detector"),
         ('{"images": [], "annotations": []}', "lists"),
         ('{"images": [], "annotations": [], "categories": []}', "0 images must each have an integer `id`"),
@@ -112,6 +143,52 @@ def test_another_format_is_told(content: str, message: str, tmp_path: Path) -> N
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         CocoSet(path, tmp_path, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"file_name": "../images/1.png"}, r"'../images/1.png' names no file below .*images"),
+        ({"file_name": "/etc/hostname"}, "'/etc/hostname' names no file"),
+        ({"file_name": ["1.png"]}, r"\['1.png'\] names no file"),
+        ({"height": 8193, "width": 8192}, r"1 has 8193 x 8192 pixels, more than the limit of 67108864"),
+    ],
+)
+def test_entries_that_lead_elsewhere_or_are_too_large_are_refused(
+    fields: dict[str, Any], message: str, coco: Path
+) -> None:
+    path = change(coco, lambda content: content["images"][0].update(fields))
+    with pytest.raises(ValueError, match=rf"1 of 4 cannot be used \(bad_image_entry 1, first: .*{message}"):
+        CocoSet(path, coco / "images", 0.0)
+
+
+def test_url_of_lvis_does_not_lead_out_of_the_folder(coco: Path) -> None:
+    change(coco, as_lvis)
+    path = change(coco, lambda content: content["images"][0].update(coco_url="http://x/../1.png"))
+    with pytest.raises(ValueError, match=r"'\.\./1\.png' names no file below"):
+        CocoSet(path, coco / "images", 0.0)
+
+
+def test_images_may_lie_in_folders_of_their_own(coco: Path) -> None:
+    (coco / "images" / "some").mkdir()
+    (coco / "images" / "1.png").rename(coco / "images" / "some" / "1.png")
+    path = change(coco, lambda content: content["images"][0].update(file_name="some/1.png"))
+    assert CocoSet(path, coco / "images", 0.0).example(0).image.shape == (3, 48, 64)
+
+
+def test_runs_are_read_as_pycocotools_reads_them(monkeypatch: pytest.MonkeyPatch, coco: Path) -> None:
+    """Ragged masks and the whole image; no mask is decoded for it."""
+    draw = np.random.default_rng(0)
+    masks = [draw.random((480, 640)) < share for share in (0.0, 0.001, 0.5, 1.0)]
+    masks += [np.cumsum(draw.normal(size=(480, 640)), 0) > 0]
+    outlines = [outline_of(mask.astype(np.uint8)) for mask in masks]
+    for mask, outline in zip(masks, outlines, strict=True):
+        flat = np.concatenate([[False], mask.ravel("F")]).astype(np.int8)
+        starts = np.flatnonzero(np.diff(flat))
+        assert runs_of(outline["counts"]) == np.diff([0, *starts, mask.size]).tolist()
+    monkeypatch.delattr(rle, "decode")
+    for outline in outlines:
+        check_outline("it", outline, 480, 640)
 
 
 def test_an_image_of_another_size_is_a_bad_sample(coco: Path) -> None:
@@ -222,6 +299,28 @@ def test_masks_that_do_not_fit_are_counted_or_refused(tmp_path: Path) -> None:
     places.classes.unlink()
     with pytest.raises(FileNotFoundError, match=r"classes.txt is missing: write the names"):
         MaskFolder(places, 0.0)
+
+
+def header_of(side: int) -> bytes:
+    """A PNG file that says it has side x side grey pixels, and ends there."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    head = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return file.getvalue()[:12] + head + struct.pack(">I", zlib.crc32(head)) + file.getvalue()[33:]
+
+
+@pytest.mark.parametrize("side", [60_000, 8_200])  # beyond Pillow's limit, and beyond ours alone
+def test_masks_too_large_are_told_before_memory_is_taken(side: int, tmp_path: Path, shards: Path) -> None:
+    places = mask_places(tmp_path)
+    (places.masks / "a.png").write_bytes(header_of(side))
+    with pytest.raises(ValueError, match=r"1 of 2 cannot be used \(unreadable 1, first: .*a\.png: .*limit"):
+        MaskFolder(places, 0.0)
+    found = MaskFolder(mask_places(Path(tempfile.mkdtemp(dir=tmp_path))), 0.0)
+    (found.places.masks / "a.png").write_bytes(header_of(side))
+    with pytest.raises(BadSample, match=r"a\.png: .*limit"):
+        found.example(0)
+    with pytest.raises(BadSample, match=r"cannot be read: .*limit"):
+        read_numbers({"mask.png": header_of(side), "json": b"{}"}, 8, 6)
 
 
 @pytest.mark.parametrize(

@@ -60,12 +60,15 @@ class InternImage(InternImageNetwork):
 
 
 def load_strictly(module: torch.nn.Module, path: str) -> None:
-    """Weights of a file into the module, every key of both; ValueError names the first that do not fit."""
+    """Weights of a file into the module, every key of both; ValueError names the first that do not fit.
+
+    A module on the meta device takes the file's own pages in place of memory.
+    """
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # once in memory, not twice
     content = content.get("state_dict", content.get("model", content))
     state = {key.removeprefix("backbone."): tensor for key, tensor in content.items()}
     try:
-        module.load_state_dict(state, strict=True)
+        module.load_state_dict(state, strict=True, assign=any(one.is_meta for one in module.parameters()))
     except RuntimeError as error:
         raise ValueError(
             f"{path} does not fit this backbone: {error}; give the arguments that it was exported with"

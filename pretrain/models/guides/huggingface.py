@@ -35,13 +35,18 @@ def is_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and "model_type" in _read(folder / CONFIG) and bool(_chosen(folder))
 
 
+def model_type_of(folder: Path) -> str:
+    """What transformers calls the kind of model, "clip"."""
+    return str(_read(folder / CONFIG)["model_type"])
+
+
 def open_folder(folder: Path) -> Opened:
     """The encoder in the folder, read without network and without running code of it.
 
     ValueError for a model that is no vision encoder with a square grid, for missing or unreadable weights, and
     where no file tells mean and standard deviation of the pixels.
     """
-    model_type = _read(folder / CONFIG)["model_type"]
+    model_type = model_type_of(folder)
     tower, config = OPENERS.get(model_type, _open_plain)(folder)
     tower.requires_grad_(False).eval()
     patch, size = _square(folder, config, "patch_size"), _square(folder, config, "image_size")
@@ -86,21 +91,21 @@ class PlainTower(nn.Module):
 def _open_clip(folder: Path) -> tuple[nn.Module, Any]:
     from transformers import CLIPModel  # takes seconds, and other guides do not need it
 
-    model = _load(folder, CLIPModel)
+    model = load(folder, CLIPModel)
     return ClipTower(model), model.config.vision_config
 
 
 def _open_clip_vision(folder: Path) -> tuple[nn.Module, Any]:
     from transformers import CLIPVisionModelWithProjection
 
-    model = _load(folder, CLIPVisionModelWithProjection)
+    model = load(folder, CLIPVisionModelWithProjection)
     return ClipTower(model), model.config
 
 
 def _open_plain(folder: Path) -> tuple[nn.Module, Any]:
     from transformers import AutoModel
 
-    model = _load(folder, AutoModel)
+    model = load(folder, AutoModel)
     return PlainTower(model, _square(folder, model.config, "patch_size")), model.config
 
 
@@ -110,7 +115,7 @@ OPENERS: dict[str, Callable[[Path], tuple[nn.Module, Any]]] = {  # by model_type
 }
 
 
-def _load(folder: Path, family: Any) -> nn.Module:
+def load(folder: Path, family: Any) -> nn.Module:
     """The model in float32; ValueError for weights that are missing or would run code."""
     try:
         with _quiet():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -40,7 +41,7 @@ def open_folder(folder: Path) -> Opened:
     """
     import open_clip  # takes seconds, and other guides do not need it
 
-    if "hf_model_name" in _text_settings(folder):
+    if "hf_model_name" in text_settings(folder):
         raise ValueError(
             f"{folder} has a text tower that open_clip fetches from a hub: name the same model as a Hugging Face "
             "folder"
@@ -93,9 +94,11 @@ class OpenClipTower(nn.Module):
         return torch.cat([summary[:, None], tokens @ self.visual.proj], dim=1)
 
 
-def _text_settings(folder: Path) -> dict[str, object]:
+def text_settings(folder: Path) -> dict[str, Any]:
+    """What the folder tells of its text tower; ValueError without a model's settings."""
     try:
-        return json.loads((folder / CONFIG).read_text())["model_cfg"].get("text_cfg", {})
+        told = json.loads((folder / CONFIG).read_text())["model_cfg"].get("text_cfg", {})
+        return dict(told)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{folder / CONFIG} holds no model_cfg ({error!r}): save the model's configuration again"

@@ -1,0 +1,66 @@
+"""In which one piece of memory do several tensors lie?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+ALIGNED = 8  # bytes, of the widest numbers
+Form = tuple[torch.dtype, tuple[int, ...]]  # type and shape of a tensor
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in the buffer."""
+
+    start: int  # bytes
+    size: int  # bytes
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def room_for(forms: Mapping[str, Form], is_shared: bool = False) -> dict[str, Tensor]:
+    """Tensors of these forms, without numbers, that lie in one piece of memory.
+
+    With `is_shared` other processes can be sent it without a copy: a batch is then held once, not twice.
+    """
+    places, size = _placed(forms.values())
+    buffer = torch.empty(size, dtype=torch.uint8)
+    buffer = buffer.share_memory_() if is_shared else buffer
+    return {name: part(buffer, place) for name, place in zip(forms, places, strict=True)}
+
+
+def in_one(tensors: Sequence[Tensor]) -> tuple[UInt8[Tensor, " bytes"], tuple[Place, ...]]:
+    """One tensor that holds all of these, and where: the memory that they share, or a copy."""
+    memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    if len(memory) == 1 and all(tensor.is_contiguous() for tensor in tensors):
+        (storage,) = memory.values()
+        starts = [tensor.storage_offset() * tensor.element_size() for tensor in tensors]
+        places = (
+            Place(start, tensor.nbytes, tensor.dtype, tuple(tensor.shape))
+            for start, tensor in zip(starts, tensors, strict=True)
+        )
+        return torch.empty(0, dtype=torch.uint8).set_(storage), tuple(places)
+    placed, size = _placed([(tensor.dtype, tuple(tensor.shape)) for tensor in tensors])
+    buffer = torch.empty(size, dtype=torch.uint8)
+    for tensor, place in zip(tensors, placed, strict=True):
+        part(buffer, place).copy_(tensor)
+    return buffer, placed
+
+
+def _placed(forms: Iterable[Form]) -> tuple[tuple[Place, ...], int]:
+    """Where tensors of these forms lie one behind the other, and the bytes of all."""
+    places, size = [], 0
+    for dtype, shape in forms:
+        places.append(Place(size, math.prod(shape) * dtype.itemsize, dtype, shape))
+        size += -(-places[-1].size // ALIGNED) * ALIGNED
+    return tuple(places), size
+
+
+def part(buffer: Tensor, place: Place) -> Tensor:
+    """The tensor that lies there."""
+    return buffer[place.start : place.start + place.size].view(place.dtype).view(place.shape)
