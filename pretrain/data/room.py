@@ -29,8 +29,9 @@ def room_for(forms: Mapping[str, Form], is_shared: bool = False) -> dict[str, Te
     With `is_shared` other processes can be sent it without a copy: a batch is then held once, not twice.
     """
     places, size = _placed(forms.values())
-    buffer = torch.empty(size, dtype=torch.uint8)
-    buffer = buffer.share_memory_() if is_shared else buffer
+    buffer = torch.empty(0 if is_shared else size, dtype=torch.uint8)
+    if is_shared:  # as torch's own collate makes it: to share a tensor that is there would copy it
+        buffer = buffer.set_(torch.UntypedStorage._new_shared(size))
     return {name: part(buffer, place) for name, place in zip(forms, places, strict=True)}
 
 

@@ -226,9 +226,8 @@ def test_recipe_of_the_paper_trains_an_export_like_its_run(
 ) -> None:
     paper = replace(RECIPES["paper"], epochs=1, batch=8, base_lr=1e-2)
     run, _, towers = load_towers(steps["vit"])
-    folder = export_run(
-        [str(steps["vit"].parents[1]), "--to", "timm", "--out", str(tmp_path / "timm")]
-    ).folder
+    (exported,) = export_run([str(steps["vit"].parents[1]), "--to", "timm", "--out", str(tmp_path / "timm")])
+    folder = exported.folder
     subject = find_subjects(folder, [])[0].open()
     train, heads = Examples(data / "train", torch.arange(40)), []
     for whose in (towers, subject.towers):

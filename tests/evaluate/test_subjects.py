@@ -234,7 +234,8 @@ TEXTS = ["--k", "5", "--probes", "knn,classifier,zero_shot,retrieval_image,retri
 def test_an_export_of_all_towers_reads_captions_like_its_run(
     run_folder: Path, data: Path, tmp_path: Path
 ) -> None:
-    folder = export_run([str(run_folder), "--to", "safetensors", "--out", str(tmp_path / "whole")]).folder
+    (exported,) = export_run([str(run_folder), "--to", "safetensors", "--out", str(tmp_path / "whole")])
+    folder = exported.folder
     rows = []
     for place, name in ((run_folder, "a"), (folder, "b")):
         out = str(tmp_path / f"{name}.json")
