@@ -50,12 +50,14 @@ def patiently(
     long: a store may take a question and never answer. What is left behind may still be done later: bound only what
     reads.
     """
-    begun, is_told, pause = time.monotonic(), False, FIRST_PAUSE
+    since: float | None = None  # the first failure
+    is_told, pause = False, FIRST_PAUSE
     while True:
+        asked = time.monotonic()
         try:
             if attempt is None:
                 return work()
-            left = seconds - (time.monotonic() - begun)
+            left = seconds - (0.0 if since is None else asked - since)
             return _within(min(attempt, max(left, pause)), work)
         except (FileNotFoundError, PermissionError, *final, *OUR_FAULTS):
             raise
@@ -64,7 +66,9 @@ def patiently(
                 raise
             if type(error).__name__ in NO_KEYS:
                 raise PermissionError(f"{error}: {SET_KEYS}") from error
-            failing, stopped = time.monotonic() - begun, stopped or threading.Event()
+            if since is None:  # what took long before it failed has not failed so long
+                since = time.monotonic() if attempt is None else asked
+            failing, stopped = time.monotonic() - since, stopped or threading.Event()
             if stopped.is_set():
                 raise GaveUp(f"{told} was given up, at last with {error!r}") from error
             if failing >= seconds:

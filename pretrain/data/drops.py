@@ -10,10 +10,8 @@ from data_prep.schema import Manifest, write_atomic
 from pretrain.appended import Appended
 from pretrain.data.faults import OF_SHARDS, WHOLE_SHARD, DataError, Dropped, beyond_chance, check_bad_share
 
-OF_SIZE = (
-    "missing_shard",
-    "truncated_shard",
-)  # reasons that another copy of the shard mends, to be seen at once
+# Of shards that another copy mends: a whole one is lost no more, until it is found as bad again.
+MENDED_BY_A_COPY = ("missing_shard", "truncated_shard", "broken_index", "changed_shard")
 NAME = "dropped-rank_{:05d}.jsonl"  # in the folder of a run
 
 
@@ -22,7 +20,7 @@ class Drops:
 
     `path`, if given, gets a line for each; what it tells of `start_step` and later belongs to a run that did not get
     so far, and is removed by `begin`, the rest counted. `manifests` of all sources say how much a lost shard holds;
-    one that was missing or truncated is lost no more when `is_whole` says so now of a source and a shard's name.
+    one is lost no more, until it is found so again, when `is_whole` says so now of a source and a shard's name.
     `counts` are for telling: they may be of fewer ranks, each of which read more. Judged is what is read from now on.
     Lines for which the disk has no room are kept until it has; that is told, and no reason to end a run.
     """
@@ -46,8 +44,8 @@ class Drops:
         self._file: Appended | None = None  # from `begin` to `close`
         told = [Dropped(*(line[name] for name in Dropped._fields)) for line in self._kept]
         self._tell(told)
-        by_size = {(one.source, one.shard) for one in told if one.reason in OF_SIZE}
-        for place in by_size & self._lost.keys():
+        mended = {(one.source, one.shard) for one in told if one.reason in MENDED_BY_A_COPY}
+        for place in mended & self._lost.keys():
             if is_whole(*place):
                 del self._lost[place]
 

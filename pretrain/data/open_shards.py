@@ -20,8 +20,8 @@ from pretrain.data.remote import PATIENCE, RemoteFolder
 from pretrain.retries import OF_NAMES, GaveUp, patiently
 
 LONGEST_PAUSE = 5.0  # seconds between two attempts to read a file
-DAMAGED_FOR = 30.0  # seconds that one place of a file fails before it counts as damaged
-ANOTHER_COPY = "or copy it again"
+DAMAGED_FOR = 120.0  # seconds that one place of a file fails before it counts as damaged, once a file
+ANOTHER_COPY = "or copy it again, or remove it to have its samples replaced"
 ANOTHER_DISK = f"or name another disk by {CACHE_FOLDER}"
 T = TypeVar("T")
 
@@ -39,9 +39,9 @@ class OpenShards:
         self._forget()
 
     def _forget(self) -> None:
-        self._open: dict[int, tuple[int, array]] = {}  # shard -> descriptor, offsets; oldest first
+        self._open: dict[int, tuple[int, array]] = {}  # shard -> descriptor, offsets; used longest ago first
         self._bad: dict[int, tuple[str, str]] = {}  # shard that cannot be used -> reason and message
-        self._damaged: set[tuple[int, int]] = set()  # shard and index of samples that were unreadable
+        self._damaged: set[int] = set()  # shards with samples that were unreadable
 
     def __getstate__(self) -> tuple:
         return self._folder, self._shards, self._remote, self._most  # a worker process opens its own files
@@ -58,13 +58,16 @@ class OpenShards:
     def record(self, shard: int, index: int, *, is_patient: bool = True) -> bytes:
         """The bytes of one sample; raises BadSample and DataError, or without patience the first OSError."""
         try:
-            return self._record(shard, index)
+            try:
+                return self._record(shard, index)
+            except IsADirectoryError:
+                raise
+            except OSError:
+                if not is_patient:
+                    raise
+            return self._record_again(shard, index)
         except IsADirectoryError as error:
             raise BadSample("missing_shard", f"{self.path(shard)}: {error}") from error
-        except OSError:
-            if not is_patient:
-                raise
-        return self._record_again(shard, index)
 
     def close(self) -> None:
         for shard in list(self._open):
@@ -75,6 +78,8 @@ class OpenShards:
             os.close(self._open.pop(shard)[0])
 
     def _record(self, shard: int, index: int) -> bytes:
+        if shard in self._open:
+            self._open[shard] = self._open.pop(shard)  # the last that was used
         descriptor, offsets = self._open.get(shard) or self._open_another(shard)
         start, size = offsets[index], offsets[index + 1] - offsets[index]
         record = os.pread(descriptor, size, start)
@@ -98,7 +103,7 @@ class OpenShards:
             try:
                 return self._record(shard, index)
             except OSError as error:
-                is_known = (shard, index) in self._damaged
+                is_known = shard in self._damaged
                 if error.errno in OF_DAMAGE and (is_known or time.monotonic() - since >= DAMAGED_FOR):
                     if self._remote is None:
                         self._require_undamaged(shard, index, error)
@@ -116,7 +121,7 @@ class OpenShards:
         if not can_be_read_elsewhere(path, self._shards[shard].num_bytes):
             return
         if shard in self._open:
-            self._damaged.add((shard, index))
+            self._damaged.add(shard)
             raise BadSample("unreadable", f"{path}, sample {index}: {error}; others can be read") from error
         self._bad[shard] = ("broken_index", f"{path} has no index and cannot get one: {error}")
         raise BadSample(*self._bad[shard]) from error

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from pretrain.data.faults import DataError
+
 ALIGNED = 8  # bytes, of the widest numbers
 Form = tuple[torch.dtype, tuple[int, ...]]  # type and shape of a tensor
 
@@ -26,12 +28,19 @@ class Place(NamedTuple):
 def room_for(forms: Mapping[str, Form], is_shared: bool = False) -> dict[str, Tensor]:
     """Tensors of these forms, without numbers, that lie in one piece of memory.
 
-    With `is_shared` other processes can be sent it without a copy: a batch is then held once, not twice.
+    With `is_shared` other processes can be sent it without a copy: a batch is then held once, not twice. DataError
+    where they have no room for it.
     """
     places, size = _placed(forms.values())
     buffer = torch.empty(0 if is_shared else size, dtype=torch.uint8)
     if is_shared:  # as torch's own collate makes it: to share a tensor that is there would copy it
-        buffer = buffer.set_(torch.UntypedStorage._new_shared(size))
+        try:
+            buffer = buffer.set_(torch.UntypedStorage._new_shared(size))
+        except RuntimeError as error:
+            raise DataError(
+                f"no room in the memory that processes share (/dev/shm) for a batch of {size / 2**20:,.0f} MiB "
+                f"({error}): give the container more (--shm-size, or --ipc=host), or lower --workers"
+            ) from error
     return {name: part(buffer, place) for name, place in zip(forms, places, strict=True)}
 
 

@@ -86,7 +86,8 @@ class ShardFolder:
     @property
     def sha256(self) -> str:
         """Of the manifest, which holds that of every shard: it names the whole content."""
-        return sha256_file(self.folder / MANIFEST_NAME)
+        path = self.folder / MANIFEST_NAME
+        return of_file(lambda: sha256_file(path), path, PATIENCE_AT_START)
 
     def problems(self, checked: slice = ALL) -> Iterator[FileNotFoundError | ValueError]:
         """What is wrong with the presence and size of these shards."""
@@ -96,6 +97,8 @@ class ShardFolder:
                 try:
                     self._require(shard)
                 except (FileNotFoundError, ValueError) as error:
+                    if isinstance(error, DataError):  # is it this shard alone, or the whole file system?
+                        of_file((self.folder / MANIFEST_NAME).stat, self.folder, PATIENCE_AT_START)
                     yield error
         elif (
             shards[:1] == self.manifest.shards[:1]
@@ -120,7 +123,8 @@ class ShardFolder:
             raise problem
 
     def _hashed(self, shards: Iterable[int]) -> Iterator[tuple[Shard, ValueError]]:
-        verified = Verified(self.folder)
+        manifest = self.folder / MANIFEST_NAME
+        verified = of_file(lambda: Verified(self.folder), manifest, PATIENCE_AT_START)
         for number in shards:
             shard = self.manifest.shards[number]
             try:

@@ -105,6 +105,7 @@ class Steps:
             with self._during("batch"):
                 fields = fields or _room(row, whole, len(positions), is_shared)
                 for name, value in row.fields.items():
+                    assert value.shape == fields[name].shape[1:], f"{name} of {position} is of another shape"
                     fields[name][number] = value
             rows.append(row._replace(fields={}))
         batch = Batch(**fields)

@@ -49,7 +49,8 @@ class Captions:
 
     def tokens(self, caption: str) -> Tokens:
         """The same, and whether the caption is longer. What lies far behind the cut is not read: a text of megabytes
-        would take seconds and as many hundreds of megabytes."""
+        would take seconds and as many hundreds of megabytes. Of a word of thousands of letters that is cut there, the
+        tokenizer may make something else than of the whole."""
         reach = LETTERS * self.length
         encoding = self._tokenizer.encode(caption[:reach])
         while not encoding.overflowing and reach < len(caption):  # blanks, or words of any length

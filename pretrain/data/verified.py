@@ -83,13 +83,15 @@ class Verifier:
             threading.Thread(target=self._run, name=THREAD, daemon=True).start()
 
     def _run(self) -> None:
-        opened = {folder: Verified(folder) for folder in {folder for folder, *_ in self._shards}}
+        opened: dict[Path, Verified] = {}
         for folder, source, shard in self._shards:
             try:
+                if folder not in opened:
+                    opened[folder] = Verified(folder)
                 opened[folder].check(shard, self._rate, self._stop)
             except ValueError as error:
                 self.changed.append((source, shard, str(error)))
-            except OSError:  # a missing shard is told when a sample of it is read
+            except OSError:  # what is missing or cannot be read is told when a sample of it is
                 continue
             if self._stop.is_set():
                 return
