@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -232,6 +233,41 @@ def test_a_damaged_place_is_waited_for_once_in_a_process(
             opened.sample(0)
     monkeypatch.undo()
     assert opened.sample(0) == sample(0, has_text=False)  # the disk has mended it
+
+
+def test_another_damaged_place_of_a_shard_is_not_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = ShardFolder(folder)
+    monkeypatch.setattr(open_shards, "PATIENCE", 1.0)
+    for wait, sample_number in ((0.0, 0), (3600.0, 1)):
+        start, _ = opened_range(folder, sample_number)
+        with monkeypatch.context() as broken:
+            damage(broken, one_place("000000.tar", start + 600))
+            broken.setattr(open_shards, "DAMAGED_FOR", wait)
+            with pytest.raises(BadSample, match=f"000000.tar, sample {sample_number}: .*others can be read"):
+                opened.sample(sample_number)
+
+
+def opened_range(folder: Path, number: int) -> tuple[int, int]:
+    """First byte of a sample of the first shard, and the first behind it."""
+    opened = ShardFolder(folder)
+    opened.sample(0)
+    _, offsets = opened._files._open[0]
+    return offsets[number], offsets[number + 1]
+
+
+def test_what_worked_long_before_it_failed_is_asked_again() -> None:
+    attempts = []
+
+    def work() -> int:
+        attempts.append(len(attempts))
+        if len(attempts) == 1:
+            time.sleep(0.3)
+            raise OSError(errno.EIO, "Input/output error")
+        return 7
+
+    assert retries.patiently(work, "a file", 0.2) == 7 and len(attempts) == 2
 
 
 def test_where_an_index_cannot_be_read_the_headers_tell_the_same(

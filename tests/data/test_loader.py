@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from data_prep.schema import Manifest, fill_prompt
 from pretrain.config import Mixing, Source
 from pretrain.data.batch import NO_CATEGORY
+from pretrain.data.faults import DataError
 from pretrain.data.loader import Loader, _tell_of_memory
 from pretrain.data.packed import pack, unpack
+from pretrain.data.room import room_for
 from pretrain.data.sources import open_sources
 from pretrain.data.steps import Steps
 from pretrain.data.text import Captions
@@ -219,6 +221,15 @@ def test_a_batch_is_held_once_and_a_large_one_is_told(folders: dict[str, Path]) 
     large = replace(run, batch=2048, views=replace(run.views, size=512))
     with pytest.warns(UserWarning, match=r"each of 1 workers holds a batch of 3\.0 GiB.*more ranks"):
         _tell_of_memory(large, world=1, workers=1)
+
+
+def test_no_room_in_shared_memory_is_told_with_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(size: int) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    with pytest.raises(DataError, match=r"a batch of 2 MiB \(unable to.*--shm-size.*or lower --workers"):
+        room_for({"views": (torch.uint8, (2, 2**20))}, is_shared=True)
 
 
 def test_categories_become_captions_by_prompts(tmp_path: Path, folders: dict[str, Path]) -> None:
