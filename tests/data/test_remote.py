@@ -41,7 +41,6 @@ def reachable(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in store.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("M3I_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "PATIENCE_AT_START", 2.0)
     store.faults.refused = store.faults.stalled = 0.0
 
 
