@@ -1,7 +1,8 @@
 """How good are the teacher's features on held-out images, before and after pre-training?
 
 python -m pretrain.evaluate RUN --data DIR        DIR/train gives the probes their examples, DIR/heldout tests them
-    --probes all --few-shot                       everything that reads frozen features
+    --probes all --few-shot                       everything that reads features once
+    --probes linear_paper                         the paper's linear probe, a head trained on fresh crops
     --fine-tune [EPOCHS]                          the whole encoder too, trained on the categories: costs a training
 
 RUN is a run, one of its checkpoints, or an exported or published model (timm, internimage, safetensors,
@@ -12,10 +13,9 @@ a class. Several ranks share images and probes: torchrun --nproc-per-node 8 -m p
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from pretrain.command import require_place
 from pretrain.evaluate import result
 from pretrain.evaluate.checkpoints import bring
 from pretrain.evaluate.few_shot import SHARES
-from pretrain.evaluate.fine_tune_recipes import RECIPES
-from pretrain.evaluate.fine_tune_state import require_recipe
+from pretrain.evaluate.fine_tune_recipes import FROZEN, RECIPES
+from pretrain.evaluate.fine_tune_state import require_recipes
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, SLOW
 from pretrain.evaluate.protocols import Protocols, best_device, measure_subject
 from pretrain.evaluate.published import is_published
@@ -42,7 +42,7 @@ from pretrain.evaluate.templates import AUTO, TEMPLATES
 from pretrain.ranks import exit_code_of_ranks
 
 RESULT = "evaluation.json"
-INTERRUPTED = "measured checkpoints are in the result, if any; the same command goes on with a fine-tuning"
+INTERRUPTED = "measured checkpoints are in the result, if any; the same command goes on with a training"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -63,7 +63,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--probes",
         default=",".join(DEFAULT),
-        help=f"what is measured, with commas (%(default)s); also {', '.join(SLOW)}; or {ALL}",
+        help=f"what is measured, with commas (%(default)s); also {', '.join(SLOW)}; {ALL} of these; and, which train "
+        f"a head on fresh crops of the images, {', '.join(FROZEN)}",
     )
     parser.add_argument(
         "--fine-tune",
@@ -117,10 +118,10 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     device = best_device()
     if device.type == "cuda":  # collective calls and random states mean this one
         torch.cuda.set_device(device)
-    if protocols.fine_tune is not None:
+    if protocols.trainings:
         protocols = replace(protocols, states=out.with_name(f"{out.stem}.fine_tuning"))
-        recipe = json.loads(json.dumps(asdict(protocols.fine_tune)))
-        from_first_rank(lambda: require_recipe(protocols.states, recipe))
+        recipes = {training.row: training.recipe for training in protocols.trainings}
+        from_first_rank(lambda: require_recipes(protocols.states, recipes))
     evaluated: dict[str, Any] = {"checkpoints": {}}
     data = result.data_of(folders, manifests)
     for subject in subjects:
@@ -177,9 +178,12 @@ def result_of(place: Path) -> Path:
 
 def protocols_of(options: argparse.Namespace) -> Protocols:
     """What the command line asks for."""
-    probes = tuple(name.strip() for name in options.probes.split(","))
-    if options.few_shot and probes != (ALL,):
+    named = [name.strip() for name in options.probes.split(",")]
+    probes = tuple(name for name in named if name not in FROZEN)
+    if options.few_shot and ALL not in probes:
         probes = tuple(dict.fromkeys([*probes, *(n for n in PROBES if n.startswith("few_shot_"))]))
+    if ALL in probes:
+        probes = (ALL,)
     tuned = None
     if options.fine_tune is not None:
         tuned = RECIPES[options.fine_tune_recipe]
@@ -189,6 +193,7 @@ def protocols_of(options: argparse.Namespace) -> Protocols:
         ks=numbers_of(options.k),
         templates=options.templates,
         retrieval_images=options.retrieval_images,
+        frozen=tuple(name for name in FROZEN if name in named),
         fine_tune=tuned,
         fine_tune_shares=SHARES if tuned is not None and options.few_shot else (),
         workers=options.workers,

@@ -1,21 +1,19 @@
-"""How well does the encoder tell the categories when all of it is trained on them, by all ranks together?"""
+"""How well does the encoder tell the categories when it, or a head on it, is trained on augmented images of them, by
+all ranks together?
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
-from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
-from timm.optim import param_groups_layer_decay
+from jaxtyping import Float, Int
+from timm.optim import Lars, param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -25,10 +23,12 @@ from pretrain.config import Run
 from pretrain.evaluate.augment import seeded
 from pretrain.evaluate.evidence import NotMeasured
 from pretrain.evaluate.features import IMAGES_AT_ONCE, Pictures
-from pretrain.evaluate.fine_tune_order import Batch, Examples, Reader, stacked, steps_of, training_batches
+from pretrain.evaluate.fine_tune_inputs import Augmented, FrozenFeatures, Inputs, reseed
+from pretrain.evaluate.fine_tune_order import Examples, Reader, stacked, steps_of, training_batches
 from pretrain.evaluate.fine_tune_precision import precision_of
-from pretrain.evaluate.fine_tune_recipes import BASE_BATCH, FineTune
+from pretrain.evaluate.fine_tune_recipes import LARS, WHOLE, FineTune
 from pretrain.evaluate.fine_tune_state import WHAT, identity
+from pretrain.evaluate.frozen import FrozenClassifier
 from pretrain.evaluate.layers import UnknownOrder, decay_of_depth, layer_order, names_without_decay
 from pretrain.evaluate.published import PublishedEncoder
 from pretrain.models.backbone import build_encoder
@@ -92,7 +92,7 @@ def fine_tune(
     workers: int = 0,
     title: str = "fine-tuning",
     state: Path | None = None,
-) -> Classifier:
+) -> Classifier | FrozenClassifier:
     """The classifier after the last epoch; nothing is selected by held-out images.
 
     A collective call: the ranks share each batch. Float32, with autocast to bfloat16 on GPUs that have it. On a CPU
@@ -104,30 +104,32 @@ def fine_tune(
     """
     num_images = len(train.index)
     if num_images < 2:
-        raise ValueError(f"{train.folder} has {num_images} labelled image, fine-tuning needs two or more")
-    batch = min(settings.batch, num_images - num_images % 2)
+        raise ValueError(f"{train.folder} has {num_images} labelled image, {title} needs two or more")
+    batch = settings.batch_of(num_images)
     an_epoch = steps_of(num_images, batch)
     steps = settings.epochs * an_epoch
-    peak = settings.base_lr * math.sqrt(batch / BASE_BATCH)
-    encoder = encoder_of(towers, run, settings.drop_path)
-    model = Classifier(encoder, num_categories, drops=settings.drop_path > 0).to(device).train()
+    peak = settings.peak(batch)
+    model = _model(towers, run, num_categories, settings).to(device).train()
     optimizer = _optimizer(model, settings, peak)
     model.precision = precision_of(model, run.views.size, device)
     told = {} if state is None else identity(towers, run, train, num_categories, settings, model.precision)
     states = States(state, told, WHAT)
-    begun, more = states.load(model, optimizer)
+    own = model if settings.trains == WHOLE else model.head
+    begun, more = states.load(own, optimizer)
     losses = torch.tensor(more.get("total", 0.0) if rank() == 0 else 0.0, device=device)
-    augment = _Augment(run, settings, num_categories, device)
-    trained = _joint(model, device)
+    shown_as = (
+        FrozenFeatures(run, model) if own is not model else Augmented(run, settings, num_categories, device)
+    )
+    trained = _joint(own, device)
     reader = Reader(Pictures(train.folder, run.views.size), run.max_bad)
     bar = tqdm(total=steps, initial=begun, desc=title, unit=" step", mininterval=1.0, disable=rank() > 0)
     with seeded(settings.seed), bar:
         found = training_batches(train, run, settings, batch, begun, workers, reader)
         for step, shown in enumerate(found, begun):
             _set_rate(optimizer, warm_cosine(step, steps, round(settings.warmup * steps), peak, 0.0))
-            images, targets = augment(shown, step, step // an_epoch)
+            inputs = shown_as(shown, step, step // an_epoch)
             reseed(settings.seed, step, rank())  # of branches that are dropped
-            loss = _share_of_loss(trained, images, targets, shown.counts.to(device), model.precision) / batch
+            loss = _share_of_loss(trained, inputs, model.precision) / batch
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -137,17 +139,29 @@ def fine_tune(
                 _end_epoch(losses, an_epoch, (step + 1) // an_epoch, bar)
             is_last = step + 1 == steps
             if (is_last or step % LOOKED_AT == 0) and states.is_due(is_last):
-                states.save(
-                    model, None if is_last else optimizer, step + 1, {"total": _on_first_rank(losses)}
-                )
+                states.save(own, None if is_last else optimizer, step + 1, {"total": _on_first_rank(losses)})
     return model.eval()
 
 
-def _optimizer(model: Classifier, settings: FineTune, peak: float) -> torch.optim.Optimizer:
+def _model(
+    towers: nn.Module, run: Run, num_categories: int, settings: FineTune
+) -> Classifier | FrozenClassifier:
+    if settings.trains == WHOLE:
+        encoder = encoder_of(towers, run, settings.drop_path)
+        return Classifier(encoder, num_categories, drops=settings.drop_path > 0)
+    with seeded(settings.seed):
+        return FrozenClassifier(towers.encoder, num_categories, settings.trains)
+
+
+def _optimizer(
+    model: Classifier | FrozenClassifier, settings: FineTune, peak: float
+) -> torch.optim.Optimizer:
     try:
         groups = model.groups(settings)
     except UnknownOrder as error:
         raise NotMeasured(f"each layer has a rate of its own, and {error}") from error
+    if settings.optimizer == LARS:
+        return Lars(groups, lr=peak)
     return torch.optim.AdamW(groups, lr=peak, betas=settings.betas)
 
 
@@ -163,20 +177,14 @@ def _on_first_rank(losses: Float[Tensor, ""]) -> float:
     return total
 
 
-def _share_of_loss(
-    trained: nn.Module,
-    images: Float[Tensor, "b 3 s s"],
-    targets: Float[Tensor, "b k"],
-    counts: Bool[Tensor, " b"],
-    precision: torch.dtype,
-) -> Float[Tensor, ""]:
+def _share_of_loss(trained: nn.Module, inputs: Inputs, precision: torch.dtype) -> Float[Tensor, ""]:
     """Sum of this rank's cross-entropies in nats, times the ranks: the mean of its gradients over them, which DDP
     takes, is that of the sum over the batch of all.
     """
-    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-        logits = trained(images)
-    of_each = F.cross_entropy(logits.float(), targets, reduction="none")
-    return (of_each * counts).sum() * world_size()
+    with torch.autocast(inputs.values.device.type, precision, enabled=precision != torch.float32):
+        logits = trained(inputs.values)
+    of_each = F.cross_entropy(logits.float(), inputs.targets, reduction="none")
+    return (of_each * inputs.counts).sum() * world_size()
 
 
 def _end_epoch(losses: Float[Tensor, ""], steps: int, epoch: int, bar: tqdm) -> None:
@@ -188,39 +196,7 @@ def _end_epoch(losses: Float[Tensor, ""], steps: int, epoch: int, bar: tqdm) -> 
     losses.zero_()
 
 
-class _Augment:
-    """What becomes of views on the device: erasing image by image, then mixing with one draw for all of a step."""
-
-    def __init__(self, run: Run, settings: FineTune, num_categories: int, device: torch.device) -> None:
-        self.run, self.settings, self.device = run, settings, device
-        self.mix = Mixup(
-            settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=num_categories
-        )
-        self.mix.mixup_enabled = settings.mixup > 0 or settings.cutmix > 0
-        self.erase = RandomErasing(settings.erasing, mode="pixel", device=device)
-
-    def __call__(
-        self, shown: Batch, step: int, epoch: int
-    ) -> tuple[Float[Tensor, "b 3 s s"], Float[Tensor, "b k"]]:
-        views = self.run.views
-        images = normalise(shown.views.to(self.device), views.mean, views.std, torch.float32)
-        if self.settings.erasing:
-            for image, index in zip(images, shown.index, strict=True):
-                reseed(self.settings.seed, epoch, index, 1)
-                self.erase(image)  # in place
-        reseed(self.settings.seed, step)
-        return self.mix(images, shown.labels.to(self.device))
-
-
-def reseed(*numbers: int) -> None:
-    """Python's, numpy's and torch's global generators from numbers; `seeded` around it puts them back."""
-    seed = random.Random("/".join(map(str, numbers))).getrandbits(32)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def _joint(model: Classifier, device: torch.device) -> nn.Module:
+def _joint(model: nn.Module, device: torch.device) -> nn.Module:
     """The model, whose gradients are the mean over the ranks; alone itself."""
     if world_size() == 1:
         return model
@@ -260,7 +236,12 @@ def encoder_of(towers: nn.Module, run: Run, drop_path: float) -> nn.Module:
 
 @torch.inference_mode()
 def predict(
-    model: Classifier, run: Run, heldout: Examples, *, device: torch.device, workers: int = 0
+    model: Classifier | FrozenClassifier,
+    run: Run,
+    heldout: Examples,
+    *,
+    device: torch.device,
+    workers: int = 0,
 ) -> Int[Tensor, " n"]:
     """Categories that the classifier says of the center views of the examples, in their order; float32.
 

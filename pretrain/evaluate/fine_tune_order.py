@@ -28,6 +28,8 @@ from pretrain.evaluate.divided import epoch_order
 from pretrain.evaluate.features import Picture, Pictures
 from pretrain.evaluate.fine_tune_recipes import FineTune
 
+READ_AT_ONCE = 256  # images of a rank that one worker reads together
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -58,10 +60,12 @@ class Reader:
     def __init__(self, pictures: Pictures, limit: float) -> None:
         self.pictures, self.limit = pictures, limit
         self.dropped: Counter[str] = Counter()
-        self.num_seen = 0
+        self.num_seen = 0.0
 
-    def batches(self, shares: Sequence[Sequence[int]], of_all: int, workers: int) -> Iterator[list[Picture]]:
-        """The samples of each share; `of_all` samples are in a share of all ranks together. Collective.
+    def batches(
+        self, shares: Sequence[Sequence[int]], of_all: float, workers: int
+    ) -> Iterator[list[Picture]]:
+        """The samples of each share; `of_all` samples are in a share of all ranks together, on average. Collective.
 
         DataError when too many cannot be read.
         """
@@ -80,7 +84,7 @@ class Reader:
             self.num_seen += of_all
             if bad:
                 told = f"{self.pictures.shards.folder}: {bad[-1][1]}"
-                check_bad_share(self.dropped, self.num_seen, self.limit, told)
+                check_bad_share(self.dropped, round(self.num_seen), self.limit, told)
             yield pictures
 
 
@@ -106,14 +110,23 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Those of this rank from step `begun` on, to the end of the last epoch; every epoch has an order of its own."""
     an_epoch = steps_of(len(train.index), batch)
+    # As many on each rank: all are told of what could not be read after every piece.
+    num_pieces = -(-batch // (READ_AT_ONCE * world_size()))
     for epoch in range(begun // an_epoch, settings.epochs):
         order = train.index[epoch_order(settings.seed, epoch, len(train.index))].tolist()
         first = max(begun - epoch * an_epoch, 0)
         own = [own_pairs(order[step * batch : (step + 1) * batch]) for step in range(first, an_epoch)]
         reader.pictures.view = partial(_augment, run=run, settings=settings, epoch=epoch)
-        found = reader.batches([share for share, _ in own], batch, workers)
-        for pictures, (share, counts) in zip(found, own, strict=True):
+        pieces = [in_pieces(share, num_pieces) for share, _ in own]
+        found = reader.batches([piece for step in pieces for piece in step], batch / num_pieces, workers)
+        for share, counts in own:
+            pictures = [picture for _ in range(num_pieces) for picture in next(found)]
             yield stacked(pictures, run.views.size, share, counts)
+
+
+def in_pieces(share: Sequence[int], count: int) -> list[Sequence[int]]:
+    """A share cut into `count` parts of almost equal length, none of which is empty where it has so many."""
+    return [share[i * len(share) // count : (i + 1) * len(share) // count] for i in range(count)]
 
 
 def stacked(pictures: Sequence[Picture], size: int, share: Sequence[int], counts: bool = True) -> Batch:

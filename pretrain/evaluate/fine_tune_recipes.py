@@ -1,24 +1,36 @@
-"""By which numbers is an encoder fine-tuned on categories?
+"""By which numbers is an encoder, or a head on a frozen one, trained on the categories of augmented images?
 
-Source: M3I (arXiv 2211.09807), appendix, fine-tuning of ViT-B on ImageNet-1k. "paper" has its numbers, without an
-average of the weights, of which the paper tells nothing; "small" is it scaled to small sets: the batch, square-root
-scaling of the rate, milder crops, no RandAugment, erasing or drop path, mixing off.
+RECIPES are of fine-tuning. Source: M3I (arXiv 2211.09807), appendix, fine-tuning of ViT-B on ImageNet-1k. "paper" has
+its numbers, without an average of the weights, of which the paper tells nothing; "small" is it scaled to small sets:
+the batch, square-root scaling of the rate, milder crops, no RandAugment, erasing or drop path, mixing off.
+
+FROZEN are of heads. "linear_paper" is the same appendix's linear probe: LARS, rate 3.2 at a batch of 16,384, no
+weight decay, 90 epochs, 10 of them warm-up, cosine, random crops and flips; the batch norm without affine is MAE's
+(arXiv 2111.06377, appendix A.1). "attentive_crops" is after V-JEPA's attentive probe (arXiv 2404.08471, appendix D):
+AdamW, 20 epochs. A set of fewer images has smaller batches. LARS keeps its rate then: its layer-wise trust ratio
+makes a step a share of the weights, whatever the batch.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+WHOLE, LINEAR, ATTENTIVE = "whole encoder", "linear head", "attentive head"  # what is trained
+ADAMW, LARS = "adamw", "lars"
 BASE_BATCH = 1024  # images, at which the paper gives its rate
 
 
 @dataclass(frozen=True)
 class FineTune:
-    """The recipe of fine-tuning."""
+    """The recipe of fine-tuning, or of training a head alone."""
 
     epochs: int = 30  # over the training images
-    batch: int = 64  # images of all ranks together; fewer when the data set has fewer
-    base_lr: float = 2e-3  # peak at a batch of BASE_BATCH
+    trains: str = WHOLE  # or LINEAR or ATTENTIVE: a head on the frozen encoder
+    batch: int = 64  # images of all ranks together; of a small data set fewer
+    batches: int = 1  # at least, of an epoch, as long as they hold 32 images
+    optimizer: str = ADAMW  # or LARS
+    base_lr: float = 2e-3  # peak at a batch of BASE_BATCH; of LARS at any
     warmup: float = 0.05  # fraction of the steps, in [0, 1)
     layer_decay: float = 0.65  # rate of a layer / rate of the next one, in (0, 1]
     decay_depth: int = 12  # layers of the backbone for which it is given; a deeper one's decay is milder
@@ -56,6 +68,25 @@ class FineTune:
                 f"base_lr={self.base_lr} must be positive; mixup={self.mixup}, cutmix={self.cutmix} and "
                 f"weight_decay={self.weight_decay} must not be negative"
             )
+        if self.trains not in (WHOLE, LINEAR, ATTENTIVE) or self.optimizer not in (ADAMW, LARS):
+            raise ValueError(
+                f"trains={self.trains!r} must be one of {WHOLE!r}, {LINEAR!r}, {ATTENTIVE!r}, and "
+                f"optimizer={self.optimizer!r} one of {ADAMW!r}, {LARS!r}"
+            )
+        on_images = [n for n in ("mixup", "cutmix", "erasing", "drop_path", "smoothing") if getattr(self, n)]
+        if self.trains != WHOLE and on_images:
+            raise ValueError(
+                f"training of a {self.trains} takes crops, flips and RandAugment, not {', '.join(on_images)}"
+            )
+
+    def batch_of(self, num_images: int) -> int:
+        """Images of a step, even, where the data set has so many."""
+        most = min(self.batch, num_images, max(num_images // self.batches, 32))
+        return most - most % 2
+
+    def peak(self, batch: int) -> float:
+        """The highest rate."""
+        return self.base_lr if self.optimizer == LARS else self.base_lr * math.sqrt(batch / BASE_BATCH)
 
 
 RECIPES: dict[str, FineTune] = {
@@ -69,5 +100,34 @@ RECIPES: dict[str, FineTune] = {
         rand_augment="rand-m9-mstd0.5-inc1",
         erasing=0.25,
         drop_path=0.1,
+    ),
+}
+
+# Row of the result -> recipe of a head, each alone on what it is shown.
+FROZEN: dict[str, FineTune] = {
+    "linear_paper": FineTune(
+        epochs=90,
+        trains=LINEAR,
+        batch=16_384,
+        batches=16,
+        optimizer=LARS,
+        base_lr=3.2,
+        warmup=10 / 90,
+        layer_decay=1.0,
+        weight_decay=0.0,
+        smoothing=0.0,
+        scale=(0.08, 1.0),
+    ),
+    "attentive_crops": FineTune(
+        epochs=20,
+        trains=ATTENTIVE,
+        batch=BASE_BATCH,
+        batches=16,
+        base_lr=1e-3,
+        warmup=0.1,
+        layer_decay=1.0,
+        weight_decay=0.01,
+        smoothing=0.0,
+        scale=(0.08, 1.0),
     ),
 }

@@ -50,9 +50,15 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def require_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """ValueError when a folder of states has one of another recipe: told before images are read for hours."""
+def require_recipes(folder: Path, recipes: Mapping[str, FineTune]) -> None:
+    """ValueError when a folder of states has one of another recipe than its row's: told before images are read for
+    hours.
+    """
     for path in sorted(folder.rglob("*.pt")):
+        row = path.stem.rpartition("_")[0]
+        if row not in recipes:  # which is not asked for this time
+            continue
+        recipe = json.loads(json.dumps(asdict(recipes[row])))
         settings = training_state.read(path, WHAT)["settings"]
         before = settings["recipe"] | {"seed": recipe["seed"]}  # draws of few labels have others
         training_state.require_same(path, WHAT, before, recipe)

@@ -184,7 +184,7 @@ PROBES: dict[str, Probe] = {
     "linear_embedding": Probe(
         "linear probe, pooled embedding", lambda evidence: _linear(evidence, "embedding")
     ),
-    "linear_paper": Probe("linear, paper's recipe", probing.linear_paper, is_quick=False),
+    "linear_lars": Probe("linear, LARS on kept features", probing.linear_lars, is_quick=False),
     "linear_sweep": Probe(
         "linear, best of a sweep", probing.linear_sweep, is_quick=False, reads=frozenset({LAYERS})
     ),
@@ -207,11 +207,13 @@ PROBES: dict[str, Probe] = {
 }
 
 
-ALL = "all"  # stands for every probe
+ALL = "all"  # stands for every probe that reads features
 DEFAULT = tuple(name for name, probe in PROBES.items() if probe.is_quick)
 SLOW = tuple(name for name in PROBES if name not in DEFAULT)
-# Row of the result -> how it is shown. Fine-tuning is no probe: it runs the images.
-TITLES = {name: probe.title for name, probe in PROBES.items()} | {"fine_tune": "fine-tuned"}
+# Row of the result -> how it is shown. What follows the probes runs the images, many times.
+TITLES = {name: probe.title for name, probe in PROBES.items()}
+TITLES |= {"linear_paper": "linear, paper's recipe", "attentive_crops": "attentive probe, fresh crops"}
+TITLES |= {"fine_tune": "fine-tuned"}
 TITLES |= {f"few_shot_{share}_fine_tune": f"{share} % of the labels, fine-tuned" for share in few_shot.SHARES}
 
 

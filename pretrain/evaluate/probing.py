@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pretrain.collectives import all_rows
-from pretrain.evaluate import attentive, few_shot, heads, knn, linear
+from pretrain.collectives import all_rows, sum_over_ranks
+from pretrain.evaluate import attentive, cached, few_shot, heads, knn, linear
 from pretrain.evaluate.accuracy import score
 from pretrain.evaluate.divided import division, share_of_right
 from pretrain.evaluate.evidence import Evidence, NotMeasured, Outcome, heldout_labels, is_labelled
@@ -22,8 +22,8 @@ RATES = heads.RATES
 ATTENTIVE = attentive.AttentiveRecipe()
 
 
-def linear_paper(evidence: Evidence) -> Outcome:
-    """The mean token under the paper's recipe and rate, nothing chosen."""
+def linear_lars(evidence: Evidence) -> Outcome:
+    """The mean token under the paper's recipe and rate, but for its crops and flips; nothing chosen."""
     truth, num_categories = heldout_labels(evidence), len(evidence.categories)
     train, labels = _labelled({"tokens": evidence.train.tokens}, evidence.train)
     heldout, _ = _labelled({"tokens": evidence.heldout.tokens}, evidence.heldout)
@@ -90,6 +90,8 @@ def attentive_probe(evidence: Evidence) -> Outcome:
         "lr": rate,
         "recipe": asdict(ATTENTIVE),
         "train_images": division(len(labels)).total,
+        "labelled_images": int(sum_over_ranks(is_labelled(evidence.train).sum())),  # of which tokens are kept
+        "most_bytes": cached.MOST_BYTES,  # of the kept ones
         "tried": dict(zip(map(str, ATTENTIVE.rates), right, strict=True)),
     }
     return Outcome(score(predicted, truth, num_categories) | settings)

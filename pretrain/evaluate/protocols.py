@@ -30,14 +30,23 @@ from pretrain.evaluate.features import Features, extract
 from pretrain.evaluate.fine_tune import fine_tune, predict, require_blocks
 from pretrain.evaluate.fine_tune_order import Examples
 from pretrain.evaluate.fine_tune_precision import name_of
-from pretrain.evaluate.fine_tune_recipes import FineTune
-from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, measure
+from pretrain.evaluate.fine_tune_recipes import FROZEN, FineTune
+from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, TITLES, measure
 from pretrain.evaluate.retrieval import MOST_IMAGES
 from pretrain.evaluate.sets import Listing, read_manifests
 from pretrain.evaluate.shares import divided
 from pretrain.evaluate.splits import SPLITS
 from pretrain.evaluate.subjects import Subject, embed_with, open_checkpoint
 from pretrain.evaluate.templates import AUTO, check_templates
+
+
+@dataclass(frozen=True)
+class Training:
+    """A row of the result that costs a training on images."""
+
+    row: str
+    recipe: FineTune
+    share: int | None = None  # per cent of the labels, drawn several times; None: all of them
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Protocols:
     ks: tuple[int, ...] = (20, 10, 200)  # neighbours of kNN; the first stands in the table
     templates: str = AUTO  # of zero-shot classification
     retrieval_images: int = MOST_IMAGES  # held-out images at most among which captions and images are found
+    frozen: tuple[str, ...] = ()  # heads of FROZEN, each of which costs a training on the frozen encoder
     fine_tune: FineTune | None = None  # None: not fine-tuned, which costs a training
     fine_tune_shares: tuple[int, ...] = ()  # of few_shot.SHARES, per cent of the labels to fine-tune on too
     fine_tune_draws: int = 3  # of the labels, each of which costs a training
@@ -58,7 +68,9 @@ class Protocols:
         if self.probes == (ALL,):
             object.__setattr__(self, "probes", tuple(PROBES))
         if unknown := [name for name in self.probes if name not in PROBES]:
-            raise ValueError(f"probes {unknown} are unknown; choose from {[*PROBES, ALL]}")
+            raise ValueError(f"probes {unknown} are unknown; choose from {[*PROBES, *FROZEN, ALL]}")
+        if unknown := [name for name in self.frozen if name not in FROZEN]:
+            raise ValueError(f"heads {unknown} are unknown; choose from {[*FROZEN]}")
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"--k {self.ks} must be positive numbers of neighbours, such as 20,10,200")
         if self.workers < 0:
@@ -72,8 +84,19 @@ class Protocols:
     @property
     def rows(self) -> tuple[str, ...]:
         """Names of what is measured, as they stand in the result."""
-        tuned = () if self.fine_tune is None else ("fine_tune",)
-        return (*self.probes, *tuned, *(f"few_shot_{share}_fine_tune" for share in self.fine_tune_shares))
+        return (*self.probes, *(training.row for training in self.trainings))
+
+    @property
+    def trainings(self) -> list[Training]:
+        """What is trained on images, in the order of the result."""
+        found = [Training(name, FROZEN[name]) for name in self.frozen]
+        if self.fine_tune is not None:
+            found.append(Training("fine_tune", self.fine_tune))
+            found += [
+                Training(f"few_shot_{share}_fine_tune", self.fine_tune, share)
+                for share in self.fine_tune_shares
+            ]
+        return found
 
 
 @dataclass(frozen=True)
@@ -114,7 +137,7 @@ def measure_subject(
     protocols: Protocols,
     device: torch.device,
 ) -> Measured:
-    """Runs the encoder once over both data sets, then the probes, then fine-tuning.
+    """Runs the encoder once over both data sets, then the probes, then what is trained on images.
 
     A collective call: on several ranks each keeps the features of a share of the images, and has a share of every
     protocol; all are given what came out. ValueError, before an image is read, for an encoder that the recipe of
@@ -140,13 +163,11 @@ def measure_subject(
         )
         features[split] = divided(work, run.max_bad, folders[split])
     measured = _probed(subject, towers, features, manifests, protocols, device)
-    if protocols.fine_tune is not None:
+    if protocols.trainings:
         labelled = _labelled(measured.evidence, folders)
-        tune = partial(_fine_tune, subject, towers, labelled, protocols, device)
-        tuned = {"fine_tune": outcome_of(tune)}
-        for share in protocols.fine_tune_shares:
-            tuned[f"few_shot_{share}_fine_tune"] = outcome_of(partial(tune, share=share))
-        measured.outcomes.update(tuned)
+        for training in protocols.trainings:
+            work = partial(_trained, training, subject, towers, labelled, protocols, device)
+            measured.outcomes[training.row] = outcome_of(work)
     return measured
 
 
@@ -177,7 +198,7 @@ def _probed(
 
 @dataclass(frozen=True)
 class _Labelled:
-    """What fine-tuning trains and is tested on."""
+    """What a training on images sees and is tested on."""
 
     train: Examples
     train_labels: Int[Tensor, " n"]
@@ -202,20 +223,18 @@ def _labelled(evidence: Evidence, folders: Mapping[str, Path]) -> _Labelled:
     return _Labelled(*found, len(evidence.categories), problem)
 
 
-def _fine_tune(
+def _trained(
+    training: Training,
     subject: Subject,
     towers: nn.Module,
     labelled: _Labelled,
     protocols: Protocols,
     device: torch.device,
-    share: int | None = None,
 ) -> Outcome:
-    """All training images, or `share` per cent of each category, drawn several times. A collective call."""
+    """What comes of a training. A collective call."""
     if labelled.problem:
         raise NotMeasured(labelled.problem)
-    recipe, title = protocols.fine_tune, f"{subject.name} fine-tuning"
-    row = "fine_tune" if share is None else f"few_shot_{share}_fine_tune"
-
+    recipe, share, title = training.recipe, training.share, f"{subject.name} {TITLES[training.row]}"
     precisions: list[str] = []  # of every training
 
     def predicted_after(rows: Tensor, seed: int) -> Tensor:
@@ -227,8 +246,10 @@ def _fine_tune(
             replace(recipe, seed=recipe.seed + seed),
             device=device,
             workers=protocols.workers,
-            title=title if share is None else f"{title}, {share} % of the labels, draw {seed}",
-            state=None if protocols.states is None else protocols.states / subject.name / f"{row}_{seed}.pt",
+            title=title if share is None else f"{title}, draw {seed}",
+            state=None
+            if protocols.states is None
+            else protocols.states / subject.name / f"{training.row}_{seed}.pt",
         )
         precisions.append(name_of(model.precision))
         return predict(model, subject.run, labelled.heldout, device=device, workers=protocols.workers)

@@ -236,7 +236,7 @@ def test_every_slow_probe_is_measured_on_a_run(
     monkeypatch.setattr(heads, "PAPER", replace(SHORT, epochs=5))
     monkeypatch.setattr(probing, "ATTENTIVE", replace(probing.ATTENTIVE, epochs=2, rates=(1e-3,)))
     step = run_folder / "checkpoints" / "step_000003"
-    names = ("linear_paper", "linear_sweep", "attentive", "few_shot_1_knn", "few_shot_10_linear")
+    names = ("linear_lars", "linear_sweep", "attentive", "few_shot_1_knn", "few_shot_10_linear")
     rows = evaluate_checkpoint(step, data / "train", data / "heldout", Protocols(probes=names))
     for name in names:
         low, high = rows[name]["interval"]
@@ -252,7 +252,7 @@ def test_every_slow_probe_is_measured_on_a_run(
 def test_images_without_categories_are_not_measured() -> None:
     split = planted(30, 0, labels=torch.full((30,), -1))
     names = tuple(
-        name for name in PROBES if name.startswith(("linear_paper", "linear_sweep", "attentive", "few_shot"))
+        name for name in PROBES if name.startswith(("linear_lars", "linear_sweep", "attentive", "few_shot"))
     )
     for outcome in measure(evidence(split, split), names).values():
         assert outcome.record == {"accuracy": None, "reason": "the data set has no categories"}

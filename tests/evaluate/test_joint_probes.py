@@ -172,7 +172,7 @@ def alone() -> dict[str, Any]:
 def command(run: Path, data: Path, out: Path) -> dict[str, Any]:
     """The result of the command, of probes that read each kind of features."""
     with short():
-        probes = "linear,linear_paper,attentive,dense,zero_shot,retrieval_text"
+        probes = "linear,linear_lars,attentive,dense,zero_shot,retrieval_text"
         evaluate([str(run), "--data", str(data), "--steps", "last", "--probes", probes, "--out", str(out)])
     return json.loads(out.read_text())
 
@@ -271,7 +271,7 @@ def fail() -> None:
                 heads, "warm_cosine", lambda step, *o: sys.exit(LOST) if step == 2 else schedule(step, *o)
             )
         try:
-            measure(own_evidence(), ["linear_paper"])
+            measure(own_evidence(), ["linear_lars"])
         except RuntimeError:
             sys.exit(LEFT)
 
