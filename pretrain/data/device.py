@@ -26,7 +26,8 @@ class Unfinished(NamedTuple):
 
 def finish(batch: Batch, unfinished: Unfinished, settings: Views, device: torch.device) -> Batch:
     """The batch on `device` with all its views. RuntimeError for a file that the device's decoder refuses."""
-    views = batch.views.to(device, non_blocking=True)
+    moved = batch.to(device)  # boxes are read where they are
+    views = moved.views
     if unfinished.files:
         views = views.clone() if device.type == "cpu" else views
         for row, image in zip(unfinished.rows, decode_files(unfinished.files, device), strict=True):
@@ -35,7 +36,7 @@ def finish(batch: Batch, unfinished: Unfinished, settings: Views, device: torch.
                     views[row, which] = cut_float(image, box, settings.size)
     changes = unfinished.changes.to(device, non_blocking=True)
     changed = change_batch(views.flatten(0, 1), changes.flatten(0, 1), largest_sigma(settings))
-    return replace(batch.to(device), views=changed.view_as(views))
+    return replace(moved, views=changed.view_as(views))
 
 
 def decode_files(files: tuple[bytes, ...], device: torch.device) -> list[UInt8[Tensor, "3 h w"]]:

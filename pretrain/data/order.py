@@ -74,7 +74,9 @@ class Order:
         return self.pick(*self.draw(position))
 
     def window(self, source: int, draw: int) -> tuple[range, list[int]]:
-        """The draws of `source` that share a window of shards with `draw`; the shards of that window and the next."""
+        """The draws of `source` that share a window of shards with `draw`; the shards of that window,
+        and as many as a window has of those that come next, beyond the end of an epoch too.
+        """
         return self._sources[source].window(draw)
 
 
@@ -103,9 +105,12 @@ class SourceOrder:
         window = bisect_right(starts, place) - 1
         ends = [*starts[1:], self.num_samples]
         first = window * self._shards
-        needed = shards[first : first + 2 * self._shards].tolist()
-        if window == len(starts) - 1:
-            needed += self._epoch(epoch + 1)[0][: self._shards].tolist()
+        wanted = (
+            len(shards[first : first + self._shards]) + self._shards
+        )  # its own, and as many as a window has
+        needed = shards[first : first + wanted].tolist()
+        if len(needed) < wanted:
+            needed += self._epoch(epoch + 1)[0][: wanted - len(needed)].tolist()
         return range(
             epoch * self.num_samples + starts[window], epoch * self.num_samples + ends[window]
         ), needed

@@ -23,7 +23,7 @@ class Packed:
 
     buffer: UInt8[Tensor, " bytes"]
     places: tuple[Place, ...]  # of the batch's fields
-    left: UInt8[Tensor, " bytes"] | None
+    left: UInt8[Tensor, " more"] | None
     left_places: tuple[Place, ...]
     rest: tuple  # what of the delivery is no tensor
 
@@ -34,15 +34,19 @@ class Packed:
 
 
 def pack(delivery: Delivery) -> Packed:
-    """The batch is not copied where its tensors lie in one piece, as `room_for` makes them."""
+    """The batch is not copied where its tensors lie in one piece, as `room_for` makes them.
+
+    What the device has left to do lies in shared memory if the batch does; DataError where that has no room.
+    """
     batch, unfinished, *rest = delivery
     buffer, places = in_one([getattr(batch, field.name) for field in dataclasses.fields(Batch)])
     left, left_places = None, ()
     if unfinished is not None:
         # Files too: a message longer than a pipe takes at once would leave the trainer in the middle of it if its
         # worker is killed.
+        is_shared = buffer.is_shared()
         files = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in unfinished.files]
-        left, left_places = in_one([unfinished.changes, *files])
+        left, left_places = in_one([unfinished.changes, *files], is_shared)
         unfinished = unfinished._replace(changes=None, files=())
     return Packed(buffer, places, left, left_places, (unfinished, *rest))
 

@@ -31,6 +31,11 @@ def offsets_of(descriptor: int, path: Path, shard: Shard) -> array:
             "broken_index",
             f"{path}.idx holds {len(offsets)} offsets, the manifest's {shard.num_samples} samples need one more",
         )
+    if offsets[-1] > shard.num_bytes:
+        raise BadSample(
+            "broken_index",
+            f"{path}.idx ends its samples at byte {offsets[-1]}, the manifest's shard at {shard.num_bytes}",
+        )
     if not has_index:
         _keep_index(path, offsets)
     return offsets
@@ -69,6 +74,10 @@ def _keep_index(path: Path, offsets: array) -> None:
     )  # workers may index the same shard at once
     try:
         partial.write_bytes(index_bytes(offsets.tolist()))
+        with partial.open(
+            "rb"
+        ) as file:  # an index that a power cut emptied would make the shard a broken one
+            os.fsync(file.fileno())
         partial.replace(index_path(path))
     except OSError:  # a data set that others own
         with contextlib.suppress(OSError):

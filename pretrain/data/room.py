@@ -32,22 +32,32 @@ def room_for(forms: Mapping[str, Form], is_shared: bool = False) -> dict[str, Te
     where they have no room for it.
     """
     places, size = _placed(forms.values())
-    buffer = torch.empty(0 if is_shared else size, dtype=torch.uint8)
-    if is_shared:  # as torch's own collate makes it: to share a tensor that is there would copy it
-        try:
-            buffer = buffer.set_(torch.UntypedStorage._new_shared(size))
-        except RuntimeError as error:
-            raise DataError(
-                f"no room in the memory that processes share (/dev/shm) for a batch of {size / 2**20:,.0f} MiB "
-                f"({error}): give the container more (--shm-size, or --ipc=host), or lower --workers"
-            ) from error
+    buffer = _memory(size, is_shared)
     return {name: part(buffer, place) for name, place in zip(forms, places, strict=True)}
 
 
-def in_one(tensors: Sequence[Tensor]) -> tuple[UInt8[Tensor, " bytes"], tuple[Place, ...]]:
-    """One tensor that holds all of these, and where: the memory that they share, or a copy."""
+def _memory(size: int, is_shared: bool) -> UInt8[Tensor, " bytes"]:
+    """Bytes without values, of processes together as torch's own collate makes them: to share a tensor that is there
+    would copy it, and where that has no room, in a thread that loses the batch."""
+    buffer = torch.empty(0 if is_shared else size, dtype=torch.uint8)
+    if not is_shared:
+        return buffer
+    try:
+        return buffer.set_(torch.UntypedStorage._new_shared(size))
+    except RuntimeError as error:
+        raise DataError(
+            f"no room in the memory that processes share (/dev/shm) for a batch of {size / 2**20:,.0f} MiB "
+            f"({error}): give the container more (--shm-size, or --ipc=host), or lower --workers"
+        ) from error
+
+
+def in_one(
+    tensors: Sequence[Tensor], is_shared: bool = False
+) -> tuple[UInt8[Tensor, " bytes"], tuple[Place, ...]]:
+    """One tensor that holds all of these, and where: the memory that they share, or a copy, as `room_for` has it."""
     memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-    if len(memory) == 1 and all(tensor.is_contiguous() for tensor in tensors):
+    is_there = not is_shared or all(tensor.is_shared() for tensor in tensors)
+    if len(memory) == 1 and is_there and all(tensor.is_contiguous() for tensor in tensors):
         (storage,) = memory.values()
         starts = [tensor.storage_offset() * tensor.element_size() for tensor in tensors]
         places = (
@@ -56,7 +66,7 @@ def in_one(tensors: Sequence[Tensor]) -> tuple[UInt8[Tensor, " bytes"], tuple[Pl
         )
         return torch.empty(0, dtype=torch.uint8).set_(storage), tuple(places)
     placed, size = _placed([(tensor.dtype, tuple(tensor.shape)) for tensor in tensors])
-    buffer = torch.empty(size, dtype=torch.uint8)
+    buffer = _memory(size, is_shared)
     for tensor, place in zip(tensors, placed, strict=True):
         part(buffer, place).copy_(tensor)
     return buffer, placed

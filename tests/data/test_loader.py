@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from data_prep.schema import Manifest, fill_prompt
-from pretrain.config import Mixing, Source
+from pretrain.config import Mixing, Source, Views
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.faults import DataError
 from pretrain.data.loader import Loader, _tell_of_memory
 from pretrain.data.packed import pack, unpack
-from pretrain.data.room import room_for
+from pretrain.data.room import in_one, room_for
 from pretrain.data.sources import open_sources
 from pretrain.data.steps import Steps
 from pretrain.data.text import Captions
@@ -230,6 +230,22 @@ def test_no_room_in_shared_memory_is_told_with_what_helps(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
     with pytest.raises(DataError, match=r"a batch of 2 MiB \(unable to.*--shm-size.*or lower --workers"):
         room_for({"views": (torch.uint8, (2, 2**20))}, is_shared=True)
+    with pytest.raises(DataError, match=r"a batch of 1 MiB \(unable to"):
+        in_one([torch.zeros(2**18)], is_shared=True)
+
+
+def test_what_the_device_has_left_to_do_is_shared_with_the_batch(folders: dict[str, Path]) -> None:
+    for on_device in ("colours", "all"):
+        run = small_run(data={"names": Source("category")}, views=Views(size=16, on_device=on_device))
+        sources = open_sources(run, {"names": folders["names"]}, None)
+        made = Steps(run, sources, 0, 1).make(3, is_shared=True)
+        packed, plain = pack(made), made.unfinished
+        # A tensor that is shared only when it is sent is lost with the batch where there is no room.
+        assert packed.left.is_shared()
+        again = unpack(packed).unfinished
+        assert torch.equal(again.changes, plain.changes) and again.files == plain.files
+        assert bool(again.files) == (on_device == "all")
+        assert not pack(Steps(run, sources, 0, 1)[3]).left.is_shared()
 
 
 def test_categories_become_captions_by_prompts(tmp_path: Path, folders: dict[str, Path]) -> None:

@@ -77,6 +77,18 @@ def test_what_cannot_be_indexed_is_told_by_its_byte(tmp_path: Path) -> None:
     assert caught.value.reason == "broken_index"
 
 
+@pytest.mark.parametrize("end", [2**33, 2**45, 2**62, 2**63 + 512])
+def test_an_index_that_leads_beyond_its_shard_is_refused(tmp_path: Path, end: int) -> None:
+    root = good_set(tmp_path / "set")
+    index = index_path(root / "000000.tar")
+    index.write_bytes(index.read_bytes()[:-8] + end.to_bytes(8, "little"))
+    with pytest.raises(
+        BadSample, match=rf"ends its samples at byte {end}, the manifest's shard at"
+    ) as caught:
+        ShardFolder(root).sample(0)
+    assert caught.value.reason == "broken_index"
+
+
 def test_a_shard_that_is_cut_off_gets_no_index_that_outlives_its_mending(tmp_path: Path) -> None:
     root = good_set(tmp_path / "set", (6, 6))
     index_path(root / "000001.tar").unlink()

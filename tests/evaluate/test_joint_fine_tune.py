@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from pretrain.evaluate import fine_tune as tuning
 from pretrain.evaluate.fine_tune import UNREAD, Classifier, fine_tune, predict
 from pretrain.evaluate.fine_tune_order import Examples, own_pairs
 from pretrain.evaluate.fine_tune_precision import obstacle_to_bfloat16
-from pretrain.evaluate.fine_tune_recipes import FineTune
+from pretrain.evaluate.fine_tune_recipes import FROZEN, FineTune
 from pretrain.facts import DataFacts
 from pretrain.intact import files_in
 from pretrain.recipes import load
@@ -45,6 +44,7 @@ CPU = torch.device("cpu")
 RECIPE = FineTune(
     epochs=2, batch=10, mixup=0.8, cutmix=1.0, erasing=0.5, rand_augment="rand-m9-mstd0.5-inc1", base_lr=1e-2
 )
+HEADS = {name: replace(recipe, epochs=2, batch=10) for name, recipe in FROZEN.items()}
 STOPPED = 6  # steps: in the second epoch
 
 
@@ -71,13 +71,13 @@ def stopping(after: int) -> Iterator[None]:
         tuning.warm_cosine, tuning.LOOKED_AT, training_state.SAVE_SECONDS = schedule, looked, seconds
 
 
-def tuned(step: Path, data: Path, state: Path | None = None) -> dict[str, Tensor]:
+def tuned(step: Path, data: Path, state: Path | None = None, recipe: FineTune = RECIPE) -> dict[str, Tensor]:
     """Weights after the recipe, and what they say of the held-out images."""
     run, _, towers = load_towers(step)
     train, heldout = (
         Examples(data / split, torch.arange(n)) for split, n in (("train", 40), ("heldout", 20))
     )
-    model = fine_tune(towers, run, train, len(COLORS), RECIPE, device=CPU, state=state)
+    model = fine_tune(towers, run, train, len(COLORS), recipe, device=CPU, state=state)
     return model.state_dict() | {"predicted": predict(model, run, heldout, device=CPU)}
 
 
@@ -101,6 +101,10 @@ def test_two_ranks_are_one_and_go_on_where_they_were_stopped(step: Path, data: P
     assert states[0]["step"] == states[1]["step"] == STOPPED
     # The losses of the steps since the epoch began; float32 sums in another order, and what AdamW makes of that.
     assert states[0]["more"]["total"] == pytest.approx(states[1]["more"]["total"], rel=1e-4)
+    heads = torch.load(tmp_path / "heads.pt")
+    for name, recipe in HEADS.items():
+        alone = tuned(step, data, recipe=recipe)
+        assert apart(heads[name], alone) < 1e-3 and torch.equal(heads[name]["predicted"], alone["predicted"])
     on_one = tuned(step, data, tmp_path / "stopped.pt")  # by one rank, what two began
     for other in (two, on_one):
         assert (other["predicted"] == one["predicted"]).float().mean() >= 0.9
@@ -132,10 +136,12 @@ def test_a_state_of_another_training_is_refused(
         changed.setattr(tuning, "precision_of", lambda *_: torch.bfloat16)
         with pytest.raises(ValueError, match="with precision='float32', not 'bfloat16'"):
             tuned(step, data, state)
-    recipe = json.loads(json.dumps(asdict(RECIPE)))
-    fine_tune_state.require_recipe(tmp_path, recipe | {"seed": 2})
+    kept = state.rename(state.with_name("fine_tune_0.pt"))
+    fine_tune_state.require_recipes(tmp_path, {"fine_tune": replace(RECIPE, seed=2)})
+    fine_tune_state.require_recipes(tmp_path, {"linear_paper": replace(RECIPE, epochs=9)})
     with pytest.raises(ValueError, match="is the state of a fine-tuning with epochs=2, not 9"):
-        fine_tune_state.require_recipe(tmp_path, recipe | {"epochs": 9})
+        fine_tune_state.require_recipes(tmp_path, {"fine_tune": replace(RECIPE, epochs=9)})
+    kept.rename(state)
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"is no sound state of a fine-tuning .*delete it"):
         tuned(step, data, state)
@@ -217,7 +223,9 @@ def scenario(folder: Path, name: str, *places: str) -> None:
     if rank() == 0:
         shutil.copy(folder / "state.pt", folder / "stopped.pt")
     resumed = tuned(step, data, folder / "state.pt")
+    heads = {name: tuned(step, data, recipe=recipe) for name, recipe in HEADS.items()}
     if rank() == 0:
+        torch.save(heads, folder / "heads.pt")
         torch.save(straight, folder / "straight.pt")
         torch.save(resumed, folder / "resumed.pt")
     dist.destroy_process_group()
