@@ -10,9 +10,14 @@ from pretrain.plan.plan import Plan, Planned, tell_setting
 from pretrain.plan.scaling import weak_scaling
 from pretrain.plan.step_time import ASSUMPTIONS
 
-# Images that one core makes ready in a second, by what the training device does of it: measured on 340 x 256 JPEG
-# files and 224 px, two views an image (benchmarks/results/loader.json).
-IMAGES_A_CORE = {"none": 773.0, "colours": 976.0, "all": 12768.0}
+# Images that one core reads, decodes and cuts in a second, by what the training device does of it: measured on 340 x
+# 256 JPEG files and 224 px, two views an image (benchmarks/results/loader.json).
+CUT_A_CORE = {"none": 773.0, "colours": 976.0, "all": 12768.0}
+# Those of a worker of a running loader on the same files, which makes masks and labels too, and shares its batches
+# (loader_wait.json); seconds an image that this takes, whatever is left to the device.
+IMAGES_A_WORKER = 471.0
+BESIDE = 1 / IMAGES_A_WORKER - 1 / CUT_A_CORE["none"]
+IMAGES_A_CORE = {name: 1 / (1 / rate + BESIDE) for name, rate in CUT_A_CORE.items()}
 GB = 1e9
 
 

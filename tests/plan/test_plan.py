@@ -21,7 +21,7 @@ from pretrain.plan.plan import Plan, make_plan
 from pretrain.plan.scaling import weak_scaling
 from pretrain.plan.sizes import assumed_facts, sizes_of
 from pretrain.plan.step_time import EFFICIENCY
-from pretrain.plan.tell import IMAGES_A_CORE, tell
+from pretrain.plan.tell import CUT_A_CORE, IMAGES_A_CORE, IMAGES_A_WORKER, tell
 from pretrain.preflight.ranks import Ranks
 from pretrain.preflight.recipe import look_at_recipe
 from pretrain.recipes import load
@@ -111,7 +111,10 @@ def test_time_rises_with_nodes_at_equal_images():
 def test_constants_are_those_that_were_measured():
     rates = json.loads((ROOT / "benchmarks/results/loader.json").read_text())["samples_a_second"]["340 x 256"]
     keys = {"none": "views", "colours": "views, colours on the device", "all": "views, all on the device"}
-    assert pytest.approx({name: rates[key] for name, key in keys.items()}, rel=0.05) == IMAGES_A_CORE
+    assert pytest.approx({name: rates[key] for name, key in keys.items()}, rel=0.05) == CUT_A_CORE
+    wait = json.loads((ROOT / "benchmarks/results/loader_wait.json").read_text())
+    assert wait["images_a_second_without_pause"] == pytest.approx(IMAGES_A_WORKER, rel=0.05)
+    assert IMAGES_A_CORE["none"] == pytest.approx(IMAGES_A_WORKER) and IMAGES_A_CORE["all"] > IMAGES_A_WORKER
     recipes = json.loads((ROOT / "benchmarks/results/m3i_step_gpu.json").read_text())["recipes"]
     for measured in (recipes[name]["zero2"] for name in ("internimage_h", "vit_b16")):
         beside = sum(measured["shares_of_step"][part] for part in ("optimizer", "teacher, average"))
