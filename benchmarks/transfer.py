@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.record import RESULTS, keep
 from data_prep.schema import write_atomic
 from pretrain.evaluate.checkpoints import find_checkpoint
-from pretrain.evaluate.fine_tune_recipes import RECIPES
+from pretrain.evaluate.fine_tune_recipes import FROZEN, RECIPES
 from pretrain.evaluate.probes import ALL, TITLES
 from pretrain.evaluate.protocols import Protocols, best_device, evaluate_checkpoint
 
@@ -82,7 +82,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning (%(default)s)")
     options = parser.parse_args()
     tuned = replace(RECIPES["small"], epochs=options.epochs)
-    protocols = Protocols(probes=(ALL,), fine_tune=tuned, retrieval_images=RETRIEVAL_IMAGES)
+    protocols = Protocols(
+        probes=(ALL,), frozen=tuple(FROZEN), fine_tune=tuned, retrieval_images=RETRIEVAL_IMAGES
+    )
     runs = []
     for folder in options.runs:
         rows = {
