@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/loader_wait.py [--images 600] [--surplus 1.2] [--workers 1]
 
 A trainer whose steps take `surplus` times as long as the loader took to make the last batches (asleep, as a CPU is
-while a GPU works; the pace follows the loader, because machines are shared). A data set of few photos makes it pass
-many ends of epochs. Writes benchmarks/results/loader_wait.json.
+while a GPU works; the pace follows the loader, because machines are shared), and one whose steps all take
+`surplus` times the mean of the loader's batches just before, which a machine that slows down makes wait. A data set
+of few photos makes it pass many ends of epochs. Writes benchmarks/results/loader_wait.json.
 """
 
 from __future__ import annotations
@@ -60,6 +61,18 @@ def follow(
     return found, lengths
 
 
+def steady(loader: Loader, num_steps: int, length: float) -> float:
+    """Share of the time that a trainer waits whose steps take `length` seconds each."""
+    waited = 0.0
+    for _ in range(num_steps):
+        begun = time.perf_counter()
+        batch = next(loader)
+        waited += time.perf_counter() - begun
+        time.sleep(length)
+        del batch
+    return waited / (waited + num_steps * length)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=600)
@@ -81,6 +94,11 @@ def main() -> None:
             follow(loader, WARM, options.surplus / options.workers, overhead)
             first = loader.num_images
             found, lengths = follow(loader, PACED, options.surplus / options.workers, overhead)
+            begun = time.perf_counter()
+            follow(loader, FREE, 0.0, 0.0)
+            again = (time.perf_counter() - begun) / FREE
+            steady(loader, WARM, options.surplus * again)
+            steady_share = steady(loader, PACED, options.surplus * again)
             places = [(first + k * BATCH) % options.images for k in range(PACED)]
             at_ends = [wait for wait, at in zip(found, places, strict=True) if at + BATCH > options.images]
         large = replace(run, batch=LARGE)
@@ -101,6 +119,11 @@ def main() -> None:
         milliseconds_beside_the_work=round(1000 * overhead, 2),
         step_milliseconds=round(1000 * statistics.mean(lengths), 1),
         wait_share=round(sum(found) / (sum(found) + sum(lengths)), 5),
+        steady={
+            "images_a_second_without_pause": round(BATCH / again, 1),
+            "step_milliseconds": round(1000 * options.surplus * again, 1),
+            "wait_share": round(steady_share, 5),
+        },
         wait_milliseconds={
             "median": round(1000 * statistics.median(found), 3),
             "most": round(1000 * max(found), 3),

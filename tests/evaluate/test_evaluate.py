@@ -19,6 +19,7 @@ from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
 from pretrain.evaluate.__main__ import evaluate, main, split_folders
 from pretrain.evaluate.features import Pictures, extract, readable
+from pretrain.evaluate.fine_tune_recipes import FROZEN
 from pretrain.evaluate.probes import DEFAULT, PROBES
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
 from pretrain.evaluate.result import set_aside, table, write
@@ -147,7 +148,7 @@ def test_only_the_chosen_protocols_are_measured_and_shown(
 
 
 def test_unknown_probe_is_refused_with_the_choices(run_folder: Path, data: Path) -> None:
-    choices = re.escape(str([*PROBES, "all"]))
+    choices = re.escape(str([*PROBES, *FROZEN, "all"]))
     with pytest.raises(ValueError, match=rf"probes \['knm'\] are unknown; choose from {choices}"):
         evaluate([str(run_folder), "--data", str(data), "--probes", "knm,linear"])
 
