@@ -47,8 +47,13 @@ def test_the_loaders_rates_are_those_that_were_measured() -> None:
         f"on {peers['date'][:10]}, had {three_digits(peers['samples_a_second']['ours']['read'])}: "
         f"{times['energon']['read']:.0f} times Energon, {times['grain']['read']:.1f} times Grain"
     ) in README
-    alone = measured("loader_wait")["images_a_second_without_pause"]
-    assert f"{alone:.0f} images a second of 340 x 256 (`loader_wait.py`)" in README
+    wait = measured("loader_wait")
+    quick, slow = (found["images_a_second_without_pause"] for found in (wait, wait["steady"]))
+    assert f"{slow:.0f} and {quick:.0f} images a second of 340 x 256 in two spans" in README
+    assert (
+        f"waits {100 * wait['wait_share']:.1f} % of its time, one of that pace throughout "
+        f"{100 * wait['steady']['wait_share']:.1f} %"
+    ) in README
 
 
 def test_the_start_on_many_shards_is_the_one_that_was_measured() -> None:
