@@ -105,9 +105,8 @@ class SourceOrder:
         window = bisect_right(starts, place) - 1
         ends = [*starts[1:], self.num_samples]
         first = window * self._shards
-        wanted = (
-            len(shards[first : first + self._shards]) + self._shards
-        )  # its own, and as many as a window has
+        num_own = len(shards[first : first + self._shards])  # fewer in an epoch's last window
+        wanted = num_own + self._shards
         needed = shards[first : first + wanted].tolist()
         if len(needed) < wanted:
             needed += self._epoch(epoch + 1)[0][: wanted - len(needed)].tolist()

@@ -74,9 +74,7 @@ def _keep_index(path: Path, offsets: array) -> None:
     )  # workers may index the same shard at once
     try:
         partial.write_bytes(index_bytes(offsets.tolist()))
-        with partial.open(
-            "rb"
-        ) as file:  # an index that a power cut emptied would make the shard a broken one
+        with partial.open("rb") as file:  # a power cut could empty it, and a broken index costs the shard
             os.fsync(file.fileno())
         partial.replace(index_path(path))
     except OSError:  # a data set that others own

@@ -13,7 +13,6 @@ a class. Several ranks share images and probes: torchrun --nproc-per-node 8 -m p
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from pretrain.evaluate import result
 from pretrain.evaluate.checkpoints import bring
 from pretrain.evaluate.few_shot import SHARES
 from pretrain.evaluate.fine_tune_recipes import FROZEN, RECIPES
-from pretrain.evaluate.fine_tune_state import require_recipes
+from pretrain.evaluate.fine_tune_state import remove_states, require_recipes
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, SLOW
 from pretrain.evaluate.protocols import Protocols, best_device, measure_subject
 from pretrain.evaluate.published import is_published
@@ -118,9 +117,9 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     device = best_device()
     if device.type == "cuda":  # collective calls and random states mean this one
         torch.cuda.set_device(device)
-    if protocols.trainings:
+    recipes = {training.row: training.recipe for training in protocols.trainings}
+    if recipes:
         protocols = replace(protocols, states=out.with_name(f"{out.stem}.fine_tuning"))
-        recipes = {training.row: training.recipe for training in protocols.trainings}
         from_first_rank(lambda: require_recipes(protocols.states, recipes))
     evaluated: dict[str, Any] = {"checkpoints": {}}
     data = result.data_of(folders, manifests)
@@ -140,7 +139,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         print(result.table(evaluated))
         print(f"written to {out}")
         if protocols.states is not None:  # the next one begins anew
-            shutil.rmtree(protocols.states, ignore_errors=True)
+            remove_states(protocols.states, recipes)
     return evaluated
 
 

@@ -104,7 +104,7 @@ def fine_tune(
     """
     num_images = len(train.index)
     if num_images < 2:
-        raise ValueError(f"{train.folder} has {num_images} labelled image, {title} needs two or more")
+        raise ValueError(f"{train.folder} has {num_images} labelled image, {WHAT} needs two or more")
     batch = settings.batch_of(num_images)
     an_epoch = steps_of(num_images, batch)
     steps = settings.epochs * an_epoch

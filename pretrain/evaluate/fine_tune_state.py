@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,24 @@ def require_recipes(folder: Path, recipes: Mapping[str, FineTune]) -> None:
     hours.
     """
     for path in sorted(folder.rglob("*.pt")):
-        row = path.stem.rpartition("_")[0]
+        row = _row_of(path)
         if row not in recipes:  # which is not asked for this time
             continue
         recipe = json.loads(json.dumps(asdict(recipes[row])))
         settings = training_state.read(path, WHAT)["settings"]
         before = settings["recipe"] | {"seed": recipe["seed"]}  # draws of few labels have others
         training_state.require_same(path, WHAT, before, recipe)
+
+
+def remove_states(folder: Path, rows: Collection[str]) -> None:
+    """Removes those of some rows; an interrupted training of another one can still go on."""
+    for path in folder.rglob("*.pt"):
+        if _row_of(path) in rows:
+            path.unlink(missing_ok=True)
+    for place in (*folder.glob("*/"), folder):
+        with contextlib.suppress(OSError):  # it is not empty, or was never made
+            place.rmdir()
+
+
+def _row_of(path: Path) -> str:
+    return path.stem.rpartition("_")[0]  # before the seed

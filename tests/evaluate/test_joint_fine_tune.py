@@ -141,10 +141,18 @@ def test_a_state_of_another_training_is_refused(
     fine_tune_state.require_recipes(tmp_path, {"linear_paper": replace(RECIPE, epochs=9)})
     with pytest.raises(ValueError, match="is the state of a fine-tuning with epochs=2, not 9"):
         fine_tune_state.require_recipes(tmp_path, {"fine_tune": replace(RECIPE, epochs=9)})
+    fine_tune_state.remove_states(tmp_path, {"linear_paper"})
     kept.rename(state)
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"is no sound state of a fine-tuning .*delete it"):
         tuned(step, data, state)
+    other = state.with_name("linear_paper_0.pt")
+    state.rename(state.with_name("fine_tune_0.pt"))
+    other.touch()
+    fine_tune_state.remove_states(tmp_path, {"fine_tune"})
+    assert [path.name for path in tmp_path.rglob("*.pt")] == [other.name]
+    fine_tune_state.remove_states(tmp_path / "a", {"linear_paper"})
+    assert not (tmp_path / "a").exists()
 
 
 def test_an_encoder_that_does_not_bear_bfloat16_is_told(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
