@@ -138,7 +138,8 @@ def change_batch(
     from kornia.filters import gaussian_blur2d  # takes a second; a worker does without
 
     levels = views.float()
-    luma = levels.new_tensor(LUMA) @ levels.mean(dim=(2, 3)).T
+    # By numbers of Python: a tensor of them would make the host wait for the device.
+    luma = sum(weight * mean for weight, mean in zip(LUMA, levels.mean(dim=(2, 3)).unbind(1), strict=True))
     matrix, pull, sigma, is_solarized = changes.split([9, 1, 1, 1], dim=1)
     flat = torch.baddbmm((pull * luma[:, None])[..., None], matrix.view(-1, 3, 3), levels.flatten(2))
     levels = flat.clamp(0, 255).round().view_as(levels)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from collections.abc import Callable
 
+import cv2
 import numpy as np
 import simplejpeg
 import torch
@@ -13,20 +15,23 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from data_prep.headers import webp_size
 from pretrain.data.faults import BadSample
 
 MAX_PIXELS = 64 * 2**20  # a larger image is refused from its header, before memory is taken for it
+MAX_WEBP_PIXELS = 32 * 2**20  # Pillow's reader of WebP holds four pictures of four bytes a pixel
 PART = 2**22  # pixels that Pillow converts at once
 APP1, START_OF_SCAN = b"\xe1", b"\xda"  # markers of JPEG segments, after 0xff
 ORIENTATION_TAG = 0x0112  # EXIF
-TURNED = {  # EXIF orientation -> how to turn the stored pixels upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+# EXIF orientation -> how to turn the stored pixels upright; by OpenCV, since Pillow would hold them three times more.
+TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: cv2.flip(pixels, 1),
+    3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
+    4: lambda pixels: cv2.flip(pixels, 0),
+    5: cv2.transpose,
+    6: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE),
+    7: lambda pixels: cv2.flip(cv2.transpose(pixels), -1),
+    8: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
 FORMATS = (
     "JPEG",
@@ -41,7 +46,7 @@ def decode_image(content: bytes) -> UInt8[Tensor, "h w 3"]:
     """RGB pixels of a JPEG, PNG or WebP file, upright, transparency on white, 16 bits scaled to 8.
 
     Strict: raises BadSample with reason `not_an_image`, `truncated`, `corrupt` or `too_large` (more than
-    MAX_PIXELS) where other decoders deliver a grey rest or fill the memory.
+    MAX_PIXELS, of WebP MAX_WEBP_PIXELS) where other decoders deliver a grey rest or fill the memory.
     """
     is_jpeg = content[:2] == b"\xff\xd8"
     return torch.from_numpy(_decode_jpeg(content) if is_jpeg else _decode_with_pillow(content))
@@ -77,8 +82,13 @@ def _decode_jpeg(content: bytes) -> np.ndarray:
     if not _has_exif(content):
         return pixels
     with Image.open(io.BytesIO(content)) as image:
-        turn = TURNED.get(image.getexif().get(ORIENTATION_TAG, 1))
-    return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
+        return _upright(pixels, image)
+
+
+def _upright(pixels: UInt8[np.ndarray, "h w 3"], image: Image.Image) -> np.ndarray:
+    """The pixels of an image as its EXIF wants them shown."""
+    turn = TURNED.get(image.getexif().get(ORIENTATION_TAG, 1))
+    return pixels if turn is None else turn(pixels)
 
 
 def _has_exif(content: bytes) -> bool:
@@ -104,11 +114,12 @@ def _decode_with_pillow(content: bytes) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size is stricter
+            if (size := webp_size(content)) is not None:  # Pillow takes memory for one as it opens it
+                _check_size(*size, MAX_WEBP_PIXELS)
             image = Image.open(io.BytesIO(content), formats=FORMATS)
         _check_size(*image.size)
         image.load()
-        turn = TURNED.get(image.getexif().get(ORIENTATION_TAG, 1))
-        return _rgb_of(image if turn is None else image.transpose(turn))
+        return _upright(_rgb_of(image), image)
     except UnidentifiedImageError as error:
         raise BadSample("not_an_image", "the first bytes are of no JPEG, PNG or WebP file") from error
     except Image.DecompressionBombError as error:
@@ -140,9 +151,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise BadSample("too_large", f"{width} x {height} pixels exceed the limit of {MAX_PIXELS}")
+def _check_size(width: int, height: int, most: int | None = None) -> None:
+    most = MAX_PIXELS if most is None else most
+    if width * height > most:
+        raise BadSample("too_large", f"{width} x {height} pixels exceed the limit of {most}")
 
 
 def _bad(error: Exception) -> BadSample:

@@ -15,6 +15,8 @@ from pretrain.config import Views
 from pretrain.data.batch import Batch
 from pretrain.data.colour import change_batch, largest_sigma
 
+AT_ONCE = 128  # views whose colours change together: in float32 they take several times their memory
+
 
 class Unfinished(NamedTuple):
     """What is still to be done with the views of a batch."""
@@ -35,7 +37,8 @@ def finish(batch: Batch, unfinished: Unfinished, settings: Views, device: torch.
                 if box[2]:  # a view that no target needs has a box of zeros
                     views[row, which] = cut_float(image, box, settings.size)
     changes = unfinished.changes.to(device, non_blocking=True)
-    changed = change_batch(views.flatten(0, 1), changes.flatten(0, 1), largest_sigma(settings))
+    parts = zip(views.flatten(0, 1).split(AT_ONCE), changes.flatten(0, 1).split(AT_ONCE), strict=True)
+    changed = torch.cat([change_batch(*part, largest_sigma(settings)) for part in parts])
     return replace(moved, views=changed.view_as(views))
 
 

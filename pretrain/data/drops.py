@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Drops:
         ] = {}  # source and name of a shard that is not as it was -> samples
         self._manifests, self._path = manifests, path
         self._last = ""
-        found = [] if path is None else _lines([path])
+        found = [] if path is None else _lines(path)
         self._kept = [line for line in found if line["step"] < start_step]
         self._file: Appended | None = None  # from `begin` to `close`
         told = [Dropped(*(line[name] for name in Dropped._fields)) for line in self._kept]
@@ -105,23 +106,26 @@ def file_of(folder: Path, rank: int, world: int) -> Path:
     }
     gone = [path for number, path in sorted(numbered.items()) if number >= world and number % world == rank]
     if gone:
-        write_atomic(own, _text(_lines([own, *gone])).encode())
+        # A start that was killed before it removed a list has told it already: what two lists tell alike counts once.
+        told: Counter[str] = Counter()
+        for path in (own, *gone):
+            told |= Counter(_text([record]) for record in _lines(path))
+        write_atomic(own, "".join(told.elements()).encode())
         for path in gone:
             path.unlink()
     return own
 
 
-def _lines(paths: Sequence[Path]) -> list[dict[str, object]]:
-    """The records of some files, without those that a crash damaged."""
+def _lines(path: Path) -> list[dict[str, object]]:
+    """The records of a file, without those that a crash damaged."""
     found = []
-    for path in paths:
-        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and {"step", *Dropped._fields} <= record.keys():
-                found.append(record)
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and {"step", *Dropped._fields} <= record.keys():
+            found.append(record)
     return found
 
 

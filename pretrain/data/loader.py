@@ -16,6 +16,7 @@ from pretrain.data.drops import Drops
 from pretrain.data.faults import WHOLE_SHARD, BadSample, DataError, Dropped
 from pretrain.data.left_out import after_kept, next_kept
 from pretrain.data.remote import Place
+from pretrain.data.room import MOST_KEPT
 from pretrain.data.shards import ShardFolder
 from pretrain.data.sources import open_sources
 from pretrain.data.steps import STAGES, Delivery, Steps
@@ -25,7 +26,7 @@ from pretrain.facts import DataFacts
 
 VERIFIED_BYTES = 2 * 2**30  # data sets up to this size are hashed at start, of larger ones the first shard
 VERIFY_RATE = 2**28  # bytes a second that all ranks together hash of the rest, while they train
-MOST_BATCH = 0.8 * 2**30  # bytes of views that a worker makes, of the 1.5 GiB that it may take
+MOST_BATCHES = 0.9 * 2**30  # bytes of views that a worker keeps room for, of the 1.5 GiB that it may take
 MOST_UNTAGGED = 64  # images without any tag before that is told
 
 
@@ -243,10 +244,10 @@ def _when_hashed(shards: ShardFolder, ours: slice) -> tuple[range, range]:
 def _tell_of_memory(run: Run, world: int, workers: int) -> None:
     """Warns of batches that take a worker beyond what is promised of it, beside the 0.6 GiB of its program."""
     held = run.images_per_rank(world) * 6 * run.views.size**2
-    if held > MOST_BATCH:
+    if MOST_KEPT * held > MOST_BATCHES:
         warnings.warn(
-            f"each of {workers} workers holds a batch of {held / 2**30:.1f} GiB, and two more wait: where that "
-            "is too much, share the batch among more ranks, or lower --workers",
+            f"each of {workers} workers keeps room for {MOST_KEPT} batches of {held / 2**30:.1f} GiB: where that is "
+            "too much, share the batch among more ranks, or lower --workers",
             stacklevel=3,
         )
 

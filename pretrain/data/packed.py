@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from pretrain.data.batch import Batch
-from pretrain.data.room import Place, in_one, part
+from pretrain.data.room import Place, give_back, in_one, part
 from pretrain.data.steps import Delivery
 
 
@@ -27,10 +27,15 @@ class Packed:
     left_places: tuple[Place, ...]
     rest: tuple  # what of the delivery is no tensor
 
-    def pin_memory(self) -> Packed:
-        """The same in page-locked memory; called by torch's DataLoader."""
-        left = None if self.left is None else self.left.pin_memory()
-        return replace(self, buffer=self.buffer.pin_memory(), left=left)
+    def taken(self) -> Packed:
+        """The same in memory of this process, page-locked where there is a GPU; the sender's is given back."""
+        own = replace(self, buffer=_own(self.buffer), left=None if self.left is None else _own(self.left))
+        give_back(self.buffer)
+        return own
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor.clone()
 
 
 def pack(delivery: Delivery) -> Packed:

@@ -22,7 +22,7 @@ from pretrain.data.device import Unfinished
 from pretrain.data.faults import BadSample, DataError, Dropped
 from pretrain.data.mask import draw_mask
 from pretrain.data.order import Order, Pick
-from pretrain.data.room import room_for
+from pretrain.data.room import Rooms, room_for
 from pretrain.data.sources import OpenSource, Sources
 from pretrain.data.text import Tokens
 from pretrain.data.views import draw_views, make_views
@@ -89,8 +89,8 @@ class Steps:
     def __getitem__(self, step: int) -> Delivery:
         return self.make(step)
 
-    def make(self, step: int, is_shared: bool = False) -> Delivery:
-        """What the rank gets at a step; its tensors lie in one piece of memory, shared with processes if so said."""
+    def make(self, step: int, rooms: Rooms | None = None) -> Delivery:
+        """What the rank gets at a step; its tensors lie in one piece of memory, one of `rooms` if these are given."""
         first = step * self.run.batch + self._rank * self._images
         positions = range(first, first + self._images)
         self._seconds = dict.fromkeys(STAGES, 0.0)
@@ -103,7 +103,7 @@ class Steps:
         for number, position in enumerate(positions):
             row = self._row(position, dropped)
             with self._during("batch"):
-                fields = fields or _room(row, whole, len(positions), is_shared)
+                fields = fields or _room(row, whole, len(positions), rooms)
                 for name, value in row.fields.items():
                     assert value.shape == fields[name].shape[1:], f"{name} of {position} is of another shape"
                     fields[name][number] = value
@@ -231,11 +231,11 @@ class Steps:
         return torch.stack([draw_mask(grid, self.run.mask, generator) for _ in range(shown.views)])
 
 
-def _room(row: _Row, whole: Mapping[str, Tensor], num_rows: int, is_shared: bool) -> dict[str, Tensor]:
+def _room(row: _Row, whole: Mapping[str, Tensor], num_rows: int, rooms: Rooms | None) -> dict[str, Tensor]:
     """The fields of a batch of as many rows like this one, still without them, and with what is `whole`."""
     forms = {name: (value.dtype, (num_rows, *value.shape)) for name, value in row.fields.items()}
     forms |= {name: (value.dtype, tuple(value.shape)) for name, value in whole.items()}
-    fields = room_for(forms, is_shared)
+    fields = room_for(forms, rooms)
     for name, value in whole.items():
         fields[name].copy_(value)
     return fields

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from pretrain.data.faults import DataError
 from pretrain.data.left_out import next_kept
 from pretrain.data.packed import Packed, pack, unpack
+from pretrain.data.room import Rooms
 from pretrain.data.steps import Delivery, Steps
 from pretrain.preemption import ASKING
 
@@ -90,9 +91,7 @@ class Made:
 
     def _receive(self) -> None:
         if self._device is not None:
-            torch.cuda.set_device(
-                self._device
-            )  # where this thread, and one that it starts, keeps pinned memory
+            torch.cuda.set_device(self._device)  # where this thread keeps pinned memory
         while not self._is_closed.is_set():
             try:
                 received: Delivery | BaseException = self._deliver()
@@ -121,7 +120,7 @@ class Made:
                 made = next(self._deliveries)
                 if isinstance(made, DataError):
                     raise made
-                return unpack(made)
+                return unpack(made.taken())
             except (RuntimeError, OSError, EOFError):  # torch's own, or of the memory that a worker shared
                 dead = _dead_workers(self._deliveries)
                 if not dead or self._is_closed.is_set():
@@ -143,11 +142,14 @@ class _Told:
     """The steps, packed; what is wrong with the data is a result: torch would raise it with a worker's traceback."""
 
     def __init__(self, steps: Steps) -> None:
-        self._steps = steps
+        self._steps, self._rooms = steps, Rooms()
+
+    def __reduce__(self) -> tuple:
+        return _Told, (self._steps,)
 
     def __getitem__(self, step: int) -> Packed | DataError:
         try:
-            return pack(self._steps.make(step, is_shared=True))
+            return pack(self._steps.make(step, self._rooms))
         except DataError as error:
             return error
 
@@ -180,7 +182,6 @@ def _data_loader(steps: Steps, workers: int, start_step: int, left_out: frozense
         num_workers=workers,
         worker_init_fn=_start_worker,
         multiprocessing_context=context,
-        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # of seeds that nothing uses; the global one belongs to training
     )
 

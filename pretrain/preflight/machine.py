@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import Run
+from pretrain.data.room import MOST_KEPT
 from pretrain.preflight.check import Here
 from pretrain.preflight.told import FAILED, WARNING, Judged, Problem, Told, size, span
 
 GIB = 2**30
 SHM = Path("/dev/shm")
 VIEWS = 2  # of every image, uint8
-AHEAD = 2  # batches that each worker makes ahead, as torch's DataLoader does, beside the one that is used
 NCCL_SHM = GIB  # bytes a GPU: NCCL's buffers between GPUs of a node that have no direct way
 SHM_GIB = "SHM_GIB"  # environment of jobs/: what is asked for, instead of what is computed
 FILES_OF_A_PROCESS = (
@@ -48,7 +48,7 @@ def wanted_shm(here: Here) -> float:
             ) from None
     nccl = NCCL_SHM if here.is_gpu and here.ranks.local_size > 1 else 0
     workers = here.paths.workers if here.paths else 0
-    batches = batch_bytes(here.run, here.ranks.world) * (AHEAD + 1) * workers if here.run else 0
+    batches = batch_bytes(here.run, here.ranks.world) * MOST_KEPT * workers if here.run else 0
     return here.ranks.local_size * (nccl + batches)
 
 

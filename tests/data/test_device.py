@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pretrain.config import Source, Views
+from pretrain.data import device as device_module
 from pretrain.data import loader as loader_module
 from pretrain.data.colour import Change, change_batch, draw_change, largest_sigma
 from pretrain.data.decode import decode_image, plain_jpeg_size
@@ -77,7 +78,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("on_device", ["colours", "all"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_batches_are_those_of_the_workers(folders: dict[str, Path], on_device: str, workers: int) -> None:
+def test_the_batches_are_those_of_the_workers(
+    folders: dict[str, Path], on_device: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module, "AT_ONCE", 5)
     run = small_run(data={"names": Source("category")})
     other = replace(run, views=replace(run.views, on_device=on_device))
     for one, two in zip(batches(run, folders, 4), batches(other, folders, 4, workers=workers), strict=True):

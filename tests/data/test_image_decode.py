@@ -134,9 +134,11 @@ def test_what_pillow_would_open_besides_is_refused(form: str) -> None:
     assert caught.value.reason == "not_an_image"
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 def test_a_huge_image_is_refused_from_its_header(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(decode, "MAX_WEBP_PIXELS" if form == "WEBP" else "MAX_PIXELS", 1000)
+    if form == "WEBP":  # its reader takes memory for the picture as it opens it
+        monkeypatch.setattr(decode.Image, "open", None)
     with pytest.raises(BadSample, match="52 x 40 pixels exceed") as caught:
         decode_image(encoded(picture(6), form))
     assert caught.value.reason == "too_large"

@@ -17,8 +17,8 @@ from pretrain.config import Mixing, Source, Views
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.faults import DataError
 from pretrain.data.loader import Loader, _tell_of_memory
-from pretrain.data.packed import pack, unpack
-from pretrain.data.room import in_one, room_for
+from pretrain.data.packed import Packed, pack, unpack
+from pretrain.data.room import Rooms, give_back, in_one, room_for
 from pretrain.data.sources import open_sources
 from pretrain.data.steps import Steps
 from pretrain.data.text import Captions
@@ -211,7 +211,7 @@ def test_a_vast_caption_is_read_as_far_as_it_is_shown(folders: dict[str, Path]) 
 def test_a_batch_is_held_once_and_a_large_one_is_told(folders: dict[str, Path]) -> None:
     run = small_run(data={"names": Source("category")})
     sources = open_sources(run, {"names": folders["names"]}, None)
-    made = Steps(run, sources, 0, 1).make(3, is_shared=True)
+    made = Steps(run, sources, 0, 1).make(3, Rooms())
     packed = pack(made)
     assert packed.buffer.data_ptr() == made.batch.views.untyped_storage().data_ptr()
     assert packed.buffer.is_shared()
@@ -219,8 +219,35 @@ def test_a_batch_is_held_once_and_a_large_one_is_told(folders: dict[str, Path]) 
     for field in dataclasses.fields(plain):
         assert torch.equal(getattr(again, field.name), getattr(plain, field.name))
     large = replace(run, batch=2048, views=replace(run.views, size=512))
-    with pytest.warns(UserWarning, match=r"each of 1 workers holds a batch of 3\.0 GiB.*more ranks"):
+    with pytest.warns(
+        UserWarning, match=r"each of 1 workers keeps room for 3 batches of 3\.0 GiB.*more ranks"
+    ):
         _tell_of_memory(large, world=1, workers=1)
+
+
+def test_shared_memory_is_written_again_only_after_it_was_copied(folders: dict[str, Path]) -> None:
+    run = small_run(data={"names": Source("category")})
+    steps, rooms = Steps(run, open_sources(run, {"names": folders["names"]}, None), 0, 1), Rooms()
+    plain = [steps[step].batch for step in range(4)]
+
+    def place(packed: Packed) -> int:
+        return packed.buffer.data_ptr()
+
+    first, second = pack(steps.make(0, rooms)), pack(steps.make(1, rooms))
+    assert place(first) != place(second)
+    own = first.taken()
+    assert place(own) not in (place(first), place(second)) and not own.buffer.is_shared()
+    third, fourth = pack(steps.make(2, rooms)), pack(steps.make(3, rooms))
+    assert place(third) == place(first) and place(fourth) not in (place(first), place(second))
+    for packed, wanted in zip((own, second, third, fourth), plain, strict=True):
+        again = unpack(packed).batch
+        assert all(
+            torch.equal(getattr(again, field.name), getattr(wanted, field.name))
+            for field in dataclasses.fields(wanted)
+        )
+    given_back = rooms.take(2**20)
+    give_back(given_back)
+    assert rooms.take(2**20 + 8).data_ptr() != given_back.data_ptr(), "of another size"
 
 
 def test_no_room_in_shared_memory_is_told_with_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +256,7 @@ def test_no_room_in_shared_memory_is_told_with_what_helps(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
     with pytest.raises(DataError, match=r"a batch of 2 MiB \(unable to.*--shm-size.*or lower --workers"):
-        room_for({"views": (torch.uint8, (2, 2**20))}, is_shared=True)
+        room_for({"views": (torch.uint8, (2, 2**20))}, Rooms())
     with pytest.raises(DataError, match=r"a batch of 1 MiB \(unable to"):
         in_one([torch.zeros(2**18)], is_shared=True)
 
@@ -238,7 +265,7 @@ def test_what_the_device_has_left_to_do_is_shared_with_the_batch(folders: dict[s
     for on_device in ("colours", "all"):
         run = small_run(data={"names": Source("category")}, views=Views(size=16, on_device=on_device))
         sources = open_sources(run, {"names": folders["names"]}, None)
-        made = Steps(run, sources, 0, 1).make(3, is_shared=True)
+        made = Steps(run, sources, 0, 1).make(3, Rooms())
         packed, plain = pack(made), made.unfinished
         # A tensor that is shared only when it is sent is lost with the batch where there is no room.
         assert packed.left.is_shared()

@@ -85,6 +85,11 @@ def test_what_was_dropped_is_told_once_whatever_the_kills_and_ranks(tmp_path: Pa
     lines = [json.loads(line) for line in (tmp_path / "dropped-rank_00000.jsonl").read_text().splitlines()]
     assert len(lines) == 20 == len({(line["shard"], line["index"]) for line in lines})
     assert {line["step"] for line in lines} <= set(range(10))
+    # A start that was killed after it took over a list, and before it removed that, begins again.
+    content = (tmp_path / "dropped-rank_00000.jsonl").read_bytes()
+    (tmp_path / "dropped-rank_00003.jsonl").write_bytes(b"".join(content.splitlines(keepends=True)[5:9]))
+    assert file_of(tmp_path, 0, 1).read_bytes() == content
+    assert not (tmp_path / "dropped-rank_00003.jsonl").exists()
 
 
 def test_a_resume_on_more_ranks_is_judged_by_what_it_reads_itself(tmp_path: Path) -> None:
