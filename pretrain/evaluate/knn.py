@@ -17,21 +17,33 @@ from pretrain.collectives import all_rows, rows_of
 from pretrain.evaluate.divided import division
 
 TEMPERATURE = 0.07  # of the votes; instance discrimination (arXiv 1805.01978), section 3.4
-CHUNK = 1024  # queries compared at once: bounds the memory to CHUNK x training images
+CHUNK, MOST_ROWS = (
+    1024,
+    2**20,
+)  # queries and training images compared at once: bounds the memory to their product
+
+Found = tuple[Tensor, Tensor]  # [m, some] each: similarities, largest first, and whose they are
 
 
 def nearest(
-    train: Float[Tensor, "n d"], queries: Float[Tensor, "m d"], k: int
+    train: Float[Tensor, "n d"], queries: Float[Tensor, "m d"], k: int, device: torch.device | str = "cpu"
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-    """Cosine similarities and indices of the k nearest training features, nearest first.
+    """Cosine similarities and indices of the k nearest training features, nearest first; found on `device`.
 
     Raises ValueError unless 1 <= k <= n.
     """
     if not 1 <= k <= len(train):
         raise _impossible(k, len(train))
-    directions = F.normalize(train, dim=1)
-    found = [(F.normalize(chunk, dim=1) @ directions.T).topk(k, dim=1) for chunk in queries.split(CHUNK)]
-    return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
+    best = _none_of(queries)
+    for first, part in zip(range(0, len(train), MOST_ROWS), train.split(MOST_ROWS), strict=True):
+        directions = F.normalize(part.to(device), dim=1)
+        found = [
+            (F.normalize(chunk.to(device), dim=1) @ directions.T).topk(min(k, len(part)), dim=1)
+            for chunk in queries.split(CHUNK)
+        ]
+        values = torch.cat([top.values.cpu() for top in found])
+        best = _best(best, (values, first + torch.cat([top.indices.cpu() for top in found])), k)
+    return best
 
 
 def vote(
@@ -59,7 +71,7 @@ def votes(
 
 
 def nearest_of_all(
-    train: Float[Tensor, "n d"], queries: Float[Tensor, "m d"], k: int
+    train: Float[Tensor, "n d"], queries: Float[Tensor, "m d"], k: int, device: torch.device | str = "cpu"
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
     """As `nearest`, of this rank's queries among the training features of all ranks, of which it gives its share.
 
@@ -68,18 +80,24 @@ def nearest_of_all(
     divided = division(len(train))
     if not 1 <= k <= divided.total:
         raise _impossible(k, divided.total)
-    values, numbers = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
-    first = 0
+    best, first = _none_of(queries), 0
     for source, count in enumerate(divided.counts):
         if count:
-            found = nearest(rows_of(train, source, count), queries, min(k, count))
-            values, numbers = (
-                torch.cat(pair, dim=1) for pair in ((values, found[0]), (numbers, first + found[1]))
-            )
-            values, places = values.sort(dim=1, descending=True, stable=True)
-            values, numbers = values[:, :k], numbers.gather(1, places[:, :k])
+            values, numbers = nearest(rows_of(train, source, count), queries, min(k, count), device)
+            best = _best(best, (values, first + numbers), k)
         first += count
-    return values, numbers
+    return best
+
+
+def _none_of(queries: Float[Tensor, "m d"]) -> Found:
+    return torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+
+
+def _best(some: Found, others: Found, k: int) -> Found:
+    """The k largest of both; of equal ones those of `some`."""
+    values, numbers = (torch.cat(pair, dim=1) for pair in zip(some, others, strict=True))
+    values, places = values.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], numbers.gather(1, places[:, :k])
 
 
 def votes_of_all(
@@ -88,6 +106,7 @@ def votes_of_all(
     queries: Float[Tensor, "m d"],
     ks: Sequence[int],
     num_categories: int,
+    device: torch.device | str = "cpu",
 ) -> dict[int, Int[Tensor, " _"]]:
     """As `votes`, where each rank gives its share of the training images and of the queries, and gets what is said of
     all queries. A collective call.
@@ -96,7 +115,7 @@ def votes_of_all(
     possible = [k for k in dict.fromkeys(ks) if k <= len(labels)]
     if not possible:
         return {}
-    similarities, indices = nearest_of_all(train, queries, max(possible))
+    similarities, indices = nearest_of_all(train, queries, max(possible), device)
     own = _votes_of(similarities, labels[indices], possible, num_categories)
     return {k: all_rows(said) for k, said in own.items()}
 

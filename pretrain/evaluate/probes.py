@@ -36,7 +36,9 @@ def _knn(evidence: Evidence, feature: str) -> Outcome:
     rows, labels = is_labelled(evidence.train), heldout_labels(evidence)
     train, heldout = getattr(evidence.train, feature)[rows], of_labelled(evidence, feature)
     num_categories, num_images = len(evidence.categories), division(len(train)).total
-    predicted = knn.votes_of_all(train, evidence.train.labels[rows], heldout, evidence.ks, num_categories)
+    predicted = knn.votes_of_all(
+        train, evidence.train.labels[rows], heldout, evidence.ks, num_categories, evidence.device
+    )
     by_k = {
         k: score(predicted[k], labels, num_categories) if k in predicted else _too_many(k, num_images)
         for k in evidence.ks

@@ -102,7 +102,7 @@ def few_shot_knn(evidence: Evidence, share: int) -> Outcome:
 
     def predict(train: Tensor, labels: Tensor, heldout: Tensor) -> Tensor:
         k = min(evidence.ks[0], division(len(labels)).total)
-        return knn.votes_of_all(train, labels, heldout, [k], num_categories)[k]
+        return knn.votes_of_all(train, labels, heldout, [k], num_categories, evidence.device)[k]
 
     return Outcome(_over_draws(evidence, share, predict))
 

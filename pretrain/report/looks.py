@@ -17,7 +17,7 @@ from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.text import Captions
 from pretrain.evaluate.features import Pictures
 from pretrain.evaluate.knn import nearest
-from pretrain.evaluate.zero_shot import class_vectors
+from pretrain.evaluate.zero_shot import EmbedTexts, class_vectors, embed_captions
 from pretrain.facts import DataFacts
 from pretrain.models.pixels import normalise
 from pretrain.report.gaze import watched
@@ -34,11 +34,26 @@ class Shown:
     views: UInt8[Tensor, "n 3 s s"]
     labels: Int[Tensor, " n"]  # into `categories`; NO_CATEGORY where there is none
     categories: tuple[str, ...]
+    captions: tuple[tuple[str, ...], ...]  # of each image
 
     def name(self, place: int) -> str | None:
         """Category of one image, None where it has none."""
         label = int(self.labels[place])
         return None if label == NO_CATEGORY else self.categories[label]
+
+    def of(self, places: Sequence[int]) -> Shown:
+        """Some of the images."""
+        kept = torch.tensor(places)
+        captions = tuple(self.captions[place] for place in places)
+        return Shown(self.views[kept], self.labels[kept], self.categories, captions)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Which images a checkpoint finds for one query each, best first."""
+
+    similarity: Float[Tensor, "n k"]  # cosines
+    places: Int[Tensor, "n k"]  # among those that were searched
 
 
 @dataclass(frozen=True)
@@ -47,8 +62,8 @@ class Look:
 
     step: int
     tokens: Float[Tensor, "n l d"]
-    similarity: Float[Tensor, "n k"]  # cosine of mean tokens to the nearest training images, best first
-    neighbours: Int[Tensor, "n k"]  # their places among the training images
+    neighbours: Found  # training images, by the mean token
+    by_caption: Found | None  # images of the gallery, by the texts of `asked`; None without text or captions
     names: Mapping[str, Float[Tensor, " n"]] | None  # cosines to class names; None without text or categories
     gaze: (
         Float[Tensor, "n g g"] | None
@@ -69,7 +84,8 @@ def read_images(folder: Path, size: int, count: int) -> Shown:
             f"none of {len(places)} images of {folder} can be read: run `python -m data_prep check {folder}`"
         )
     labels = torch.tensor([picture.label for picture in found])
-    return Shown(torch.stack([p.view for p in found]), labels, pictures.shards.manifest.categories)
+    captions = tuple(picture.captions for picture in found)
+    return Shown(torch.stack([p.view for p in found]), labels, pictures.shards.manifest.categories, captions)
 
 
 def spread_over_categories(shown: Shown, count: int) -> Shown:
@@ -85,8 +101,12 @@ def spread_over_categories(shown: Shown, count: int) -> Shown:
         chosen = [firsts[round(k)][1] for k in np.linspace(0, len(firsts) - 1, count)]
     else:
         chosen = singles[:count]
-    kept = torch.tensor(sorted(chosen, key=lambda place: (int(shown.labels[place]), place)))
-    return Shown(shown.views[kept], shown.labels[kept], shown.categories)
+    return shown.of(sorted(chosen, key=lambda place: (int(shown.labels[place]), place)))
+
+
+def asked(heldout: Shown) -> list[str]:
+    """The first caption of each image that has one, each text once."""
+    return list(dict.fromkeys(captions[0] for captions in heldout.captions if captions))
 
 
 def some_names(shown: Shown) -> list[str]:
@@ -100,9 +120,15 @@ def some_names(shown: Shown) -> list[str]:
 
 @torch.inference_mode()
 def look(
-    step: int, folder: Path, heldout: Shown, train: Shown, num_neighbours: int, tokenizer: Path | None
+    step: int,
+    folder: Path,
+    heldout: Shown,
+    train: Shown,
+    gallery: Shown,
+    num_neighbours: int,
+    tokenizer: Path | None,
 ) -> Look:
-    """Runs one checkpoint's teacher over both sets, on the GPU if there is one."""
+    """Runs one checkpoint's teacher over all sets, on the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run, facts, towers = load_towers(folder)
     towers = towers.to(device)
@@ -113,15 +139,24 @@ def look(
     candidates = [
         _tokens(towers, run, part, device).mean(dim=1) for part in train.views.split(IMAGES_AT_ONCE)
     ]
-    similarity, neighbours = nearest(
-        torch.cat(candidates), tokens.mean(dim=1), min(num_neighbours, len(train.views))
-    )
-    names = None
-    if facts.vocab_size and tokenizer is not None and heldout.categories:
-        chosen = some_names(heldout)
-        scores = _name_scores(towers, run, facts, tokens.to(device), chosen, tokenizer).cpu()
-        names = dict(zip(chosen, scores.T, strict=True))
-    return Look(step, tokens, similarity, neighbours, names, torch.cat(gazes) if gazes else None)
+    neighbours = _nearest(torch.cat(candidates), tokens.mean(dim=1), num_neighbours)
+    names = by_caption = None
+    if facts.vocab_size and tokenizer is not None:
+        captions = _captions(tokenizer, run, facts)
+        if heldout.categories:
+            chosen = some_names(heldout)
+            scores = _name_scores(towers, tokens.to(device), chosen, captions).cpu()
+            names = dict(zip(chosen, scores.T, strict=True))
+        if texts := asked(heldout):
+            parts = gallery.views.split(IMAGES_AT_ONCE)
+            images = [_images(towers, _tokens(towers, run, part, device).to(device)).cpu() for part in parts]
+            queries = embed_captions(texts, captions.encode, _text_tower(towers, device))
+            by_caption = _nearest(torch.cat(images), queries, num_neighbours)
+    return Look(step, tokens, neighbours, by_caption, names, torch.cat(gazes) if gazes else None)
+
+
+def _nearest(images: Float[Tensor, "m d"], queries: Float[Tensor, "n d"], num: int) -> Found:
+    return Found(*nearest(images, queries, min(num, len(images))))
 
 
 def _tokens(
@@ -130,18 +165,28 @@ def _tokens(
     return towers.encoder(normalise(views.to(device), run.views.mean, run.views.std, torch.float32)).cpu()
 
 
-def _name_scores(
-    towers: Towers, run: Run, facts: DataFacts, tokens: Tensor, categories: Sequence[str], tokenizer: Path
-) -> Float[Tensor, "n c"]:
+def _captions(tokenizer: Path, run: Run, facts: DataFacts) -> Captions:
     captions = Captions(tokenizer, run.text.length)
     if captions.vocab_size != facts.vocab_size:
         raise ValueError(
             f"the tokenizer in {tokenizer} has {captions.vocab_size} words, the run was trained with "
             f"{facts.vocab_size}: name its own by --tokenizer"
         )
+    return captions
+
+
+def _images(towers: Towers, tokens: Float[Tensor, "n l d"]) -> Float[Tensor, "n e"]:
+    """Images in the space of the captions, as unit vectors."""
+    return towers.project_images(towers.embed_tokens(tokens))
+
+
+def _text_tower(towers: Towers, device: torch.device) -> EmbedTexts:
+    return lambda tokens, mask: towers.embed_texts(tokens.to(device), mask.to(device))
+
+
+def _name_scores(
+    towers: Towers, tokens: Float[Tensor, "n l d"], categories: Sequence[str], captions: Captions
+) -> Float[Tensor, "n c"]:
     device = tokens.device
-    classes = class_vectors(
-        tuple(categories), captions.encode, lambda t, m: towers.embed_texts(t.to(device), m.to(device))
-    )
-    images = towers.project_images(towers.embed_tokens(tokens))
-    return images @ classes.to(device).T
+    classes = class_vectors(tuple(categories), captions.encode, _text_tower(towers, device))
+    return _images(towers, tokens) @ classes.to(device).T

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pretrain.evaluate.sets import is_set
 from pretrain.evaluate.splits import found_in
@@ -40,6 +41,7 @@ def page(record: Record, heldout: Path | None, settings: Settings, say: Callable
         ("features", "Token features", FEATURES_LEAD, views.components),
         ("gaze", "Where the middle looks", GAZE_LEAD, views.gazes),
         ("neighbours", "Nearest training images", None, views.neighbours),
+        ("captions", "Images found by captions", None, views.by_caption),
         ("confusion", "Confusions", None, lambda: _confusion(record)),
         ("zero-shot", "Zero-shot by class names", ZERO_SHOT_LEAD, views.zero_shot),
         ("data", "Data", None, lambda: provenance.data(record, heldout)),
@@ -63,6 +65,7 @@ NAV = {
     "features": "Features",
     "gaze": "Gaze",
     "neighbours": "Neighbours",
+    "captions": "Captions",
     "zero-shot": "Zero-shot",
 }  # short
 PAIRS_LEAD = (
@@ -130,6 +133,15 @@ def _pairs(record: Record, settings: Settings) -> Html:
     return element("div", pairs.legend(record.run), pairs.pair_pictures(found, record.run))
 
 
+class _Seen(NamedTuple):
+    """What the teacher was shown, and what it says of it."""
+
+    heldout: Shown  # what the pictures are of
+    train: Shown  # among which neighbours are sought
+    gallery: Shown  # held-out images among which captions look
+    looks: list[Look]
+
+
 class _Teacher:
     """The sections that run the teacher; images and features are made once, when the first of them is drawn."""
 
@@ -137,24 +149,24 @@ class _Teacher:
         self, record: Record, heldout: Path | None, settings: Settings, say: Callable[[str], None]
     ) -> None:
         self._record, self._heldout, self._settings, self._say = record, heldout, settings, say
-        self._made: tuple[Shown, Shown, list[Look]] | None = None
+        self._made: _Seen | None = None
 
     def components(self) -> Html:
-        heldout, _, looks = self._get()
+        seen = self._get()
         try:
-            return teacher.components(heldout, looks)
+            return teacher.components(seen.heldout, seen.looks)
         except ValueError as error:
             raise Missing(f"The features cannot be shown: {error}") from error
 
     def gazes(self) -> Html:
-        heldout, _, looks = self._get()
-        content = teacher.gazes(heldout, looks)
+        seen = self._get()
+        content = teacher.gazes(seen.heldout, seen.looks)
         if content is None:
             raise Missing("Swin's last block sees a window alone, so nothing is drawn for it.")
         return content
 
     def neighbours(self) -> Html:
-        heldout, train, looks = self._get()
+        heldout, train, _, looks = self._get()
         shares = ", ".join(
             f"{100 * teacher.share_of_right_neighbours(heldout, train, lk):.0f} % {teacher.when(lk)}"
             for lk in looks
@@ -164,9 +176,28 @@ class _Teacher:
             note += f"Of these neighbours {shares} are of the image's category (✓)."
         return element("div", element("p", note, class_="lead"), teacher.neighbours(heldout, train, looks))
 
+    def by_caption(self) -> Html:
+        heldout, _, gallery, looks = self._get()
+        content = teacher.by_caption(heldout, gallery, looks)
+        if content is None:
+            raise Missing(
+                "No caption can look for images: the run has no text source, or the held-out images have no "
+                "captions. Train with a captioned source and name captioned images by --heldout."
+            )
+        shares = ", ".join(
+            f"{100 * teacher.share_found_by_caption(heldout, gallery, lk):.0f} % {teacher.when(lk)}"
+            for lk in looks
+        )
+        note = (
+            f"Cosine of text and image, among {len(gallery.views):,} held-out images. Of these captions {shares} "
+            "find an image that has that caption (✓)."
+        )
+        return element("div", element("p", note, class_="lead"), content)
+
     def zero_shot(self) -> Html:
-        heldout, _, looks = self._get()
-        content = teacher.zero_shot(heldout, looks)
+        seen = self._get()
+        looks = seen.looks
+        content = teacher.zero_shot(seen.heldout, looks)
         if content is None:
             raise Missing(
                 "Names cannot be scored: the run has no text source, or the held-out images have no categories. "
@@ -176,12 +207,12 @@ class _Teacher:
         note = f"Among {count} names; bars begin at the image's lowest cosine."
         return element("div", element("p", note, class_="note"), content)
 
-    def _get(self) -> tuple[Shown, Shown, list[Look]]:
+    def _get(self) -> _Seen:
         if self._made is None:
             self._made = self._make()
         return self._made
 
-    def _make(self) -> tuple[Shown, Shown, list[Look]]:
+    def _make(self) -> _Seen:
         record, settings = self._record, self._settings
         train = training_folder(record)
         if not record.checkpoints:
@@ -205,8 +236,9 @@ class _Teacher:
         for step in steps:
             self._say(f"teacher of step {step}")
             folder = record.checkpoints[step]
-            looks.append(look(step, folder, heldout, candidates, teacher.NUM_NEIGHBOURS, record.tokenizer))
-        return heldout, candidates, looks
+            sets = (heldout, candidates, many)
+            looks.append(look(step, folder, *sets, teacher.NUM_NEIGHBOURS, record.tokenizer))
+        return _Seen(heldout, candidates, many, looks)
 
 
 def training_folder(record: Record) -> Path | None:

@@ -1,14 +1,14 @@
-"""Which pictures show what the teacher learned? Neighbours, principal components, gazes and best class names."""
+"""Which pictures show what the teacher learned? Neighbours, finds of captions, components, gazes, best names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from pretrain.report import gaze
-from pretrain.report.looks import Look, Shown
+from pretrain.report.looks import Found, Look, Shown, asked
 from pretrain.visualize.features import principal_rgb
 from pretrain.visualize.markup import Child, Html, element, figure
 from pretrain.visualize.picture import photo, pixels
@@ -27,18 +27,56 @@ def neighbours(heldout: Shown, train: Shown, looks: Sequence[Look]) -> Html:
     """Each held-out image, then its nearest training images for each checkpoint; right categories are marked."""
     rows = []
     for place in range(len(heldout.views)):
-        name = heldout.name(place)
+        wanted = heldout.name(place)
         query = figure(
-            _photo(heldout.views[place], f"held-out image, {name or 'no category'}"), name or "", "query"
+            _photo(heldout.views[place], f"held-out image, {wanted or 'no category'}"), wanted or "", "query"
         )
-        found = [_found(heldout, train, look, place) for look in looks]
+
+        def shown(candidate: int, cosine: float, wanted: str | None = wanted) -> Html:
+            name = train.name(candidate)
+            mark = None if wanted is None or name is None else name == wanted
+            alt = f"training image, {name or 'no category'}, cosine {cosine:.2f}"
+            return figure(_photo(train.views[candidate], alt), _marked(name, mark), _class(mark))
+
+        found = [_found(look, look.neighbours, place, shown) for look in looks]
         rows.append(element("div", query, found, class_="neighbours"))
-    head = element(
-        "div",
-        element("span", "held-out"),
-        [element("span", when(lk)) for lk in looks],
-        class_="neighbours head",
-    )
+    return _gallery("held-out", rows, looks)
+
+
+def by_caption(heldout: Shown, gallery: Shown, looks: Sequence[Look]) -> Html | None:
+    """Each caption, then the held-out images nearest to it for each checkpoint; images of that caption are marked.
+
+    None where no checkpoint can tell.
+    """
+    if any(look.by_caption is None for look in looks):
+        return None
+    rows = []
+    for place, text in enumerate(asked(heldout)):
+
+        def shown(candidate: int, cosine: float, text: str = text) -> Html:
+            mark, told = text in gallery.captions[candidate], gallery.name(candidate)
+            alt = f"held-out image, {told or 'no category'}, cosine {cosine:.2f}"
+            return figure(_photo(gallery.views[candidate], alt), _marked(told, mark), _class(mark))
+
+        found = [_found(look, look.by_caption, place, shown) for look in looks if look.by_caption]
+        rows.append(element("div", element("div", text, class_="query"), found, class_="neighbours asked"))
+    return _gallery("caption", rows, looks, "asked")
+
+
+def share_found_by_caption(heldout: Shown, gallery: Shown, look: Look) -> float:
+    """Share of the captions that find an image of theirs among those that are shown."""
+    texts = asked(heldout)
+    places = look.by_caption.places.tolist() if look.by_caption else []
+    right = [
+        any(text in gallery.captions[candidate] for candidate in found)
+        for text, found in zip(texts, places, strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+def _gallery(queries: str, rows: Sequence[Html], looks: Sequence[Look], kind: str = "") -> Html:
+    titles = [element("span", when(look)) for look in looks]
+    head = element("div", element("span", queries), titles, class_=f"neighbours head {kind}".rstrip())
     return element("div", head, rows, class_=f"table-like columns-{len(looks)}")
 
 
@@ -47,23 +85,16 @@ def share_of_right_neighbours(heldout: Shown, train: Shown, look: Look) -> float
     right = [
         train.name(int(candidate)) == heldout.name(place)
         for place in range(len(heldout.views))
-        for candidate in look.neighbours[place]
+        for candidate in look.neighbours.places[place]
     ]
     return sum(right) / len(right)
 
 
-def _found(heldout: Shown, train: Shown, look: Look, place: int) -> Html:
-    wanted = heldout.name(place)
-    parts = []
-    for candidate, cosine in zip(
-        look.neighbours[place].tolist(), look.similarity[place].tolist(), strict=True
-    ):
-        name = train.name(candidate)
-        mark = None if wanted is None or name is None else name == wanted
-        alt = f"training image, {name or 'no category'}, cosine {cosine:.2f}"
-        parts.append(figure(_photo(train.views[candidate], alt), _marked(name, mark), _class(mark)))
-    label = element("span", when(look), class_="small-screen")
-    return element("div", label, element("div", parts, class_="thumbs"))
+def _found(look: Look, found: Found, query: int, shown: Callable[[int, float], Html]) -> Html:
+    """What one checkpoint finds for a query; `shown` pictures one image with its cosine."""
+    pairs = zip(found.places[query].tolist(), found.similarity[query].tolist(), strict=True)
+    pictures = element("div", [shown(*pair) for pair in pairs], class_="thumbs")
+    return element("div", element("span", when(look), class_="small-screen"), pictures)
 
 
 def _class(mark: bool | None) -> str:

@@ -62,7 +62,9 @@ def test_knn_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> N
     queries, _ = clusters(50, seed=1)
     whole = knn.nearest(train, queries, 5)
     monkeypatch.setattr(knn, "CHUNK", 7)
-    assert torch.equal(whole[1], knn.nearest(train, queries, 5)[1])
+    for rows in (100, 33, 3):  # fewer than are sought, too
+        monkeypatch.setattr(knn, "MOST_ROWS", rows)
+        assert torch.equal(whole[1], knn.nearest(train, queries, 5)[1])
 
 
 @pytest.mark.parametrize("k", [0, 101])

@@ -85,7 +85,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with train/ and heldout/."""
     folder = tmp_path_factory.mktemp("data")
     write_data(folder / "train", 24, [HOSTILE, "a boat"])
-    write_data(folder / "heldout", 9, ["a cat"])
+    write_data(folder / "heldout", 9, ["a cat", "a boat", "a cat", HOSTILE])
     return folder
 
 

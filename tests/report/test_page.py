@@ -20,11 +20,12 @@ from pretrain.report.__main__ import main
 from pretrain.report.header import verdicts
 from pretrain.report.page import heldout_folder
 from pretrain.report.record import Record, read_record
+from pretrain.report.teacher import NUM_NEIGHBOURS
 from tests.report.conftest import CATEGORIES, small_run
 from tests.report.fake_run import write_checkpoint, write_log
 
 SECTIONS = ["verdict", "accuracy", "curves", "pairs", "features", "gaze", "neighbours"]
-SECTIONS += ["confusion", "zero-shot", "data", "recipe", "environment"]
+SECTIONS += ["captions", "confusion", "zero-shot", "data", "recipe", "environment"]
 VOID = {"img", "br", "meta", "hr", "col"}
 
 
@@ -124,6 +125,22 @@ def test_hostile_caption_stays_text(page: tuple[str, Reader]) -> None:
     text, _ = page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &quot;quotes&quot;" in text
     assert "<script" not in text
+
+
+def test_captions_find_images_and_theirs_are_marked(page: tuple[str, Reader]) -> None:
+    text, _ = page
+    section = text.split('id="captions"')[1].split("<section")[0]
+    rows = section.split('class="neighbours asked"')[1:]
+    assert len(rows) == len(set(re.findall(r'class="query">(.*?)</div>', section))) > 1  # each caption once
+    for row in rows:
+        cosines = [float(found) for found in re.findall(r"held-out image, .*?, cosine (-?[\d.]+)", row)]
+        assert len(cosines) == 2 * NUM_NEIGHBOURS  # before and after training
+        for found in (cosines[:NUM_NEIGHBOURS], cosines[NUM_NEIGHBOURS:]):
+            assert found == sorted(found, reverse=True)
+    shares = re.findall(r"Of these captions (\d+) % before training, (\d+) % after", section)
+    marked = [["✓" in half for half in re.split(r"after \d+ steps", row)] for row in rows]
+    assert shares == [tuple(f"{100 * sum(found) / len(rows):.0f}" for found in zip(*marked, strict=True))]
+    assert "✗" in section
 
 
 def test_empty_run_names_what_to_run(run_folder: Path, tmp_path: Path) -> None:
