@@ -22,6 +22,17 @@ from pretrain.transfer.things import Shown, Things
 MAPS = 3  # the coarsest, as published
 
 
+def start_norms(net: nn.Module) -> None:
+    """Sets the weights of batch norms to 1, as published.
+
+    Transformers draws them around 0 with `initializer_range`, by default 0.01: each of a dozen norms in a row makes
+    the signal a hundred times weaker, and what queries are chosen by is the same at every place.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+
+
 class RTDetrHead(nn.Module):
     """RT-DETR (arXiv 2304.08069): queries chosen among the positions of the maps, denoising while it learns; boxes
     alone. Images keep their shape, the longer side becomes `recipe.size`, and padding fills a square.
@@ -45,9 +56,11 @@ class RTDetrHead(nn.Module):
                 feat_strides=list(strides),
                 num_queries=recipe.detections,
                 freeze_backbone_batch_norms=False,
+                initializer_range=(3 * recipe.width) ** -0.5,  # torch's own of that width, as published
                 **recipe.options,
             )
         )
+        start_norms(self.net)
         side = -(-recipe.size // strides[-1]) * strides[-1]
         self.transform = GeneralizedRCNNTransform(
             recipe.size, recipe.size, run.views.mean, run.views.std, size_divisible=side

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import block_memory, dcnv3_gpu, internimage_h_gpu, loader_scale, transfer
+from benchmarks import block_memory, dcnv3_gpu, dense_transfer, internimage_h_gpu, loader_scale, transfer
 from benchmarks.record import RESULTS
 from pretrain.kernels.dcnv3 import dcnv3
 from pretrain.models.internimage_block import Block
@@ -139,3 +140,31 @@ def test_the_table_of_transfer_is_that_of_its_record() -> None:
     told = transfer.table(transfer.summary(record["runs"]), len(record["runs"]))
     assert (RESULTS / "transfer.md").read_text() == told
     assert "| image to caption, R@1 | 1,000 |" in told  # of how many, which recall depends on
+
+
+def test_the_table_of_dense_transfer_is_that_of_its_record() -> None:
+    record = RESULTS / "dense_transfer.json"
+    found = dense_transfer.recorded(record)
+    assert found.keys() == json.loads(record.read_text())["measured"].keys()  # no case has changed since
+    assert (RESULTS / "dense_transfer.md").read_text() == dense_transfer.table(found) + "\n"
+    assert json.loads(record.read_text())["claim"] == dense_transfer.claim_of(found)
+
+
+def test_dense_transfer_keeps_what_it_did_not_measure_again(tmp_path: Path) -> None:
+    earlier = dense_transfer.recorded(RESULTS / "dense_transfer.json")
+    again = {"metric": "mIoU", "accuracy": 0.5, "interval": [0.4, 0.6], "iou": {}}
+    more = {"numbers": {}, "train_images": 1, "checkpoint": "run/step_000000", "commit": "", "date": ""}
+    out = tmp_path / "segment-untrained-1"
+    out.mkdir()
+    (out / "result.json").write_text(json.dumps({"scores": again, **more}))
+    found = dense_transfer.collected(tmp_path, earlier)
+    assert dense_transfer.rows_of(found["segment"]["untrained"].pop(1)) == {"mIoU": 50.0}
+    earlier["segment"]["untrained"].pop(1)
+    assert found == earlier
+
+
+def test_dense_transfer_keeps_no_row_of_a_case_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = replace(dense_transfer.CASES["segment"], steps=7)
+    monkeypatch.setitem(dense_transfer.CASES, "segment", changed)
+    found = dense_transfer.recorded(RESULTS / "dense_transfer.json")
+    assert found and "segment" not in found

@@ -1,4 +1,4 @@
-"""Are the README's figures of the loader those that were measured?"""
+"""Are the README's figures those that were measured?"""
 
 from __future__ import annotations
 
@@ -84,3 +84,8 @@ def test_what_the_toolkits_made_of_exported_files_is_what_was_measured() -> None
         "No step was made of those for LVIS, nor of Mask R-CNN",
     ):
         assert told in README
+
+
+def test_the_table_of_dense_transfer_is_the_one_that_was_measured() -> None:
+    table = (ROOT / "benchmarks" / "results" / "dense_transfer.md").read_text()
+    assert " ".join(table.split()) in README

@@ -186,8 +186,9 @@ def test_two_ranks_train_and_test_as_one(
         found = kept[0]["gradients"][name]
         assert alone.keys() == found.keys() and alone["loss"] > 0
         largest = max(float(value.abs().max()) for key, value in alone.items() if key != "loss")
-        for key, value in alone.items():  # sums in another order, of numbers up to the largest
-            assert torch.allclose(value.float(), found[key].float(), rtol=1e-3, atol=1e-5 * largest), key
+        for key, value in alone.items():  # sums in another order; a zero is rounding of the largest
+            off = (value.float() - found[key].float()).norm()
+            assert off <= 1e-3 * value.float().norm() + 1e-6 * largest * value.numel() ** 0.5, key
             assert torch.equal(found[key], kept[1]["gradients"][name][key])
 
     together = json.loads((tmp_path / "segment" / RESULT).read_text())

@@ -69,6 +69,19 @@ def test_every_backbone_learns_under_every_head(
     assert [name for name in without if not name.endswith(("offset.weight", "mask.weight"))] == []
 
 
+def test_rt_detr_tells_places_of_an_image_apart_before_it_learns(runs: dict[str, Path], shards: Path) -> None:
+    """As transformers starts it, what its queries are chosen by would be the same everywhere: 0.01 in place of 1."""
+    run, _, towers = load_towers(find_checkpoint(runs["internimage"], "last"))
+    train_set, _ = open_sets("detect", Named(shards), 0.0)
+    torch.manual_seed(0)
+    model, draw, _ = TASKS["detect"](run, towers, tiny("detect", "small_detr"), train_set)
+    seen = []
+    model.net.model.enc_output.register_forward_hook(lambda module, into, out: seen.append(out))
+    model.train().loss([draw(0), draw(1)])
+    (places,) = seen
+    assert places.std(1).mean() > 0.5
+
+
 @pytest.mark.parametrize(("task", "name"), CASES)
 def test_a_training_that_was_stopped_ends_as_one_that_was_not(
     task: str, name: str, runs: dict[str, Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
