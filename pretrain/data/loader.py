@@ -26,7 +26,9 @@ from pretrain.facts import DataFacts
 
 VERIFIED_BYTES = 2 * 2**30  # data sets up to this size are hashed at start, of larger ones the first shard
 VERIFY_RATE = 2**28  # bytes a second that all ranks together hash of the rest, while they train
-MOST_BATCHES = 0.9 * 2**30  # bytes of views that a worker keeps room for, of the 1.5 GiB that it may take
+# Bytes of views that a worker keeps room for, of the 1.5 GiB that it may take: the rest is for an image of the most
+# pixels that decoders take.
+MOST_BATCHES = 0.5 * 2**30
 MOST_UNTAGGED = 64  # images without any tag before that is told
 
 

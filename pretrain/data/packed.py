@@ -6,6 +6,7 @@ Every tensor that a worker sends costs the trainer a connection, about a millise
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,16 +17,23 @@ from pretrain.data.batch import Batch
 from pretrain.data.room import Place, give_back, in_one, part
 from pretrain.data.steps import Delivery
 
+MOST_TOLD = 2048  # bytes in a message of at most PIPE_BUF, 4,096; places and handles take the other half
+
 
 @dataclass(frozen=True)
 class Packed:
-    """A delivery whose tensors are parts of one, and of a second where the device has something left to do."""
+    """A delivery whose tensors are parts of one, and of a second where the device has something left to do.
+
+    Its message stays below what a pipe takes in one piece: of a worker that is killed in the middle of a longer one,
+    the trainer would wait for the rest for ever. `told` lies in memory of its own where it is long.
+    """
 
     buffer: UInt8[Tensor, " bytes"]
     places: tuple[Place, ...]  # of the batch's fields
     left: UInt8[Tensor, " more"] | None
-    left_places: tuple[Place, ...]
-    rest: tuple  # what of the delivery is no tensor
+    told: (
+        bytes | UInt8[Tensor, " long"]
+    )  # pickled: what of the delivery is no tensor, and the places in `left`
 
     def taken(self) -> Packed:
         """The same in memory of this process, page-locked where there is a GPU; the sender's is given back."""
@@ -41,28 +49,33 @@ def _own(tensor: Tensor) -> Tensor:
 def pack(delivery: Delivery) -> Packed:
     """The batch is not copied where its tensors lie in one piece, as `room_for` makes them.
 
-    What the device has left to do lies in shared memory if the batch does; DataError where that has no room.
+    What else is long lies in shared memory if the batch does; DataError where that has no room.
     """
     batch, unfinished, *rest = delivery
     buffer, places = in_one([getattr(batch, field.name) for field in dataclasses.fields(Batch)])
+    is_shared = buffer.is_shared()
     left, left_places = None, ()
     if unfinished is not None:
-        # Files too: a message longer than a pipe takes at once would leave the trainer in the middle of it if its
-        # worker is killed.
-        is_shared = buffer.is_shared()
-        files = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in unfinished.files]
-        left, left_places = in_one([unfinished.changes, *files], is_shared)
+        left, left_places = in_one([unfinished.changes, *map(_tensor, unfinished.files)], is_shared)
         unfinished = unfinished._replace(changes=None, files=())
-    return Packed(buffer, places, left, left_places, (unfinished, *rest))
+    told: bytes | Tensor = pickle.dumps((left_places, unfinished, *rest))
+    if len(told) > MOST_TOLD:
+        told, _ = in_one([_tensor(told)], is_shared)
+    return Packed(buffer, places, left, told)
+
+
+def _tensor(content: bytes) -> UInt8[Tensor, " n"]:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def unpack(packed: Packed) -> Delivery:
     """What was packed; the tensors share the memory of the buffer."""
     names = [field.name for field in dataclasses.fields(Batch)]
     fields = [part(packed.buffer, place) for place in packed.places]
-    unfinished, *rest = packed.rest
+    told = packed.told if isinstance(packed.told, bytes) else packed.told.numpy().tobytes()
+    left_places, unfinished, *rest = pickle.loads(told)
     if unfinished is not None:
-        changes, *files = (part(packed.left, place) for place in packed.left_places)
+        changes, *files = (part(packed.left, place) for place in left_places)
         unfinished = unfinished._replace(
             changes=changes, files=tuple(file.numpy().tobytes() for file in files)
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import select
 import time
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from data_prep.schema import Manifest, fill_prompt
 from pretrain.config import Mixing, Source, Views
 from pretrain.data.batch import NO_CATEGORY
-from pretrain.data.faults import DataError
+from pretrain.data.faults import DataError, Dropped
 from pretrain.data.loader import Loader, _tell_of_memory
 from pretrain.data.packed import Packed, pack, unpack
 from pretrain.data.room import Rooms, give_back, in_one, room_for
@@ -248,6 +250,27 @@ def test_shared_memory_is_written_again_only_after_it_was_copied(folders: dict[s
     given_back = rooms.take(2**20)
     give_back(given_back)
     assert rooms.take(2**20 + 8).data_ptr() != given_back.data_ptr(), "of another size"
+
+
+@pytest.mark.parametrize("on_device", ["none", "all"])
+def test_the_message_of_a_large_batch_goes_through_a_pipe_in_one_piece(
+    folders: dict[str, Path], on_device: str
+) -> None:
+    """The trainer would wait for ever for the rest of one whose worker is killed in the middle."""
+    views = Views(size=16, on_device=on_device)
+    run = small_run(data={"names": Source("category")}, batch=512, views=views)
+    made = Steps(run, open_sources(run, {"names": folders["names"]}, None), 0, 1).make(0, Rooms())
+    made = made._replace(
+        dropped=(Dropped("names", "000000.tar", 7, "truncated", "a long message " * 9),) * 200
+    )
+    sent = pack(made)
+    assert len(ForkingPickler.dumps((0, sent))) < select.PIPE_BUF
+    again = unpack(sent.taken())
+    assert again.dropped == made.dropped and again.num_images == 512
+    if made.unfinished is not None:
+        assert (
+            again.unfinished.files == made.unfinished.files and again.unfinished.rows == made.unfinished.rows
+        )
 
 
 def test_no_room_in_shared_memory_is_told_with_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
