@@ -15,7 +15,7 @@ from pretrain.plan.step_time import ASSUMPTIONS
 CUT_A_CORE = {"none": 773.0, "colours": 976.0, "all": 12768.0}
 # Those of a worker of a running loader on the same files, which makes masks and labels too, and shares its batches
 # (loader_wait.json, the slower of two spans); seconds an image that this takes, whatever is left to the device.
-IMAGES_A_WORKER = 418.0
+IMAGES_A_WORKER = 495.0
 BESIDE = 1 / IMAGES_A_WORKER - 1 / CUT_A_CORE["none"]
 IMAGES_A_CORE = {name: 1 / (1 / rate + BESIDE) for name, rate in CUT_A_CORE.items()}
 GB = 1e9

@@ -113,7 +113,8 @@ def test_constants_are_those_that_were_measured():
     keys = {"none": "views", "colours": "views, colours on the device", "all": "views, all on the device"}
     assert pytest.approx({name: rates[key] for name, key in keys.items()}, rel=0.05) == CUT_A_CORE
     wait = json.loads((ROOT / "benchmarks/results/loader_wait.json").read_text())
-    assert wait["steady"]["images_a_second_without_pause"] == pytest.approx(IMAGES_A_WORKER, rel=0.05)
+    slower = min(span["images_a_second_without_pause"] for span in (wait, wait["steady"]))
+    assert slower == pytest.approx(IMAGES_A_WORKER, rel=0.05)
     assert IMAGES_A_CORE["none"] == pytest.approx(IMAGES_A_WORKER) and IMAGES_A_CORE["all"] > IMAGES_A_WORKER
     recipes = json.loads((ROOT / "benchmarks/results/m3i_step_gpu.json").read_text())["recipes"]
     for measured in (recipes[name]["zero2"] for name in ("internimage_h", "vit_b16")):
