@@ -31,7 +31,12 @@ def exit_code(
 
 
 def require_place(option: str, path: Path) -> None:
-    """ValueError unless something can be written at `path`: hours of work are not begun for a place that is none."""
+    """ValueError unless something can be written at `path`: hours of work are not begun for a place that is none.
+
+    What is there and no file, such as a device, is refused too: it would be replaced.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{option} {path} is a device, pipe or socket, and would be replaced: name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -94,6 +94,10 @@ def test_replaced_samples_are_counted_and_listed(tmp_path: Path, capsys: pytest.
         (["--workers", "-1"], "--workers -1 not negative"),
         (["--out", "."], "--out . must be a file in a folder that exists"),
         (["--out", "/proc/page.html"], "--out /proc/page.html cannot be written (No such file or directory)"),
+        (
+            ["--out", "/dev/null"],
+            "--out /dev/null is a device, pipe or socket, and would be replaced: name a file",
+        ),
         (["--mixing.pairs", "other", "--data.names.weight", "9"], "one source gives 0.9 of all where half"),
     ],
 )
