@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
 
 from pretrain import training_state  # noqa: E402
 from pretrain.checkpoint import load_towers  # noqa: E402
@@ -83,12 +84,20 @@ def gradients(run: Path, shards: Path, task: str, name: str) -> dict[str, Any]:
     model, draw, loss_of = TASKS[task](run_of, towers, numbers, train_set)
     load_trunk(model, towers, is_frozen=False)
     with_joint_norms(model, torch.device("cpu"))
+    if name == "small_detr":  # many norms in a row make of single precision's rounding more than is compared
+        model.double()
+        model.net.register_forward_pre_hook(in_double, with_kwargs=True)
     (batch,) = batches(Draws(len(train_set), draw, 0), replace(TOY, steps=1), 0, 0)
     loss = loss_of(model.train(), batch.examples)
     loss.backward()
     average_gradients(model.parameters())
     found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     return {"loss": mean_over_ranks(loss), **found, **dict(model.named_buffers())}
+
+
+def in_double(module: torch.nn.Module, given: Any, named: Any) -> tuple[Any, Any]:
+    """All numbers with a fraction that a network is given, in double precision."""
+    return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, (given, named))
 
 
 def failing() -> None:
@@ -186,9 +195,8 @@ def test_two_ranks_train_and_test_as_one(
         found = kept[0]["gradients"][name]
         assert alone.keys() == found.keys() and alone["loss"] > 0
         largest = max(float(value.abs().max()) for key, value in alone.items() if key != "loss")
-        for key, value in alone.items():  # sums in another order; a zero is rounding of the largest
-            off = (value.float() - found[key].float()).norm()
-            assert off <= 1e-3 * value.float().norm() + 1e-6 * largest * value.numel() ** 0.5, key
+        for key, value in alone.items():  # sums in another order, of numbers up to the largest
+            assert torch.allclose(value.float(), found[key].float(), rtol=1e-3, atol=1e-5 * largest), key
             assert torch.equal(found[key], kept[1]["gradients"][name][key])
 
     together = json.loads((tmp_path / "segment" / RESULT).read_text())
