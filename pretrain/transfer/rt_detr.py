@@ -56,7 +56,7 @@ class RTDetrHead(nn.Module):
                 feat_strides=list(strides),
                 num_queries=recipe.detections,
                 freeze_backbone_batch_norms=False,
-                initializer_range=(3 * recipe.width) ** -0.5,  # torch's own of that width, as published
+                initializer_range=(3 * recipe.width) ** -0.5,  # torch's own deviation at that width
                 **recipe.options,
             )
         )
