@@ -31,9 +31,8 @@ class Packed:
     buffer: UInt8[Tensor, " bytes"]
     places: tuple[Place, ...]  # of the batch's fields
     left: UInt8[Tensor, " more"] | None
-    told: (
-        bytes | UInt8[Tensor, " long"]
-    )  # pickled: what of the delivery is no tensor, and the places in `left`
+    # Pickled: what of the delivery is no tensor, and the places in `left`.
+    told: bytes | UInt8[Tensor, " long"]
 
     def taken(self) -> Packed:
         """The same in memory of this process, page-locked where there is a GPU; the sender's is given back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -94,10 +95,6 @@ def test_replaced_samples_are_counted_and_listed(tmp_path: Path, capsys: pytest.
         (["--workers", "-1"], "--workers -1 not negative"),
         (["--out", "."], "--out . must be a file in a folder that exists"),
         (["--out", "/proc/page.html"], "--out /proc/page.html cannot be written (No such file or directory)"),
-        (
-            ["--out", "/dev/null"],
-            "--out /dev/null is a device, pipe or socket, and would be replaced: name a file",
-        ),
         (["--mixing.pairs", "other", "--data.names.weight", "9"], "one source gives 0.9 of all where half"),
     ],
 )
@@ -112,6 +109,20 @@ def test_a_mistake_is_told_in_one_message(
     recipe = write_recipe(tmp_path)
     assert main([*pairs, "--recipe", str(recipe), "--out", str(tmp_path / "x.html"), *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_replaced_by_the_page(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [f"{name}={folder}" for name, folder in folders.items()]
+    pipe = tmp_path / "page.html"
+    os.mkfifo(pipe)
+    assert main([*pairs, "--recipe", str(write_recipe(tmp_path)), "--out", str(pipe)]) == 1
+    assert (
+        f"--out {pipe} is a device, pipe or socket, and would be replaced: name a file"
+        in capsys.readouterr().err
+    )
+    assert pipe.is_fifo()
 
 
 def test_errors_call_this_command_by_its_own_name(
