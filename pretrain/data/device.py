@@ -14,6 +14,7 @@ from torch import Tensor
 from pretrain.config import Views
 from pretrain.data.batch import Batch
 from pretrain.data.colour import change_batch, largest_sigma
+from pretrain.data.decode import decode_image
 
 AT_ONCE = 128  # views whose colours change together: in float32 they take several times their memory
 
@@ -27,12 +28,12 @@ class Unfinished(NamedTuple):
 
 
 def finish(batch: Batch, unfinished: Unfinished, settings: Views, device: torch.device) -> Batch:
-    """The batch on `device` with all its views. RuntimeError for a file that the device's decoder refuses."""
+    """The batch on `device` with all its views. BadSample for a file that no decoder takes."""
     moved = batch.to(device)  # boxes are read where they are
     views = moved.views
     if unfinished.files:
         views = views.clone() if device.type == "cpu" else views
-        for row, image in zip(unfinished.rows, decode_files(unfinished.files, device), strict=True):
+        for row, image in zip(unfinished.rows, _decoded(unfinished.files, device), strict=True):
             for which, box in enumerate(batch.boxes[row].tolist()):
                 if box[2]:  # a view that no target needs has a box of zeros
                     views[row, which] = cut_float(image, box, settings.size)
@@ -40,6 +41,26 @@ def finish(batch: Batch, unfinished: Unfinished, settings: Views, device: torch.
     parts = zip(views.flatten(0, 1).split(AT_ONCE), changes.flatten(0, 1).split(AT_ONCE), strict=True)
     changed = torch.cat([change_batch(*part, largest_sigma(settings)) for part in parts])
     return replace(moved, views=changed.view_as(views))
+
+
+def _decoded(files: tuple[bytes, ...], device: torch.device) -> list[UInt8[Tensor, "3 h w"]]:
+    """RGB pixels on `device`, of files that its decoder refuses by ours: it says of many not which one it was."""
+    try:
+        return decode_files(files, device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return [_decoded_alone(content, device) for content in files]
+
+
+def _decoded_alone(content: bytes, device: torch.device) -> UInt8[Tensor, "3 h w"]:
+    try:
+        return decode_files((content,), device)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        warnings.warn(f"the device does not decode a file ({error}): this process does", stacklevel=4)
+        return decode_image(content).permute(2, 0, 1).to(device)
 
 
 def decode_files(files: tuple[bytes, ...], device: torch.device) -> list[UInt8[Tensor, "3 h w"]]:

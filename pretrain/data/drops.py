@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from pretrain.data.faults import OF_SHARDS, WHOLE_SHARD, DataError, Dropped, bey
 # Of shards that another copy mends: a whole one is lost no more, until it is found as bad again.
 MENDED_BY_A_COPY = ("missing_shard", "truncated_shard", "broken_index", "changed_shard")
 NAME = "dropped-rank_{:05d}.jsonl"  # in the folder of a run
+TAKEN = ".taken_by_"  # ends, with a rank's number, the name of a list that this rank takes over
 
 
 class Drops:
@@ -99,19 +101,26 @@ class Drops:
 
 
 def file_of(folder: Path, rank: int, world: int) -> Path:
-    """Where a rank lists its drops in the folder of a run; it takes over the lists of ranks that are no more."""
+    """Where a rank lists its drops in the folder of a run; it takes over the lists of ranks that are no more.
+
+    Such a list is renamed first: should this start be killed before it is removed, another one with so many ranks
+    that there is one of this number again finds it taken.
+    """
     own = folder / NAME.format(rank)
-    numbered = {
-        int(path.stem.rpartition("_")[2]): path for path in folder.glob(NAME.replace("{:05d}", "*[0-9]"))
-    }
-    gone = [path for number, path in sorted(numbered.items()) if number >= world and number % world == rank]
-    if gone:
+    for path in folder.glob(NAME.replace("{:05d}", "*[0-9]")):
+        number = int(path.stem.rpartition("_")[2])
+        if number >= world and number % world == rank:
+            path.rename(folder / f"{path.stem}-{time.time_ns()}{TAKEN}{rank}")
+    taken = sorted(
+        path for path in folder.glob(f"*{TAKEN}*[0-9]") if int(path.suffix[len(TAKEN) :]) % world == rank
+    )
+    if taken:
         # A start that was killed before it removed a list has told it already: what two lists tell alike counts once.
         told: Counter[str] = Counter()
-        for path in (own, *gone):
+        for path in (own, *taken):
             told |= Counter(_text([record]) for record in _lines(path))
         write_atomic(own, "".join(told.elements()).encode())
-        for path in gone:
+        for path in taken:
             path.unlink()
     return own
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from data_prep.schema import Shard
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.device import finish
@@ -18,7 +19,7 @@ from pretrain.data.left_out import after_kept, next_kept
 from pretrain.data.remote import Place
 from pretrain.data.room import MOST_KEPT
 from pretrain.data.shards import ShardFolder
-from pretrain.data.sources import open_sources
+from pretrain.data.sources import Sources, open_sources
 from pretrain.data.steps import STAGES, Delivery, Steps
 from pretrain.data.verified import Verifier
 from pretrain.data.workers import Made
@@ -65,22 +66,7 @@ class Loader:
         start_step = after_kept(start_step, self._left_out)
         ours = slice(rank, None, world)  # each rank looks at its part of the shards
         sources = open_sources(run, folders, tokenizer, slice(0) if start_step else ours)
-        later, changed = [], []
-        for source in sources.opened:
-            shards = source.shards
-            problems: list[Exception] = (
-                list(shards.problems(ours)) if start_step else []
-            )  # else all are there
-            if not shards.is_remote:  # hashed as it is copied
-                now, rest = _when_hashed(shards, ours)
-                if not start_step:
-                    shards.verify(now)
-                else:
-                    found = list(shards.changed(now))
-                    changed += [(source.name, shard, str(error)) for shard, error in found]
-                    problems += [error for _, error in found]
-                later += [(shards.folder, source.name, shards.manifest.shards[number]) for number in rest]
-            _tell(problems)
+        later, self._changed = _verified(sources, ours, is_resumed=bool(start_step))
         captions = sources.captions
         sha256 = {f"data.{source.name}": source.shards.sha256 for source in sources.opened}
         if captions is not None:
@@ -97,7 +83,6 @@ class Loader:
             _tell_of_memory(run, world, workers)
         self._device = device
         self._verifier = Verifier(later, VERIFY_RATE / world)
-        self._changed = changed  # before a resume, and not yet counted
         opened = {source.name: source.shards for source in sources.opened}
         manifests = {name: shards.manifest for name, shards in opened.items()}
         self._drops = Drops(
@@ -121,19 +106,11 @@ class Loader:
         if not self._is_begun:
             self._drops.begin()
             self._is_begun = True
-            for source, shard, message in self._changed:
-                changed = Dropped(source, shard.name, WHOLE_SHARD, "changed_shard", message)
+            for changed in self._changed:
                 self._count([changed], self._next_step - 1)
         delivery = next(self._made)
         if delivery.unfinished is not None:
-            try:
-                batch = finish(delivery.batch, delivery.unfinished, self._steps.run.views, self._device)
-            except RuntimeError as error:
-                if not delivery.unfinished.files or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                delivery = self._decode_here(error)
-                batch = finish(delivery.batch, delivery.unfinished, self._steps.run.views, self._device)
-            delivery = delivery._replace(batch=batch)
+            delivery = self._finished(delivery)
         number, self._next_step = self._next_step, next_kept(self._next_step + 1, self._left_out)
         self.num_images += delivery.num_images
         self.num_captions += delivery.num_captions
@@ -150,13 +127,15 @@ class Loader:
             self._count([Dropped(source, shard.name, WHOLE_SHARD, "changed_shard", message)], number)
         return delivery.batch
 
-    def _decode_here(self, error: RuntimeError) -> Delivery:
-        """The step again, without the device's decoder, which refused a file that ours may take or replace."""
-        warnings.warn(
-            f"the device decodes a file of step {self._next_step} not ({error}): this process decodes the whole step",
-            stacklevel=3,
-        )
-        return self._steps.decoded_here()[self._next_step]
+    def _finished(self, delivery: Delivery) -> Delivery:
+        """With the views that the device had to make; a file that no decoder takes is replaced by another sample."""
+        views = self._steps.run.views
+        try:
+            batch = finish(delivery.batch, delivery.unfinished, views, self._device)
+        except BadSample:
+            delivery = self._steps.decoded_here()[self._next_step]
+            batch = finish(delivery.batch, delivery.unfinished, views, self._device)
+        return delivery._replace(batch=batch)
 
     def _look_for_tags(self, delivery: Delivery) -> None:
         """Warns once when none of the first images that should have tags has one: all would be negatives of all."""
@@ -234,6 +213,33 @@ class Loader:
         self._drops.close()
         for source in self._steps.sources.opened:
             source.shards.close()
+
+
+def _verified(
+    sources: Sources, ours: slice, is_resumed: bool
+) -> tuple[list[tuple[Path, str, Shard]], list[Dropped]]:
+    """Looks at our shards, as a start must: those that are to be hashed later, and those that changed.
+
+    A run that begins raises what is wrong with a shard; one that goes on warns of it.
+    """
+    later, changed = [], []
+    for source in sources.opened:
+        shards = source.shards
+        problems: list[Exception] = list(shards.problems(ours)) if is_resumed else []  # else all are there
+        if not shards.is_remote:  # hashed as it is copied
+            now, rest = _when_hashed(shards, ours)
+            if not is_resumed:
+                shards.verify(now)
+            else:
+                found = list(shards.changed(now))
+                changed += [
+                    Dropped(source.name, shard.name, WHOLE_SHARD, "changed_shard", str(error))
+                    for shard, error in found
+                ]
+                problems += [error for _, error in found]
+            later += [(shards.folder, source.name, shards.manifest.shards[number]) for number in rest]
+        _tell(problems)
+    return later, changed
 
 
 def _when_hashed(shards: ShardFolder, ours: slice) -> tuple[range, range]:

@@ -18,7 +18,7 @@ MOST_KEPT = 3  # pieces: one that is written, one that waits, one that is copied
 Form = tuple[torch.dtype, tuple[int, ...]]  # type and shape of a tensor
 
 
-class Place(NamedTuple):
+class Span(NamedTuple):
     """Where a tensor lies in the buffer."""
 
     start: int  # bytes
@@ -44,6 +44,10 @@ class Rooms:
         self._kept = [*(one for one in self._kept if one is not room), room][-MOST_KEPT:]
         return room
 
+    def has_lent(self, buffer: UInt8[Tensor, " bytes"]) -> bool:
+        """Whether this was taken from here."""
+        return any(room.data_ptr() == buffer.data_ptr() for room in self._kept)
+
 
 def give_back(buffer: UInt8[Tensor, " bytes"]) -> None:
     """Lets the process that took this from its Rooms write it anew."""
@@ -56,9 +60,9 @@ def room_for(forms: Mapping[str, Form], rooms: Rooms | None = None) -> dict[str,
     With `rooms` other processes can be sent it without a copy: a batch is then held once, not twice. DataError
     where they have no room for it.
     """
-    places, size = _placed(forms.values())
+    spans, size = _placed(forms.values())
     buffer = torch.empty(size, dtype=torch.uint8) if rooms is None else rooms.take(size)
-    return {name: part(buffer, place) for name, place in zip(forms, places, strict=True)}
+    return {name: part(buffer, span) for name, span in zip(forms, spans, strict=True)}
 
 
 def _shared_memory(size: int) -> UInt8[Tensor, " bytes"]:
@@ -75,34 +79,34 @@ def _shared_memory(size: int) -> UInt8[Tensor, " bytes"]:
 
 def in_one(
     tensors: Sequence[Tensor], is_shared: bool = False
-) -> tuple[UInt8[Tensor, " bytes"], tuple[Place, ...]]:
+) -> tuple[UInt8[Tensor, " bytes"], tuple[Span, ...]]:
     """One tensor that holds all of these, and where: the memory that they share, or a copy, shared if so said."""
     memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
     is_there = not is_shared or all(tensor.is_shared() for tensor in tensors)
     if len(memory) == 1 and is_there and all(tensor.is_contiguous() for tensor in tensors):
         (storage,) = memory.values()
         starts = [tensor.storage_offset() * tensor.element_size() for tensor in tensors]
-        places = (
-            Place(start, tensor.nbytes, tensor.dtype, tuple(tensor.shape))
+        spans = (
+            Span(start, tensor.nbytes, tensor.dtype, tuple(tensor.shape))
             for start, tensor in zip(starts, tensors, strict=True)
         )
-        return torch.empty(0, dtype=torch.uint8).set_(storage), tuple(places)
+        return torch.empty(0, dtype=torch.uint8).set_(storage), tuple(spans)
     placed, size = _placed([(tensor.dtype, tuple(tensor.shape)) for tensor in tensors])
     buffer = _shared_memory(size) if is_shared else torch.empty(size, dtype=torch.uint8)
-    for tensor, place in zip(tensors, placed, strict=True):
-        part(buffer, place).copy_(tensor)
+    for tensor, span in zip(tensors, placed, strict=True):
+        part(buffer, span).copy_(tensor)
     return buffer, placed
 
 
-def _placed(forms: Iterable[Form]) -> tuple[tuple[Place, ...], int]:
+def _placed(forms: Iterable[Form]) -> tuple[tuple[Span, ...], int]:
     """Where tensors of these forms lie one behind the other, and the bytes of all."""
-    places, size = [], 0
+    spans, size = [], 0
     for dtype, shape in forms:
-        places.append(Place(size, math.prod(shape) * dtype.itemsize, dtype, shape))
-        size += -(-places[-1].size // ALIGNED) * ALIGNED
-    return tuple(places), size
+        spans.append(Span(size, math.prod(shape) * dtype.itemsize, dtype, shape))
+        size += -(-spans[-1].size // ALIGNED) * ALIGNED
+    return tuple(spans), size
 
 
-def part(buffer: Tensor, place: Place) -> Tensor:
+def part(buffer: Tensor, span: Span) -> Tensor:
     """The tensor that lies there."""
-    return buffer[place.start : place.start + place.size].view(place.dtype).view(place.shape)
+    return buffer[span.start : span.start + span.size].view(span.dtype).view(span.shape)

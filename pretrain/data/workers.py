@@ -149,7 +149,7 @@ class _Told:
 
     def __getitem__(self, step: int) -> Packed | DataError:
         try:
-            return pack(self._steps.make(step, self._rooms))
+            return pack(self._steps.make(step, self._rooms), self._rooms)
         except DataError as error:
             return error
 

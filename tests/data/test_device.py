@@ -11,11 +11,11 @@ import torch
 
 from pretrain.config import Source, Views
 from pretrain.data import device as device_module
-from pretrain.data import loader as loader_module
 from pretrain.data.colour import Change, change_batch, draw_change, largest_sigma
 from pretrain.data.decode import decode_image, plain_jpeg_size
 from pretrain.data.device import cut_float, decode_files
 from pretrain.data.loader import Loader
+from pretrain.data.steps import Steps
 from pretrain.data.views import cut
 from tests.data.delivered import batches
 from tests.data.sets import encoded, good_set, picture, recoloured, sample, small_run, write_set
@@ -99,28 +99,58 @@ def test_what_is_no_plain_jpeg_is_left_to_the_worker() -> None:
         assert plain_jpeg_size(content) is None
 
 
-def test_a_file_that_the_device_refuses_is_decoded_or_replaced_here(
+def refusing(refused: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's decoder takes no batch with this file; it says not which one it was."""
+    real = device_module.decode_files
+
+    def decode(files: tuple[bytes, ...], device: torch.device) -> list[torch.Tensor]:
+        if refused in files:
+            raise RuntimeError("nvJPEG: corrupt")
+        return real(files, device)
+
+    monkeypatch.setattr(device_module, "decode_files", decode)
+
+
+def of_refused(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Loader, Loader]:
+    """Loaders of a set that holds such a file: everything decoded here, and by a device that refuses the file."""
+    samples = [sample(number, has_text=False) for number in range(12)]
+    samples[5]["jpg"] = content
+    folder = {"names": write_set(tmp_path / "names", [samples])}
+    run = small_run(data={"names": Source("category")}, batch=12, max_bad=0.5)
+    refusing(content, monkeypatch)
+    here, there = (
+        Loader(replace(run, views=replace(run.views, on_device=what)), folder, None, rank=0, world=1)
+        for what in ("colours", "all")
+    )
+    return here, there
+
+
+def test_a_file_that_the_device_refuses_is_the_only_one_decoded_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples = [sample(number, has_text=False) for number in range(12)]
-    damaged = bytearray(samples[5]["jpg"])
-    damaged[len(damaged) // 2 : len(damaged) // 2 + 40] = b"\xff\xd9" * 20
-    samples[5]["jpg"] = bytes(damaged)
-    folder = write_set(tmp_path / "names", [samples])
-    run = small_run(data={"names": Source("category")}, batch=12, max_bad=0.5)
-    here = Loader(
-        replace(run, views=replace(run.views, on_device="colours")), {"names": folder}, None, rank=0, world=1
-    )
-    real = loader_module.finish
+    here, there = of_refused(sample(5, has_text=False)["jpg"], tmp_path, monkeypatch)
+    monkeypatch.delattr(Steps, "decoded_here")  # the other eleven are left to the device
+    with pytest.warns(UserWarning, match=r"the device does not decode a file \(nvJPEG: corrupt\)") as told:
+        difference = (next(there).views.int() - next(here).views.int()).abs().float()
+    assert float(difference.mean()) < 1 and float((difference > 6).float().mean()) < 0.01
+    assert len(told) == 1 and not there.dropped
 
-    def refuse(batch: object, unfinished: object, *rest: object) -> object:
-        if unfinished.files:
-            raise RuntimeError("nvJPEG: corrupt")
-        return real(batch, unfinished, *rest)
 
-    monkeypatch.setattr(loader_module, "finish", refuse)
-    run = replace(run, views=replace(run.views, on_device="all"))
-    there = Loader(run, {"names": folder}, None, rank=0, world=1)
-    with pytest.warns(UserWarning, match=r"the device decodes a file of step 0 not \(nvJPEG: corrupt\)"):
+def test_a_file_that_no_decoder_takes_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = bytearray(sample(5, has_text=False)["jpg"])
+    damaged[-200:-160] = (
+        b"\xff\xd9" * 20
+    )  # in the pixels: its header is whole, so that it is left to the device
+    here, there = of_refused(bytes(damaged), tmp_path, monkeypatch)
+    with pytest.warns(UserWarning, match="the device does not decode a file"):
         assert torch.equal(next(there).views, next(here).views)
     assert here.dropped == there.dropped and sum(there.dropped.values()) == 1
+
+
+def test_a_device_without_memory_is_no_file_that_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(files: tuple[bytes, ...], device: torch.device) -> list[torch.Tensor]:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(device_module, "decode_files", decode)
+    with pytest.raises(torch.OutOfMemoryError):
+        device_module._decoded((b"",), torch.device("cpu"))

@@ -235,11 +235,11 @@ def test_shared_memory_is_written_again_only_after_it_was_copied(folders: dict[s
     def place(packed: Packed) -> int:
         return packed.buffer.data_ptr()
 
-    first, second = pack(steps.make(0, rooms)), pack(steps.make(1, rooms))
+    first, second = pack(steps.make(0, rooms), rooms), pack(steps.make(1, rooms), rooms)
     assert place(first) != place(second)
     own = first.taken()
     assert place(own) not in (place(first), place(second)) and not own.buffer.is_shared()
-    third, fourth = pack(steps.make(2, rooms)), pack(steps.make(3, rooms))
+    third, fourth = pack(steps.make(2, rooms), rooms), pack(steps.make(3, rooms), rooms)
     assert place(third) == place(first) and place(fourth) not in (place(first), place(second))
     for packed, wanted in zip((own, second, third, fourth), plain, strict=True):
         again = unpack(packed).batch
@@ -247,6 +247,10 @@ def test_shared_memory_is_written_again_only_after_it_was_copied(folders: dict[s
             torch.equal(getattr(again, field.name), getattr(wanted, field.name))
             for field in dataclasses.fields(wanted)
         )
+    not_lent = pack(steps[0], rooms)
+    not_lent.buffer[-1] = 7
+    not_lent.taken()
+    assert not_lent.buffer[-1] == 7, "it is no room of the sender's"
     given_back = rooms.take(2**20)
     give_back(given_back)
     assert rooms.take(2**20 + 8).data_ptr() != given_back.data_ptr(), "of another size"

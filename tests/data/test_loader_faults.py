@@ -15,7 +15,7 @@ import torch
 
 from pretrain.config import Mixing, Run, Source
 from pretrain.data.batch import Batch
-from pretrain.data.drops import Drops, file_of
+from pretrain.data.drops import NAME, Drops, file_of
 from pretrain.data.faults import DataError, Dropped, beyond_chance, check_bad_share
 from pretrain.data.loader import Loader
 from tests.data.delivered import assert_same, batches, joined
@@ -90,6 +90,30 @@ def test_what_was_dropped_is_told_once_whatever_the_kills_and_ranks(tmp_path: Pa
     (tmp_path / "dropped-rank_00003.jsonl").write_bytes(b"".join(content.splitlines(keepends=True)[5:9]))
     assert file_of(tmp_path, 0, 1).read_bytes() == content
     assert not (tmp_path / "dropped-rank_00003.jsonl").exists()
+
+
+@pytest.mark.parametrize("worlds", [(1, 4), (1, 1), (2, 1), (1, 3, 2), (2, 4, 1)])
+def test_a_list_that_was_taken_over_counts_once_whatever_ranks_come_then(
+    tmp_path: Path, worlds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in range(4):
+        lines = [
+            {"step": step, **Dropped("names", "a.tar", rank, "corrupt", "")._asdict()} for step in range(3)
+        ]
+        (tmp_path / NAME.format(rank)).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with monkeypatch.context() as killed:  # it has written its own list, and has removed none
+
+        def kill(path: Path) -> None:
+            raise KeyboardInterrupt
+
+        killed.setattr(Path, "unlink", kill)
+        with pytest.raises(KeyboardInterrupt):
+            file_of(tmp_path, 0, worlds[0])
+    for world in worlds[1:]:
+        for rank in range(world):
+            file_of(tmp_path, rank, world)
+    told = [line for path in tmp_path.glob("dropped-*") for line in path.read_text().splitlines()]
+    assert len(told) == 12 == len(set(told)) and all(path.suffix == ".jsonl" for path in tmp_path.iterdir())
 
 
 def test_a_resume_on_more_ranks_is_judged_by_what_it_reads_itself(tmp_path: Path) -> None:
