@@ -32,7 +32,7 @@ from pretrain.evaluate.fine_tune_state import remove_states, require_recipes
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, SLOW
 from pretrain.evaluate.protocols import Protocols, best_device, measure_subject
 from pretrain.evaluate.published import is_published
-from pretrain.evaluate.retrieval import MOST_IMAGES
+from pretrain.evaluate.retrieval import MOST_GALLERIES, MOST_IMAGES
 from pretrain.evaluate.sets import Listing, read_manifests
 from pretrain.evaluate.shares import TIMEOUT
 from pretrain.evaluate.splits import FOLDERS, SPLITS, found_in
@@ -99,7 +99,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         default=MOST_IMAGES,
         metavar="N",
-        help="held-out images that compete in retrieval, the first with captions, with all of these (%(default)s)",
+        help="held-out images that compete in retrieval, with all of their captions (%(default)s); of more images "
+        f"recall is the mean over up to {MOST_GALLERIES} such galleries",
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images (0: this one)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by DeepSpeed's launcher

@@ -38,7 +38,7 @@ class Evidence:
     embed: zero_shot.EmbedTexts  # the run's text tower
     templates: str = AUTO  # of zero-shot classification
     device: torch.device = CPU  # of probes that are trained step by step
-    retrieval_images: int = MOST_IMAGES  # at most, that compete
+    retrieval_images: int = MOST_IMAGES  # that compete, at most
     without_text: str = ""  # why nothing makes tokens, where that is known
     kept: dict[str, Any] = field(default_factory=dict)  # what one probe leaves for another
 

@@ -100,28 +100,32 @@ def _classifier(evidence: Evidence) -> Outcome:
 
 
 def _retrieval(evidence: Evidence, query: str) -> Outcome:
-    """Recall among the first held-out images with captions, from images to captions or back."""
+    """Recall among held-out images with captions, from images to captions or back."""
     owned, num_captioned, images, texts = _captioned(evidence)
-    is_match = retrieval.matches(owned)
-    if query == "image":
-        ranks = retrieval.ranks(images, texts, is_match)
-    else:
-        is_match = is_match.turned
-        ranks = retrieval.ranks(texts, images, is_match)
-    counts = is_match.counts()
+    galleries = retrieval.galleries(owned, evidence.retrieval_images)
+    found, of_chance = [], dict.fromkeys(retrieval.TOPS, 0.0)
+    for of_images, of_texts in galleries:
+        is_match = retrieval.matches(owned[of_images])
+        queries, candidates = images[of_images], texts[of_texts]
+        if query == "text":
+            is_match, queries, candidates = is_match.turned, candidates, queries
+        found.append(retrieval.ranks(queries, candidates, is_match))
+        for top in retrieval.TOPS:
+            of_chance[top] += retrieval.chance(is_match, top) * len(queries)
+    ranks = torch.cat(found)
     # Captions of one image are found or missed together: as queries they are no independent draws.
     sizes = None if query == "image" or len(texts) == len(owned) else torch.tensor([*map(len, owned)])
     recall = {
-        str(top): _recall(ranks < top, sizes)
-        | {"chance": retrieval.chance(counts, is_match.num_candidates, top)}
+        str(top): _recall(ranks < top, sizes) | {"chance": of_chance[top] / len(ranks)}
         for top in retrieval.TOPS
     }
     told = {
         "query": query,
-        "images": len(owned),
+        "images": len(owned),  # of all galleries
+        "galleries": len(galleries),
         "captions": len(texts),
         "captioned_images": num_captioned,  # of which those are the first
-        "most_images": evidence.retrieval_images,
+        "most_images": evidence.retrieval_images,  # in a gallery
     }
     return Outcome(recall["1"] | told | {"recall": recall})
 
@@ -135,15 +139,16 @@ def _recall(is_found: Tensor, sizes: Tensor | None) -> dict[str, Any]:
 
 
 def _captioned(evidence: Evidence) -> tuple[list[tuple[str, ...]], int, Tensor, Tensor]:
-    """Captions of the images that compete, of how many that have some, and the vectors of both; of all ranks, and
-    embedded once for both ways.
+    """Captions of the images of all galleries, of how many that have some, and the vectors of both; of all ranks,
+    and embedded once for both ways.
     """
     if "captioned" not in evidence.kept:
         encode = _encoder(evidence)
         rows = [row for row, captions in enumerate(evidence.heldout.captions) if captions]
-        most, num_captioned = evidence.retrieval_images, division(len(rows)).total
+        num_captioned = division(len(rows)).total
         if num_captioned < 2:
             raise NotMeasured("the held-out images have no captions")
+        most = retrieval.num_judged(num_captioned, evidence.retrieval_images)
         rows = rows[:most]
         owned = from_every_rank([evidence.heldout.captions[row] for row in rows])[:most]
         images = all_rows(evidence.heldout.projected[rows])[:most]

@@ -56,7 +56,7 @@ class Protocols:
     probes: tuple[str, ...] = DEFAULT  # or (ALL,)
     ks: tuple[int, ...] = (20, 10, 200)  # neighbours of kNN; the first stands in the table
     templates: str = AUTO  # of zero-shot classification
-    retrieval_images: int = MOST_IMAGES  # held-out images at most among which captions and images are found
+    retrieval_images: int = MOST_IMAGES  # held-out images that compete at most
     frozen: tuple[str, ...] = ()  # heads of FROZEN, each of which costs a training on the frozen encoder
     fine_tune: FineTune | None = None  # None: not fine-tuned, which costs a training
     fine_tune_shares: tuple[int, ...] = ()  # of few_shot.SHARES, per cent of the labels to fine-tune on too

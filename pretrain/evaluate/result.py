@@ -177,10 +177,10 @@ def _others(row: Mapping[str, Any]) -> str:
     for sign, name in (("k = ", "by_k"), ("R@", "recall")):
         for number, other in list(row.get(name, {}).items())[1:]:
             told.append(f"{sign}{number} {_percent(other['accuracy'])}" + _why(other))
-    if row.get("images", 0) < row.get("captioned_images", 0):
-        told.append(
-            f"the first {row['images']:,} of {row['captioned_images']:,} images with captions (--retrieval-images)"
-        )
+    images, captioned, galleries = (row.get(name, 0) for name in ("images", "captioned_images", "galleries"))
+    if images < captioned or galleries > 1:
+        some = f"the first {images:,} of {captioned:,}" if images < captioned else f"{images:,}"
+        told.append(f"{some} images with captions, {images // galleries:,} compete (--retrieval-images)")
     share, drawn = row.get("share"), row.get("drawn_share", 0.0)
     if share and round(100 * drawn) != round(100 * share):
         told.append(f"one image a category at least, so {100 * drawn:.1f} % of the labels")

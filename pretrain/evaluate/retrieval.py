@@ -2,13 +2,15 @@
 
 Recall at k as on Flickr30k and COCO (arXiv 1411.2539; CLIP, arXiv 2103.00020, table 13): an image is found with any
 of its captions, a caption with its image. Equal captions are the same answer: two pictures of "a red fish" count for
-each other.
+each other. More images than compete are parted into up to five galleries, and every recall is the mean over all of
+their queries, as on COCO's five folds of 1,000 images (VSE++, arXiv 1707.05612, section 4).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import comb
 
 import torch
@@ -20,6 +22,7 @@ from pretrain.evaluate.divided import even_share
 
 TOPS = (1, 5, 10)
 MOST_IMAGES = 5000  # that compete, with all their captions, unless told otherwise: COCO's test of 5,000
+MOST_GALLERIES = 5
 QUERIES_AT_ONCE = 1024  # bounds the memory to so many rows of similarities
 
 
@@ -66,6 +69,18 @@ class Matches:
         return torch.cat(parts)
 
 
+def num_judged(num_images: int, most: int) -> int:
+    """Images of all galleries: whole ones of `most`, or a smaller one of all."""
+    return min(max(num_images // most, 1), MOST_GALLERIES) * min(most, num_images)
+
+
+def galleries(owned: Sequence[Sequence[str]], most: int) -> list[tuple[slice, slice]]:
+    """The images that compete with each other, and their captions; `owned` are those of all `num_judged` images."""
+    size, ends = min(most, len(owned)), [0, *accumulate(map(len, owned))]
+    starts = range(0, len(owned), size)
+    return [(slice(start, start + size), slice(ends[start], ends[start + size])) for start in starts]
+
+
 def matches(owned: Sequence[Sequence[str]]) -> Matches:
     """Images as queries, with the captions that each owns; all captions, image by image, as candidates."""
     number = {text: i for i, text in enumerate(dict.fromkeys(text for texts in owned for text in texts))}
@@ -95,12 +110,13 @@ def ranks(
     return all_rows(torch.cat(found))
 
 
-def chance(counts: Int[Tensor, " n"], num_candidates: int, top: int) -> float:
+def chance(is_match: Matches, top: int) -> float:
     """Recall of m candidates in random order: mean of 1 - C(m - r, top) / C(m, top), a query having r matches."""
+    num_candidates = is_match.num_candidates
     top = min(top, num_candidates)
-    kinds, numbers = (found.tolist() for found in counts.unique(return_counts=True))
+    kinds, numbers = (found.tolist() for found in is_match.counts().unique(return_counts=True))
     missed = [comb(num_candidates - r, top) / comb(num_candidates, top) for r in kinds]
-    return 1 - sum(share * n for share, n in zip(missed, numbers, strict=True)) / len(counts)
+    return 1 - sum(share * n for share, n in zip(missed, numbers, strict=True)) / is_match.num_queries
 
 
 def _chunks(count: int) -> list[tuple[int, int]]:

@@ -122,7 +122,7 @@ def own_evidence() -> Evidence:
 
     facts = DataFacts(categories=NAMES[::-1], vocab_size=1000)
     embed = lambda tokens, mask: table[tokens[:, 0]]  # noqa: E731
-    return Evidence(*parts, NAMES, facts, ks=(5, 3, 99), encode=encode, embed=embed, retrieval_images=30)
+    return Evidence(*parts, NAMES, facts, ks=(5, 3, 99), encode=encode, embed=embed, retrieval_images=20)
 
 
 @contextmanager

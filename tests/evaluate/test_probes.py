@@ -230,12 +230,12 @@ def test_planted_features_are_found_by_every_probe() -> None:
     rows = {name: outcome.record for name, outcome in measure(evidence).items()}
     assert {name: row["accuracy"] for name, row in rows.items()} == dict.fromkeys(DEFAULT, 1.0)
     assert rows["retrieval_image"]["chance"] == pytest.approx(1 / 3)  # a third of the captions are the same
-    few = measure(replace(evidence, retrieval_images=6, kept={}), ["retrieval_image"])[
+    few = measure(replace(evidence, retrieval_images=9, kept={}), ["retrieval_image"])[
         "retrieval_image"
     ].record
-    assert (few["n"], few["images"], few["captioned_images"], few["most_images"]) == (6, 6, 30, 6)
+    assert (few["n"], few["images"], few["captioned_images"], few["galleries"]) == (27, 27, 30, 3)
     shown = table({"checkpoints": {"last": {"retrieval_image": few}}})
-    assert "the first 6 of 30 images with captions (--retrieval-images)" in shown
+    assert "the first 27 of 30 images with captions, 9 compete (--retrieval-images)" in shown
 
 
 def test_interval_is_wilsons() -> None:

@@ -77,7 +77,7 @@ def test_imagenet_zero_shot_agrees_with_open_clip(
 
 
 def outcomes_of_retrieval(
-    texts: Texts, images: torch.Tensor, captions: list[tuple[str, ...]]
+    texts: Texts, images: torch.Tensor, captions: list[tuple[str, ...]], most: int = retrieval.MOST_IMAGES
 ) -> dict[str, dict[str, Any]]:
     num = len(images)
     features = Features(
@@ -91,7 +91,7 @@ def outcomes_of_retrieval(
         dropped={},
     )
     facts = DataFacts(categories=(), vocab_size=256)
-    evidence = Evidence(features, features, (), facts, (1,), texts.encode, texts.embed)
+    evidence = Evidence(features, features, (), facts, (1,), texts.encode, texts.embed, retrieval_images=most)
     return {name: PROBES[f"retrieval_{name}"].measure(evidence).record for name in ("image", "text")}
 
 
@@ -163,6 +163,28 @@ def test_other_data_keeps_its_names_and_the_plain_templates() -> None:
         choose_templates("clip", ())
 
 
+@pytest.mark.parametrize(("most", "num_galleries"), [(90, 3), (40, 5), (299, 1), (300, 1), (5000, 1)])
+def test_of_more_images_than_compete_recall_is_the_mean_over_galleries(most: int, num_galleries: int) -> None:
+    texts, generator = Texts(), torch.Generator().manual_seed(3)
+    letters = np.random.default_rng(3).integers(ord("a"), ord("z") + 1, (300, 20), dtype=np.uint8)
+    captions = [bytes(row).decode() for row in letters]
+    of_texts = zero_shot.embed_captions(captions, texts.encode, texts.embed)
+    images = F.normalize(of_texts + 0.03 * torch.randn(300, 12, generator=generator), dim=1)
+    found = outcomes_of_retrieval(texts, images, [(caption,) for caption in captions], most)
+    size = min(most, 300)
+    each = [
+        get_clip_metrics(images[start : start + size], of_texts[start : start + size], 100.0)
+        for start in range(0, num_galleries * size, size)
+    ]
+    for query, way in (("image", "image_to_text"), ("text", "text_to_image")):
+        row = found[query]
+        assert (row["galleries"], row["images"]) == (num_galleries, num_galleries * size)
+        for top in retrieval.TOPS:
+            mean = sum(one[f"{way}_R@{top}"] for one in each) / num_galleries
+            assert row["recall"][str(top)]["accuracy"] == pytest.approx(mean)
+            assert row["recall"][str(top)]["chance"] == pytest.approx(top / size)
+
+
 def test_retrieval_counts_equal_captions_for_each_other() -> None:
     images = torch.eye(3)
     texts = torch.eye(3)[[1, 0, 2]]  # the first two are exchanged
@@ -197,7 +219,7 @@ def test_chance_of_retrieval_is_that_of_random_order() -> None:
             for _ in range(200)
         ]
         share = torch.stack(hits).float().mean()
-        assert abs(share - retrieval.chance(is_match.counts(), 5, top)) < 4 * math.sqrt(0.25 / 800)
+        assert abs(share - retrieval.chance(is_match, top)) < 4 * math.sqrt(0.25 / 800)
 
 
 def test_retrieval_of_many_is_that_of_all_at_once_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
