@@ -36,6 +36,7 @@ from pretrain.transfer.joint import with_joint_norms  # noqa: E402
 from pretrain.transfer.order import Draws, batches  # noqa: E402
 from pretrain.transfer.places import Named, open_sets  # noqa: E402
 from pretrain.transfer.recipes import RECIPES, Detect, Optimisation, Segment, recipe  # noqa: E402
+from pretrain.transfer.things import Things  # noqa: E402
 from pretrain.transfer.training import STATE  # noqa: E402
 from pretrain.transfer.work import DETECTIONS, RESULT, TASKS, TESTS  # noqa: E402
 from tests.engine.launch import start  # noqa: E402
@@ -88,6 +89,11 @@ def gradients(run: Path, shards: Path, task: str, name: str) -> dict[str, Any]:
         model.double()
         model.net.register_forward_pre_hook(in_double, with_kwargs=True)
     (batch,) = batches(Draws(len(train_set), draw, 0), replace(TOY, steps=1), 0, 0)
+    if task == "detect" and rank() == 0:  # more boxes than the other rank has
+        first, *others = batch.examples
+        boxes = torch.cat([first.things.boxes, torch.tensor([[2.0, 3, 20, 25], [9, 1, 30, 14]])])
+        labels = torch.cat([first.things.labels, torch.tensor([0, 1])])
+        batch.examples[:] = [replace(first, things=Things(boxes, labels, None, None)), *others]
     loss = loss_of(model.train(), batch.examples)
     loss.backward()
     average_gradients(model.parameters())
