@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from timm.layers import Attention
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
 from pretrain.kernels.dcnv3 import sampling_points
@@ -23,10 +24,13 @@ def watched(encoder: nn.Module) -> Iterator[list[Float[Tensor, "n g g"]]]:
     """A list that grows by the shares of every batch that passes through the encoder, until the block ends.
 
     A share is what the middle position draws from each of g x g places, in the mean over heads or groups; they sum
-    to 1 but for points outside the image. Nothing of an encoder whose last block sees a window alone (Swin).
+    to 1 but for points outside the image. Nothing of a Swin whose last block has more than one window.
     """
     seen: list[Tensor] = []
     mixers = [module for module in encoder.modules() if isinstance(module, tuple(SHARES))]
+    windows = [module for module in encoder.modules() if isinstance(module, SwinTransformerBlock)]
+    if windows and tuple(windows[-1].window_size) != tuple(windows[-1].input_resolution):
+        mixers = []
     if not mixers:
         yield seen
         return
@@ -51,6 +55,17 @@ def of_attention(attention: Attention, x: Float[Tensor, "n l c"]) -> Float[Tenso
     logits = attention.q_norm(q)[:, :, middle, None] @ attention.k_norm(k).mT * attention.scale
     shares = logits.float().softmax(dim=-1).mean(dim=1)[:, 0, first:]
     return shares.unflatten(1, (grid, grid)) / shares.sum(dim=1)[:, None, None]
+
+
+def of_window(attention: WindowAttention, x: Float[Tensor, "n l c"]) -> Float[Tensor, "n h w"]:
+    """Attention of the middle patch to all patches of its window."""
+    height, width = attention.window_size
+    middle = height // 2 * width + width // 2
+    q, k, _ = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    logits = (
+        q[:, :, middle, None] @ k.mT * attention.scale + attention._get_rel_pos_bias()[:, :, middle, None]
+    )
+    return logits.float().softmax(dim=-1).mean(dim=1)[:, 0].unflatten(1, (height, width))
 
 
 def of_points(convolution: DCNv3, x: Float[Tensor, "n h w c"]) -> Float[Tensor, "n h w"]:
@@ -98,4 +113,4 @@ def picture(shares: Float[Tensor, "g g"]) -> UInt8[np.ndarray, "g g 3"]:
     return np.rint(DARK + levels * (BRIGHT - DARK)).astype(np.uint8)
 
 
-SHARES = {Attention: of_attention, DCNv3: of_points}
+SHARES = {Attention: of_attention, WindowAttention: of_window, DCNv3: of_points}

@@ -162,7 +162,9 @@ class _Teacher:
         seen = self._get()
         content = teacher.gazes(seen.heldout, seen.looks)
         if content is None:
-            raise Missing("Swin's last block sees a window alone, so nothing is drawn for it.")
+            raise Missing(
+                "The last block of this Swin parts the image into windows, so nothing is drawn for it."
+            )
         return content
 
     def neighbours(self) -> Html:

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from timm.layers import Attention
+from timm.models.swin_transformer import WindowAttention
 
+from pretrain.config import Backbone
 from pretrain.models.backbone import build_encoder
 from pretrain.models.internimage_block import DCNv3
 from pretrain.models.internimage_config import INTERNIMAGE
 from pretrain.recipes import load
-from pretrain.report.gaze import of_attention, of_points, picture, watched
+from pretrain.report.gaze import of_attention, of_points, of_window, picture, watched
 from tests.fakes import shrink
 
 TINY = INTERNIMAGE["internimage_tiny"]
@@ -54,7 +56,25 @@ def test_attention_mixes_as_the_block_does() -> None:
         )
 
 
-@pytest.mark.parametrize("recipe", ["m3i.demo", "m3i.vit_b16"])
+def test_a_window_mixes_as_the_block_does() -> None:
+    torch.manual_seed(0)
+    attention = WindowAttention(16, num_heads=1, window_size=(3, 4))
+    torch.nn.init.normal_(attention.relative_position_bias_table)
+    x = torch.randn(2, 12, 16)
+    with torch.no_grad():
+        shares = of_window(attention, x)
+        mixed = torch.einsum("nl,nlc->nc", shares.flatten(1), attention.qkv(x)[..., 32:])
+        torch.testing.assert_close(attention.proj(mixed), attention(x)[:, 6], rtol=1e-4, atol=1e-5)
+
+
+def test_of_several_windows_nothing_is_drawn() -> None:
+    encoder = build_encoder(Backbone("swin", "swin_tiny", drop_path=0.0), 256).eval()  # a grid of 8 x 8, windows of 4 x 4
+    with torch.inference_mode(), watched(encoder) as seen:
+        encoder(torch.randn(1, 3, 256, 256))
+    assert not seen
+
+
+@pytest.mark.parametrize("recipe", ["m3i.demo", "m3i.vit_b16", "hvp.swin_t"])
 def test_every_batch_of_an_encoder_is_seen_until_the_block_ends(recipe: str) -> None:
     run = shrink(load(recipe))
     encoder = build_encoder(run.backbone, run.views.size).eval()
