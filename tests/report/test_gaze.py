@@ -68,7 +68,9 @@ def test_a_window_mixes_as_the_block_does() -> None:
 
 
 def test_of_several_windows_nothing_is_drawn() -> None:
-    encoder = build_encoder(Backbone("swin", "swin_tiny", drop_path=0.0), 256).eval()  # a grid of 8 x 8, windows of 4 x 4
+    encoder = build_encoder(
+        Backbone("swin", "swin_tiny", drop_path=0.0), 256
+    ).eval()  # four windows at the end
     with torch.inference_mode(), watched(encoder) as seen:
         encoder(torch.randn(1, 3, 256, 256))
     assert not seen
