@@ -32,7 +32,8 @@ import torch
 
 from benchmarks.record import RESULTS, keep
 from pretrain.evaluate.checkpoints import find_checkpoint
-from pretrain.transfer.examples import MAX_BAD, AnnotatedSet, Example
+from pretrain.transfer.examples import AnnotatedSet, Example
+from pretrain.transfer.formats import MAX_BAD
 from pretrain.transfer.places import Named, open_sets
 from pretrain.transfer.recipes import recipe
 from pretrain.transfer.training import Machine

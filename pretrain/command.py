@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from pretrain.exits import FAILED, FINISHED, INTERRUPTED
@@ -28,6 +31,21 @@ def exit_code(
         print(f"\ninterrupted: {interrupted}", file=sys.stderr)
         return INTERRUPTED
     return FINISHED
+
+
+def exit_code_of_words(
+    check: Callable[[list[str] | None], object],
+    arguments: Sequence[str] | None = None,
+    interrupted: str = "nothing was written",
+) -> int:
+    """`exit_code` of a look at the words of a command line, before what takes seconds to import.
+
+    Of the ranks that a launcher started with the same words the first alone prints.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return exit_code(check, arguments, interrupted)
+    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        return exit_code(check, arguments, interrupted)
 
 
 def require_place(option: str, path: Path) -> None:

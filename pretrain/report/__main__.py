@@ -9,9 +9,7 @@ from pathlib import Path
 
 from data_prep.schema import write_atomic
 from pretrain.command import exit_code, require_place
-from pretrain.named_folders import named_folders
-from pretrain.report.page import Settings, heldout_folder, page
-from pretrain.report.record import read_record
+from pretrain.report.settings import Settings
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -52,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     out = options.out or options.run / "report.html"
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file, such as {out / 'report.html'}")
+    from pretrain.named_folders import named_folders  # takes seconds, with torch and the toolkits
+    from pretrain.report.page import heldout_folder, page
+    from pretrain.report.record import read_record
+
     record = read_record(options.run, named_folders("--data", options.data), options.tokenizer)
     require_place("--out", out)
     heldout = heldout_folder(record, options.heldout)

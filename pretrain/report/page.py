@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,16 +13,8 @@ from pretrain.report import accuracy, curves, header, pairs, provenance, teacher
 from pretrain.report.document import Section, document
 from pretrain.report.looks import Look, Shown, look, read_images, spread_over_categories
 from pretrain.report.record import Record
+from pretrain.report.settings import Settings
 from pretrain.visualize.markup import Html, element
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How much is drawn."""
-
-    pairs: int = 4  # inputs of the first batch
-    images: int = 12  # held-out images in neighbours, features and zero-shot
-    candidates: int = 2000  # training images that neighbours are sought among
 
 
 class Missing(ValueError):

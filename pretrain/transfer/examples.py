@@ -15,7 +15,6 @@ from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample, beyond_chance
 
 IGNORED = 255  # number of pixels that are neither taught nor judged
-MAX_BAD = 0.01  # share of annotations or images that may be left out, unless told otherwise
 LOOKED_AT = 200  # examples of a set that are read before anything is trained
 FEW = 100  # the share is taken over at least this many
 

@@ -8,13 +8,10 @@ from pathlib import Path
 from data_prep.schema import MANIFEST_NAME
 from pretrain.transfer.coco import CocoSet
 from pretrain.transfer.examples import AnnotatedSet, look_at
+from pretrain.transfer.formats import FORMATS
 from pretrain.transfer.mask_folder import MaskFolder, MaskPlaces
 from pretrain.transfer.masked_shards import MaskedShards
 
-FORMATS = {
-    "segment": "shards with masks (manifest.json), or a folder with images/, masks/ and classes.txt",
-    "detect": "shards with masks (manifest.json), or annotations in COCO's format (a .json file)",
-}
 SPLITS = {
     "train": ("train", "train2017", "training"),
     "heldout": ("heldout", "val", "val2017", "validation", "test"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from pretrain.command import exit_code, require_place
+from pretrain.command import exit_code, exit_code_of_words, require_place
 from pretrain.exits import FAILED, INTERRUPTED
 from pretrain.transfer import __main__ as transfer
+from tests.paths import ROOT
 
 
 def failing(error: BaseException) -> int:
@@ -44,8 +47,47 @@ def test_an_interrupted_command_says_what_is_left(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(transfer, "run", interrupt)
-    assert transfer.main([]) == INTERRUPTED
+    assert transfer.main(["segment", "run"]) == INTERRUPTED
     assert capsys.readouterr().err.startswith("\ninterrupted: the same command goes on from the last state")
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", "error: --x 3 must be even\n"), ("1", "")])
+def test_a_mistake_in_words_is_told_by_the_first_rank(
+    rank: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(arguments: list[str] | None) -> None:
+        raise ValueError(f"--x {arguments[0]} must be even")
+
+    monkeypatch.setenv("RANK", rank)
+    assert exit_code_of_words(check, ["3"]) == FAILED
+    assert capsys.readouterr() == ("", told)
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "message"),
+    [
+        (
+            "transfer",
+            ["segment", "run", "--recipe", "smal"],
+            "--recipe 'smal' is unknown for `segment`; choose",
+        ),
+        ("transfer", ["segment", "run", "--workers", "-1"], "--workers -1 must not be negative"),
+        ("report", ["run", "--candidates", "0"], "--candidates 0 must be at least 1"),
+    ],
+)
+def test_a_mistake_in_words_is_told_before_torch_is_loaded(
+    module: str, words: list[str], message: str
+) -> None:
+    program = f"""
+import runpy, sys
+sys.argv = ["python -m pretrain.{module}", *{words!r}]
+try:
+    runpy.run_module("pretrain.{module}", run_name="__main__")
+finally:
+    assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == FAILED and done.stderr.startswith(f"error: {message}"), done.stderr
 
 
 def test_a_place_that_takes_no_file_is_refused_before_the_work(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from pretrain.export.__main__ import main as export_main
 from pretrain.training_state import States
 from pretrain.transfer import __main__ as command
 from pretrain.transfer import training
+from pretrain.transfer.arguments import parse
+from pretrain.transfer.asked import prepared
 from pretrain.transfer.backbone import load_trunk
 from pretrain.transfer.examples import Drops
 from pretrain.transfer.order import Draws
@@ -291,8 +293,8 @@ def test_a_full_disk_leaves_the_state_before_and_a_torn_one_is_told(
 
 def test_numbers_of_the_command_take_the_place_of_the_recipe_s(runs: dict[str, Path], shards: Path) -> None:
     given = ["--lr", "0.5", "--clip", "2", "--train-steps", "3"]
-    asked = command.parse(["segment", str(runs["vit"]), "--data", str(shards), *given])
-    found = command.prepared(asked)[0].recipe.optimisation
+    asked = parse(["segment", str(runs["vit"]), "--data", str(shards), *given])
+    found = prepared(asked)[0].recipe.optimisation
     expected = replace(recipe("segment", "small").optimisation, lr=0.5, clip=2.0, steps=3, warmup=1)
     assert found == expected
 

@@ -1,0 +1,51 @@
+"""What does a command line ask for, and on which data?"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from pretrain.collectives import on_every_rank
+from pretrain.command import require_place
+from pretrain.data.remote import Place
+from pretrain.evaluate.checkpoints import bring, local_of
+from pretrain.evaluate.protocols import best_device
+from pretrain.evaluate.subjects import find_subjects
+from pretrain.transfer.arguments import recipe_of
+from pretrain.transfer.examples import AnnotatedSet
+from pretrain.transfer.order import share_of
+from pretrain.transfer.places import Named, open_sets
+from pretrain.transfer.training import Machine
+from pretrain.transfer.work import RESULT, Work, table, transfer
+
+
+def transferred(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Trains and tests, writes the JSON result and prints the table; returns the result, on several ranks the first.
+
+    Raises FileNotFoundError and ValueError for what the user can mend, before the first step.
+    """
+    work, place, (train_set, heldout) = on_every_rank(lambda: prepared(options))
+    bring(options.run, [place])
+    machine = Machine(best_device(), options.workers, options.max_bad)
+    if machine.device.type == "cuda":
+        torch.cuda.set_device(machine.device)
+    result = transfer(work, train_set, heldout, machine)
+    if result is not None:
+        print(table(result))
+        print(f"written to {work.out / RESULT}")
+    return result
+
+
+def prepared(options: argparse.Namespace) -> tuple[Work, Place, tuple[AnnotatedSet, AnnotatedSet]]:
+    """The work, where its checkpoint lies, and its data."""
+    recipe = recipe_of(options)
+    share_of(recipe.optimisation)
+    (named,) = find_subjects(options.run, [options.step])
+    place, step = named.place, local_of(options.run, named.place)
+    out = options.out or options.run / "transfer" / f"{options.task}-{options.recipe}-{step.name}"
+    require_place("--out", out / RESULT)
+    named = Named(options.data, options.train, options.heldout, getattr(options, "images", None))
+    work = Work(step, recipe, options.recipe, out, options.frozen, options.seed)
+    return work, place, open_sets(options.task, named, options.max_bad)
