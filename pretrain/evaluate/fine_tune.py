@@ -161,7 +161,7 @@ def _optimizer(
     except UnknownOrder as error:
         raise NotMeasured(f"each layer has a rate of its own, and {error}") from error
     if settings.optimizer == LARS:
-        return Lars(groups, lr=peak)
+        return Lars(groups, lr=peak, momentum=settings.betas[0])
     return torch.optim.AdamW(groups, lr=peak, betas=settings.betas)
 
 

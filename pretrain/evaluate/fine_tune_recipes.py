@@ -5,10 +5,10 @@ its numbers, without an average of the weights, of which the paper tells nothing
 the batch, square-root scaling of the rate, milder crops, no RandAugment, erasing or drop path, mixing off.
 
 FROZEN are of heads. "linear_paper" is the same appendix's linear probe: LARS, rate 3.2 at a batch of 16,384, no
-weight decay, 90 epochs, 10 of them warm-up, cosine, random crops and flips; the batch norm without affine is MAE's
-(arXiv 2111.06377, appendix A.1). "attentive_crops" is after V-JEPA's attentive probe (arXiv 2404.08471, appendix D):
-AdamW, 20 epochs. A set of fewer images has smaller batches. LARS keeps its rate then: its layer-wise trust ratio
-makes a step a share of the weights, whatever the batch.
+weight decay, 90 epochs, 10 of them warm-up, cosine, random crops and flips; the batch norm without affine and the
+momentum are MAE's (arXiv 2111.06377, appendix A.1). "attentive_crops" is after V-JEPA's attentive probe (arXiv
+2404.08471, appendix D): AdamW, 20 epochs. A set of fewer images has smaller batches. LARS keeps its rate then: its
+layer-wise trust ratio makes a step a share of the weights, whatever the batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FineTune:
     layer_decay: float = 0.65  # rate of a layer / rate of the next one, in (0, 1]
     decay_depth: int = 12  # layers of the backbone for which it is given; a deeper one's decay is milder
     weight_decay: float = 0.1  # of matrices
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW; LARS has the first as its momentum
     smoothing: float = 0.1  # of the labels, in [0, 1)
     scale: tuple[float, float] = (0.5, 1.0)  # crop area / image area
     flip: float = 0.5  # probability

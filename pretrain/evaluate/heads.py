@@ -1,11 +1,11 @@
 """How are linear heads trained on frozen features by the paper's recipe, many together in one pass?
 
 Source of the recipe: M3I (arXiv 2211.09807), appendix, linear probe on ImageNet-1k: LARS, rate 3.2 at a batch of
-16,384, no weight decay, 90 epochs, 10 of them warm-up, cosine. Two things differ: features are cached, so that no
-crop or flip varies them, and their standardisation (a batch norm without affine, as in MAE, arXiv 2111.06377,
-appendix A.1) takes the statistics of all training images. A set of fewer images has smaller batches and their rate as
-it is: the layer-wise trust ratio of LARS makes a step a share of the weights, whatever the batch. Several ranks train
-one set of heads: each has the features of its share of the images, and of each batch.
+16,384, no weight decay, 90 epochs, 10 of them warm-up, cosine; the momentum is MAE's (arXiv 2111.06377, appendix
+A.1). Two things differ: features are cached, so that no crop or flip varies them, and their standardisation (a batch
+norm without affine, as in MAE) takes the statistics of all training images. A set of fewer images has smaller batches
+and their rate as it is: the layer-wise trust ratio of LARS makes a step a share of the weights, whatever the batch.
+Several ranks train one set of heads: each has the features of its share of the images, and of each batch.
 """
 
 from __future__ import annotations

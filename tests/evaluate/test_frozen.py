@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from pretrain.checkpoint import load_towers
+from pretrain.evaluate import fine_tune as fine_tune_module
 from pretrain.evaluate import fine_tune_order, frozen
 from pretrain.evaluate.__main__ import parse, protocols_of
 from pretrain.evaluate.fine_tune import fine_tune, predict
+from pretrain.evaluate.fine_tune_inputs import Inputs
 from pretrain.evaluate.fine_tune_order import Examples, in_pieces
 from pretrain.evaluate.fine_tune_recipes import ATTENTIVE, FROZEN, LINEAR, FineTune
 from pretrain.evaluate.frozen import FrozenClassifier, Standardised
+from pretrain.evaluate.heads import LinearRecipe, train_heads
 from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
 from tests.evaluate.sets import COLORS
 
@@ -56,6 +59,36 @@ def test_the_paper_s_numbers() -> None:
     assert recipe.warmup * recipe.epochs == pytest.approx(10) and recipe.batch_of(1_281_167) == 16_384
     assert recipe.peak(64) == 3.2 and recipe.batch_of(4000) == 250 and recipe.batch_of(41) == 32
     assert FineTune().batch_of(7) == 6
+
+
+def test_without_crops_the_head_is_that_of_kept_features(
+    step: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    towers = load_towers(step)[2]
+    first = 0.01 * torch.randn(towers.encoder.width, len(COLORS), generator=torch.Generator().manual_seed(7))
+
+    def same_start(weight: torch.Tensor, std: float, generator: torch.Generator | None = None) -> None:
+        weight.data.copy_(first if weight.shape == first.shape else first.T)
+
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", same_start)
+    shown: list[tuple[torch.Tensor, torch.Tensor]] = []
+    loss = fine_tune_module._share_of_loss
+
+    def seen(trained: object, inputs: Inputs, precision: torch.dtype) -> torch.Tensor:
+        shown.append((inputs.values.clone(), inputs.targets.clone()))
+        return loss(trained, inputs, precision)
+
+    monkeypatch.setattr(fine_tune_module, "_share_of_loss", seen)
+    whole = replace(
+        FROZEN["linear_paper"], epochs=9, batch=40, batches=1, warmup=0.0, scale=(1.0, 1.0), flip=0.0
+    )
+    head = trained(step, data, whole).head[1]
+    features, labels = shown[0]
+    kept = LinearRecipe(epochs=9, warmup=0, batch=40, batches=1)
+    expected = train_heads({"x": features}, labels, len(COLORS), [3.2], kept)[0]
+    assert len(shown) == 9 and not torch.allclose(head.weight.T, first, atol=1e-4)
+    torch.testing.assert_close(head.weight.T, expected.weight, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(head.bias, expected.bias, rtol=1e-3, atol=1e-5)
 
 
 def test_crops_differ_between_epochs_and_pieces_change_nothing(
