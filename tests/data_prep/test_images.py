@@ -15,7 +15,7 @@ from data_prep.images import BadImage, Limits, check_image
 from data_prep.pixels import perceptual_hash, smaller
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample
-from tests.data_prep.malformed_images import BOMBS, TABLE, Case, encoded, picture
+from tests.data_prep.malformed_images import BOMBS, TABLE, TOO_LARGE, Case, encoded, picture
 from tests.paths import ROOT
 
 CASES = [case for case in TABLE if "avif" not in case.name or features.check("avif")]
@@ -82,6 +82,21 @@ def test_bombs_are_refused_without_memory_for_their_pixels():
     )
     assert int(done.stdout) < 8  # MiB; the smallest of them would take 50
     assert len(BOMBS) >= 12
+
+
+@pytest.mark.parametrize(
+    ("form", "make"), TOO_LARGE, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_what_training_refuses_for_its_size_is_not_stored_unless_it_is_reduced(form, make):
+    with pytest.raises(BadSample) as refused:
+        decode_image(make())
+    assert refused.value.reason == "too_large"
+    with pytest.raises(BadImage, match=r"training takes at most \d+: reduce it") as dropped:
+        check_image(make(), Limits())
+    assert dropped.value.reason == "too_large"
+    with pytest.raises(BadImage) as read:  # these hold no pixels, which only who reads on finds out
+        check_image(make(), Limits(short_side=256))
+    assert read.value.reason != "too_large"
 
 
 def test_an_error_that_no_decoder_promised_refuses_the_image_and_names_its_type(monkeypatch):
