@@ -26,6 +26,7 @@ from pretrain.data.measure import Measured, SourceCount, count_sources, measure
 from pretrain.data.remote import Place, is_url
 from pretrain.report.document import Section, document
 from pretrain.report.pairs import legend, pair_pictures, read_pairs
+from pretrain.served import active_targets, left_out
 from pretrain.visualize.markup import Html, element, table
 from pretrain.visualize.numbers import percent, significant
 
@@ -119,6 +120,12 @@ def remarks(run: Run, measured: Measured, dropped_to: Path) -> list[str]:
         said.append("No sample had to be replaced.")
     if measured.would_stop:
         said.append(f"Training would stop here: {measured.would_stop}.")
+    try:
+        active_targets(run, measured.facts)
+    except ValueError as error:
+        said.append(f"Training would stop here: {error}.")
+    else:
+        said += [f"{line}." for line in (left_out(run, measured.facts),) if line]
     return said
 
 

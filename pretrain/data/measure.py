@@ -18,6 +18,7 @@ from pretrain.data.order import CYCLE
 from pretrain.data.remote import Place
 from pretrain.data.sources import open_sources
 from pretrain.data.steps import STAGES, run_order
+from pretrain.facts import DataFacts
 
 BATCH = 32  # inputs that are made together; the run's own batch may be that of hundreds of ranks
 PLANNED = (
@@ -48,6 +49,7 @@ class Measured:
     seconds: float  # for the batches after the first
     num_timed: int  # images in these
     stages: Mapping[str, float]  # seconds an image by stage, of the process that works
+    facts: DataFacts  # of the data, as training reads them
     dropped: Mapping[str, int]  # "source: reason" -> samples replaced
     tokens: tuple[float, float] | None  # of captions: mean length, share that is cut to run.text.length
     would_stop: str  # why a training with run.max_bad would; "" if it would not
@@ -129,6 +131,7 @@ def measure(
         seconds=seconds,
         num_timed=max(loader.num_images - batch, 0),
         stages={stage: loader.seconds[stage] / max(loader.num_images, 1) for stage in STAGES},
+        facts=loader.facts,
         dropped=dict(loader.dropped),
         tokens=(loader.num_tokens / num_captions, loader.num_cut / num_captions) if num_captions else None,
         would_stop=would_stop,
