@@ -23,6 +23,7 @@ PART = 50 * 2**20  # bytes, of one part of an upload in parts; decides the ETag
 NO_KEYS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of boto: the user gave none
 NO_ACCESS = (*NO_KEYS, "CredentialRetrievalError", "ParamValidationError")  # no repetition mends them
 SET_KEYS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+A_URL = "name a folder or a URL that fsspec knows, such as s3://bucket/folder"
 OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
 _MD5 = re.compile(r"[0-9a-f]{32}")
 T = TypeVar("T")
@@ -81,9 +82,7 @@ def _file_system(store: str, process: int, environment: tuple[tuple[str, str], .
     try:
         return fsspec.url_to_fs(store, use_listings_cache=False, skip_instance_cache=True)[0]
     except (ValueError, ImportError) as error:
-        raise ValueError(
-            f"{store} cannot be opened ({error}): name a folder or a URL that fsspec knows, such as s3://bucket/folder"
-        ) from error
+        raise ValueError(f"{store} cannot be opened ({error}): {A_URL}") from error
 
 
 class Pieces(io.RawIOBase):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import queue
 import random
+import socket
 import threading
 import time
 import warnings
@@ -83,6 +85,17 @@ def patiently(
                 attempt *= 2
         stopped.wait(random.uniform(pause / 2, pause))  # of many processes not all at once
         pause = min(2 * pause, longest)
+
+
+def refusal(error: BaseException | None) -> str:
+    """Why nobody takes connections at an address, as a store's error hides it deep inside; "" of other errors."""
+    while error is not None:
+        if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
+            return str(error.strerror)
+        if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
+            return os.strerror(error.errno)
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
