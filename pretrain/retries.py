@@ -83,7 +83,8 @@ def patiently(
                 )
             if attempt is not None and isinstance(error, TimeoutError):
                 attempt *= 2
-        stopped.wait(random.uniform(pause / 2, pause))  # of many processes not all at once
+        # Of many processes not all at once; and no longer than it may fail, for one last attempt then.
+        stopped.wait(min(random.uniform(pause / 2, pause), seconds - failing))
         pause = min(2 * pause, longest)
 
 
