@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from data_prep.stores import NO_KEYS, SET_KEYS
+from data_prep.stores import NO_KEYS, NO_NAME, SET_KEYS, misnamed
 
 FIRST_PAUSE = 0.1  # seconds before an attempt is repeated; doubled each time
 LONGEST_PAUSE = 30.0  # seconds
@@ -47,10 +47,10 @@ def patiently(
     """What `work` gives; while it fails it is done again, for `seconds`, then GaveUp; `told` names what is asked.
 
     FileNotFoundError, PermissionError, those of a path that can be no file, and the errors in `final` are raised at
-    once; it is PermissionError too when there are no keys for a store. Pauses last at most `longest` seconds. A set
-    `stopped` ends it after an attempt. One that takes longer than `attempt` seconds fails, and the next has twice as
-    long: a store may take a question and never answer. What is left behind may still be done later: bound only what
-    reads.
+    once; it is PermissionError too when there are no keys for a store, and ValueError for a name that no store takes.
+    Pauses last at most `longest` seconds. A set `stopped` ends it after an attempt. One that takes longer than
+    `attempt` seconds fails, and the next has twice as long: a store may take a question and never answer. What is
+    left behind may still be done later: bound only what reads.
     """
     since: float | None = None  # the first failure
     is_told, pause = False, FIRST_PAUSE
@@ -68,6 +68,8 @@ def patiently(
                 raise
             if type(error).__name__ in NO_KEYS:
                 raise PermissionError(f"{error}: {SET_KEYS}") from error
+            if type(error).__name__ == NO_NAME:
+                raise misnamed(told, error) from error
             if since is None:  # what took long before it failed has not failed so long
                 since = time.monotonic() if attempt is None else asked
             failing, stopped = time.monotonic() - since, stopped or threading.Event()

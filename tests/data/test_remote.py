@@ -286,6 +286,13 @@ def test_a_store_without_keys_is_not_asked_again(
     connections.clear_instance_cache()
 
 
+def test_a_name_that_no_bucket_can_have_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PATIENCE_AT_START", 3600.0)
+    told = r'^s3://Bad_Bucket!/set/manifest.json .*\(Invalid bucket name "Bad_Bucket!"\): a bucket.s has 3 to'
+    with pytest.raises(ValueError, match=told):
+        ShardFolder("s3://Bad_Bucket!/set")
+
+
 def test_a_store_that_takes_a_question_and_never_answers_ends_the_start_soon(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
