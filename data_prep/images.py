@@ -109,6 +109,10 @@ class BadImage(Exception):
         self.reason = reason
         self.detail = detail
 
+    def __reduce__(self) -> tuple[type[BadImage], tuple[str, str]]:
+        """A process may send it to others."""
+        return type(self), (self.reason, self.detail)
+
 
 def check_image(content: bytes, limits: Limits) -> Checked:
     """The image in `content`, fully decoded once; raises BadImage with one of the reasons in the code below.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import simplejpeg
 from PIL import Image, features
 
+from data_prep.download.connect import Failed
 from data_prep.images import BadImage, Limits, check_image
 from data_prep.pixels import perceptual_hash, smaller
 from pretrain.data.decode import decode_image
@@ -106,6 +108,12 @@ def test_an_error_that_no_decoder_promised_refuses_the_image_and_names_its_type(
     monkeypatch.setattr(simplejpeg, "decode_jpeg", failing)
     with pytest.raises(BadImage, match="corrupt: unexpected ZeroDivisionError: by zero"):
         check_image(encoded("JPEG"), Limits())
+
+
+@pytest.mark.parametrize("error", [BadImage("corrupt", "half of it"), Failed("http_503", "busy", 2.5)])
+def test_what_is_wrong_with_an_image_reaches_another_process(error):
+    sent = pickle.loads(pickle.dumps(error))
+    assert type(sent) is type(error) and str(sent) == str(error) and vars(sent) == vars(error)
 
 
 def test_too_little_memory_is_no_fault_of_the_image(monkeypatch):
