@@ -33,8 +33,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.loader import build  # noqa: E402
 from benchmarks.record import keep  # noqa: E402
+from data_prep.headers import MAX_PIXELS, MAX_WEBP_PIXELS  # noqa: E402
 from pretrain.config import Run, Source  # noqa: E402
-from pretrain.data.decode import MAX_PIXELS, MAX_WEBP_PIXELS, ORIENTATION_TAG  # noqa: E402
+from pretrain.data.decode import ORIENTATION_TAG  # noqa: E402
 from pretrain.data.loader import Loader  # noqa: E402
 from pretrain.data.measure import peak_bytes_of  # noqa: E402
 from pretrain.objectives import OBJECTIVES  # noqa: E402

@@ -10,6 +10,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+MAX_PIXELS = 64 * 2**20  # of an image in a shard: training refuses a larger one before it takes memory for it
+MAX_WEBP_PIXELS = 32 * 2**20  # Pillow's reader of WebP holds four pictures of four bytes a pixel
 ARITHMETIC = (0xC9, 0xCA, 0xCB)  # frames of a JPEG: sequential, progressive, lossless
 SEQUENTIAL = (0xC0, 0xC1)  # frames of a JPEG in Huffman codes
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9

@@ -16,7 +16,16 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from data_prep.headers import ARITHMETIC, JpegHead, jpeg_head, num_scans, tiff_tile, webp_size
+from data_prep.headers import (
+    ARITHMETIC,
+    MAX_PIXELS,
+    MAX_WEBP_PIXELS,
+    JpegHead,
+    jpeg_head,
+    num_scans,
+    tiff_tile,
+    webp_size,
+)
 from data_prep.pixels import (
     HASH_SIDE,
     Pixels,
@@ -65,7 +74,9 @@ class Limits:
     """Which images are good enough, and how large they are stored."""
 
     min_side: int = 32  # pixels of the shorter side
-    max_pixels: int = 178_956_970  # width x height; more is a decompression bomb (Pillow's own limit)
+    # Width x height of an input: more is a decompression bomb (Pillow's own limit). What is stored, reduced or not,
+    # has at most MAX_PIXELS whatever is said here, a WebP MAX_WEBP_PIXELS: training takes no more.
+    max_pixels: int = 178_956_970
     max_bytes: int = 50 * 2**20  # of the file
     max_aspect: float = 20.0  # longer side over shorter side
     short_side: int = 0  # pixels; a longer short side is reduced to it, 0 never
@@ -98,6 +109,10 @@ class BadImage(Exception):
         self.reason = reason
         self.detail = detail
 
+    def __reduce__(self) -> tuple[type[BadImage], tuple[str, str]]:
+        """A process may send it to others."""
+        return type(self), (self.reason, self.detail)
+
 
 def check_image(content: bytes, limits: Limits) -> Checked:
     """The image in `content`, fully decoded once; raises BadImage with one of the reasons in the code below.
@@ -124,7 +139,7 @@ def _judged(content: bytes, limits: Limits) -> Checked:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of what is checked here
         if (size := webp_size(content)) is not None:  # Pillow's reader takes memory for it when it opens
-            _require_size(*size, limits)
+            _require_size(*size, limits, MAX_WEBP_PIXELS)
         head = jpeg_head(content) if content[:2] == b"\xff\xd8" else None
         if head is not None and (jpeg := _plain_jpeg(content, head)) is not None:
             _require_size(*jpeg.size, limits)
@@ -151,9 +166,17 @@ def _opened(content: bytes) -> Image.Image:
         raise BadImage("corrupt", str(error)) from error
 
 
-def _require_size(width: int, height: int, limits: Limits) -> None:
+def _require_size(width: int, height: int, limits: Limits, max_stored: int = MAX_PIXELS) -> None:
     if width * height > limits.max_pixels:
         raise BadImage("too_large", f"{width} x {height} pixels, at most {limits.max_pixels}")
+    stored = size_for(width, height, limits.short_side)
+    most = max_stored if stored == (width, height) else MAX_PIXELS  # what is reduced becomes a JPEG or PNG
+    if stored[0] * stored[1] > most:
+        raise BadImage(
+            "too_large",
+            f"{stored[0]} x {stored[1]} pixels to store, training takes at most {most}: reduce it, as `build folder "
+            "--short-side` does",
+        )
     if min(width, height) < limits.min_side:
         raise BadImage("too_small", f"{width} x {height} pixels, shorter side at least {limits.min_side}")
     if max(width, height) > limits.max_aspect * min(width, height):

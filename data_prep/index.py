@@ -13,6 +13,8 @@ from pathlib import Path
 
 from data_prep.schema import TAR_BLOCK
 
+ANEW = "remove that .idx, the next start makes it anew"  # what mends a broken index; training indexes shards
+
 
 def index_path(tar: str | os.PathLike[str]) -> Path:
     """Where the index of shard `tar` lies: `000000.tar` -> `000000.tar.idx`."""
@@ -32,17 +34,13 @@ def read_index(tar: str | os.PathLike[str]) -> array:
         )
     content = path.read_bytes()
     if len(content) % 8 or len(content) < 16:
-        raise ValueError(
-            f"{path} holds {len(content)} bytes, it must be 8 per sample and 8 more: copy or build it again"
-        )
+        raise ValueError(f"{path} holds {len(content)} bytes, it must be 8 per sample and 8 more: {ANEW}")
     offsets = array("Q", content)
     if sys.byteorder == "big":
         offsets.byteswap()
     rising = all(before < after for before, after in pairwise(offsets))
     if offsets[0] != 0 or not rising or any(offset % TAR_BLOCK for offset in offsets):
-        raise ValueError(
-            f"{path}: offsets must start at 0 and rise in multiples of {TAR_BLOCK}: copy or build it again"
-        )
+        raise ValueError(f"{path}: offsets must start at 0 and rise in multiples of {TAR_BLOCK}: {ANEW}")
     return offsets
 
 

@@ -66,9 +66,10 @@ def begin(place: Place, settings: Mapping[str, Any]) -> None:
     """Make the place ours by writing the settings down, or say why it cannot be."""
     if not place.exists(SETTINGS_NAME):
         for above in (place.local, *place.local.parents) if place.local is not None else ():
-            if above.is_file():
+            if above.exists() and not above.is_dir():
+                what = "a file" if above.is_file() else "no folder"
                 raise NotADirectoryError(
-                    f"{above} is a file, a build needs an empty folder: choose another --out"
+                    f"{above} is {what}, a build needs an empty folder: choose another --out"
                 )
         foreign = sorted({*place.names(), *place.folders()} - {WORK_FOLDER})
         if foreign:
@@ -76,7 +77,7 @@ def begin(place: Place, settings: Mapping[str, Any]) -> None:
                 f"{place} holds {foreign[:3]}{' and more' if len(foreign) > 3 else ''}, a build needs an empty "
                 "folder: choose another --out, or empty it"
             )
-        with explained(place, place):
+        with explained(place, place), _writable(place):
             place.create(SETTINGS_NAME, json_bytes(settings))
     try:
         begun = json.loads(place.read(SETTINGS_NAME))
@@ -141,6 +142,21 @@ def explained(place: Place, folder: Path | Place) -> Iterator[None]:
             error.errno,
             f"{NO_SPACE} {where}: free some space and run the same command again, it goes on after the last"
             " finished shard",
+        ) from error
+
+
+@contextmanager
+def _writable(place: Place) -> Iterator[None]:
+    """Turn what the system says of a folder on disk that takes no file into a sentence that names it."""
+    try:
+        yield
+    except OSError as error:
+        if place.local is None or error.errno in FULL:
+            raise
+        raise OSError(
+            error.errno,
+            f"{place} cannot be made or written ({error.strerror}): mend the owner or mount of that folder, or "
+            "choose another --out",
         ) from error
 
 

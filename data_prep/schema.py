@@ -248,8 +248,11 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write `content` to `path` by a temporary name, flushed and renamed: no reader sees half of it."""
-    path = Path(path)
+    """Write `content` to `path` by a temporary name, flushed and renamed: no reader sees half of it.
+
+    Where that is a symbolic link, it is written where the link leads, and the link stays.
+    """
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:

@@ -21,8 +21,10 @@ FIRST_PAUSE = 0.2  # seconds before an attempt is repeated; doubled each time
 LONGEST_PAUSE = 20.0  # seconds
 PART = 50 * 2**20  # bytes, of one part of an upload in parts; decides the ETag
 NO_KEYS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of boto: the user gave none
-NO_ACCESS = (*NO_KEYS, "CredentialRetrievalError", "ParamValidationError")  # no repetition mends them
+NO_ACCESS = (*NO_KEYS, "CredentialRetrievalError")  # no repetition mends them
+NO_NAME = "ParamValidationError"  # of boto: a request that no store can take, nor is it sent to one
 SET_KEYS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+A_URL = "name a folder or a URL that fsspec knows, such as s3://bucket/folder"
 OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
 _MD5 = re.compile(r"[0-9a-f]{32}")
 T = TypeVar("T")
@@ -36,7 +38,8 @@ def patiently(url: str, work: Callable[[Any, str], T]) -> T:
     """What `work` gives for the file system and the path of a URL, repeated while the store fails.
 
     Pauses grow between attempts; after PATIENCE seconds OSError. What the store says is missing, there already, or
-    forbidden raises FileNotFoundError, FileExistsError or PermissionError at once.
+    forbidden raises FileNotFoundError, FileExistsError or PermissionError at once, a name that no store takes
+    ValueError.
     """
     fs = connected(url)
     path = fs._strip_protocol(url)
@@ -54,6 +57,8 @@ def patiently(url: str, work: Callable[[Any, str], T]) -> T:
         except Exception as error:  # every store has errors of its own
             if type(error).__name__ in NO_ACCESS:
                 raise PermissionError(f"{url} needs keys ({error}): {SET_KEYS}") from error
+            if type(error).__name__ == NO_NAME:
+                raise misnamed(url, error) from error
             failing = time.monotonic() - begun
             if failing > SILENT and not is_told:
                 is_told = True
@@ -65,6 +70,15 @@ def patiently(url: str, work: Callable[[Any, str], T]) -> T:
                 ) from error
         time.sleep(random.uniform(pause / 2, pause))  # many processes must not come back all at once
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def misnamed(url: str, error: Exception) -> ValueError:
+    """What to tell of a NO_NAME, whose text is a line for every fault and goes on with a pattern of names."""
+    faults = [line.partition(": Bucket name must match")[0] for line in str(error).splitlines()[1:]]
+    return ValueError(
+        f"{url} cannot be the name of anything there ({'; '.join(faults) or error}): a bucket's has 3 to 63 small "
+        "letters, digits, dots and hyphens, write s3://bucket/folder"
+    )
 
 
 def connected(url: str) -> Any:
@@ -81,9 +95,7 @@ def _file_system(store: str, process: int, environment: tuple[tuple[str, str], .
     try:
         return fsspec.url_to_fs(store, use_listings_cache=False, skip_instance_cache=True)[0]
     except (ValueError, ImportError) as error:
-        raise ValueError(
-            f"{store} cannot be opened ({error}): name a folder or a URL that fsspec knows, such as s3://bucket/folder"
-        ) from error
+        raise ValueError(f"{store} cannot be opened ({error}): {A_URL}") from error
 
 
 class Pieces(io.RawIOBase):

@@ -184,6 +184,7 @@ def _look_up(
 
 def write(out: Path, guide: Guide, codebook: Float32[Tensor, "k d"], record: dict[str, Any]) -> None:
     """The tokenizer's folder, whole or not at all."""
+    out = intact.followed(out)
     partial = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

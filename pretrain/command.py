@@ -11,6 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from pretrain.exits import FAILED, FINISHED, INTERRUPTED
+from pretrain.intact import followed
 
 
 def exit_code(
@@ -51,8 +52,9 @@ def exit_code_of_words(
 def require_place(option: str, path: Path) -> None:
     """ValueError unless something can be written at `path`: hours of work are not begun for a place that is none.
 
-    What is there and no file, such as a device, is refused too: it would be replaced.
+    What is there and no file, such as a device, is refused too: it would be replaced. Of a link, where it leads.
     """
+    path = followed(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{option} {path} is a device, pipe or socket, and would be replaced: name a file")
     try:

@@ -94,6 +94,11 @@ def compare(
     return None
 
 
+def followed(path: Path) -> Path:
+    """Where a symbolic link leads, which is written in its place; of anything else the path itself."""
+    return path.resolve() if path.is_symlink() else path
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all, also over an older one, so that it stays after a power cut."""
     write_atomic(path, text.encode())

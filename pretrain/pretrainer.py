@@ -20,8 +20,9 @@ from pretrain.models.decoder import DenseDecoder
 from pretrain.models.pixels import normalise
 from pretrain.models.temperature import Temperature
 from pretrain.scoring import SCORES, Each, Step
+from pretrain.served import active_targets
 from pretrain.targets import TargetEncoders, encode
-from pretrain.towers import Towers, active_targets, projector
+from pretrain.towers import Towers, projector
 
 
 @dataclass(frozen=True)

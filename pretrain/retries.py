@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
 import queue
 import random
+import socket
 import threading
 import time
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from data_prep.stores import NO_KEYS, SET_KEYS
+from data_prep.stores import NO_KEYS, NO_NAME, SET_KEYS, misnamed
 
 FIRST_PAUSE = 0.1  # seconds before an attempt is repeated; doubled each time
 LONGEST_PAUSE = 30.0  # seconds
@@ -45,10 +47,10 @@ def patiently(
     """What `work` gives; while it fails it is done again, for `seconds`, then GaveUp; `told` names what is asked.
 
     FileNotFoundError, PermissionError, those of a path that can be no file, and the errors in `final` are raised at
-    once; it is PermissionError too when there are no keys for a store. Pauses last at most `longest` seconds. A set
-    `stopped` ends it after an attempt. One that takes longer than `attempt` seconds fails, and the next has twice as
-    long: a store may take a question and never answer. What is left behind may still be done later: bound only what
-    reads.
+    once; it is PermissionError too when there are no keys for a store, and ValueError for a name that no store takes.
+    Pauses last at most `longest` seconds. A set `stopped` ends it after an attempt. One that takes longer than
+    `attempt` seconds fails, and the next has twice as long: a store may take a question and never answer. What is
+    left behind may still be done later: bound only what reads.
     """
     since: float | None = None  # the first failure
     is_told, pause = False, FIRST_PAUSE
@@ -66,6 +68,8 @@ def patiently(
                 raise
             if type(error).__name__ in NO_KEYS:
                 raise PermissionError(f"{error}: {SET_KEYS}") from error
+            if type(error).__name__ == NO_NAME:
+                raise misnamed(told, error) from error
             if since is None:  # what took long before it failed has not failed so long
                 since = time.monotonic() if attempt is None else asked
             failing, stopped = time.monotonic() - since, stopped or threading.Event()
@@ -81,8 +85,20 @@ def patiently(
                 )
             if attempt is not None and isinstance(error, TimeoutError):
                 attempt *= 2
-        stopped.wait(random.uniform(pause / 2, pause))  # of many processes not all at once
+        # Of many processes not all at once; and no longer than it may fail, for one last attempt then.
+        stopped.wait(min(random.uniform(pause / 2, pause), seconds - failing))
         pause = min(2 * pause, longest)
+
+
+def refusal(error: BaseException | None) -> str:
+    """Why nobody takes connections at an address, as a store's error hides it deep inside; "" of other errors."""
+    while error is not None:
+        if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
+            return str(error.strerror)
+        if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
+            return os.strerror(error.errno)
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:

@@ -14,7 +14,7 @@ from pretrain.models.pooling import AttentionPool, MeanPool
 from pretrain.models.prototypes import Prototypes
 from pretrain.models.tag_decoder import TagDecoder
 from pretrain.models.text import TextEncoder
-from pretrain.objective import Target
+from pretrain.served import active_targets
 
 EMBEDDED = ("global", "category", "text", "clusters")  # kinds that are predicted from the image's embedding
 
@@ -133,22 +133,3 @@ def projector(width: int, hidden: int, out: int) -> nn.Sequential:
         nn.Linear(hidden, out, bias=False),
         FeatureNorm(out),
     )
-
-
-def active_targets(run: Run, facts: DataFacts) -> dict[str, Target]:
-    """The objective's targets that the data can serve; ValueError when that leaves none."""
-    without = targets_without_labels(run, facts)
-    active = {name: target for name, target in run.objective.targets.items() if name not in without}
-    if not active:
-        raise ValueError(
-            f"none of the targets {sorted(run.objective.targets)} has labels in the data: give a source with "
-            "categories, captions or tags, or an objective that predicts images"
-        )
-    return active
-
-
-def targets_without_labels(run: Run, facts: DataFacts) -> dict[str, Target]:
-    """The objective's targets whose labels no source gives."""
-    has = {"category": bool(facts.categories), "text": bool(facts.vocab_size), "tags": bool(facts.tags)}
-    targets = run.objective.targets.items()
-    return {name: target for name, target in targets if not has.get(target.kind, True)}

@@ -52,8 +52,9 @@ from pretrain.plan.flops import step_flops
 from pretrain.preemption import Signals
 from pretrain.pretrainer import Pretrainer
 from pretrain.provenance import hardware
+from pretrain.served import left_out
 from pretrain.tellers import is_of_another_rank
-from pretrain.towers import Towers, targets_without_labels
+from pretrain.towers import Towers
 from pretrain.watchdog import FIRST, REMEDY, Watchdog
 
 
@@ -253,16 +254,6 @@ def speed_of(run: Run, facts: DataFacts, engine: Engine) -> Speed:
     else:
         peak = peak_of(hardware(engine.device), engine.dtype)
     return Speed(step_flops(run, facts), world_size(), peak)
-
-
-def left_out(run: Run, facts: DataFacts) -> str | None:
-    """The line that names the targets which nothing in the data serves, and why; None where all are served."""
-    without = targets_without_labels(run, facts)
-    if not without:
-        return None
-    told = ", ".join(f"{name} (no source has supervision={t.kind!r})" for name, t in without.items())
-    sources = {name: source.supervision for name, source in run.data.items()}
-    return f"LEFT OUT of the objective of {run.name}: {told}; the others are trained. Sources: {sources}"
 
 
 def read_guide(run: Run, folder: Path | None) -> Guide | None:

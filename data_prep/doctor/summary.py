@@ -174,7 +174,7 @@ def _phash(image: Member, record: dict[str, Any], summary: Summary) -> int:
     try:
         return int(stored_image(image.content).phash, 16)
     except BadImage as error:
-        raise BadDataSet(f"member {image.name}: it does not decode ({error})") from error
+        raise BadDataSet(f"member {image.name}: training cannot use it ({error})") from error
 
 
 def _count(summary: Summary, sample: list[Member], record: dict[str, Any]) -> None:

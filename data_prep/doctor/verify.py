@@ -91,7 +91,7 @@ def _verify_pixels(image: Member, mask: Member | None, record: dict) -> int:
     try:
         found = stored_image(image.content)
     except BadImage as error:
-        raise BadDataSet(f"member {image.name}: it does not decode ({error})") from error
+        raise BadDataSet(f"member {image.name}: training cannot use it ({error})") from error
     width, height = found.size
     if [width, height] != record["size"]:
         raise BadDataSet(

@@ -30,6 +30,10 @@ class Failed(Exception):
         self.detail = detail
         self.wait = wait
 
+    def __reduce__(self) -> tuple[type[Failed], tuple[str, str, float | None]]:
+        """A process may send it to others."""
+        return type(self), (self.reason, self.detail, self.wait)
+
 
 class Names:
     """Addresses of host names, remembered for a minute: rows share hosts, and resolvers fall first."""

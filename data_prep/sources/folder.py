@@ -52,7 +52,9 @@ class Folder:
     name: str = ""  # of the data set; that of the folder if empty
     seed: int = 0  # of the order of the samples
     min_side: int = Limits.min_side  # pixels; images with a shorter side are dropped
-    max_pixels: int = Limits.max_pixels  # width x height, from the header; larger images are dropped unread
+    # width x height of an input, from the header; larger images are dropped unread, and so are those that would be
+    # stored larger than training takes: 64 Mi pixels, 32 Mi of WebP
+    max_pixels: int = Limits.max_pixels
     max_aspect: float = Limits.max_aspect  # longer over shorter side; images beyond are dropped
     short_side: int = 0  # pixels; images whose short side is longer are reduced to it, 0 never
     prompts: tuple[str, ...] = ()  # captions of a class: {} becomes "a paper plane" for paper_plane

@@ -103,7 +103,8 @@ def consolidate(options: argparse.Namespace) -> None:
     if problem := store_at(folder).problem(hashes=False):
         raise ValueError(f"{folder} cannot be used, since {problem}: see `ls` and name a whole one as PLACE")
     weights = WEIGHTS[options.of](folder)
-    partial = options.out.with_name(f".tmp-{options.out.name}")
+    out = intact.followed(options.out)
+    partial = out.with_name(f".tmp-{out.name}")
     origin = {
         "checkpoint": str(folder),
         "of": options.of,
@@ -112,7 +113,7 @@ def consolidate(options: argparse.Namespace) -> None:
     try:
         save_file({name: values.contiguous() for name, values in weights.items()}, partial, metadata=origin)
         intact.flush(partial)
-        partial.replace(options.out)
+        partial.replace(out)
     except (SafetensorError, OSError) as error:
         partial.unlink(missing_ok=True)
         raise OSError(

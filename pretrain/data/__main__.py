@@ -5,14 +5,15 @@ python -m pretrain.data NAME=DIR [NAME=DIR ...] --recipe RECIPE [--images N] [--
 
 One DIR alone stands for every source of the recipe. Prints the sources and their shares, the time of every stage of
 the training loader and what it had to replace; writes the same and the run's first inputs, with boxes, masks and
-labels, to FILE.html, and a line for every replaced sample to FILE.dropped.jsonl.
+labels, to FILE.html, and a line for every replaced sample to FILE.dropped.jsonl. Data that training would stop at is
+looked at like any other; where no image can be made of it, the page says so and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_prep.schema import write_atomic
@@ -20,10 +21,12 @@ from pretrain import recipes
 from pretrain.arguments import match_sources, override
 from pretrain.command import exit_code, require_place
 from pretrain.config import Run
+from pretrain.data.faults import DataError
 from pretrain.data.measure import Measured, SourceCount, count_sources, measure
-from pretrain.data.remote import is_url
+from pretrain.data.remote import Place, is_url
 from pretrain.report.document import Section, document
 from pretrain.report.pairs import legend, pair_pictures, read_pairs
+from pretrain.served import active_targets, left_out
 from pretrain.visualize.markup import Html, element, table
 from pretrain.visualize.numbers import percent, significant
 
@@ -81,6 +84,8 @@ def source_rows(sources: Sequence[SourceCount]) -> list[list[str]]:
 
 def stage_rows(measured: Measured) -> list[list[str]]:
     total = sum(measured.stages.values())
+    if not measured.num_images:
+        return []
     return [
         [
             stage,
@@ -111,10 +116,16 @@ def remarks(run: Run, measured: Measured, dropped_to: Path) -> list[str]:
     if measured.dropped:
         counts = ", ".join(f"{kind} {count}" for kind, count in sorted(measured.dropped.items()))
         said.append(f"Replaced: {counts}; listed in {dropped_to}.")
-        if measured.would_stop:
-            said.append(f"Training would stop here: {measured.would_stop}.")
-    else:
+    elif not measured.would_stop:
         said.append("No sample had to be replaced.")
+    if measured.would_stop:
+        said.append(f"Training would stop here: {measured.would_stop}.")
+    try:
+        active_targets(run, measured.facts)
+    except ValueError as error:
+        said.append(f"Training would stop here: {error}.")
+    else:
+        said += [f"{line}." for line in (left_out(run, measured.facts),) if line]
     return said
 
 
@@ -141,18 +152,27 @@ def look(arguments: Sequence[str] | None = None) -> None:
     measured = measure(*place, options.images, options.workers, dropped_to)
     said = remarks(run, measured, dropped_to)
     print("", aligned(STAGE_HEAD, stage_rows(measured)), "", *said, sep="\n")
-    shown = read_pairs(*place, SHOWN)
     text = document(
         f"data of {run.name}",
         element("header", element("h1", f"What {run.name} is fed")),
         [
             Section("sources", "Sources", table(SOURCE_HEAD, source_rows(sources), "numbers")),
             Section("stages", "Stages", _stages(measured, said)),
-            Section("inputs", "First inputs", element("div", legend(run), pair_pictures(shown, run))),
+            Section("inputs", "First inputs", _inputs(*place)),
         ],
     )
     write_atomic(options.out, text.encode())
     print(f"written to {options.out.absolute()}")
+    if measured.is_broken:
+        raise DataError(measured.would_stop)
+
+
+def _inputs(run: Run, folders: Mapping[str, Place], tokenizer: Path | None) -> Html:
+    try:
+        shown = read_pairs(run, folders, tokenizer, SHOWN)
+    except DataError as error:
+        return element("p", f"They cannot be made: {error}", class_="note")
+    return element("div", legend(run), pair_pictures(shown, run))
 
 
 def _stages(measured: Measured, said: Sequence[str]) -> Html:

@@ -15,11 +15,9 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from data_prep.headers import webp_size
+from data_prep.headers import MAX_PIXELS, MAX_WEBP_PIXELS, webp_size
 from pretrain.data.faults import BadSample
 
-MAX_PIXELS = 64 * 2**20  # a larger image is refused from its header, before memory is taken for it
-MAX_WEBP_PIXELS = 32 * 2**20  # Pillow's reader of WebP holds four pictures of four bytes a pixel
 PART = 2**22  # pixels that Pillow converts at once
 APP1, START_OF_SCAN = b"\xe1", b"\xda"  # markers of JPEG segments, after 0xff
 ORIENTATION_TAG = 0x0112  # EXIF

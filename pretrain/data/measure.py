@@ -18,6 +18,7 @@ from pretrain.data.order import CYCLE
 from pretrain.data.remote import Place
 from pretrain.data.sources import open_sources
 from pretrain.data.steps import STAGES, run_order
+from pretrain.facts import DataFacts
 
 BATCH = 32  # inputs that are made together; the run's own batch may be that of hundreds of ranks
 PLANNED = (
@@ -48,9 +49,11 @@ class Measured:
     seconds: float  # for the batches after the first
     num_timed: int  # images in these
     stages: Mapping[str, float]  # seconds an image by stage, of the process that works
+    facts: DataFacts  # of the data, as training reads them
     dropped: Mapping[str, int]  # "source: reason" -> samples replaced
     tokens: tuple[float, float] | None  # of captions: mean length, share that is cut to run.text.length
     would_stop: str  # why a training with run.max_bad would; "" if it would not
+    is_broken: bool  # it would with any max_bad: of this data no more images can be made
     peak_bytes: int | None  # the most that a process that works has held; None where the system does not tell
 
     @property
@@ -88,6 +91,7 @@ def measure(
 ) -> Measured:
     """Makes at least `num_images` images from the run's first position on, by `workers` processes (0: this one).
 
+    Fewer where so many samples in turn are bad that no more can be made.
     Arguments and errors as those of `Loader`.
     """
     batch = BATCH * run.objective.input.mixed
@@ -101,32 +105,37 @@ def measure(
         workers=workers,
         dropped_to=dropped_to,
     )
+    first, since, would_stop, is_broken = 0.0, begun, "", False
     with closing(loader):
-        first, since = 0.0, begun
-        for _ in loader:
-            if not first:
-                since = time.perf_counter()
-                first = since - begun
-            if loader.num_images >= num_images:
-                break
+        try:
+            for _ in loader:
+                if not first:
+                    since = time.perf_counter()
+                    first = since - begun
+                if loader.num_images >= num_images:
+                    break
+        except DataError as error:
+            would_stop, is_broken = str(error), True
         seconds = time.perf_counter() - since
         working = [child.pid for child in multiprocessing.active_children()] if workers else [os.getpid()]
         peaks = [peak for peak in map(peak_bytes_of, working) if peak is not None]
-    num_captions, would_stop = loader.num_captions, ""
+    num_captions = loader.num_captions
     try:
         loader.require_few(run.max_bad)
     except DataError as error:
-        would_stop = str(error)
+        would_stop = would_stop or str(error)
     return Measured(
         num_images=loader.num_images,
         workers=workers,
         first_seconds=first,
         seconds=seconds,
-        num_timed=loader.num_images - batch,
-        stages={stage: loader.seconds[stage] / loader.num_images for stage in STAGES},
+        num_timed=max(loader.num_images - batch, 0),
+        stages={stage: loader.seconds[stage] / max(loader.num_images, 1) for stage in STAGES},
+        facts=loader.facts,
         dropped=dict(loader.dropped),
         tokens=(loader.num_tokens / num_captions, loader.num_cut / num_captions) if num_captions else None,
         would_stop=would_stop,
+        is_broken=is_broken,
         peak_bytes=max(peaks, default=None),
     )
 

@@ -8,7 +8,7 @@ import socket
 from array import array
 from pathlib import Path
 
-from data_prep.index import index_bytes, index_path, read_index
+from data_prep.index import ANEW, index_bytes, index_path, read_index
 from data_prep.schema import TAR_BLOCK, Shard
 from pretrain.data.faults import BadSample
 
@@ -18,23 +18,25 @@ REGULAR_FILE = (b"0", b"\0")  # tar type flags
 def offsets_of(descriptor: int, path: Path, shard: Shard) -> array:
     """Where the samples of an open shard lie; it is indexed if it is not yet, and its headers tell the same where the
     index cannot be read. Raises BadSample, and OSError when reading the shard fails."""
-    has_index = True
+    has_index = is_read = True
     try:
         offsets = read_index(path)
     except OSError as error:
-        has_index = not isinstance(error, FileNotFoundError)
+        has_index, is_read = not isinstance(error, FileNotFoundError), False
         offsets = _index(descriptor, path)
     except ValueError as error:
         raise BadSample("broken_index", str(error)) from error
+    remedy = ANEW if is_read else "copy that shard again"
     if len(offsets) != shard.num_samples + 1:
         raise BadSample(
             "broken_index",
-            f"{path}.idx holds {len(offsets)} offsets, the manifest's {shard.num_samples} samples need one more",
+            f"{path}.idx holds {len(offsets)} offsets, the manifest's {shard.num_samples} samples need one more: "
+            f"{remedy}",
         )
     if offsets[-1] > shard.num_bytes:
         raise BadSample(
             "broken_index",
-            f"{path}.idx ends its samples at byte {offsets[-1]}, the manifest's shard at {shard.num_bytes}",
+            f"{path}.idx ends its samples at byte {offsets[-1]}, the manifest's shard at {shard.num_bytes}: {remedy}",
         )
     if not has_index:
         _keep_index(path, offsets)

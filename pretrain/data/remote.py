@@ -17,13 +17,15 @@ from typing import Any, TypeVar
 import fsspec
 
 from data_prep.schema import MANIFEST_NAME, Shard, write_atomic
+from data_prep.stores import A_URL
 from pretrain.data.cache import CACHE_GIB, PARTIAL, Cache, lock_of
 from pretrain.data.faults import BadSample, DataError
-from pretrain.retries import GaveUp, patiently
+from pretrain.retries import GaveUp, patiently, refusal
 
 PIECE = 2**24  # bytes, of one request; what fails is asked for again, not the whole shard
 PATIENCE = 600.0  # seconds that a store may fail, or a full cache stay full, before the run ends
 PATIENCE_AT_START = 20.0  # seconds: a wrong address or key is told soon
+REFUSED_AT_START = 3.0  # seconds that nobody may take connections at an address that never served from here
 ATTEMPT = 60.0  # seconds that one request may take, the next one twice as long
 NOT_YET = 0.1  # seconds between two looks at what other processes do
 AHEAD = 4  # shards that one process copies at once before they are needed
@@ -84,8 +86,23 @@ class RemoteFolder:
 
     def copy_manifest(self) -> None:
         """Fetches manifest.json, at every start: it decides what is current. FileNotFoundError without one."""
+        is_known, begun = (self.folder / MANIFEST_NAME).exists(), time.monotonic()
+
+        def ask(fs: Any, path: str) -> bytes:
+            try:
+                return fs.cat_file(path)
+            except Exception as error:
+                refused = refusal(error)
+                is_early = time.monotonic() - begun < (PATIENCE_AT_START if is_known else REFUSED_AT_START)
+                if not refused or is_early:
+                    raise
+                raise DataError(
+                    f"{self.url} cannot be read, nobody takes connections there ({refused}): mend the address, of S3 "
+                    "that in AWS_ENDPOINT_URL, or start the server, and start again"
+                ) from error
+
         try:
-            content = self._patiently(MANIFEST_NAME, lambda fs, path: fs.cat_file(path), PATIENCE_AT_START)
+            content = self._patiently(MANIFEST_NAME, ask, PATIENCE_AT_START)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{self.url}/{MANIFEST_NAME} is missing: name the URL of a data set that `python -m data_prep "
@@ -277,7 +294,7 @@ class RemoteFolder:
             try:
                 self._fs = fsspec.url_to_fs(self.url, use_listings_cache=False)
             except (ValueError, ImportError) as error:
-                raise ValueError(f"{self.url} cannot be opened: {error}") from error
+                raise ValueError(f"{self.url} cannot be opened ({error}): {A_URL}") from error
         return self._fs
 
     def _patiently(self, name: str, work: Callable[[Any, str], T], patience: float | None = None) -> T:
@@ -290,7 +307,7 @@ class RemoteFolder:
                 told,
                 PATIENCE if patience is None else patience,
                 attempt=ATTEMPT,
-                final=(BadSample,),
+                final=(BadSample, DataError),
                 stopped=self._closed,
             )
         except PermissionError as error:

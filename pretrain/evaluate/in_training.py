@@ -30,7 +30,8 @@ from pretrain.evaluate.splits import SPLITS, found_in
 from pretrain.evaluate.templates import AUTO, choose_templates
 from pretrain.facts import DataFacts
 from pretrain.models.pixels import normalise
-from pretrain.towers import EMBEDDED, active_targets
+from pretrain.served import active_targets
+from pretrain.towers import EMBEDDED
 
 MOST_IMAGES = {"train": 2000, "heldout": 500}  # spread evenly over the data sets
 IMAGES_AT_ONCE = 64

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from pretrain.data.decode import MAX_PIXELS
+from data_prep.headers import MAX_PIXELS
 from pretrain.data.faults import BadSample
 from pretrain.data.views import center_mask
 

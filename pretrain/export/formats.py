@@ -28,7 +28,7 @@ from pretrain.export.agreement import Agreement
 from pretrain.export.keys import Keys
 from pretrain.export.names import FORMATS, NoToolkits
 from pretrain.export.trained import Trained
-from pretrain.intact import flush
+from pretrain.intact import flush, followed
 from pretrain.models.backbone import BACKBONES
 
 KEYS = "keys.json"
@@ -160,7 +160,7 @@ def export(trained: Trained, name: str, folder: Path, python: str = sys.executab
     does not fit, FileExistsError when `folder` holds anything but an export, OSError when the disk is full.
     In all these cases `folder` is as it was.
     """
-    exporter = choose(name, trained.run)
+    exporter, folder = choose(name, trained.run), followed(folder)
     check_target(folder, name, exporter.num_copies * trained.num_bytes)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -29,7 +29,7 @@ from pretrain.plan.flops import (
     width_of,
 )
 from pretrain.plan.settings import Keeps
-from pretrain.towers import active_targets
+from pretrain.served import active_targets
 
 
 @dataclass(frozen=True)

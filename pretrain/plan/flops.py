@@ -23,7 +23,7 @@ from pretrain.models.internimage_block import DCN_KERNEL
 from pretrain.models.internimage_config import STEM_STRIDE, InternImageConfig
 from pretrain.models.timm_encoders import SwinSize, ViTSize
 from pretrain.objective import Target
-from pretrain.towers import active_targets
+from pretrain.served import active_targets
 
 LABEL_EMBEDDED, IMAGE_EMBEDDED = ("category", "text"), ("global", "clusters")  # kinds that read an embedding
 BACKWARD = 2  # passes: products for the input's gradient and for the weights'

@@ -19,7 +19,7 @@ from pretrain.kernels.contrastive import LOGITS
 from pretrain.plan.activations import Kept, kept
 from pretrain.plan.settings import Setting
 from pretrain.plan.sizes import Sizes
-from pretrain.towers import active_targets
+from pretrain.served import active_targets
 
 MASTER, MOMENTS = 4, 8  # bytes a parameter, float32
 VIEWS = 2  # of every image, uint8 on the device

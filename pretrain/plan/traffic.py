@@ -17,7 +17,7 @@ from pretrain.facts import DataFacts
 from pretrain.plan.flops import IMAGE_EMBEDDED, LABEL_EMBEDDED, grid_of, kinds_of, share_of, width_of
 from pretrain.plan.settings import Setting
 from pretrain.plan.sizes import Sizes
-from pretrain.towers import active_targets
+from pretrain.served import active_targets
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
 FLOAT32 = 4

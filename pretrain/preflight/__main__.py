@@ -48,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(f"  {name}: {check.text}" for name, check in CHECKS.items()))
         return FINISHED
     try:
-        options, rest = read_options(arguments)
-        options.chosen(list(CHECKS))
+        options, rest = read_options(arguments, list(CHECKS))
         ranks = ranks_of()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

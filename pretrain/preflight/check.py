@@ -56,6 +56,9 @@ class Here:
     model: dict[str, float] | None = (
         None  # on rank 0: parameters, bytes of a checkpoint and of a rank's host memory
     )
+    sample_bytes: float | None = (
+        None  # on rank 0: the mean in a shard, of the source whose samples are largest
+    )
 
     @property
     def is_mixed(self) -> bool:

@@ -72,6 +72,6 @@ CHECKS: dict[str, Check] = {
 
 
 def chosen(here: Here, has_run: bool) -> Sequence[str]:
-    """The checks of this start; ValueError for names that are none."""
+    """The checks of this start."""
     names = [name for name, check in CHECKS.items() if has_run or not check.needs_run]
     return [name for name in here.options.chosen(list(CHECKS)) if name in names]

@@ -34,7 +34,12 @@ WORKER_BYTES = GIB  # of a decoding process
 
 def batch_bytes(run: Run, world: int) -> int:
     """Of a rank's share of a batch as the loader hands it on."""
-    return -(-run.batch // world) * VIEWS * 3 * run.views.size**2
+    return images_of_rank(run, world) * VIEWS * 3 * run.views.size**2
+
+
+def images_of_rank(run: Run, world: int) -> int:
+    """Of a batch, also where it does not divide, which is told elsewhere."""
+    return -(-run.batch // world)
 
 
 def wanted_shm(here: Here) -> float:
@@ -52,23 +57,48 @@ def wanted_shm(here: Here) -> float:
     return here.ranks.local_size * (nccl + batches)
 
 
+def files_in_shm(here: Here) -> int:
+    """Image files there beside the views, which workers leave to the device; their size is not known yet."""
+    if here.run is None or here.run.views.on_device != "all" or SHM_GIB in os.environ:
+        return 0
+    workers = here.paths.workers if here.paths else 0
+    return here.ranks.local_size * MOST_KEPT * workers * images_of_rank(here.run, here.ranks.world)
+
+
 def look_at_shm(here: Here) -> dict[str, float]:
-    return {"free": shutil.disk_usage(SHM).free, "wanted": wanted_shm(here)}
+    return {
+        "free": shutil.disk_usage(SHM).free,
+        "wanted": wanted_shm(here),
+        "files": files_in_shm(here),
+    }
 
 
 def judge_shm(told: Sequence[Told], here: Here) -> Judged:
-    wanted = max(one.value["wanted"] for one in told)
+    needed = {
+        one.place: one.value["wanted"] + one.value["files"] * (here.sample_bytes or 0.0) for one in told
+    }
+    num_files = max(one.value["files"] for one in told)
     problems = [
         Problem(
             one.place,
             f"{size(one.value['free'])} free in {SHM}",
             "start the container with --shm-size or --ipc=host (Kubernetes: an emptyDir of medium Memory there), or "
-            "fewer --workers",
+            "fewer --workers" + (", or --views.on_device colours" if num_files else ""),
         )
         for one in told
-        if one.value["free"] < one.value["wanted"]
+        if one.value["free"] < needed[one.place]
     ]
-    rule = f"{size(wanted)} for NCCL and batches of the workers ({SHM_GIB} says otherwise)"
+    files = ""
+    if num_files:
+        each = (
+            f"of {here.sample_bytes / 1024:.0f} KiB"
+            if here.sample_bytes
+            else "that data would tell the size of"
+        )
+        files = f" and {num_files:g} image files {each}, which views.on_device=all leaves there"
+    rule = (
+        f"{size(max(needed.values()))} for NCCL and batches of the workers{files} ({SHM_GIB} says otherwise)"
+    )
     return Judged(f"{_span(told, 'free')} free", rule, problems)
 
 

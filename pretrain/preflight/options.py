@@ -37,25 +37,19 @@ class Options:
     max_used_gib: float = _option(2.0, "memory of a GPU that is taken before the run, this process included")
 
     def __post_init__(self) -> None:
+        problems = []
         for each in fields(self):
-            if each.type == "float" and not getattr(self, each.name) >= 0:
-                raise ValueError(
-                    f"{variable(each.name)}={getattr(self, each.name)} must be a number, not negative"
-                )
-        for name in ("connect_seconds", "check_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"{variable(name)}={getattr(self, name)} must be positive: seconds, such as 60"
-                )
+            value, is_time = getattr(self, each.name), each.name in ("connect_seconds", "check_seconds")
+            if is_time and not value > 0:
+                problems.append(f"{variable(each.name)}={value} must be positive: seconds, such as 60")
+            elif each.type == "float" and not value >= 0:
+                problems.append(f"{variable(each.name)}={value} must be a number, not negative")
+        if problems:
+            raise ValueError("; ".join(problems))
 
     def chosen(self, names: Sequence[str]) -> list[str]:
-        """The checks that run, in their order; ValueError for a name that is none."""
+        """The checks that run, in their order; all names are of checks."""
         asked = {name: _listed(getattr(self, name)) for name in ("only", "skip")}
-        for option, listed in asked.items():
-            if unknown := sorted(set(listed) - set(names)):
-                raise ValueError(
-                    f"{variable(option)}={','.join(unknown)} is unknown; choose from {list(names)}"
-                )
         return [
             name
             for name in names
@@ -76,9 +70,12 @@ def _listed(text: str) -> list[str]:
 
 
 def read_options(
-    arguments: Sequence[str], environment: Mapping[str, str] | None = None
+    arguments: Sequence[str], checks: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> tuple[Options, list[str]]:
-    """The options, and the arguments that are none of them; ValueError for what is no number."""
+    """The options, and the arguments that are none of them; ValueError that tells everything that is wrong.
+
+    `checks` are the names that may be chosen.
+    """
     environment = os.environ if environment is None else environment
     parser = argparse.ArgumentParser(prog="python -m pretrain.preflight", add_help=False, allow_abbrev=False)
     parser.add_argument("--local_rank", type=int)  # added by the launcher
@@ -86,6 +83,7 @@ def read_options(
         parser.add_argument(option(each.name), dest=each.name)
     given, rest = parser.parse_known_args(list(arguments))
     values: dict[str, Any] = {}
+    problems = []
     for each in fields(Options):
         text = getattr(given, each.name)
         text = environment.get(variable(each.name)) if text is None else text
@@ -94,10 +92,17 @@ def read_options(
         try:
             values[each.name] = float(text) if each.type == "float" else text
         except ValueError:
-            raise ValueError(
-                f"{variable(each.name)}={text!r} must be a number, such as {each.default:g}"
-            ) from None
-    return Options(**values), rest
+            problems.append(f"{variable(each.name)}={text!r} must be a number, such as {each.default:g}")
+    for name in ("only", "skip"):
+        if unknown := sorted(set(_listed(values.get(name, ""))) - set(checks)):
+            problems.append(f"{variable(name)}={','.join(unknown)} is unknown; choose from {list(checks)}")
+    try:
+        options = Options(**values)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return options, rest
 
 
 def as_record(options: Options) -> dict[str, Any]:

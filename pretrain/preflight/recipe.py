@@ -81,6 +81,7 @@ def look_at_data(here: Here) -> dict[str, Any] | None:
             raise problem
         _require_tar(places[source.name], shards.manifest.shards[here.ranks.node % num].name)
         told[source.name] = {"manifest": shards.sha256, "shards": num, "samples": len(shards)}
+    here.sample_bytes = max(source.shards.num_bytes / len(source.shards) for source in sources.opened)
     return told
 
 

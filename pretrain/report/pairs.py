@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,14 +56,16 @@ class Pair:
 def read_pairs(run: Run, folders: Mapping[str, Place], tokenizer: Path | None, count: int) -> list[Pair]:
     """The first `count` inputs of the run: its positions 0, 1, ... whatever its batch.
 
-    ValueError or FileNotFoundError when the folders do not fit the recipe, as in training.
+    Where training would stop for more bad samples than run.max_bad they are shown all the same: DataError is left for
+    data of which nothing can be made. ValueError or FileNotFoundError when the folders do not fit the recipe, as in
+    training.
     """
     mixed = run.objective.input.mixed
     has_text = any(source.supervision == "text" for source in run.data.values())
     tokenizer = tokenizer if has_text else None
-    loader = Loader(replace(run, batch=count * mixed), folders, tokenizer, rank=0, world=1)
-    batch = next(loader)
-    loader.close()
+    looked_at = replace(run, batch=count * mixed, max_bad=1.0)
+    with closing(Loader(looked_at, folders, tokenizer, rank=0, world=1)) as loader:
+        batch = next(loader)
     sources = open_sources(run, folders, tokenizer)
     order = run_order(run, sources)
     examples = [_example(batch, place, order, sources) for place in range(count * mixed)]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle
 
-from pretrain.data.decode import MAX_PIXELS
+from data_prep.headers import MAX_PIXELS
 from pretrain.data.faults import BadSample
 from pretrain.intact import sha256
 from pretrain.transfer.examples import Drops, Example, read_image, repeated, resolved

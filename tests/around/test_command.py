@@ -98,3 +98,6 @@ def test_a_place_that_takes_no_file_is_refused_before_the_work(tmp_path: Path) -
         ValueError, match=r"--out .*file/result.json cannot be written \(.*\): name another place"
     ):
         require_place("--out", tmp_path / "file" / "result.json")
+    (tmp_path / "link.json").symlink_to(tmp_path / "file" / "result.json")
+    with pytest.raises(ValueError, match=r"--out .*file/result.json cannot be written"):
+        require_place("--out", tmp_path / "link.json")

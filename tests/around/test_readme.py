@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import subprocess
+import sys
+from fnmatch import fnmatchcase
 from typing import Any
 
+from pretrain import recipes
 from tests.paths import ROOT
 
 README = " ".join((ROOT / "README.md").read_text().split())
@@ -54,6 +60,39 @@ def test_the_loaders_rates_are_those_that_were_measured() -> None:
         f"waits {100 * wait['wait_share']:.1f} % of its time, one of that pace throughout "
         f"{100 * wait['steady']['wait_share']:.1f} %"
     ) in README
+
+
+def test_the_sources_that_a_recipe_draws_from_are_told() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = lines.index("| recipe | sources |") + 2
+    told = []
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start:]):
+        patterns, sources = (re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split("|"))
+        told.append((patterns, sources))
+    for name in recipes.names():
+        first = next(
+            sources for patterns, sources in told if any(fnmatchcase(name, pattern) for pattern in patterns)
+        )
+        assert list(recipes.load(name).data) == first, name
+
+
+def test_the_options_of_the_look_at_data_are_told() -> None:
+    _, _, told = README.partition("- A look: `python -m pretrain.data")
+    told, _, _ = told.partition("- Where: ")
+    helped = subprocess.run(
+        [sys.executable, "-m", "pretrain.data", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    options = set(re.findall(r"^  (--[a-z]+)", helped, re.MULTILINE))
+    assert options >= {"--images", "--workers", "--out"}
+    assert {option for option in options if option not in told} == set()
+    assert (
+        f"warm-up ({recipes.load('m3i.demo').optim.warmup} in the demo's) need a shorter `--optim.warmup`"
+        in README
+    )
 
 
 def test_the_start_on_many_shards_is_the_one_that_was_measured() -> None:

@@ -270,6 +270,19 @@ def test_what_worked_long_before_it_failed_is_asked_again() -> None:
     assert retries.patiently(work, "a file", 0.2) == 7 and len(attempts) == 2
 
 
+def test_a_pause_does_not_outlast_the_time_that_a_store_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 20.0)
+    attempts: list[float] = []
+
+    def work() -> None:
+        attempts.append(time.monotonic())
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(retries.GaveUp, match=r"has failed for 0.2 seconds"):
+        retries.patiently(work, "a file", 0.2)
+    assert 0.2 <= attempts[-1] - attempts[0] < 10 and len(attempts) > 1
+
+
 def test_where_an_index_cannot_be_read_the_headers_tell_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,9 @@ from pretrain.config import Mixing, Source
 from pretrain.data.__main__ import main
 from pretrain.data.measure import count_sources, measure
 from pretrain.data.steps import STAGES
+from pretrain.facts import DataFacts
+from pretrain.objective import Input, Objective, Target
+from pretrain.served import left_out
 from tests.data.sets import good_set, sample, small_run, write_set, write_tokenizer
 
 
@@ -86,6 +89,60 @@ def test_replaced_samples_are_counted_and_listed(tmp_path: Path, capsys: pytest.
     assert "Training would stop here: " in page.read_text()
     lines = [json.loads(line) for line in (tmp_path / "page.dropped.jsonl").read_text().splitlines()]
     assert {(line["source"], line["index"], line["reason"]) for line in lines} == {("names", 7, "truncated")}
+
+
+def test_the_page_shows_what_is_good_of_data_that_training_would_stop_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = [sample(number, has_text=False) for number in range(24)]
+    for bad in samples[::2]:
+        bad["jpg"] = bad["jpg"][:-30]
+    folder = write_set(tmp_path / "names", [samples])
+    recipe = write_recipe(tmp_path, data={"names": Source("category")}, max_bad=0.0)
+    page = tmp_path / "page.html"
+    assert main([str(folder), "--recipe", str(recipe), "--images", "64", "--out", str(page)]) == 0
+    text = page.read_text()
+    assert text.count("Pair ") == 6 and "Training would stop here: " in text and "names: truncated" in text
+    assert f"written to {page}" in capsys.readouterr().out
+
+
+def test_targets_that_the_data_cannot_serve_are_told_as_in_training(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run(data={"names": Source("category")})
+    (tmp_path / "small.json").write_text(run.to_json())
+    page = tmp_path / "page.html"
+    options = ["--recipe", str(tmp_path / "small.json"), "--images", "64", "--out", str(page)]
+    assert main([str(folders["names"]), *options]) == 0
+    line = left_out(run, DataFacts(categories=("ant", "bee", "cow"), vocab_size=0))
+    assert line is not None and line in capsys.readouterr().out
+    assert "LEFT OUT of the objective of small: text (no source has supervision=" in page.read_text()
+
+
+def test_an_objective_that_the_data_cannot_serve_at_all_is_told(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = Objective(Input(), {"text": Target("text", "boltzmann")})
+    recipe = write_recipe(tmp_path, data={"names": Source("none")}, objective=objective)
+    options = ["--recipe", str(recipe), "--images", "64", "--out", str(tmp_path / "page.html")]
+    assert main([str(folders["names"]), *options]) == 0
+    assert "Training would stop here: none of the targets ['text'] has labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_page_of_data_without_a_good_sample_says_why_and_the_exit_code_tells(
+    workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = [{**sample(number, has_text=False), "jpg": b"no image"} for number in range(8)]
+    folder = write_set(tmp_path / "names", [samples])
+    recipe = write_recipe(tmp_path, data={"names": Source("category")})
+    page = tmp_path / "page.html"
+    options = ["--images", "64", "--workers", str(workers), "--out", str(page)]
+    assert main([str(folder), "--recipe", str(recipe), *options]) == 1
+    why = "32 samples of source &#x27;names&#x27; in turn cannot be used, the last: names/000000.tar sample"
+    assert page.read_text().count(why) == 2 and "not_an_image" in page.read_text()  # below stages and inputs
+    told = capsys.readouterr()
+    assert f"written to {page}" in told.out and "error: 32 samples of source 'names' in turn" in told.err
 
 
 @pytest.mark.parametrize(

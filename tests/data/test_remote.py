@@ -256,7 +256,9 @@ def test_what_a_store_lacks_is_told_at_start(store: Store, tmp_path: Path, urls:
         FileNotFoundError, match=r"s3://bucket/nothing/manifest.json is missing: name the URL"
     ):
         ShardFolder(f"s3://{BUCKET}/nothing")
-    with pytest.raises(ValueError, match="nosuch://x cannot be opened: Protocol not known"):
+    with pytest.raises(
+        ValueError, match=r"nosuch://x cannot be opened \(Protocol .*\): name a folder or a URL"
+    ):
         ShardFolder("nosuch://x")
     url = store.put(good_set(tmp_path / "short", (4, 4)), "sets/short")
     store.files.rm_file(f"{BUCKET}/sets/short/000001.tar")
@@ -284,6 +286,13 @@ def test_a_store_without_keys_is_not_asked_again(
     connections.clear_instance_cache()
 
 
+def test_a_name_that_no_bucket_can_have_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PATIENCE_AT_START", 3600.0)
+    told = r'^s3://Bad_Bucket!/set/manifest.json .*\(Invalid bucket name "Bad_Bucket!"\): a bucket.s has 3 to'
+    with pytest.raises(ValueError, match=told):
+        ShardFolder("s3://Bad_Bucket!/set")
+
+
 def test_a_store_that_takes_a_question_and_never_answers_ends_the_start_soon(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -292,6 +301,36 @@ def test_a_store_that_takes_a_question_and_never_answers_ends_the_start_soon(
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/set"
         with pytest.raises(DataError, match=r"has failed for 0.5 seconds, .*no answer within 0.5 seconds"):
             ShardFolder(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [("http://127.0.0.1:{port}/set", "Connection refused"), ("http://no.such.host.invalid/set", "not known")],
+)
+def test_an_address_where_nobody_listens_is_told_soon_and_in_plain_words(
+    url: str, reason: str, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PATIENCE_AT_START", 3600.0)
+    monkeypatch.setattr(remote, "REFUSED_AT_START", 0.2)
+    told = (
+        rf"/set cannot be read, nobody takes connections there \(.*{reason}\): mend the address, .*and start"
+    )
+    with pytest.raises(DataError, match=told):
+        ShardFolder(url.format(port=free_port))
+
+
+def test_an_address_that_served_before_is_waited_for(
+    free_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "REFUSED_AT_START", 0.0)
+    monkeypatch.setattr(remote, "PATIENCE_AT_START", 0.5)
+    opened = RemoteFolder(f"http://127.0.0.1:{free_port}/set", Cache.of_environment())
+    opened.folder.mkdir(parents=True)
+    (opened.folder / "manifest.json").write_text("{}")
+    begun = time.monotonic()
+    with pytest.raises(DataError, match=r"nobody takes connections there \(Connection refused\)"):
+        opened.copy_manifest()
+    assert time.monotonic() - begun >= 0.5
 
 
 def test_a_request_that_is_never_answered_is_asked_again(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,38 @@ def test_an_index_that_leads_beyond_its_shard_is_refused(tmp_path: Path, end: in
     ) as caught:
         ShardFolder(root).sample(0)
     assert caught.value.reason == "broken_index"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda content: b"",
+        lambda content: content[:-3],
+        lambda content: content[:-8],
+        lambda content: content[8:],
+        lambda content: content[:-8] + (2**33).to_bytes(8, "little"),
+    ],
+)
+def test_a_broken_index_is_told_with_its_remedy_which_mends_it(
+    tmp_path: Path, broken: Callable[[bytes], bytes]
+) -> None:
+    root = good_set(tmp_path / "set")
+    index = index_path(root / "000000.tar")
+    whole = index.read_bytes()
+    index.write_bytes(broken(whole))
+    with pytest.raises(BadSample, match=r"remove that \.idx, the next start makes it anew$"):
+        ShardFolder(root).sample(0)
+    index.unlink()
+    assert ShardFolder(root).sample(0) == sample(0) and index.read_bytes() == whole
+
+
+def test_samples_that_the_manifest_does_not_count_are_no_fault_of_an_index(tmp_path: Path) -> None:
+    root = good_set(tmp_path / "set", (3,))
+    index_path(root / "000000.tar").unlink()
+    manifest = root / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"num_samples": 3', '"num_samples": 2'))
+    with pytest.raises(BadSample, match="2 samples need one more: copy that shard again"):
+        ShardFolder(root).sample(0)
 
 
 def test_a_shard_that_is_cut_off_gets_no_index_that_outlives_its_mending(tmp_path: Path) -> None:

@@ -274,6 +274,12 @@ CHANGED = [
     ("avif_moving", lambda: _moving("AVIF"), "format_AVIF+first_frame"),
 ]  # fmt: skip
 
+TOO_LARGE = [  # for training, and well below what is a bomb
+    ("png", lambda: _png(8193, 8193, 8, 2, b"")),
+    ("jpeg", lambda: _sized_jpeg(8193, 8193)),
+    ("webp", lambda: _webp_header(b"VP8X", bytes(4) + b"\x70\x17\x00" * 2)),
+]
+
 BOMBS = [  # all told from the header
     ("bomb_png", lambda: _png(60_000, 60_000, 8, 2, b""), "too_large"),
     ("bomb_png_that_unpacks", lambda: _png(20_000, 20_000, 1, 0, zlib.compress(bytes(2501 * 20_000))), "too_large"),
@@ -294,6 +300,7 @@ BOMBS = [  # all told from the header
     ("bomb_of_scans", _many_scans, "too_many_scans"),
     ("bomb_of_scans_one_after_another", _sequential_scans, "too_many_scans"),
     ("bomb_of_scans_in_arithmetic_codes", lambda: _arithmetic(0xCA, 1500), "unsupported_coding"),
+    *[(f"larger_than_training_takes_{name}", make, "too_large") for name, make in TOO_LARGE],
     ("strip", lambda: _png(1, 3000, 8, 0, b""), "too_small"),
     ("ribbon", lambda: _png(32, 3000, 8, 0, b""), "too_long"),
     ("ribbon_jpeg", lambda: _sized_jpeg(40, 60_000), "too_long"),

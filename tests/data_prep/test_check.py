@@ -25,6 +25,7 @@ from data_prep.places import place_of
 from data_prep.samples import json_bytes
 from data_prep.schema import parse_manifest, write_manifest
 from data_prep.sources.scenes import Scenes, draw_scene
+from tests.data_prep.malformed_images import TOO_LARGE
 from tests.data_prep.pictures import encoded, picture
 
 
@@ -246,6 +247,15 @@ def test_a_recorded_perceptual_hash_is_verified(folder, phash, message):
             verify_sample("x", sample, manifest)
     else:
         assert verify_sample("x", sample, manifest)
+
+
+def test_an_image_that_training_refuses_for_its_size_is_at_fault(folder):
+    image = dict(TOO_LARGE)["jpeg"]()
+    manifest = replace(parse_manifest(folder), has_text=False, has_category=False, tags=())
+    sample = _labelled({"sha256": hashlib.sha256(image).hexdigest(), "size": [8193, 8193]})
+    sample[0] = replace(sample[0], content=image)
+    with pytest.raises(BadDataSet, match=r"training cannot use it \(too_large: 8193 x 8193 pixels"):
+        verify_sample("x", sample, manifest)
 
 
 def test_samples_that_training_left_out_are_judged_one_by_one(folder, tmp_path, capsys):

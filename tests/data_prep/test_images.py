@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import subprocess
 import sys
 
@@ -11,11 +12,12 @@ import pytest
 import simplejpeg
 from PIL import Image, features
 
+from data_prep.download.connect import Failed
 from data_prep.images import BadImage, Limits, check_image
 from data_prep.pixels import perceptual_hash, smaller
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample
-from tests.data_prep.malformed_images import BOMBS, TABLE, Case, encoded, picture
+from tests.data_prep.malformed_images import BOMBS, TABLE, TOO_LARGE, Case, encoded, picture
 from tests.paths import ROOT
 
 CASES = [case for case in TABLE if "avif" not in case.name or features.check("avif")]
@@ -84,6 +86,21 @@ def test_bombs_are_refused_without_memory_for_their_pixels():
     assert len(BOMBS) >= 12
 
 
+@pytest.mark.parametrize(
+    ("form", "make"), TOO_LARGE, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_what_training_refuses_for_its_size_is_not_stored_unless_it_is_reduced(form, make):
+    with pytest.raises(BadSample) as refused:
+        decode_image(make())
+    assert refused.value.reason == "too_large"
+    with pytest.raises(BadImage, match=r"training takes at most \d+: reduce it") as dropped:
+        check_image(make(), Limits())
+    assert dropped.value.reason == "too_large"
+    with pytest.raises(BadImage) as read:  # these hold no pixels, which only who reads on finds out
+        check_image(make(), Limits(short_side=256))
+    assert read.value.reason != "too_large"
+
+
 def test_an_error_that_no_decoder_promised_refuses_the_image_and_names_its_type(monkeypatch):
     def failing(*arguments, **options):
         raise ZeroDivisionError("by zero")
@@ -91,6 +108,12 @@ def test_an_error_that_no_decoder_promised_refuses_the_image_and_names_its_type(
     monkeypatch.setattr(simplejpeg, "decode_jpeg", failing)
     with pytest.raises(BadImage, match="corrupt: unexpected ZeroDivisionError: by zero"):
         check_image(encoded("JPEG"), Limits())
+
+
+@pytest.mark.parametrize("error", [BadImage("corrupt", "half of it"), Failed("http_503", "busy", 2.5)])
+def test_what_is_wrong_with_an_image_reaches_another_process(error):
+    sent = pickle.loads(pickle.dumps(error))
+    assert type(sent) is type(error) and str(sent) == str(error) and vars(sent) == vars(error)
 
 
 def test_too_little_memory_is_no_fault_of_the_image(monkeypatch):

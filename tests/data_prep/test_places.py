@@ -177,6 +177,13 @@ def test_missing_keys_are_told_at_once(store, monkeypatch, tmp_path):
         place_of(f"s3://{BUCKET}/x").write("a", b"")
 
 
+def test_a_name_that_no_bucket_can_have_is_told_at_once(store):
+    with pytest.raises(
+        ValueError, match=r'\(Invalid bucket name "Bad_Bucket!"\): a bucket.s has 3 to 63 small'
+    ):
+        place_of("s3://Bad_Bucket!/set").names()
+
+
 def test_a_local_copy_is_whole_or_absent(tmp_path, monkeypatch):
     place, path = place_of(tmp_path / "set"), tmp_path / "made"
     path.write_bytes(b"x" * 1000)

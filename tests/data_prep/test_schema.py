@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from data_prep.index import index_bytes, index_path, read_index
-from data_prep.schema import Manifest, Shard, fill_prompt, tags_of, write_manifest
+from data_prep.schema import Manifest, Shard, fill_prompt, tags_of, write_atomic, write_manifest
 from tests.paths import ROOT
 
 SHARD = Shard("000000.tar", 2, 1024, "0" * 64)
@@ -153,6 +153,18 @@ def test_writing_fails_whole(folder, monkeypatch):
         write_manifest(folder, replace(MANIFEST, name="other"))
     assert (folder / "manifest.json").read_bytes() == before
     assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_is_written_through_and_stays(tmp_path, is_there):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "page.html", tmp_path / "link.html"
+    if is_there:
+        target.write_bytes(b"old")
+    link.symlink_to("elsewhere/page.html")
+    write_atomic(link, b"new")
+    assert link.is_symlink() and target.read_bytes() == b"new" and not target.is_symlink()
+    assert len(list(tmp_path.rglob("*"))) == 3
 
 
 def test_the_schema_imports_nothing_but_the_standard_library():

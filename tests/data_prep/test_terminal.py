@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import errno
 import importlib.util
+import os
 import re
 from dataclasses import replace
 from functools import partial
@@ -153,6 +154,11 @@ def test_a_bad_value_is_told_without_names_of_our_own(words, message, tmp_path, 
             "x.parquet is a parquet file, a text with the columns ['url', 'caption']",
         ),
         (["scenes", "--count", "8", "--out", "x.tsv"], "x.tsv is a file, a build needs an empty folder"),
+        (
+            ["scenes", "--count", "8", "--out", "/proc/x"],
+            "/proc/x/train cannot be made or written (No such file or directory): mend the owner or mount of that",
+        ),
+        (["scenes", "--count", "8", "--out", "pipe/x"], "pipe is no folder, a build needs an empty folder"),
         (["laion400m", "--from", "here"], "here is a folder without .parquet files: pass the parquet parts"),
         (
             ["laion400m", "--from", "x.tsv"],
@@ -173,6 +179,7 @@ def test_a_wrong_input_is_told_as_what_it_is(words, message, tmp_path, capsys, m
     (tmp_path / "x.parquet").write_bytes(b"PAR1" + bytes(200))
     (tmp_path / "x.tsv").write_text("http://example.com/\tcaption\n")
     (tmp_path / "x.tar.bz2").write_bytes(bz2.compress(bytes(1024)))
+    os.mkfifo("pipe")
     scratch = [] if "--scratch" in words or words[0] in ("folder", "scenes") else ["--scratch", "s"]
     out = [] if "--out" in words else ["--out", "out"]
     assert main(["build", *words, *scratch, *out]) == 1

@@ -356,6 +356,9 @@ def test_the_command_lists_verifies_and_makes_one_file(
     assert main(["verify", str(tmp_path)]) == 0
     file = tmp_path / "weights.safetensors"
     assert main(["consolidate", str(tmp_path), "--of", "student", "--out", str(file)]) == 0
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "linked.safetensors")
+    assert main(["consolidate", str(tmp_path), "--out", str(tmp_path / "link.safetensors")]) == 0
+    assert (tmp_path / "link.safetensors").is_symlink() and load_file(tmp_path / "linked.safetensors")
     weights = load_file(file)
     assert weights.keys() == ToyTowers().state_dict().keys()
     assert torch.equal(weights["out.weight"].flatten(), engine.average.state()["out.weight"])

@@ -63,6 +63,15 @@ def test_second_export_replaces_the_first(internimage_run: Path, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_export_to_a_link_lies_where_it_leads(internimage_run: Path, tmp_path: Path) -> None:
+    folder, link = tmp_path / "disk" / "out", tmp_path / "link"
+    folder.mkdir(parents=True)
+    link.symlink_to(folder)
+    export(last(internimage_run), "internimage", link)
+    assert link.is_symlink() and (folder / "keys.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
 @pytest.mark.parametrize("format_name", FILES_OF_WEIGHTS)
 def test_wrong_weights_are_not_proven_and_leave_no_file(
     format_name: str, internimage_run: Path, vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -71,7 +71,7 @@ CASES = [
         "3 numbers of a bfloat16 product are wrong",
     ),
     Case("kernels", {"wrong": {}}, {"wrong": {"H stage 3": 0.5}}, "DCNv3 H stage 3 differs"),
-    Case("shm", {"free": 8 * GIB, "wanted": 2 * GIB}, {"free": 64 * 2**20}, "64 MiB free in /dev/shm"),
+    Case("shm", {"free": 8 * GIB, "wanted": 2 * GIB, "files": 0}, {"free": 64 * 2**20}, "64 MiB free in /dev/shm"),
     Case("open_files", {"limit": 1048576, "hard": 1048576}, {"limit": 256}, "256 open files a process"),
     Case("open_files", {"limit": 1048576, "hard": 1048576}, {"limit": 1024}, "1024 open files", WARNING),
     Case("locked_memory", {"limit": 2.0**63, "cards": ["mlx5_0"]}, {"limit": 65536}, "64 KiB may be locked"),
@@ -165,7 +165,7 @@ def test_two_ranks_on_one_gpu_are_both_named(tmp_path: Path) -> None:
 
 
 def test_the_same_problem_of_many_nodes_is_one_line(tmp_path: Path) -> None:
-    values = told(*[{"free": 0, "wanted": GIB}] * 3)
+    values = told(*[{"free": 0, "wanted": GIB, "files": 0}] * 3)
     row = judge(
         "shm",
         CHECKS["shm"],

@@ -160,6 +160,29 @@ def test_shared_memory_is_what_workers_hold_or_what_the_job_asks_for(
     assert machine.wanted_shm(here) == 8 * 2**30
 
 
+def test_shared_memory_holds_the_files_that_are_left_to_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SHM_GIB", raising=False)
+    data = good_set(tmp_path / "data", (3, 4), has_text=False)
+    here = alone(three_nodes(tmp_path, workers=2, data={"labelled": data, "captioned": data}))
+    here.run = dataclasses.replace(here.run, views=dataclasses.replace(here.run.views, on_device="all"))
+    recipe.look_at_data(here)
+    of_a_sample = sum(path.stat().st_size for path in data.glob("*.tar")) / 7
+    num_files = 2 * 3 * here.run.batch
+    least = machine.wanted_shm(here) + num_files * of_a_sample
+    assert machine.look_at_shm(here)["files"] == num_files
+    for free, is_enough in ((least + 1, True), (least - 1, False)):
+        value = machine.look_at_shm(here) | {"free": free}
+        judged = machine.judge_shm(told(value), here)
+        assert [problem.remedy.endswith("--views.on_device colours") for problem in judged.problems] == [
+            True
+        ] * (not is_enough)
+        assert f"and {num_files} image files of {of_a_sample / 1024:.0f} KiB, which views.on_d" in judged.rule
+    monkeypatch.setenv("SHM_GIB", "8")
+    assert machine.look_at_shm(here)["files"] == 0, "what is asked for is asked for"
+
+
 def test_memory_and_cores_of_a_container_are_its_own(tmp_path: Path) -> None:
     meminfo = "MemTotal: 100 kB\nMemAvailable:    4194304 kB\n"
     root, own = tmp_path / "cgroup", "12:cpu:/x\n0::/slurm/job_7/step_0\n"

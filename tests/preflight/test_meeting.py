@@ -101,13 +101,23 @@ def test_nodes_that_did_not_come_are_named_as_far_as_names_are_known() -> None:
 
 def test_options_come_from_the_environment_or_the_command_and_the_rest_is_training_s() -> None:
     arguments = ["--local_rank=1", "--recipe", "m3i.demo", "--report", "r.json", "--optim.lr", "1"]
-    options, rest = read_options(arguments, {"PREFLIGHT_MIN_GB_S": "7", "PREFLIGHT_REPORT": "other"})
+    options, rest = read_options(
+        arguments, list(CHECKS), {"PREFLIGHT_MIN_GB_S": "7", "PREFLIGHT_REPORT": "other"}
+    )
     assert (options.report, options.min_gb_s) == ("r.json", 7.0)
     assert rest == ["--recipe", "m3i.demo", "--optim.lr", "1"]
     with pytest.raises(ValueError, match="PREFLIGHT_MAX_SKEW='much' must be a number, such as 1"):
-        read_options([], {"PREFLIGHT_MAX_SKEW": "much"})
+        read_options([], list(CHECKS), {"PREFLIGHT_MAX_SKEW": "much"})
     with pytest.raises(ValueError, match=r"PREFLIGHT_CONNECT_SECONDS=0\.0 must be positive"):
-        read_options(["--connect-seconds", "0"], {})
+        read_options(["--connect-seconds", "0"], list(CHECKS), {})
+
+
+def test_everything_that_is_wrong_with_the_options_is_told_at_once() -> None:
+    wrong = {"MAX_SKEW": "much", "MIN_SPEED": "-1", "CHECK_SECONDS": "0", "ONLY": "clok", "SKIP": "shmm"}
+    with pytest.raises(ValueError) as caught:
+        read_options([], list(CHECKS), {f"PREFLIGHT_{name}": text for name, text in wrong.items()})
+    told = str(caught.value)
+    assert [name for name in wrong if told.count(f"PREFLIGHT_{name}=") == 1] == list(wrong)
 
 
 def test_checks_are_chosen_and_others_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,9 +21,9 @@ from pretrain.objective import Input, Objective, Target
 from pretrain.pretrainer import Pretrainer
 from pretrain.recipes import load, names
 from pretrain.scoring import Step, dense_matching
+from pretrain.served import left_out
 from pretrain.targets import encode
 from pretrain.towers import Towers
-from pretrain.train import left_out
 from tests.fakes import FACTS, random_batch, shrink
 from tests.stand_ins import encoders, says
 
