@@ -1,14 +1,14 @@
 """Does pre-training help to segment and to detect?
 
-    OMP_NUM_THREADS=2 python benchmarks/dense_transfer.py --run RUN --scenes DIR [--bccd DIR] --work DIR
+    python -m data_prep build scenes --out DIR --count 4000 --seed 33
+    OMP_NUM_THREADS=1 python benchmarks/dense_transfer.py --runs RUN RUN RUN --scenes DIR [--bccd DIR] --work DIR
 
-RUN is an m3i.demo run, DIR/train and DIR/heldout are scenes, and --bccd holds annotations/instances_{train,val}.json
-beside images/. On the untrained first and on the last checkpoint of RUN, with the same seeds, the small recipes are
-trained in short: UperNet, Mask R-CNN and RT-DETR on the scenes, Faster R-CNN on bccd, on a frozen backbone and on one
-that is trained too (`_tuned`). A case gains clearly if with every seed the 95 % interval over the test images after
-pre-training lies above the one before. The command again goes on where it stopped. Writes dense_transfer.json and .md
-into benchmarks/results/, where what an earlier record tells of trainings that WORK lacks stays, unless their case has
-changed since.
+The RUNs are of m3i.demo and differ in `--seed`, DIR/train and DIR/heldout are scenes, and --bccd holds
+annotations/instances_{train,val}.json beside images/. On the untrained first and on the last checkpoint of each RUN,
+with its seed, the small recipes are trained in short: UperNet, Mask R-CNN and RT-DETR on the scenes, Faster R-CNN on
+bccd, on a frozen backbone and on one that is trained too (`_tuned`). A case gains clearly if in every RUN the 95 %
+interval over the test images after pre-training lies above the one before. The command again goes on from what WORK
+holds. Writes dense_transfer.json and .md into benchmarks/results/.
 
 RT-DETR's rate was chosen by the AP of the pre-trained backbone, frozen, with seed 0, on the first 200 held-out scenes
 of others (`data_prep build scenes --count 2200 --seed 21 --heldout 0.91`): 1e-3, 2e-3 and 4e-3 gave 7.6, 11.7 and
@@ -83,7 +83,9 @@ class Some:
         return self.whole.example(index)
 
 
-def measure(name: str, case: Case, options: argparse.Namespace, which: str, seed: int) -> dict[str, Any]:
+def measure(
+    name: str, case: Case, options: argparse.Namespace, which: str, run: Path, seed: int
+) -> dict[str, Any]:
     """The result of one training, or of an earlier run of this script."""
     out = options.work / f"{name}-{which}-{seed}"
     if (out / RESULT).is_file():
@@ -92,7 +94,7 @@ def measure(name: str, case: Case, options: argparse.Namespace, which: str, seed
     optimisation = replace(numbers.optimisation, steps=case.steps)
     numbers = replace(numbers, optimisation=optimisation, size=case.size)
     train_set, heldout = open_sets(case.task, Named(getattr(options, case.data)), MAX_BAD)
-    step = find_checkpoint(options.run, BACKBONES[which])
+    step = find_checkpoint(run, BACKBONES[which])
     work = Work(step, numbers, case.recipe, out, case.is_frozen, seed)
     return transfer(work, train_set, Some(heldout, options.heldout), Machine(torch.device("cpu")))
 
@@ -117,27 +119,16 @@ def rows_of(kept: dict[str, Any]) -> dict[str, float]:
     return {metric: 100 * row["accuracy"] for metric, row in scores.items()}
 
 
-def recorded(path: Path) -> dict[str, Results]:
-    """What an earlier record tells: case -> backbone -> seed -> result, of cases that are still the same."""
-    if not path.is_file():
-        return {}
-    record = json.loads(path.read_text())
-    return {
-        name: {which: {int(seed): kept for seed, kept in by.items()} for which, by in by_backbone.items()}
-        for name, by_backbone in record["measured"].items()
-        if name in CASES and record["cases"][name] == asdict(CASES[name])
-    }
-
-
-def collected(work: Path, earlier: dict[str, Results]) -> dict[str, Results]:
-    """All finished trainings of `work`, and those of an earlier record that it lacks."""
+def collected(work: Path) -> dict[str, Results]:
+    """All finished trainings of `work`, of cases that have some of both backbones."""
     found: dict[str, Results] = {}
     for name in CASES:
         for which in BACKBONES:
-            results = dict(earlier.get(name, {}).get(which, {}))
-            for path in work.glob(f"{name}-{which}-*/{RESULT}"):
-                seed = int(path.parent.name.rpartition("-")[2])
-                results[seed] = of_record(json.loads(path.read_text()))
+            paths = work.glob(f"{name}-{which}-*/{RESULT}")
+            results = {
+                int(path.parent.name.rpartition("-")[2]): of_record(json.loads(path.read_text()))
+                for path in paths
+            }
             if results:
                 found.setdefault(name, {})[which] = dict(sorted(results.items()))
     return {name: by for name, by in found.items() if by.keys() == BACKBONES.keys()}
@@ -149,7 +140,7 @@ def seeds_of(by_backbone: Results) -> list[int]:
 
 
 def clear_of(by_backbone: Results) -> dict[str, bool]:
-    """By metric: whether with every seed the interval after pre-training lies above the one before."""
+    """By metric: whether in every run the interval after pre-training lies above the one before."""
     pairs = [[by_backbone[which][seed] for which in BACKBONES] for seed in seeds_of(by_backbone)]
     metrics = rows_of(next(iter(by_backbone["untrained"].values())))
     return {
@@ -159,7 +150,7 @@ def clear_of(by_backbone: Results) -> dict[str, bool]:
 
 
 def table(found: dict[str, Results]) -> str:
-    """Mean and standard deviation over the seeds that both backbones have."""
+    """Mean and standard deviation over the runs, by their seeds."""
     lines = ["| training | % | " + " | ".join(BACKBONES) + " | clear | seeds |", "|---|---|---|---|---|---|"]
     for name, by_backbone in found.items():
         seeds, clear = seeds_of(by_backbone), clear_of(by_backbone)
@@ -187,21 +178,23 @@ def claim_of(found: dict[str, Results]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True)
     parser.add_argument("--scenes", type=Path, required=True)
     parser.add_argument("--bccd", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="folder of the trainings")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--heldout", type=int, default=500, help="images that test, at most (%(default)s)")
     options = parser.parse_args()
     cases = {name: CASES[name] for name in options.cases if getattr(options, CASES[name].data)}
-    for seed in options.seeds:
+    runs = {json.loads((run / "recipe.json").read_text())["seed"]: run for run in options.runs}
+    if len(runs) < len(options.runs):
+        parser.error(f"--runs must differ in their seeds, these are of {sorted(runs)}")
+    for seed, run in runs.items():
         for name, case in cases.items():
             for which in BACKBONES:
-                result = measure(name, case, options, which, seed)
+                result = measure(name, case, options, which, run, seed)
                 print(name, which, seed, rows_of(of_record(result)), flush=True)
-    found = collected(options.work, recorded(RESULTS / f"{NAME}.json"))
+    found = collected(options.work)
     print(table(found))
     (RESULTS / f"{NAME}.md").write_text(table(found) + "\n")
     keep(
