@@ -161,8 +161,8 @@ def ade20k_internimage() -> Segment:
 
 def ade20k() -> Segment:
     """ADE20k: 160,000 steps of 16 crops at 512 px, linear schedule (M3I, appendix). The decay by layer, which the
-    paper does not name, is that of MAE's ViT-B with the same other numbers (mmsegmentation, mae-base_upernet). Not
-    run by us."""
+    paper does not name, is that of MAE's ViT-B with the same other numbers (mmsegmentation, mae-base_upernet).
+    Without the paper's relative positions. Not run by us."""
     return Segment(
         Optimisation(
             steps=160_000,
