@@ -24,7 +24,14 @@ from pretrain.evaluate.augment import seeded
 from pretrain.evaluate.evidence import NotMeasured
 from pretrain.evaluate.features import IMAGES_AT_ONCE, Pictures
 from pretrain.evaluate.fine_tune_inputs import Augmented, FrozenFeatures, Inputs, reseed
-from pretrain.evaluate.fine_tune_order import Examples, Reader, stacked, steps_of, training_batches
+from pretrain.evaluate.fine_tune_order import (
+    Augmentations,
+    Examples,
+    Reader,
+    stacked,
+    steps_of,
+    training_batches,
+)
 from pretrain.evaluate.fine_tune_precision import precision_of
 from pretrain.evaluate.fine_tune_recipes import LARS, WHOLE, FineTune
 from pretrain.evaluate.fine_tune_state import WHAT, identity
@@ -121,7 +128,7 @@ def fine_tune(
         FrozenFeatures(run, model) if own is not model else Augmented(run, settings, num_categories, device)
     )
     trained = _joint(own, device)
-    reader = Reader(Pictures(train.folder, run.views.size), run.max_bad)
+    reader = Reader(Augmentations(Pictures(train.folder, run.views.size), run, settings), run.max_bad)
     bar = tqdm(total=steps, initial=begun, desc=title, unit=" step", mininterval=1.0, disable=rank() > 0)
     with seeded(settings.seed), bar:
         found = training_batches(train, run, settings, batch, begun, workers, reader)

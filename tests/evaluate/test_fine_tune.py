@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint import load_towers
+from pretrain.evaluate import fine_tune_order
 from pretrain.evaluate import protocols as protocols_module
 from pretrain.evaluate.augment import rand_augment
 from pretrain.evaluate.evidence import NotMeasured
@@ -88,6 +89,22 @@ def test_global_generators_neither_matter_nor_move(steps: dict[str, Path], data:
     again = tuned(steps["vit"], data, mixup=0.8)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["head.weight"], tuned(steps["vit"], data)["head.weight"])
+
+
+def test_the_same_workers_read_many_short_epochs(
+    steps: dict[str, Path], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaders, made = [], fine_tune_order.DataLoader
+    monkeypatch.setattr(
+        fine_tune_order, "DataLoader", lambda *args, **more: loaders.append(args) or made(*args, **more)
+    )
+    monkeypatch.setattr(fine_tune_order, "STEPS_AT_ONCE", 3)
+    cut = tuned(steps["vit"], data, epochs=5, batch=40)
+    assert len(loaders) == 2  # of three and of two epochs, a step each
+    monkeypatch.setattr(fine_tune_order, "STEPS_AT_ONCE", 100)
+    whole = tuned(steps["vit"], data, epochs=5, batch=40)
+    assert len(loaders) == 3
+    assert all(torch.equal(value, whole[name]) for name, value in cut.items())
 
 
 def test_rate_follows_the_root_of_the_batch(steps: dict[str, Path], data: Path) -> None:
