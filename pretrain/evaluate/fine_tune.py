@@ -100,7 +100,7 @@ def fine_tune(
     title: str = "fine-tuning",
     state: Path | None = None,
 ) -> Classifier | FrozenClassifier:
-    """The classifier after the last epoch; nothing is selected by held-out images.
+    """The classifier after the last step; nothing is selected by held-out images.
 
     A collective call: the ranks share each batch. Float32, with autocast to bfloat16 on GPUs that have it. On a CPU
     one seed gives the same bits; another number of ranks rounds sums otherwise, and drops other branches where the
@@ -114,7 +114,7 @@ def fine_tune(
         raise ValueError(f"{train.folder} has {num_images} labelled image, {WHAT} needs two or more")
     batch = settings.batch_of(num_images)
     an_epoch = steps_of(num_images, batch)
-    steps = settings.epochs * an_epoch
+    steps = settings.steps(an_epoch)
     peak = settings.peak(batch)
     model = _model(towers, run, num_categories, settings).to(device).train()
     optimizer = _optimizer(model, settings, peak)
@@ -142,9 +142,9 @@ def fine_tune(
             optimizer.step()
             losses += loss.detach() / world_size()
             bar.update()
-            if (step + 1) % an_epoch == 0:
-                _end_epoch(losses, an_epoch, (step + 1) // an_epoch, bar)
             is_last = step + 1 == steps
+            if is_last or (step + 1) % an_epoch == 0:
+                _end_epoch(losses, step % an_epoch + 1, step // an_epoch + 1, bar)
             if (is_last or step % LOOKED_AT == 0) and states.is_due(is_last):
                 states.save(own, None if is_last else optimizer, step + 1, {"total": _on_first_rank(losses)})
     return model.eval()

@@ -123,7 +123,7 @@ def steps_of(num_images: int, batch: int) -> int:
 def training_batches(
     train: Examples, run: Run, settings: FineTune, batch: int, begun: int, workers: int, reader: Reader
 ) -> Iterator[Batch]:
-    """Those of this rank from step `begun` on, to the end of the last epoch; every epoch has an order of its own."""
+    """Those of this rank from step `begun` on, to the last; every epoch has an order of its own."""
     an_epoch = steps_of(len(train.index), batch)
     # As many on each rank: all are told of what could not be read after every piece.
     num_pieces = -(-batch // (READ_AT_ONCE * world_size()))
@@ -132,7 +132,7 @@ def training_batches(
     def order_of(epoch: int) -> list[int]:
         return train.index[epoch_order(settings.seed, epoch, len(train.index))].tolist()
 
-    steps, at_once = settings.epochs * an_epoch, max(an_epoch, STEPS_AT_ONCE)
+    steps, at_once = settings.steps(an_epoch), max(an_epoch, STEPS_AT_ONCE)
     for first in range(begun, steps, at_once):
         own, pieces = [], []
         for step in range(first, min(first + at_once, steps)):

@@ -25,7 +25,8 @@ BASE_BATCH = 1024  # images, at which the paper gives its rate
 class FineTune:
     """The recipe of fine-tuning, or of training a head alone."""
 
-    epochs: int = 30  # over the training images
+    epochs: int = 30  # over the training images; 0: `updates` are given
+    updates: int = 0  # of the weights, through as many epochs as it takes; 0: `epochs` are given
     trains: str = WHOLE  # or LINEAR or ATTENTIVE: a head on the frozen encoder
     batch: int = 64  # images of all ranks together; of a small data set fewer
     batches: int = 1  # at least, of an epoch, as long as they hold 32 images
@@ -47,10 +48,14 @@ class FineTune:
     seed: int = 0  # of order, crops, flips and mixing; the head starts from zero
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 2 or self.batch % 2:
+        if min(self.epochs, self.updates) < 0 or (self.epochs > 0) == (self.updates > 0):
             raise ValueError(
-                f"fine-tuning with epochs={self.epochs}, batch={self.batch}: epochs must be at least 1, the batch "
-                "positive and even, as mixing pairs its images"
+                f"fine-tuning with epochs={self.epochs}, updates={self.updates}: one of the two must be at least 1, "
+                "the other 0"
+            )
+        if self.batch < 2 or self.batch % 2:
+            raise ValueError(
+                f"fine-tuning with batch={self.batch}: it must be positive and even, as mixing pairs its images"
             )
         if not 0 < self.layer_decay <= 1 or self.decay_depth < 1:
             raise ValueError(
@@ -83,6 +88,10 @@ class FineTune:
         """Images of a step, even, where the data set has so many."""
         most = min(self.batch, num_images, max(num_images // self.batches, 32))
         return most - most % 2
+
+    def steps(self, an_epoch: int) -> int:
+        """Updates in all, where an epoch has that many."""
+        return self.updates or self.epochs * an_epoch
 
     def peak(self, batch: int) -> float:
         """The highest rate."""

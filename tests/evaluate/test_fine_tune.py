@@ -107,6 +107,22 @@ def test_the_same_workers_read_many_short_epochs(
     assert all(torch.equal(value, whole[name]) for name, value in cut.items())
 
 
+def test_updates_end_a_training_within_an_epoch(steps: dict[str, Path], data: Path) -> None:
+    whole = tuned(steps["vit"], data, epochs=0, updates=10)  # of five an epoch
+    assert all(torch.equal(v, whole[n]) for n, v in tuned(steps["vit"], data, epochs=2).items())
+    # AdamW moves a weight from zero by its rate at most: three steps of a cosine from a constant peak.
+    peak = 2e-3 * (8 / 1024) ** 0.5
+    moved = tuned(steps["vit"], data, epochs=0, updates=3, warmup=0.0, weight_decay=0.0)["head.weight"].abs()
+    assert 0.9 < moved.max() / (peak * (1 + 0.75 + 0.25)) <= 1.2
+
+
+def test_a_loss_that_is_not_finite_is_told_where_the_last_epoch_is_cut(
+    steps: dict[str, Path], data: Path
+) -> None:
+    with pytest.raises(NotMeasured, match=r"loss of fine-tuning was (nan|inf) in epoch 1"):
+        tuned(steps["vit"], data, epochs=0, updates=3, base_lr=1e38, warmup=0.0)
+
+
 def test_rate_follows_the_root_of_the_batch(steps: dict[str, Path], data: Path) -> None:
     # AdamW's first step moves a weight by its rate against the sign of its gradient; the head starts at zero, so
     # that no decay acts on it, and one batch of 40 is the whole epoch.
@@ -189,7 +205,9 @@ def test_divergence_is_told_as_not_measured(steps: dict[str, Path], data: Path) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"epochs": 0}, "epochs=0, updates=0: one of the two must be at least 1"),
+        ({"updates": 5}, "epochs=30, updates=5: one of the two"),
+        ({"epochs": 0, "updates": -1}, "updates=-1"),
         ({"batch": 7}, "positive and even"),
         ({"layer_decay": 0.0}, r"layer_decay=0\.0 must lie in \(0, 1\]"),
         ({"warmup": 1.0}, r"must lie in \[0, 1\)"),
