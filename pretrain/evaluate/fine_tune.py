@@ -81,11 +81,16 @@ class Classifier(nn.Module):
         return lambda name: order.get(name, math.inf)
 
     def groups(self, settings: FineTune) -> list[dict]:
-        """Parameter groups with `lr_scale`, the rate of a layer / that of the head."""
+        """Parameter groups with `lr_scale`, the rate of a layer / the recipe's."""
         exempt = {f"encoder.{name}" for name in names_without_decay(self.encoder)}
         depth = max(layer_order(self.encoder).values())
         decay = decay_of_depth(settings.layer_decay, settings.decay_depth, depth)
-        return param_groups_layer_decay(self, settings.weight_decay, exempt, layer_decay=decay)
+        head, found = {id(parameter) for parameter in self.head.parameters()}, []
+        for group in param_groups_layer_decay(self, settings.weight_decay, exempt, layer_decay=decay):
+            for is_head, rate in ((False, group["lr_scale"]), (True, settings.head_rate)):
+                if own := [p for p in group["params"] if (id(p) in head) == is_head]:
+                    found.append(group | {"params": own, "lr_scale": rate})
+        return found
 
 
 def fine_tune(

@@ -34,6 +34,7 @@ class FineTune:
     base_lr: float = 2e-3  # peak at a batch of BASE_BATCH; of LARS at any
     warmup: float = 0.05  # fraction of the steps, in [0, 1)
     layer_decay: float = 0.65  # rate of a layer / rate of the next one, in (0, 1]
+    head_rate: float = 1.0  # rate of the head / the recipe's, which the encoder's last layer has almost
     decay_depth: int = 12  # layers of the backbone for which it is given; a deeper one's decay is milder
     weight_decay: float = 0.1  # of matrices
     betas: tuple[float, float] = (0.9, 0.999)
@@ -68,20 +69,23 @@ class FineTune:
             raise ValueError(f"scale={self.scale} must be two rising fractions of the image's area")
         if not (0 <= self.erasing <= 1 and 0 <= self.drop_path < 1):
             raise ValueError(f"erasing={self.erasing} and drop_path={self.drop_path} must be probabilities")
-        if self.base_lr <= 0 or min(self.mixup, self.cutmix, self.weight_decay) < 0:
+        if min(self.base_lr, self.head_rate) <= 0 or min(self.mixup, self.cutmix, self.weight_decay) < 0:
             raise ValueError(
-                f"base_lr={self.base_lr} must be positive; mixup={self.mixup}, cutmix={self.cutmix} and "
-                f"weight_decay={self.weight_decay} must not be negative"
+                f"base_lr={self.base_lr} and head_rate={self.head_rate} must be positive; mixup={self.mixup}, "
+                f"cutmix={self.cutmix} and weight_decay={self.weight_decay} must not be negative"
             )
         if self.trains not in (WHOLE, LINEAR, ATTENTIVE) or self.optimizer not in (ADAMW, LARS):
             raise ValueError(
                 f"trains={self.trains!r} must be one of {WHOLE!r}, {LINEAR!r}, {ATTENTIVE!r}, and "
                 f"optimizer={self.optimizer!r} one of {ADAMW!r}, {LARS!r}"
             )
-        on_images = [n for n in ("mixup", "cutmix", "erasing", "drop_path", "smoothing") if getattr(self, n)]
-        if self.trains != WHOLE and on_images:
+        off = dict.fromkeys(("mixup", "cutmix", "erasing", "drop_path", "smoothing"), 0.0) | {
+            "head_rate": 1.0
+        }
+        ignored = [name for name, value in off.items() if getattr(self, name) != value]
+        if self.trains != WHOLE and ignored:
             raise ValueError(
-                f"training of a {self.trains} takes crops, flips and RandAugment, not {', '.join(on_images)}"
+                f"training of a {self.trains} takes crops, flips and RandAugment, not {', '.join(ignored)}"
             )
 
     def batch_of(self, num_images: int) -> int:

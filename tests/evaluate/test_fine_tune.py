@@ -107,22 +107,6 @@ def test_the_same_workers_read_many_short_epochs(
     assert all(torch.equal(value, whole[name]) for name, value in cut.items())
 
 
-def test_updates_end_a_training_within_an_epoch(steps: dict[str, Path], data: Path) -> None:
-    whole = tuned(steps["vit"], data, epochs=0, updates=10)  # of five an epoch
-    assert all(torch.equal(v, whole[n]) for n, v in tuned(steps["vit"], data, epochs=2).items())
-    # AdamW moves a weight from zero by its rate at most: three steps of a cosine from a constant peak.
-    peak = 2e-3 * (8 / 1024) ** 0.5
-    moved = tuned(steps["vit"], data, epochs=0, updates=3, warmup=0.0, weight_decay=0.0)["head.weight"].abs()
-    assert 0.9 < moved.max() / (peak * (1 + 0.75 + 0.25)) <= 1.2
-
-
-def test_a_loss_that_is_not_finite_is_told_where_the_last_epoch_is_cut(
-    steps: dict[str, Path], data: Path
-) -> None:
-    with pytest.raises(NotMeasured, match=r"loss of fine-tuning was (nan|inf) in epoch 1"):
-        tuned(steps["vit"], data, epochs=0, updates=3, base_lr=1e38, warmup=0.0)
-
-
 def test_rate_follows_the_root_of_the_batch(steps: dict[str, Path], data: Path) -> None:
     # AdamW's first step moves a weight by its rate against the sign of its gradient; the head starts at zero, so
     # that no decay acts on it, and one batch of 40 is the whole epoch.
@@ -294,14 +278,3 @@ def test_augmented_view_depends_on_its_seed_alone() -> None:
         rand_augment(view, RECIPES["paper"].rand_augment, (0.5,) * 3, seed) for seed in (1, 1, 2)
     )
     assert torch.equal(one, same) and not torch.equal(one, other) and one.shape == view.shape
-
-
-def test_few_labels_are_fine_tuned_on_several_draws(steps: dict[str, Path], data: Path) -> None:
-    protocols = Protocols(
-        probes=("knn",), fine_tune=QUICK, fine_tune_shares=(10,), fine_tune_draws=2, ks=(5,)
-    )
-    row = evaluate_checkpoint(steps["vit"], data / "train", data / "heldout", protocols)[
-        "few_shot_10_fine_tune"
-    ]
-    assert row["train_images"] == 4 and row["seeds"] == [0, 1] and len(row["accuracies"]) == 2
-    assert row["accuracy"] == pytest.approx(sum(row["accuracies"]) / 2)
