@@ -4,6 +4,13 @@ RECIPES are of fine-tuning. Source: M3I (arXiv 2211.09807), appendix, fine-tunin
 its numbers, without an average of the weights, of which the paper tells nothing; "small" is it scaled to small sets:
 the batch, square-root scaling of the rate, milder crops, no RandAugment, erasing or drop path, mixing off.
 
+FEW are of fine-tuning on few labels, by the recipe of all of them and per cent of the labels. They count updates, as
+an epoch of few images is next to nothing: BiT (arXiv 1912.11370, HyperRule) has one number for all sets of less than
+20,000. "paper" has those of Semi-ViT (arXiv 2208.05688), supervised fine-tuning of MAE's ViT-B on 1 and 10 % of
+ImageNet-1k: 2,500 and 25,000 updates at a batch of 512, on 1 % without mixing, erasing and drop path. In "small" the
+new head learns faster than the encoder, by SwAV's ratio on 10 % (arXiv 2006.09882; 250 on 1 %), and crops are milder
+still; benchmarks/transfer.py tells how its numbers were chosen.
+
 FROZEN are of heads. "linear_paper" is the same appendix's linear probe: LARS, rate 3.2 at a batch of 16,384, no
 weight decay, 90 epochs, 10 of them warm-up, cosine, random crops and flips; the batch norm without affine is MAE's
 (arXiv 2111.06377, appendix A.1). "attentive_crops" is after V-JEPA's attentive probe (arXiv 2404.08471, appendix D):
@@ -14,7 +21,9 @@ makes a step a share of the weights, whatever the batch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from pretrain.evaluate.few_shot import SHARES
 
 WHOLE, LINEAR, ATTENTIVE = "whole encoder", "linear head", "attentive head"  # what is trained
 ADAMW, LARS = "adamw", "lars"
@@ -114,6 +123,31 @@ RECIPES: dict[str, FineTune] = {
         erasing=0.25,
         drop_path=0.1,
     ),
+}
+
+_SMALL_FEW = replace(
+    RECIPES["small"], epochs=0, updates=60, batch=32, base_lr=1e-3, head_rate=20.0, scale=(0.9, 1.0)
+)
+_PAPER_TEN = replace(
+    RECIPES["paper"],
+    epochs=0,
+    updates=25_000,
+    batch=512,
+    base_lr=5e-4 * math.sqrt(BASE_BATCH / 512),
+    weight_decay=0.05,
+)
+_PAPER_ONE = replace(
+    _PAPER_TEN,
+    updates=2_500,
+    base_lr=1e-4 * math.sqrt(BASE_BATCH / 512),
+    mixup=0.0,
+    cutmix=0.0,
+    erasing=0.0,
+    drop_path=0.0,
+)
+FEW: dict[str, dict[int, FineTune]] = {
+    "small": dict.fromkeys(SHARES, _SMALL_FEW),
+    "paper": dict(zip(SHARES, (_PAPER_ONE, _PAPER_TEN), strict=True)),
 }
 
 # Row of the result -> recipe of a head, each alone on what it is shown.
