@@ -87,7 +87,7 @@ def table(found: dict[str, dict[str, Any]], num_runs: int) -> str:
         cells = [f"{100 * m:.1f} ± {100 * d:.1f}" for m, d in (row["before"], row["after"])]
         clear = "yes" if row["is_clear"] else "no"
         counted = f"{row['n']:,} | {100 * row['chance']:.1f}"
-        commits = ", ".join(commit[:7] for commit in row["commits"])
+        commits = ", ".join(f"{commit[:7]}{commit[40:]}" for commit in row["commits"])
         lines.append(f"| {TITLES[name]} | {counted} | {cells[0]} | {cells[1]} | {clear} | {commits} |")
     return "\n".join(lines) + "\n"
 
@@ -121,7 +121,10 @@ def measured(folder: Path, train: Path, heldout: Path, protocols: Protocols) -> 
     found = {"seed": recipe["seed"], "steps": recipe["steps"], "recipe": recipe["name"]}
     for step in STEPS:
         rows = evaluate_checkpoint(find_checkpoint(folder, step), train, heldout, protocols)
-        told = {"commit": provenance.commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        told = {
+            "commit": provenance.commit() or "unknown",
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
         found[step] = {name: row | (told if name in TITLES else {}) for name, row in rows.items()}
     return found
 

@@ -153,17 +153,23 @@ def test_transfer_measures_the_rows_that_are_asked_for_and_knn() -> None:
 
 def test_transfer_keeps_rows_with_their_commit_where_knn_says_the_same() -> None:
     earlier = json.loads((RESULTS / "transfer.json").read_text())["runs"]
-    row = {"accuracy": 0.5, "interval": [0.4, 0.6], "n": 9, "chance": 0.1, "commit": "new", "date": ""}
+    row = {
+        "accuracy": 0.5,
+        "interval": [0.4, 0.6],
+        "n": 9,
+        "chance": 0.1,
+        "commit": "0" * 40 + "+changes",
+        "date": "",
+    }
     now = earlier[1] | {step: earlier[1][step] | {"knn": earlier[1][step]["knn"] | {"commit": "new"}, "linear": row}
                         for step in transfer.STEPS}  # fmt: skip
     found = transfer.joined(earlier, now, ["linear"])
     assert [run["last"]["linear"] == row for run in found] == [False, True, False]
     assert found[1]["last"]["knn"] == earlier[1]["last"]["knn"] and found[::2] == earlier[::2]
     was = earlier[0]["last"]["linear"]["commit"]
-    assert transfer.summary(found)["linear"]["commits"] == sorted({was, "new"})
-    assert f"| {', '.join(commit[:7] for commit in sorted({was, 'new'}))} |" in transfer.table(
-        transfer.summary(found), 3
-    )
+    told = transfer.summary(found)["linear"]
+    assert told["commits"] == sorted({was, row["commit"]})
+    assert f"| 0000000+changes, {was[:7]} |" in transfer.table({"linear": told}, 3)
 
 
 def test_transfer_joins_no_rows_of_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
