@@ -6,9 +6,8 @@
         --heldout data/held/heldout
 
 The runs differ in `--seed`. Every protocol of pretrain.evaluate reads both checkpoints of a run, the first and the
-last; fine-tuning sees all training images --epochs times, or few of them for the updates of its recipe. A protocol
-gains clearly if in every run the 95 % interval after lies above that before. Writes results/transfer.json and
-results/transfer.md.
+last. A protocol gains clearly if in every run the 95 % interval after lies above that before. Writes
+results/transfer.json and results/transfer.md.
 
 `--only few_shot_1_fine_tune,fine_tune` measures some rows; the others stay as recorded, each with its commit and day.
 That they are of the same checkpoints and data is seen by kNN, which is measured again and must say the same.
@@ -28,7 +27,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
@@ -100,7 +98,7 @@ def claim(found: dict[str, dict[str, Any]], seeds: list[int]) -> str:
     return told + (f"; not in: {', '.join(unclear)}" if unclear else "")
 
 
-def protocols_of(epochs: int, only: Sequence[str] = ()) -> Protocols:
+def protocols_of(only: Sequence[str] = ()) -> Protocols:
     """All rows, or some of them and kNN."""
     asked = {SAME, *only} if only else TITLES.keys()
     if unknown := sorted(set(asked) - TITLES.keys()):
@@ -109,7 +107,7 @@ def protocols_of(epochs: int, only: Sequence[str] = ()) -> Protocols:
     return Protocols(
         probes=tuple(name for name in PROBES if name in asked),
         frozen=tuple(name for name in FROZEN if name in asked),
-        fine_tune=replace(RECIPES[RECIPE], epochs=epochs) if "fine_tune" in asked else None,
+        fine_tune=RECIPES[RECIPE] if "fine_tune" in asked else None,
         fine_tune_few=few,
         retrieval_images=RETRIEVAL_IMAGES,
     )
@@ -168,13 +166,12 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--train", type=Path, required=True, help="data set that teaches the probes")
     parser.add_argument("--heldout", type=Path, required=True, help="data set that tests them")
-    parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning (%(default)s)")
     parser.add_argument(
         "--only", default="", help="rows to measure, with commas; the others stay as recorded"
     )
     options = parser.parse_args()
     only = [name.strip() for name in options.only.split(",") if name.strip()]
-    protocols = protocols_of(options.epochs, only)
+    protocols = protocols_of(only)
     runs = recorded() if only else []
     for folder in options.runs:
         run = without_trials(measured(folder, options.train, options.heldout, protocols))

@@ -143,12 +143,13 @@ def test_the_table_of_transfer_is_that_of_its_record() -> None:
 
 
 def test_transfer_measures_the_rows_that_are_asked_for_and_knn() -> None:
-    only = transfer.protocols_of(4, ["few_shot_10_fine_tune", "linear"])
+    only = transfer.protocols_of(["few_shot_10_fine_tune", "linear"])
     assert only.rows == ("knn", "linear", "few_shot_10_fine_tune")
     assert only.fine_tune_few[10].updates and not only.fine_tune_few[10].epochs
-    assert set(transfer.protocols_of(4).rows) == set(transfer.TITLES)
+    whole = transfer.protocols_of()
+    assert set(whole.rows) == set(transfer.TITLES) and whole.fine_tune.epochs == 30  # the recipe's own
     with pytest.raises(ValueError, match="--only few_shot: choose from knn, "):
-        transfer.protocols_of(4, ["few_shot"])
+        transfer.protocols_of(["few_shot"])
 
 
 def test_transfer_keeps_rows_with_their_commit_where_knn_says_the_same() -> None:
