@@ -27,7 +27,7 @@ from pretrain.command import require_place
 from pretrain.evaluate import result
 from pretrain.evaluate.checkpoints import bring
 from pretrain.evaluate.few_shot import SHARES
-from pretrain.evaluate.fine_tune_recipes import FROZEN, RECIPES
+from pretrain.evaluate.fine_tune_recipes import FEW, FROZEN, RECIPES
 from pretrain.evaluate.fine_tune_state import remove_states, require_recipes
 from pretrain.evaluate.probes import ALL, DEFAULT, PROBES, SLOW
 from pretrain.evaluate.protocols import Protocols, best_device, measure_subject
@@ -71,7 +71,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         const=0,
         metavar="EPOCHS",
-        help="train the whole encoder on the categories too (off; the recipe's epochs)",
+        help="train the whole encoder on the categories too (off; the recipe's epochs, on all labels)",
     )
     parser.add_argument(
         "--fine-tune-recipe",
@@ -195,7 +195,7 @@ def protocols_of(options: argparse.Namespace) -> Protocols:
         retrieval_images=options.retrieval_images,
         frozen=tuple(name for name in FROZEN if name in named),
         fine_tune=tuned,
-        fine_tune_shares=SHARES if tuned is not None and options.few_shot else (),
+        fine_tune_few=FEW[options.fine_tune_recipe] if tuned is not None and options.few_shot else {},
         workers=options.workers,
     )
 

@@ -97,7 +97,10 @@ class Pictures:
         return len(self.samples)
 
     def __getitem__(self, place: int) -> Picture:
-        index = self.samples[place]
+        return self.of(self.samples[place], self.view)
+
+    def of(self, index: int, view: Callable[[Tensor, int], Tensor] | None) -> Picture:
+        """The sample of that number, as `view` shows it."""
         try:
             members = self.shards.sample(index)
             content = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
@@ -105,8 +108,8 @@ class Pictures:
                 raise BadSample("no_image", f"sample {index} has none of {IMAGE_EXTENSIONS}")
             image = decode_image(content)
             mask = read_mask(members, *image.shape[:2], self.size) if index in self.masked else None
-            view = self.view(image, index) if self.view else center_view(image, self.size)
-            return Picture(index, view, self._label(members), _captions(members), mask)
+            shown = view(image, index) if view else center_view(image, self.size)
+            return Picture(index, shown, self._label(members), _captions(members), mask)
         except BadSample as error:
             return Picture(index, None, reason=error.reason, message=str(error))
 

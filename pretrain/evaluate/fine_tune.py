@@ -24,7 +24,14 @@ from pretrain.evaluate.augment import seeded
 from pretrain.evaluate.evidence import NotMeasured
 from pretrain.evaluate.features import IMAGES_AT_ONCE, Pictures
 from pretrain.evaluate.fine_tune_inputs import Augmented, FrozenFeatures, Inputs, reseed
-from pretrain.evaluate.fine_tune_order import Examples, Reader, stacked, steps_of, training_batches
+from pretrain.evaluate.fine_tune_order import (
+    Augmentations,
+    Examples,
+    Reader,
+    stacked,
+    steps_of,
+    training_batches,
+)
 from pretrain.evaluate.fine_tune_precision import precision_of
 from pretrain.evaluate.fine_tune_recipes import LARS, WHOLE, FineTune
 from pretrain.evaluate.fine_tune_state import WHAT, identity
@@ -74,11 +81,16 @@ class Classifier(nn.Module):
         return lambda name: order.get(name, math.inf)
 
     def groups(self, settings: FineTune) -> list[dict]:
-        """Parameter groups with `lr_scale`, the rate of a layer / that of the head."""
+        """Parameter groups with `lr_scale`, the rate of a layer / the recipe's."""
         exempt = {f"encoder.{name}" for name in names_without_decay(self.encoder)}
         depth = max(layer_order(self.encoder).values())
         decay = decay_of_depth(settings.layer_decay, settings.decay_depth, depth)
-        return param_groups_layer_decay(self, settings.weight_decay, exempt, layer_decay=decay)
+        head, found = {id(parameter) for parameter in self.head.parameters()}, []
+        for group in param_groups_layer_decay(self, settings.weight_decay, exempt, layer_decay=decay):
+            for is_head, rate in ((False, group["lr_scale"]), (True, settings.head_rate)):
+                if own := [p for p in group["params"] if (id(p) in head) == is_head]:
+                    found.append(group | {"params": own, "lr_scale": rate})
+        return found
 
 
 def fine_tune(
@@ -93,7 +105,7 @@ def fine_tune(
     title: str = "fine-tuning",
     state: Path | None = None,
 ) -> Classifier | FrozenClassifier:
-    """The classifier after the last epoch; nothing is selected by held-out images.
+    """The classifier after the last step; nothing is selected by held-out images.
 
     A collective call: the ranks share each batch. Float32, with autocast to bfloat16 on GPUs that have it. On a CPU
     one seed gives the same bits; another number of ranks rounds sums otherwise, and drops other branches where the
@@ -107,7 +119,7 @@ def fine_tune(
         raise ValueError(f"{train.folder} has {num_images} labelled image, {WHAT} needs two or more")
     batch = settings.batch_of(num_images)
     an_epoch = steps_of(num_images, batch)
-    steps = settings.epochs * an_epoch
+    steps = settings.steps(an_epoch)
     peak = settings.peak(batch)
     model = _model(towers, run, num_categories, settings).to(device).train()
     optimizer = _optimizer(model, settings, peak)
@@ -121,7 +133,7 @@ def fine_tune(
         FrozenFeatures(run, model) if own is not model else Augmented(run, settings, num_categories, device)
     )
     trained = _joint(own, device)
-    reader = Reader(Pictures(train.folder, run.views.size), run.max_bad)
+    reader = Reader(Augmentations(Pictures(train.folder, run.views.size), run, settings), run.max_bad)
     bar = tqdm(total=steps, initial=begun, desc=title, unit=" step", mininterval=1.0, disable=rank() > 0)
     with seeded(settings.seed), bar:
         found = training_batches(train, run, settings, batch, begun, workers, reader)
@@ -135,9 +147,9 @@ def fine_tune(
             optimizer.step()
             losses += loss.detach() / world_size()
             bar.update()
-            if (step + 1) % an_epoch == 0:
-                _end_epoch(losses, an_epoch, (step + 1) // an_epoch, bar)
             is_last = step + 1 == steps
+            if is_last or (step + 1) % an_epoch == 0:
+                _end_epoch(losses, step % an_epoch + 1, step // an_epoch + 1, bar)
             if (is_last or step % LOOKED_AT == 0) and states.is_due(is_last):
                 states.save(own, None if is_last else optimizer, step + 1, {"total": _on_first_rank(losses)})
     return model.eval()

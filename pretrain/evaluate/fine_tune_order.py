@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int, UInt8
@@ -29,6 +30,7 @@ from pretrain.evaluate.features import Picture, Pictures
 from pretrain.evaluate.fine_tune_recipes import FineTune
 
 READ_AT_ONCE = 256  # images of a rank that one worker reads together
+STEPS_AT_ONCE = 100  # at least, or an epoch, that the same workers read: an epoch of few images is one step
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,36 @@ class Batch:
     ]  # not: an image that could not be read this time, or one that another rank counts
 
 
+class Augmentations:
+    """Pictures as fine-tuning shows them; indexable by epoch and sample number, for torch's DataLoader."""
+
+    def __init__(self, pictures: Pictures, run: Run, settings: FineTune) -> None:
+        self.pictures, self.run, self.settings = pictures, run, settings
+        self.shards = pictures.shards
+
+    def __getitem__(self, place: tuple[int, int]) -> Picture:
+        epoch, index = place
+        view = partial(_augment, run=self.run, settings=self.settings, epoch=epoch)
+        return self.pictures.of(index, view)
+
+
 class Reader:
     """Batches of some images by this rank; what has become unreadable since is counted, over all ranks.
 
     An error of one rank is raised by all.
     """
 
-    def __init__(self, pictures: Pictures, limit: float) -> None:
+    def __init__(self, pictures: Pictures | Augmentations, limit: float) -> None:
         self.pictures, self.limit = pictures, limit
         self.dropped: Counter[str] = Counter()
         self.num_seen = 0.0
 
     def batches(
-        self, shares: Sequence[Sequence[int]], of_all: float, workers: int
+        self, shares: Sequence[Sequence[Any]], of_all: float, workers: int
     ) -> Iterator[list[Picture]]:
-        """The samples of each share; `of_all` samples are in a share of all ranks together, on average. Collective.
+        """The pictures of each share; `of_all` samples are in a share of all ranks together, on average. Collective.
 
-        DataError when too many cannot be read.
+        A share has what indexes the pictures. DataError when too many cannot be read.
         """
         loader = DataLoader(
             self.pictures,
@@ -108,23 +123,29 @@ def steps_of(num_images: int, batch: int) -> int:
 def training_batches(
     train: Examples, run: Run, settings: FineTune, batch: int, begun: int, workers: int, reader: Reader
 ) -> Iterator[Batch]:
-    """Those of this rank from step `begun` on, to the end of the last epoch; every epoch has an order of its own."""
+    """Those of this rank from step `begun` on, to the last; every epoch has an order of its own."""
     an_epoch = steps_of(len(train.index), batch)
     # As many on each rank: all are told of what could not be read after every piece.
     num_pieces = -(-batch // (READ_AT_ONCE * world_size()))
-    for epoch in range(begun // an_epoch, settings.epochs):
-        order = train.index[epoch_order(settings.seed, epoch, len(train.index))].tolist()
-        first = max(begun - epoch * an_epoch, 0)
-        own = [own_pairs(order[step * batch : (step + 1) * batch]) for step in range(first, an_epoch)]
-        reader.pictures.view = partial(_augment, run=run, settings=settings, epoch=epoch)
-        pieces = [in_pieces(share, num_pieces) for share, _ in own]
-        found = reader.batches([piece for step in pieces for piece in step], batch / num_pieces, workers)
+
+    @lru_cache(maxsize=1)
+    def order_of(epoch: int) -> list[int]:
+        return train.index[epoch_order(settings.seed, epoch, len(train.index))].tolist()
+
+    steps, at_once = settings.steps(an_epoch), max(an_epoch, STEPS_AT_ONCE)
+    for first in range(begun, steps, at_once):
+        own, pieces = [], []
+        for step in range(first, min(first + at_once, steps)):
+            epoch, place = divmod(step, an_epoch)
+            own.append(own_pairs(order_of(epoch)[place * batch : (place + 1) * batch]))
+            pieces += in_pieces([(epoch, index) for index in own[-1][0]], num_pieces)
+        found = reader.batches(pieces, batch / num_pieces, workers)
         for share, counts in own:
             pictures = [picture for _ in range(num_pieces) for picture in next(found)]
             yield stacked(pictures, run.views.size, share, counts)
 
 
-def in_pieces(share: Sequence[int], count: int) -> list[Sequence[int]]:
+def in_pieces(share: Sequence[Any], count: int) -> list[Sequence[Any]]:
     """A share cut into `count` parts of almost equal length, none of which is empty where it has so many."""
     return [share[i * len(share) // count : (i + 1) * len(share) // count] for i in range(count)]
 

@@ -221,7 +221,7 @@ SLOW = tuple(name for name in PROBES if name not in DEFAULT)
 TITLES = {name: probe.title for name, probe in PROBES.items()}
 TITLES |= {"linear_paper": "linear, paper's recipe", "attentive_crops": "attentive probe, fresh crops"}
 TITLES |= {"fine_tune": "fine-tuned"}
-TITLES |= {f"few_shot_{share}_fine_tune": f"{share} % of the labels, fine-tuned" for share in few_shot.SHARES}
+TITLES |= {few_shot.tuned_row(share): f"{share} % of the labels, fine-tuned" for share in few_shot.SHARES}
 
 
 def measure(evidence: Evidence, names: Sequence[str] = DEFAULT) -> dict[str, Outcome]:

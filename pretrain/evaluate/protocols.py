@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,8 @@ class Protocols:
     retrieval_images: int = MOST_IMAGES  # held-out images that compete at most
     frozen: tuple[str, ...] = ()  # heads of FROZEN, each of which costs a training on the frozen encoder
     fine_tune: FineTune | None = None  # None: not fine-tuned, which costs a training
-    fine_tune_shares: tuple[int, ...] = ()  # of few_shot.SHARES, per cent of the labels to fine-tune on too
-    fine_tune_draws: int = 3  # of the labels, each of which costs a training
+    fine_tune_few: Mapping[int, FineTune] = field(default_factory=dict)  # by few_shot.SHARES of the labels
+    fine_tune_draws: int = 3  # of few labels, each of which costs a training
     states: Path | None = None  # folder from which an interrupted fine-tuning goes on; None: it begins anew
     workers: int = 0  # processes that decode images; 0: this one
 
@@ -92,11 +92,8 @@ class Protocols:
         found = [Training(name, FROZEN[name]) for name in self.frozen]
         if self.fine_tune is not None:
             found.append(Training("fine_tune", self.fine_tune))
-            found += [
-                Training(f"few_shot_{share}_fine_tune", self.fine_tune, share)
-                for share in self.fine_tune_shares
-            ]
-        return found
+        few = self.fine_tune_few.items()
+        return found + [Training(few_shot.tuned_row(share), recipe, share) for share, recipe in few]
 
 
 @dataclass(frozen=True)
@@ -144,8 +141,8 @@ def measure_subject(
     fine-tuning does not fit.
     """
     run, towers = subject.run, subject.towers.to(device)
-    if protocols.fine_tune is not None:
-        require_blocks(towers, protocols.fine_tune.drop_path)
+    for training in protocols.trainings:
+        require_blocks(towers, training.recipe.drop_path)
     samplings = {"train": dense.TRAIN, "heldout": dense.HELDOUT}
     kept = frozenset().union(*(PROBES[name].reads for name in protocols.probes))
     features = {}

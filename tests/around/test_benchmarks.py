@@ -142,6 +142,56 @@ def test_the_table_of_transfer_is_that_of_its_record() -> None:
     assert "| image to caption, R@1 | 1,000 |" in told  # of how many, which recall depends on
 
 
+def test_transfer_measures_the_rows_that_are_asked_for_and_knn() -> None:
+    only = transfer.protocols_of(["few_shot_10_fine_tune", "linear"])
+    assert only.rows == ("knn", "linear", "few_shot_10_fine_tune")
+    assert only.fine_tune_few[10].updates and not only.fine_tune_few[10].epochs
+    whole = transfer.protocols_of()
+    assert set(whole.rows) == set(transfer.TITLES) and whole.fine_tune.epochs == 30  # the recipe's own
+    with pytest.raises(ValueError, match="--only few_shot: choose from knn, "):
+        transfer.protocols_of(["few_shot"])
+
+
+def test_transfer_keeps_rows_with_their_commit_where_knn_says_the_same() -> None:
+    earlier = json.loads((RESULTS / "transfer.json").read_text())["runs"]
+    row = {
+        "accuracy": 0.5,
+        "interval": [0.4, 0.6],
+        "n": 9,
+        "chance": 0.1,
+        "commit": "0" * 40 + "+changes",
+        "date": "",
+    }
+    now = earlier[1] | {step: earlier[1][step] | {"knn": earlier[1][step]["knn"] | {"commit": "new"}, "linear": row}
+                        for step in transfer.STEPS}  # fmt: skip
+    found = transfer.joined(earlier, now, ["linear"])
+    assert [run["last"]["linear"] == row for run in found] == [False, True, False]
+    assert found[1]["last"]["knn"] == earlier[1]["last"]["knn"] and found[::2] == earlier[::2]
+    was = earlier[0]["last"]["linear"]["commit"]
+    told = transfer.summary(found)["linear"]
+    assert told["commits"] == sorted({was, row["commit"]})
+    assert f"| 0000000+changes, {was[:7]} |" in transfer.table({"linear": told}, 3)
+
+
+def test_transfer_joins_no_rows_of_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = json.loads((RESULTS / "transfer.json").read_text())
+    monkeypatch.setattr(transfer.provenance, "hardware", lambda _: record["hardware"])
+    monkeypatch.setattr(transfer.provenance, "versions", lambda: record["versions"])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: record["threads"])
+    assert transfer.recorded() == record["runs"]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: record["threads"] + 1)
+    with pytest.raises(ValueError, match="the record is of other threads: measure all rows"):
+        transfer.recorded()
+
+
+def test_transfer_joins_no_rows_of_another_run_or_other_data() -> None:
+    earlier = json.loads((RESULTS / "transfer.json").read_text())["runs"]
+    with pytest.raises(ValueError, match="kNN of seed 0, first, is not the recorded one"):
+        transfer.joined(earlier, earlier[1] | {"seed": 0}, ["linear"])
+    with pytest.raises(ValueError, match="no run of seed 0 like this one"):
+        transfer.joined(earlier, earlier[0] | {"steps": 7}, ["linear"])
+
+
 def test_the_table_of_dense_transfer_is_that_of_its_record() -> None:
     record = json.loads((RESULTS / "dense_transfer.json").read_text())
     found = {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint import load_towers
+from pretrain.evaluate import fine_tune_order
 from pretrain.evaluate import protocols as protocols_module
 from pretrain.evaluate.augment import rand_augment
 from pretrain.evaluate.evidence import NotMeasured
@@ -88,6 +89,22 @@ def test_global_generators_neither_matter_nor_move(steps: dict[str, Path], data:
     again = tuned(steps["vit"], data, mixup=0.8)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["head.weight"], tuned(steps["vit"], data)["head.weight"])
+
+
+def test_the_same_workers_read_many_short_epochs(
+    steps: dict[str, Path], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaders, made = [], fine_tune_order.DataLoader
+    monkeypatch.setattr(
+        fine_tune_order, "DataLoader", lambda *args, **more: loaders.append(args) or made(*args, **more)
+    )
+    monkeypatch.setattr(fine_tune_order, "STEPS_AT_ONCE", 3)
+    cut = tuned(steps["vit"], data, epochs=5, batch=40)
+    assert len(loaders) == 2  # of three and of two epochs, a step each
+    monkeypatch.setattr(fine_tune_order, "STEPS_AT_ONCE", 100)
+    whole = tuned(steps["vit"], data, epochs=5, batch=40)
+    assert len(loaders) == 3
+    assert all(torch.equal(value, whole[name]) for name, value in cut.items())
 
 
 def test_rate_follows_the_root_of_the_batch(steps: dict[str, Path], data: Path) -> None:
@@ -172,7 +189,9 @@ def test_divergence_is_told_as_not_measured(steps: dict[str, Path], data: Path) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"epochs": 0}, "epochs=0, updates=0: one of the two must be at least 1"),
+        ({"updates": 5}, "epochs=30, updates=5: one of the two"),
+        ({"epochs": 0, "updates": -1}, "updates=-1"),
         ({"batch": 7}, "positive and even"),
         ({"layer_decay": 0.0}, r"layer_decay=0\.0 must lie in \(0, 1\]"),
         ({"warmup": 1.0}, r"must lie in \[0, 1\)"),
@@ -259,14 +278,3 @@ def test_augmented_view_depends_on_its_seed_alone() -> None:
         rand_augment(view, RECIPES["paper"].rand_augment, (0.5,) * 3, seed) for seed in (1, 1, 2)
     )
     assert torch.equal(one, same) and not torch.equal(one, other) and one.shape == view.shape
-
-
-def test_few_labels_are_fine_tuned_on_several_draws(steps: dict[str, Path], data: Path) -> None:
-    protocols = Protocols(
-        probes=("knn",), fine_tune=QUICK, fine_tune_shares=(10,), fine_tune_draws=2, ks=(5,)
-    )
-    row = evaluate_checkpoint(steps["vit"], data / "train", data / "heldout", protocols)[
-        "few_shot_10_fine_tune"
-    ]
-    assert row["train_images"] == 4 and row["seeds"] == [0, 1] and len(row["accuracies"]) == 2
-    assert row["accuracy"] == pytest.approx(sum(row["accuracies"]) / 2)

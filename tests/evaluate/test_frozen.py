@@ -161,7 +161,9 @@ def test_rows_of_the_result(step: Path, data: Path) -> None:
 
 
 def test_a_head_takes_no_mixing() -> None:
-    with pytest.raises(ValueError, match="takes crops, flips and RandAugment, not mixup, smoothing"):
-        FineTune(trains=ATTENTIVE, mixup=0.8)
+    with pytest.raises(
+        ValueError, match="takes crops, flips and RandAugment, not mixup, smoothing, head_rate"
+    ):
+        FineTune(trains=ATTENTIVE, mixup=0.8, head_rate=2.0)
     with pytest.raises(ValueError, match="trains='heads' must be one of"):
         FineTune(trains="heads")
