@@ -39,11 +39,11 @@ import torch
 from benchmarks.record import RESULTS, keep
 from data_prep.schema import write_atomic
 from pretrain import provenance
+from pretrain.evaluate.asked import Protocols
 from pretrain.evaluate.checkpoints import find_checkpoint
-from pretrain.evaluate.few_shot import tuned_row
 from pretrain.evaluate.fine_tune_recipes import FEW, FROZEN, RECIPES
-from pretrain.evaluate.probes import PROBES, TITLES
-from pretrain.evaluate.protocols import Protocols, best_device, evaluate_checkpoint
+from pretrain.evaluate.protocols import best_device, evaluate_checkpoint
+from pretrain.evaluate.rows import PROBES, TITLES, tuned_row
 
 STEPS = ("first", "last")  # checkpoints of a run
 RECIPE = "small"  # of fine-tuning, on all labels and on few

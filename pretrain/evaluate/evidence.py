@@ -14,7 +14,7 @@ from pretrain.collectives import all_rows, sum_over_ranks
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.evaluate import zero_shot
 from pretrain.evaluate.features import Features
-from pretrain.evaluate.retrieval import MOST_IMAGES
+from pretrain.evaluate.rows import MOST_IMAGES
 from pretrain.evaluate.templates import AUTO
 from pretrain.facts import DataFacts
 

@@ -11,13 +11,7 @@ from jaxtyping import Int
 from scipy.stats import t as student_t
 from torch import Tensor
 
-SHARES = (1, 10)  # per cent of the labels
 SEEDS = (0, 1, 2, 3, 4)  # of the draws
-
-
-def tuned_row(share: int) -> str:
-    """Name of the row of the result whose encoder is fine-tuned on `share` per cent of the labels."""
-    return f"few_shot_{share}_fine_tune"
 
 
 def draw(labels: Int[Tensor, " n"], share: int, seed: int) -> Int[Tensor, " m"]:

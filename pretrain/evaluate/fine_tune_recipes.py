@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from pretrain.evaluate.few_shot import SHARES
+from pretrain.evaluate.rows import SHARES
 
 WHOLE, LINEAR, ATTENTIVE = "whole encoder", "linear head", "attentive head"  # what is trained
 ADAMW, LARS = "adamw", "lars"

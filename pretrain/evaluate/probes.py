@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pretrain.collectives import all_rows, from_every_rank, rank, sum_over_ranks
-from pretrain.evaluate import dense, few_shot, knn, linear, probing, retrieval, zero_shot
+from pretrain.evaluate import dense, knn, linear, probing, retrieval, zero_shot
 from pretrain.evaluate.accuracy import clustered, proportion, score
 from pretrain.evaluate.divided import division
 from pretrain.evaluate.evidence import (
@@ -28,6 +28,7 @@ from pretrain.evaluate.evidence import (
 from pretrain.evaluate.features import LAYERS, MASKED, TOKENS
 from pretrain.evaluate.published_texts import NONE
 from pretrain.evaluate.regions import score_regions
+from pretrain.evaluate.rows import DEFAULT, TITLES
 from pretrain.evaluate.templates import choose_templates
 
 
@@ -178,50 +179,28 @@ def _dense(evidence: Evidence) -> Outcome:
 
 @dataclass(frozen=True)
 class Probe:
-    title: str
     measure: Callable[[Evidence], Outcome]
-    is_quick: bool = True  # measured unless others are named
     reads: frozenset[str] = frozenset()  # what `extract` has to keep for it
 
 
-PROBES: dict[str, Probe] = {
-    "knn": Probe("kNN, mean token", lambda evidence: _knn(evidence, "tokens")),
-    "knn_embedding": Probe("kNN, pooled embedding", lambda evidence: _knn(evidence, "embedding")),
-    "linear": Probe("linear probe, mean token", lambda evidence: _linear(evidence, "tokens")),
-    "linear_embedding": Probe(
-        "linear probe, pooled embedding", lambda evidence: _linear(evidence, "embedding")
-    ),
-    "linear_lars": Probe("linear, LARS on kept features", probing.linear_lars, is_quick=False),
-    "linear_sweep": Probe(
-        "linear, best of a sweep", probing.linear_sweep, is_quick=False, reads=frozenset({LAYERS})
-    ),
-    "attentive": Probe("attentive probe", probing.attentive_probe, is_quick=False, reads=frozenset({TOKENS})),
-    "few_shot_1_knn": Probe("1 % of the labels, kNN", partial(probing.few_shot_knn, share=1), is_quick=False),
-    "few_shot_1_linear": Probe(
-        "1 % of the labels, linear", partial(probing.few_shot_linear, share=1), is_quick=False
-    ),
-    "few_shot_10_knn": Probe(
-        "10 % of the labels, kNN", partial(probing.few_shot_knn, share=10), is_quick=False
-    ),
-    "few_shot_10_linear": Probe(
-        "10 % of the labels, linear", partial(probing.few_shot_linear, share=10), is_quick=False
-    ),
-    "dense": Probe("dense probe, mIoU", _dense, reads=frozenset({MASKED})),
-    "classifier": Probe("own category head", _classifier),
-    "zero_shot": Probe("zero-shot by class names", _zero_shot),
-    "retrieval_image": Probe("image to caption, R@1", lambda evidence: _retrieval(evidence, "image")),
-    "retrieval_text": Probe("caption to image, R@1", lambda evidence: _retrieval(evidence, "text")),
+PROBES: dict[str, Probe] = {  # those of rows.PROBES
+    "knn": Probe(lambda evidence: _knn(evidence, "tokens")),
+    "knn_embedding": Probe(lambda evidence: _knn(evidence, "embedding")),
+    "linear": Probe(lambda evidence: _linear(evidence, "tokens")),
+    "linear_embedding": Probe(lambda evidence: _linear(evidence, "embedding")),
+    "linear_lars": Probe(probing.linear_lars),
+    "linear_sweep": Probe(probing.linear_sweep, reads=frozenset({LAYERS})),
+    "attentive": Probe(probing.attentive_probe, reads=frozenset({TOKENS})),
+    "few_shot_1_knn": Probe(partial(probing.few_shot_knn, share=1)),
+    "few_shot_1_linear": Probe(partial(probing.few_shot_linear, share=1)),
+    "few_shot_10_knn": Probe(partial(probing.few_shot_knn, share=10)),
+    "few_shot_10_linear": Probe(partial(probing.few_shot_linear, share=10)),
+    "dense": Probe(_dense, reads=frozenset({MASKED})),
+    "classifier": Probe(_classifier),
+    "zero_shot": Probe(_zero_shot),
+    "retrieval_image": Probe(lambda evidence: _retrieval(evidence, "image")),
+    "retrieval_text": Probe(lambda evidence: _retrieval(evidence, "text")),
 }
-
-
-ALL = "all"  # stands for every probe that reads features
-DEFAULT = tuple(name for name, probe in PROBES.items() if probe.is_quick)
-SLOW = tuple(name for name in PROBES if name not in DEFAULT)
-# Row of the result -> how it is shown. What follows the probes runs the images, many times.
-TITLES = {name: probe.title for name, probe in PROBES.items()}
-TITLES |= {"linear_paper": "linear, paper's recipe", "attentive_crops": "attentive probe, fresh crops"}
-TITLES |= {"fine_tune": "fine-tuned"}
-TITLES |= {few_shot.tuned_row(share): f"{share} % of the labels, fine-tuned" for share in few_shot.SHARES}
 
 
 def measure(evidence: Evidence, names: Sequence[str] = DEFAULT) -> dict[str, Outcome]:

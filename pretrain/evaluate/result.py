@@ -18,7 +18,7 @@ from pretrain.evaluate.accuracy import confusion_counts
 from pretrain.evaluate.divided import division
 from pretrain.evaluate.evidence import Evidence, Outcome, heldout_labels
 from pretrain.evaluate.knn import nearest_of_all
-from pretrain.evaluate.probes import TITLES
+from pretrain.evaluate.rows import TITLES
 from pretrain.evaluate.sets import Listing
 
 CONFUSION_OF = "linear"  # the probe whose mistakes are counted by category

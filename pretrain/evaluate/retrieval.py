@@ -19,10 +19,9 @@ from torch import Tensor
 
 from pretrain.collectives import all_rows
 from pretrain.evaluate.divided import even_share
+from pretrain.evaluate.rows import MOST_GALLERIES
 
 TOPS = (1, 5, 10)
-MOST_IMAGES = 5000  # that compete, with all their captions, unless told otherwise: COCO's test of 5,000
-MOST_GALLERIES = 5
 QUERIES_AT_ONCE = 1024  # bounds the memory to so many rows of similarities
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.evaluate.probes import TITLES
+from pretrain.evaluate.rows import TITLES
 from pretrain.report.record import Record
 from pretrain.visualize.dumbbell import Measure, Move, dumbbells
 from pretrain.visualize.markup import Html, element, figure, key, table

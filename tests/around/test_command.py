@@ -72,6 +72,12 @@ def test_a_mistake_in_words_is_told_by_the_first_rank(
             "--recipe 'smal' is unknown for `segment`; choose",
         ),
         ("transfer", ["segment", "run", "--workers", "-1"], "--workers -1 must not be negative"),
+        (
+            "evaluate",
+            ["run", "--data", "d", "--probes", "kn"],
+            "probes ['kn'] are unknown; choose from ['knn'",
+        ),
+        ("evaluate", ["run", "--data", "nowhere"], "nowhere/train is no folder: `python -m data_prep"),
         ("report", ["run", "--candidates", "0"], "--candidates 0 must be at least 1"),
     ],
 )

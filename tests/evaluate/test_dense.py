@@ -17,10 +17,11 @@ from pretrain.checkpoint import load_towers
 from pretrain.data.faults import BadSample
 from pretrain.data.views import center_mask, center_view
 from pretrain.evaluate import dense
+from pretrain.evaluate.asked import Protocols
 from pretrain.evaluate.dense import DenseFeatures, Sampling, dense_probe, token_shares
 from pretrain.evaluate.features import Pictures, extract
 from pretrain.evaluate.masks import read_mask
-from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
+from pretrain.evaluate.protocols import evaluate_checkpoint
 from pretrain.evaluate.regions import count_pixels, score_regions
 from tests.evaluate.sets import COLORS, write_set
 

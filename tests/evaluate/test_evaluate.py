@@ -17,12 +17,15 @@ from pretrain.checkpoint import load_towers
 from pretrain.data.decode import decode_image
 from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
-from pretrain.evaluate.__main__ import evaluate, main, split_folders
+from pretrain.evaluate.__main__ import main
+from pretrain.evaluate.arguments import split_folders
+from pretrain.evaluate.asked import Protocols
+from pretrain.evaluate.evaluation import evaluate
 from pretrain.evaluate.features import Pictures, extract, readable
 from pretrain.evaluate.fine_tune_recipes import FROZEN
-from pretrain.evaluate.probes import DEFAULT, PROBES
-from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
+from pretrain.evaluate.protocols import evaluate_checkpoint
 from pretrain.evaluate.result import set_aside, table, write
+from pretrain.evaluate.rows import DEFAULT, PROBES
 from pretrain.evaluate.subjects import find_subjects
 from pretrain.facts import DataFacts
 from pretrain.models.backbone import InternImageEncoder

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import load_towers
-from pretrain.evaluate.__main__ import parse, protocols_of
+from pretrain.evaluate.arguments import parse, protocols_of
+from pretrain.evaluate.asked import Protocols
 from pretrain.evaluate.evidence import NotMeasured
-from pretrain.evaluate.few_shot import SHARES
 from pretrain.evaluate.fine_tune import Classifier, fine_tune
 from pretrain.evaluate.fine_tune_order import Examples
 from pretrain.evaluate.fine_tune_recipes import FEW, RECIPES, FineTune
-from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
+from pretrain.evaluate.protocols import evaluate_checkpoint
+from pretrain.evaluate.rows import SHARES
 from tests.evaluate.sets import COLORS
 
 QUICK = FineTune(epochs=0, updates=3, batch=8)

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from pretrain.checkpoint import load_towers
 from pretrain.evaluate import fine_tune_order
 from pretrain.evaluate import protocols as protocols_module
+from pretrain.evaluate.asked import Protocols
 from pretrain.evaluate.augment import rand_augment
 from pretrain.evaluate.evidence import NotMeasured
 from pretrain.evaluate.fine_tune import Classifier, encoder_of, fine_tune, predict
 from pretrain.evaluate.fine_tune_order import Examples
 from pretrain.evaluate.fine_tune_recipes import RECIPES, FineTune
 from pretrain.evaluate.layers import decay_of_depth, layer_order
-from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint, measure_subject
+from pretrain.evaluate.protocols import evaluate_checkpoint, measure_subject
 from pretrain.evaluate.published import EncoderAlone, PublishedEncoder
 from pretrain.evaluate.sets import read_manifests
 from pretrain.evaluate.subjects import Subject, find_subjects

@@ -11,14 +11,15 @@ import torch
 from pretrain.checkpoint import load_towers
 from pretrain.evaluate import fine_tune as fine_tune_module
 from pretrain.evaluate import fine_tune_order, frozen
-from pretrain.evaluate.__main__ import parse, protocols_of
+from pretrain.evaluate.arguments import parse, protocols_of
+from pretrain.evaluate.asked import Protocols
 from pretrain.evaluate.fine_tune import fine_tune, predict
 from pretrain.evaluate.fine_tune_inputs import Inputs
 from pretrain.evaluate.fine_tune_order import Examples, in_pieces
 from pretrain.evaluate.fine_tune_recipes import ATTENTIVE, FROZEN, LINEAR, FineTune
 from pretrain.evaluate.frozen import FrozenClassifier, Standardised
 from pretrain.evaluate.heads import LinearRecipe, train_heads
-from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
+from pretrain.evaluate.protocols import evaluate_checkpoint
 from tests.evaluate.sets import COLORS
 
 CPU = torch.device("cpu")

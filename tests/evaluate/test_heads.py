@@ -15,12 +15,13 @@ from sklearn.preprocessing import StandardScaler
 
 from pretrain.checkpoint import load_towers
 from pretrain.evaluate import cached, features, few_shot, heads, linear, probing
+from pretrain.evaluate.asked import Protocols
 from pretrain.evaluate.cached import CachedTokens, TokenCache
 from pretrain.evaluate.dense import Sampling
 from pretrain.evaluate.evidence import Evidence
 from pretrain.evaluate.features import LAYERS, MASKED, TOKENS, Features, extract
 from pretrain.evaluate.probes import PROBES, measure
-from pretrain.evaluate.protocols import Protocols, evaluate_checkpoint
+from pretrain.evaluate.protocols import evaluate_checkpoint
 from pretrain.evaluate.shares import Share, judge, share_of
 from pretrain.facts import DataFacts
 from tests.evaluate.sets import write_set

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from pretrain.collectives import all_rows, from_every_rank, rank, world_size
 from pretrain.evaluate import attentive, heads, linear, probing, result
-from pretrain.evaluate.__main__ import evaluate
 from pretrain.evaluate.cached import CachedTokens
 from pretrain.evaluate.dense import DenseFeatures
+from pretrain.evaluate.evaluation import evaluate
 from pretrain.evaluate.evidence import Evidence
 from pretrain.evaluate.features import Features, NoneReadable
 from pretrain.evaluate.probes import PROBES, measure

@@ -14,12 +14,14 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from pretrain.evaluate import knn, linear, zero_shot
+from pretrain.evaluate import rows as names_of_rows
 from pretrain.evaluate.accuracy import confusion_counts, score, wilson
 from pretrain.evaluate.dense import DenseFeatures
 from pretrain.evaluate.evidence import Evidence, NotMeasured, outcome_of
 from pretrain.evaluate.features import Features
-from pretrain.evaluate.probes import DEFAULT, measure
+from pretrain.evaluate.probes import PROBES, measure
 from pretrain.evaluate.result import table
+from pretrain.evaluate.rows import DEFAULT
 from pretrain.evaluate.templates import PROMPTS
 from pretrain.facts import DataFacts
 
@@ -236,6 +238,10 @@ def test_planted_features_are_found_by_every_probe() -> None:
     assert (few["n"], few["images"], few["captioned_images"], few["galleries"]) == (27, 27, 30, 3)
     shown = table({"checkpoints": {"last": {"retrieval_image": few}}})
     assert "the first 27 of 30 images with captions, 9 compete (--retrieval-images)" in shown
+
+
+def test_every_probe_has_a_row_of_its_title() -> None:
+    assert list(PROBES) == list(names_of_rows.PROBES)
 
 
 def test_interval_is_wilsons() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from pretrain.evaluate.__main__ import evaluate
+from pretrain.evaluate.evaluation import evaluate
 from pretrain.evaluate.features import Pictures, extract
 from pretrain.evaluate.subjects import Subject, embed_with, find_subjects
 from pretrain.evaluate.zero_shot import embed_captions

@@ -18,7 +18,8 @@ import timm
 import torch
 
 from pretrain.data.shards import ShardFolder
-from pretrain.evaluate.__main__ import evaluate, main
+from pretrain.evaluate.__main__ import main
+from pretrain.evaluate.evaluation import evaluate
 from pretrain.evaluate.published import open_published
 from pretrain.evaluate.subjects import find_subjects
 from pretrain.export import internimage, safetensors_file

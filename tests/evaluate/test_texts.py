@@ -20,6 +20,7 @@ from pretrain.evaluate.accuracy import CLUSTERED, clustered, wilson
 from pretrain.evaluate.evidence import Evidence
 from pretrain.evaluate.features import Features
 from pretrain.evaluate.probes import PROBES
+from pretrain.evaluate.rows import MOST_IMAGES
 from pretrain.evaluate.templates import AUTO, IMAGENET, PLAIN, PROMPTS, choose_templates
 from pretrain.facts import DataFacts
 
@@ -77,7 +78,7 @@ def test_imagenet_zero_shot_agrees_with_open_clip(
 
 
 def outcomes_of_retrieval(
-    texts: Texts, images: torch.Tensor, captions: list[tuple[str, ...]], most: int = retrieval.MOST_IMAGES
+    texts: Texts, images: torch.Tensor, captions: list[tuple[str, ...]], most: int = MOST_IMAGES
 ) -> dict[str, dict[str, Any]]:
     num = len(images)
     features = Features(

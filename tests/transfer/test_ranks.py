@@ -26,8 +26,8 @@ from pretrain import training_state  # noqa: E402
 from pretrain.checkpoint import load_towers  # noqa: E402
 from pretrain.collectives import average_gradients, mean_over_ranks, on_every_rank, rank  # noqa: E402
 from pretrain.data.faults import BadSample  # noqa: E402
-from pretrain.evaluate.__main__ import evaluate  # noqa: E402
 from pretrain.evaluate.checkpoints import find_checkpoint  # noqa: E402
+from pretrain.evaluate.evaluation import evaluate  # noqa: E402
 from pretrain.ranks import exit_code_of_ranks  # noqa: E402
 from pretrain.training_state import States  # noqa: E402
 from pretrain.transfer import __main__ as command  # noqa: E402

@@ -1,0 +1,95 @@
+"""What does a command line find, subject by subject, and where is it written?"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.schema import Manifest
+from pretrain import provenance
+from pretrain.collectives import from_first_rank, on_every_rank, rank
+from pretrain.command import require_place
+from pretrain.evaluate import result
+from pretrain.evaluate.arguments import parse, protocols_of, split_folders
+from pretrain.evaluate.asked import Protocols
+from pretrain.evaluate.checkpoints import bring
+from pretrain.evaluate.fine_tune_state import remove_states, require_recipes
+from pretrain.evaluate.protocols import best_device, measure_subject
+from pretrain.evaluate.published import is_published
+from pretrain.evaluate.sets import Listing, read_manifests
+from pretrain.evaluate.subjects import Named, find_subjects
+
+RESULT = "evaluation.json"
+
+
+def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Evaluates, writes the JSON result and prints the table; returns the result.
+
+    Raises FileNotFoundError and ValueError for what the user can mend, before any image is read.
+    """
+    options = parse(arguments)
+    protocols, subjects, out, folders, manifests = on_every_rank(lambda: prepared(options))
+    bring(options.run, [subject.place for subject in subjects])
+    device = best_device()
+    if device.type == "cuda":  # collective calls and random states mean this one
+        torch.cuda.set_device(device)
+    recipes = {training.row: training.recipe for training in protocols.trainings}
+    if recipes:
+        protocols = replace(protocols, states=out.with_name(f"{out.stem}.fine_tuning"))
+        from_first_rank(lambda: require_recipes(protocols.states, recipes))
+    evaluated: dict[str, Any] = {"checkpoints": {}}
+    data = result.data_of(folders, manifests)
+    for subject in subjects:
+        measured = measure_subject(on_every_rank(subject.open), folders, manifests, protocols, device)
+        evidence, outcomes = measured.evidence, measured.outcomes
+        is_first = not evaluated["checkpoints"]
+        evaluated |= result.header(measured.run, folders, manifests, provenance.hardware(device))
+        evaluated["checkpoints"][subject.name] = result.of_checkpoint(evidence, outcomes)
+        evaluated["confusion"] = result.confusion(subject.name, evidence, outcomes)
+        evaluated["neighbours"] = result.neighbours(subject.name, evidence)
+        names = [s.name for s in subjects] if is_first else None
+        kept = from_first_rank(lambda: _written(out, evaluated, names, protocols, data))  # noqa: B023  called at once
+        if kept and rank() == 0:
+            print(f"what {out} held of other checkpoints, probes or data is kept as {kept}")
+    if rank() == 0:
+        print(result.table(evaluated))
+        print(f"written to {out}")
+        if protocols.states is not None:  # the next one begins anew
+            remove_states(protocols.states, recipes)
+    return evaluated
+
+
+def _written(
+    out: Path, evaluated: dict[str, Any], names: list[str] | None, protocols: Protocols, data: dict[str, Any]
+) -> Path | None:
+    """Writes what is measured, whatever becomes of the next subject; `names`, of all subjects, come with the first,
+    when a result of other rows or data is set aside. Returns where that lies now.
+    """
+    kept = None if names is None else result.set_aside(out, names, protocols.rows, data)
+    result.write(out, evaluated)
+    return kept
+
+
+def prepared(
+    options: argparse.Namespace,
+) -> tuple[Protocols, list[Named], Path, dict[str, Path], dict[str, Manifest | Listing]]:
+    """What the command line asks for, where it lies, the file of the result, and the data."""
+    protocols = protocols_of(options)
+    subjects = find_subjects(options.run, [n.strip() for n in options.steps.split(",")], options.image_size)
+    out = options.out or result_of(options.run)
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name a file, such as {out / RESULT}")
+    require_place("--out", out)
+    result.rows_there(out)
+    folders = split_folders(options.data, options.train, options.heldout)
+    return protocols, subjects, out, folders, read_manifests(folders)
+
+
+def result_of(place: Path) -> Path:
+    """Where the result lies if no other place is named: in a run, beside a checkpoint or an exported model."""
+    is_run = place.is_dir() and not is_published(place) and not (place / "run.json").is_file()
+    return place / RESULT if is_run else place.with_name(f"{place.name}.{RESULT}")
