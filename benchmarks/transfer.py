@@ -14,11 +14,11 @@ That they are of the same checkpoints and data is seen by kNN, which is measured
 
 The recipe of few labels was chosen by the pre-trained checkpoint of seed 0 alone, on the 500 scenes that its own data
 holds out, with draw 3 (the rows have 0, 1 and 2) and 50 to 100 updates. On 1 % of the labels crops of half the image
-at least gave 21 to 26 %, whatever the rate (1e-3 to 4e-2); with a head 10 to 100 times as fast 26 to 29 %, and 45 on
-10 %. Crops of 0.8 at least gave, at 1e-3, 30.8 and 37.2 % on 1 and 10 %, with the head 10 times as fast 36.6 and
-50.4, 20 times 36.0 and 53.4, and 33.0 on 1 % after 120 updates; at 4e-3 and 20 times 26.8 and 45.6. Crops of 0.9: at
-5e-4 and 20 times 40.0 and 49.4, after 120 updates 40.0 and 53.4; at 1e-3, as chosen, 38.8 and 52.6 (36.8 and 51.6
-with draw 4). The linear probe had 36.8 and 49.8 (33.6 and 47.0).
+at least gave 21 to 26 %, whatever the rate (`base_lr` from 1e-3 to 4e-2); with a head 10 to 100 times as fast 26 to
+29 %, and 45 on 10 %. Crops of 0.8 at least gave, at 1e-3, 30.8 and 37.2 % on 1 and 10 %, with the head 10 times as
+fast 36.6 and 50.4, 20 times 36.0 and 53.4, and 33.0 on 1 % after 120 updates; at 4e-3 and 20 times 26.8 and 45.6.
+Crops of 0.9: at 5e-4 and 20 times 40.0 and 49.4, after 120 updates 40.0 and 53.4; at 1e-3, as chosen, 38.8 and 52.6
+(36.8 and 51.6 with draw 4). The linear probe had 36.8 and 49.8 (33.6 and 47.0).
 """
 
 from __future__ import annotations

@@ -201,6 +201,8 @@ def _trained(
         settings = {"train_images": num_images, "recipe": asdict(recipe), "precision": precisions[0]}
         return Outcome(score(predicted, truth, labelled.num_categories) | settings, predicted)
     seeds = few_shot.SEEDS[: protocols.fine_tune_draws]
+    if len(few_shot.draw(labelled.train_labels, share, seeds[0])) < 2:
+        raise NotMeasured(f"{share} % of the labels is one image, fine-tuning needs two or more")
     found = few_shot.over_draws(
         labelled.train_labels, share, truth, predicted_after, labelled.num_categories, seeds
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import load_towers
+from pretrain.evaluate import protocols as protocols_module
 from pretrain.evaluate.arguments import parse, protocols_of
 from pretrain.evaluate.asked import Protocols
 from pretrain.evaluate.evidence import NotMeasured
@@ -19,7 +20,7 @@ from pretrain.evaluate.fine_tune_order import Examples
 from pretrain.evaluate.fine_tune_recipes import FEW, RECIPES, FineTune
 from pretrain.evaluate.protocols import evaluate_checkpoint
 from pretrain.evaluate.rows import SHARES
-from tests.evaluate.sets import COLORS
+from tests.evaluate.sets import COLORS, write_set
 
 QUICK = FineTune(epochs=0, updates=3, batch=8)
 
@@ -83,6 +84,21 @@ def test_few_shot_with_fine_tune_means_recipes_of_few_labels(recipe: str) -> Non
     assert protocols.fine_tune.epochs == 4 and protocols.fine_tune_few == FEW[recipe]
     assert protocols.rows[-3:] == ("fine_tune", "few_shot_1_fine_tune", "few_shot_10_fine_tune")
     assert protocols_of(parse(["run", "--few-shot"])).fine_tune_few == {}
+
+
+def test_a_single_image_of_a_single_category_is_no_reason_to_end(
+    step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [*COLORS][1:]:
+        monkeypatch.delitem(COLORS, name)
+    for split in ("train", "heldout"):
+        write_set(tmp_path / split, split, 6, text=False)
+    monkeypatch.setattr(protocols_module, "fine_tune", lambda *_, **__: pytest.fail("trained"))
+    protocols = Protocols(probes=("knn",), fine_tune_few={10: QUICK}, ks=(5,))
+    row = evaluate_checkpoint(step, tmp_path / "train", tmp_path / "heldout", protocols)[
+        "few_shot_10_fine_tune"
+    ]
+    assert row["accuracy"] is None and row["reason"].startswith("10 % of the labels is one image")
 
 
 def test_few_labels_are_fine_tuned_on_several_draws(step: Path, data: Path) -> None:
