@@ -102,19 +102,19 @@ def sendable(error: OSError | ValueError) -> OSError | ValueError:
     return (OSError if isinstance(error, OSError) else ValueError)(str(error))
 
 
-def from_every_rank(own: Sequence[T]) -> list[T]:
+def from_every_rank(own: Sequence[T], device: torch.device | str = "cpu") -> list[T]:
     """What the ranks have to tell, one after the other; usually nothing, which costs them one number.
 
-    A collective call, of a process group that reduces on the CPU.
+    A collective call, of a process group that reduces on the `device`.
     """
-    if world_size() == 1 or not sum_over_ranks(torch.tensor(len(own))):
+    if world_size() == 1 or not sum_over_ranks(torch.tensor(len(own), device=device)):
         return list(own)
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, list(own))
     return [one for part in parts for one in part]
 
 
-def on_every_rank(work: Callable[[], T]) -> T:
+def on_every_rank(work: Callable[[], T], device: torch.device | str = "cpu") -> T:
     """What `work` returns on this rank; an OSError or ValueError on one of them ends it on all, with its message.
 
     A collective call, as from_every_rank. An error of one rank alone would leave the others waiting for it.
@@ -123,7 +123,7 @@ def on_every_rank(work: Callable[[], T]) -> T:
         outcome, problem = work(), None
     except (OSError, ValueError) as error:
         outcome, problem = None, error
-    told = from_every_rank([] if problem is None else [str(problem)])
+    told = from_every_rank([] if problem is None else [str(problem)], device)
     if problem is not None and told[0] == str(problem):
         raise problem
     if told:

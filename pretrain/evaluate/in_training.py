@@ -2,13 +2,15 @@
 
 Each rank encodes a share of the images in as many forward passes as the others, since under ZeRO-3 a pass gathers
 weights from all; the first rank judges. Nothing of the training moves: neither its data, nor a weight, nor a random
-state.
+state. Data that fail while it trains are told in place of an accuracy, and it goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,10 +19,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pretrain import randomness
-from pretrain.collectives import gather_rows, rank, world_size
+from pretrain.collectives import from_every_rank, gather_rows, on_every_rank, rank, world_size
 from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
-from pretrain.data.faults import BadSample
+from pretrain.data.faults import BadSample, DataError
 from pretrain.data.text import Captions
 from pretrain.evaluate import knn, zero_shot
 from pretrain.evaluate.accuracy import score
@@ -77,12 +79,35 @@ class TeacherCheck:
             _require_label(pictures, manifests[split].num_samples, MOST_IMAGES[split])
 
     def __call__(self, engine: Taught) -> dict[str, Any]:
-        """Rows of the result by protocol, as `python -m pretrain.evaluate` gives them. A collective call."""
-        with _undisturbed(), torch.no_grad():
-            train, heldout = (self.features(engine, split) for split in SPLITS)
-            classes = None if self._captions is None else self._classes(engine)
+        """Rows of the result by protocol, as `python -m pretrain.evaluate` gives them; none but on the first rank.
+
+        `dropped` of a row counts what could not be read; its accuracy is None, with a `reason`, where the data allow
+        none. A collective call.
+        """
+        dropped: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
+        try:
+            with _undisturbed(), torch.no_grad():
+                rows = self._rows(engine, dropped)
+        except DataError as error:  # on all ranks
+            names = ("knn",) if self._captions is None else ("knn", "zero_shot")
+            rows = {name: {"accuracy": None, "reason": str(error)} for name in names}
+        return {name: row | {"dropped": dropped} for name, row in rows.items()} if rank() == 0 else {}
+
+    def _rows(self, engine: Taught, dropped: dict[str, dict[str, int]]) -> dict[str, Any]:
+        """Without `dropped`, which is filled. DataError, on all ranks, for data that allow none."""
+        seen = {}
+        for split in SPLITS:
+            seen[split], dropped[split] = self.features(engine, split)
+        for split, values in seen.items():
+            if not len(values["labels"]):
+                folder, counts = self._pictures[split].shards.folder, _told(dropped[split])
+                raise DataError(
+                    f"none of the images of {folder} can be judged{counts}: `python -m data_prep check` says why"
+                )
+        classes = None if self._captions is None else self._classes(engine)
         if rank() > 0:
             return {}
+        train, heldout = (seen[split] for split in SPLITS)
         num_categories, rows = len(self.categories), {}
         k = min(K, len(train["labels"]))
         predicted = knn.votes(train["tokens"], train["labels"], heldout["tokens"], [k], num_categories)[k]
@@ -92,15 +117,21 @@ class TeacherCheck:
             rows["zero_shot"] = score(predicted, heldout["labels"], num_categories)
         return rows
 
-    def features(self, engine: Taught, split: str) -> dict[str, Tensor]:
-        """Mean tokens [n, d], with text also image vectors [n, e], and labels [n] of the labelled readable images.
+    def features(self, engine: Taught, split: str) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Mean tokens [n, d], with text also image vectors [n, e], and labels [n] of the labelled readable images;
+        how many images could not be read, by reason.
 
-        Float32, on the CPU, on all ranks. A collective call.
+        Float32, on the CPU, on all ranks. A collective call. DataError, on all ranks, where one cannot read at all.
         """
         kinds = ("dense",) if self._captions is None else ("dense", "projected")
         found: dict[str, list[Tensor]] = {"tokens": [], "projected": []}
-        labels = []
-        for views, some in self._batches(split):
+        labels, reasons = [], []
+        for start in range(0, len(self._pictures[split]), IMAGES_AT_ONCE):
+            try:  # before the pass, which all ranks must make or none
+                views, some, unread = on_every_rank(partial(self._read, split, start), engine.device)
+            except (OSError, ValueError) as error:
+                raise DataError(str(error)) from error
+            reasons += unread
             images = normalise(
                 views.to(engine.device), self._run.views.mean, self._run.views.std, engine.dtype
             )
@@ -112,20 +143,21 @@ class TeacherCheck:
         of_all = {name: gather_rows(torch.cat(parts)).cpu() for name, parts in found.items() if parts}
         of_all["labels"] = gather_rows(torch.cat(labels)).cpu()
         kept = of_all["labels"] != NO_CATEGORY
-        if not kept.any():
-            raise ValueError(f"none of the images of {self._pictures[split].shards.folder} can be judged")
-        return {name: values[kept] for name, values in of_all.items()}
+        of_reasons = Counter(from_every_rank(reasons, engine.device))
+        return {name: values[kept] for name, values in of_all.items()}, dict(of_reasons)
 
-    def _batches(self, split: str) -> Iterator[tuple[Tensor, Int[Tensor, " b"]]]:
-        """Views and labels of this rank's images; what cannot be read is black and has no label."""
+    def _read(self, split: str, start: int) -> tuple[Tensor, Int[Tensor, " b"], list[str]]:
+        """Views and labels of some of this rank's images, and why others cannot be read: they are black and have no
+        label.
+        """
         pictures = self._pictures[split]
-        for start in range(0, len(pictures), IMAGES_AT_ONCE):
-            places = range(start, min(start + IMAGES_AT_ONCE, len(pictures)))
-            read = [None if pictures.samples[i] is None else pictures[i] for i in places]
-            black = torch.zeros(3, pictures.size, pictures.size, dtype=torch.uint8)
-            seen = [black if p is None or p.view is None else p.view for p in read]
-            labels = [NO_CATEGORY if p is None or p.view is None else p.label for p in read]
-            yield torch.stack(seen), torch.tensor(labels)
+        places = range(start, min(start + IMAGES_AT_ONCE, len(pictures)))
+        read = [None if pictures.samples[i] is None else pictures[i] for i in places]
+        black = torch.zeros(3, pictures.size, pictures.size, dtype=torch.uint8)
+        seen = [black if p is None or p.view is None else p.view for p in read]
+        labels = [NO_CATEGORY if p is None or p.view is None else p.label for p in read]
+        unread = [p.reason for p in read if p is not None and p.view is None]
+        return torch.stack(seen), torch.tensor(labels), unread
 
     def _classes(self, engine: Taught) -> Float[Tensor, "k e"]:
         assert self._captions is not None
@@ -149,6 +181,11 @@ def _require_label(pictures: Pictures, num_images: int, most: int) -> None:
         f"none of the {count} images of {pictures.shards.folder} that the teacher would be judged by has a label: "
         "name another data set"
     )
+
+
+def _told(dropped: Mapping[str, int]) -> str:
+    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items()))
+    return f" ({counts})" if counts else ""
 
 
 def _share(num_images: int, most: int) -> list[int | None]:

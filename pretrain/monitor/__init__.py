@@ -25,7 +25,7 @@ since the line before, the rest is of the step; a field that a run has nothing f
     dropped, captions             counts of the loader, over all ranks
     epochs                        passes over each source so far
     evaluation                    of the teacher since the line before, if asked for: step, and by protocol accuracy,
-                                  interval, n and chance
+                                  interval, n, chance and what could not be read; or None and the reason
     skipped_steps                 that the guard refused
 """
 

@@ -121,12 +121,23 @@ class Monitor:
                 self._write(record)
 
     def evaluated(self, step: int, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        """What the teacher is worth after a step, by protocol; told at once, and in the next line of the log."""
+        """What the teacher is worth after a step, by protocol; told at once, and in the next line of the log.
+
+        Loudly, and to the trackers, where the data have not been what they were.
+        """
         self._evaluation = {"step": step, **rows}
         told = ", ".join(
-            f"{name} {row['accuracy']:.1%} (chance {row['chance']:.1%})" for name, row in rows.items()
+            f"{name} {row['accuracy']:.1%} (chance {row['chance']:.1%})"
+            for name, row in rows.items()
+            if row["accuracy"] is not None
         )
-        self.say(f"teacher of step {step}: {told}")
+        if told:
+            self.say(f"teacher of step {step}: {told}")
+        for problem in _problems_of(rows):
+            text = f"{problem}. The training goes on"
+            self.say(f"TEACHER OF STEP {step} {text}")
+            for tracker in self._trackers:
+                tracker.alert("The teacher's evaluation lacks data", f"Teacher of step {step} {text}")
 
     def say(self, line: str) -> None:
         """One line on the console of rank 0, above the progress bar."""
@@ -195,6 +206,19 @@ class Monitor:
         self.say(alarm(collapses))
         for tracker in self._trackers:
             tracker.alert("Features collapsed", alarm(collapses))
+
+
+def _problems_of(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What could not be read of the data by which a teacher is measured, each problem once."""
+    reasons = [row["reason"] for row in rows.values() if row["accuracy"] is None]
+    if reasons:
+        return [f"NOT MEASURED: {reason}" for reason in dict.fromkeys(reasons)]
+    dropped = next((row["dropped"] for row in rows.values()), {})
+    return [
+        f"MEASURED WITHOUT {sum(counts.values())} {split} images that cannot be read ({counts})"
+        for split, counts in dropped.items()
+        if counts
+    ]
 
 
 def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:

@@ -48,6 +48,35 @@ def _monitor(out: Path, first_step: int, log_every: int = 1, **more: Any) -> Mon
     return Monitor(out, toy_run(log_every=log_every), first_step, Clock(torch.device("cpu")), **more)
 
 
+def test_a_teacher_that_cannot_be_measured_is_told_loudly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = {"accuracy": None, "reason": "the disk fails", "dropped": {"train": {}, "heldout": {}}}
+    fewer = {
+        "accuracy": 0.5,
+        "chance": 0.1,
+        "dropped": {"train": {"truncated": 2, "no_image": 1}, "heldout": {}},
+    }
+    alerts: list[tuple[str, str]] = []
+    tracker = SimpleNamespace(
+        begin=print, log=lambda record: None, alert=lambda *told: alerts.append(told), close=print
+    )
+    with _monitor(tmp_path, 0, trackers=[tracker]) as monitor:
+        for step, rows in ((1, {"knn": lost, "zero_shot": lost}), (2, {"knn": fewer})):
+            monitor.evaluated(step, rows)
+            monitor.after_step(_engine(step), _losses(1.0), {}, {}, {})
+    found = [json.loads(line)["evaluation"] for line in (tmp_path / LOG).read_text().splitlines()]
+    assert found == [{"step": 1, "knn": lost, "zero_shot": lost}, {"step": 2, "knn": fewer}]
+    told = capsys.readouterr().out
+    assert told.count("TEACHER OF STEP 1 NOT MEASURED: the disk fails. The training goes on") == 1
+    assert "TEACHER OF STEP 2 MEASURED WITHOUT 3 train images that cannot be read" in told
+    assert "teacher of step 1" not in told and "teacher of step 2: knn 50.0% (chance 10.0%)" in told
+    assert [text.split(" images")[0] for _, text in alerts] == [
+        "Teacher of step 1 NOT MEASURED: the disk fails. The training goes on",
+        "Teacher of step 2 MEASURED WITHOUT 3 train",
+    ]
+
+
 def _losses(value: float) -> ToyLosses:
     nats = {"dense": torch.tensor(value), "category": torch.tensor(0.5)}
     return ToyLosses(torch.tensor(value), nats, {"dense": SPREAD})

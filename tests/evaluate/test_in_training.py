@@ -1,12 +1,18 @@
-"""Do two ranks under ZeRO-3 see in their teacher what its checkpoint gives, and train on as if they had not looked?
+"""Do two ranks under ZeRO-3 see in their teacher what its checkpoint gives, and train on as if they had not looked,
+whatever becomes of the images?
 
 `python test_in_training.py FOLDER DATA` is one rank of it.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +34,19 @@ from pretrain.recipes import load
 from tests.engine.launch import start
 from tests.fakes import FACTS, random_batch, shrink
 
-STEPS = 2
+FACTS_OF_COLORS = DataFacts(categories=("a", "b"), vocab_size=0)
+STEPS = 3  # the disk of a rank fails while its teacher of the second is looked at
 RUN = replace(shrink(load("m3i.vit_b16")), batch=4, steps=9)
+
+
+class MeanColor:
+    """An engine whose teacher sees the mean color."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def ask_teacher(self, images: torch.Tensor, kinds: tuple[str, ...], summary: bool) -> dict:
+        assert kinds == ("dense",) and not summary
+        return {"dense": images.mean(dim=(2, 3))[:, None]}
 
 
 def rank_main(folder: Path, data: Path) -> None:
@@ -43,7 +60,7 @@ def rank_main(folder: Path, data: Path) -> None:
     start_distributed()
     facts = replace(FACTS, vocab_size=200)
     tokenizer = data / "train" / "tokenizer"
-    curves = []
+    curves, rows = [], []
     for looks in (False, True):
         engine = float32_engine(RUN, facts, "zero3", smooth=True)
         check = TeacherCheck(RUN, facts, data, tokenizer)
@@ -55,17 +72,36 @@ def rank_main(folder: Path, data: Path) -> None:
             )
             if looks:
                 before = randomness.states()
-                rows = check(engine)
+                with failing_disk(is_failing=step == 1 and rank() == 1):
+                    found = check(engine)
                 assert randomness.states() == before
+                rows.append(found)
         curves.append(curve)
     assert curves[0] == curves[1], curves
-    seen = check.features(engine, "heldout")
+    seen, _ = check.features(engine, "heldout")
     checkpoint.Saver(engine, folder / "kept", facts, tokenizer).save(wait=True)
     if rank() == 0:
         torch.save(seen, folder / "seen.pt")
         (folder / "rows.json").write_text(json.dumps(rows))
     else:
-        assert rows == {}
+        assert rows == [{}] * STEPS
+
+
+@contextmanager
+def failing_disk(is_failing: bool) -> Iterator[None]:
+    """No sample of held-out images can be read on this rank, if it `is_failing`."""
+    sample = ShardFolder.sample
+
+    def failing(self: ShardFolder, index: int) -> dict[str, bytes]:
+        if is_failing and self.folder.name == "heldout":
+            raise OSError(errno.EIO, "the disk fails")
+        return sample(self, index)
+
+    ShardFolder.sample = failing
+    try:
+        yield
+    finally:
+        ShardFolder.sample = sample
 
 
 def test_ranks_see_what_the_checkpoint_gives_and_train_on_undisturbed(data: Path, tmp_path: Path) -> None:
@@ -79,24 +115,19 @@ def test_ranks_see_what_the_checkpoint_gives_and_train_on_undisturbed(data: Path
     # Folded norms and other batches: sums in another order.
     torch.testing.assert_close(seen["tokens"], found.tokens[order], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(seen["projected"], found.projected[order], rtol=1e-3, atol=1e-4)
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    before, lost, rows = json.loads((tmp_path / "rows.json").read_text())
     assert rows["knn"]["n"] == rows["zero_shot"]["n"] == 20 and rows["knn"]["accuracy"] > 0.5
+    assert rows.keys() == before.keys() == lost.keys()
+    for row in lost.values():  # of one rank, told by all
+        assert row["accuracy"] is None and "the disk fails" in row["reason"]
 
 
 def test_unreadable_and_missing_images_are_passed_over(
     run_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Engine:
-        dtype, device = torch.float32, torch.device("cpu")
-
-        def ask_teacher(self, images: torch.Tensor, kinds: tuple[str, ...], summary: bool) -> dict:
-            assert kinds == ("dense",) and not summary
-            return {"dense": images.mean(dim=(2, 3))[:, None]}
-
-    facts = DataFacts(categories=("a", "b"), vocab_size=0)
-    check = TeacherCheck(RUN, facts, data, None)
+    check = TeacherCheck(RUN, FACTS_OF_COLORS, data, None)
     pictures = check._pictures["train"]
-    assert len(check.features(Engine(), "train")["labels"]) == 40
+    assert len(check.features(MeanColor(), "train")[0]["labels"]) == 40
     damaged = pictures.shards.sample(3)["png"]
     sample = ShardFolder.sample
 
@@ -106,9 +137,28 @@ def test_unreadable_and_missing_images_are_passed_over(
 
     monkeypatch.setattr(ShardFolder, "sample", broken)
     pictures.samples = [*pictures.samples, None]
-    assert len(check.features(Engine(), "train")["labels"]) == 39
-    rows = check(Engine())
+    assert len(check.features(MeanColor(), "train")[0]["labels"]) == 39
+    rows = check(MeanColor())
     assert list(rows) == ["knn"] and rows["knn"]["accuracy"] > 0.9
+    assert rows["knn"]["dropped"] == {"train": {"not_an_image": 1}, "heldout": {}}
+
+
+def test_a_set_that_is_damaged_between_two_looks_is_told_and_ends_nothing(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    check = TeacherCheck(RUN, FACTS_OF_COLORS, tmp_path / "data", None)
+    assert check(MeanColor())["knn"]["accuracy"] > 0.9
+    for shard in (tmp_path / "data" / "heldout").glob("*.tar"):
+        os.truncate(shard, 100)
+    row = check(MeanColor())["knn"]
+    assert row["accuracy"] is None and "can be judged (truncated_shard 20)" in row["reason"]
+    assert row["dropped"] == {"train": {}, "heldout": {"truncated_shard": 20}}
+
+
+def test_a_fault_of_the_model_is_no_fault_of_the_data(data: Path) -> None:
+    check = TeacherCheck(RUN, FACTS_OF_COLORS, data, None)
+    broken = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"), ask_teacher=lambda *_: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        check(broken)
 
 
 def test_sets_without_labels_are_refused_before_the_training(
