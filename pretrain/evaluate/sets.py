@@ -11,6 +11,7 @@ from torchvision.datasets.folder import find_classes, make_dataset
 from data_prep.schema import MANIFEST_NAME, Manifest
 from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
+from pretrain.evaluate.apart import require_apart, resolved
 from pretrain.evaluate.splits import SPLITS
 
 # Suffix of a file -> name of the image in a sample.
@@ -50,6 +51,11 @@ class ClassFolders:
             raise BadSample("unreadable", f"{path}: {error}") from error
         return {SUFFIXES[Path(path).suffix.lower()]: content, "cls": str(category).encode()}
 
+    @property
+    def files(self) -> list[str]:
+        """Of the samples, in their order."""
+        return [path for path, _ in self._samples]
+
     def place(self, index: int) -> str:
         """The file of a sample."""
         return self._samples[index][0]
@@ -84,7 +90,7 @@ def read_set(folder: Path) -> Manifest | Listing:
 
 
 def read_manifests(folders: Mapping[str, Path]) -> dict[str, Manifest | Listing]:
-    """Manifests of both data sets; ValueError when they do not fit each other."""
+    """Manifests of both data sets; ValueError when they do not fit each other, or have files in common."""
     manifests = {split: read_set(folder) for split, folder in folders.items()}
     train, heldout = (manifests[split] for split in SPLITS)
     if train.categories != heldout.categories:
@@ -99,7 +105,16 @@ def read_manifests(folders: Mapping[str, Path]) -> dict[str, Manifest | Listing]
             f"{folders['heldout']} has neither categories nor captions, so there is nothing to measure: "
             "name another data set"
         )
+    teaching, testing = (_files_of(folders[split], manifests[split]) for split in SPLITS)
+    require_apart([testing[name] for name in teaching.keys() & testing.keys()])
     return manifests
+
+
+def _files_of(folder: Path, manifest: Manifest | Listing) -> dict[str, str]:
+    """What tells a file that holds images from others -> its place."""
+    if isinstance(manifest, Manifest):  # a shard is the same wherever it was copied
+        return {shard.sha256: str(folder / shard.name) for shard in manifest.shards if shard.num_samples}
+    return {path: path for path in resolved(ClassFolders(folder).files)}
 
 
 def _has_folders(folder: Path) -> bool:

@@ -15,8 +15,9 @@ from pycocotools import mask as rle
 
 from data_prep.headers import MAX_PIXELS
 from pretrain.data.faults import BadSample
+from pretrain.evaluate.apart import resolved
 from pretrain.intact import sha256
-from pretrain.transfer.examples import Drops, Example, read_image, repeated, resolved
+from pretrain.transfer.examples import Drops, Example, read_image, repeated
 from pretrain.transfer.lvis import federation_of
 from pretrain.transfer.outlines import FAR, are_real, check_outline
 

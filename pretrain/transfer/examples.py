@@ -54,7 +54,7 @@ class AnnotatedSet(Protocol):
     federation: Federation | None  # None: a category without annotations is absent from an image
     place: Path  # as it was named
     sha256: str  # of what tells its images and annotations apart from others
-    files: frozenset[Path]  # that hold its images, without links
+    files: frozenset[str]  # that hold its images, without links
     dropped: Mapping[str, int]  # what was left out when it was opened, by reason
     shown: Sequence[frozenset[int]] | None  # by example: classes that it teaches; None: not known unread
 
@@ -81,13 +81,6 @@ def read_image(path: Path) -> UInt8[Tensor, "h w 3"]:
         raise BadSample("unreadable", f"{path}: {error}") from error
     except BadSample as error:
         raise BadSample(error.reason, f"{path}: {error}") from error
-
-
-def resolved(paths: Iterable[Path]) -> frozenset[Path]:
-    """The same files with the links of their folders followed, each folder's once."""
-    paths = list(paths)
-    homes = {home: home.resolve() for home in {path.parent for path in paths}}
-    return frozenset(homes[path.parent] / path.name for path in paths)
 
 
 def repeated(names: Iterable[str]) -> str | None:

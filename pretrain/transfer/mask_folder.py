@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from pretrain.data.faults import BadSample
+from pretrain.evaluate.apart import resolved
 from pretrain.evaluate.masks import UNREADABLE, opened
 from pretrain.intact import sha256
-from pretrain.transfer.examples import IGNORED, Drops, Example, read_image, repeated, resolved
+from pretrain.transfer.examples import IGNORED, Drops, Example, read_image, repeated
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ONE_CHANNEL = ("1", "L", "P", "I", "I;16")

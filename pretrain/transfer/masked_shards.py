@@ -12,9 +12,10 @@ from data_prep.schema import IMAGE_EXTENSIONS
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
+from pretrain.evaluate.apart import resolved
 from pretrain.evaluate.masks import Mask, read_numbers
 from pretrain.transfer.coco import outline_of
-from pretrain.transfer.examples import IGNORED, Example, resolved
+from pretrain.transfer.examples import IGNORED, Example
 
 GROUND = "ground"  # of pixels that belong to no thing
 

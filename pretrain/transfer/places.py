@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.schema import MANIFEST_NAME
+from pretrain.evaluate.apart import require_apart
 from pretrain.transfer.coco import CocoSet
 from pretrain.transfer.examples import AnnotatedSet, look_at
 from pretrain.transfer.formats import FORMATS
@@ -37,11 +38,7 @@ def open_sets(task: str, named: Named, max_bad: float) -> tuple[AnnotatedSet, An
             raise ValueError(f"no {split} data set is named: give --data DIR, or --{split}")
         opened.append(_open(task, path or _find(task, named.data, split), named.images, max_bad))
     train, heldout = opened
-    if common := train.files & heldout.files:
-        raise ValueError(
-            f"the sets that teach and test have {len(common)} image files in common, such as {min(common)}: scores "
-            "on images that have taught say nothing; name two sets"
-        )
+    require_apart(train.files & heldout.files)
     if train.names != heldout.names or train.category_ids != heldout.category_ids:
         odd = sorted(set(train.names) ^ set(heldout.names))[:5] or "the same names in another order"
         raise ValueError(

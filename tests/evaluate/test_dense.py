@@ -208,7 +208,10 @@ def test_tokens_are_those_of_the_encoder_at_their_places(run_folder: Path, data:
 
 
 def test_data_without_masks_is_not_measured(run_folder: Path, tmp_path: Path) -> None:
-    train, heldout = (write_set(tmp_path / split, split, 3, masks=False) for split in ("train", "heldout"))
+    train, heldout = (
+        write_set(tmp_path / split, split, 3, masks=False, seed=seed)
+        for seed, split in enumerate(("train", "heldout"))
+    )
     step = run_folder / "checkpoints" / "step_000003"
     rows = evaluate_checkpoint(step, train, heldout, Protocols(probes=("dense",), ks=(1,)))
     assert rows["dense"] == {"accuracy": None, "reason": "the data set has no masks"}

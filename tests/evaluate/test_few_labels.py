@@ -91,8 +91,8 @@ def test_a_single_image_of_a_single_category_is_no_reason_to_end(
 ) -> None:
     for name in [*COLORS][1:]:
         monkeypatch.delitem(COLORS, name)
-    for split in ("train", "heldout"):
-        write_set(tmp_path / split, split, 6, text=False)
+    for seed, split in enumerate(("train", "heldout")):
+        write_set(tmp_path / split, split, 6, text=False, seed=seed)
     monkeypatch.setattr(protocols_module, "fine_tune", lambda *_, **__: pytest.fail("trained"))
     protocols = Protocols(probes=("knn",), fine_tune_few={10: QUICK}, ks=(5,))
     row = evaluate_checkpoint(step, tmp_path / "train", tmp_path / "heldout", protocols)[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import struct
 import tempfile
 import zlib
@@ -394,6 +395,12 @@ def test_images_that_teach_and_test_are_refused(coco: Path, shards: Path, tmp_pa
     mask_places(folder)
     with pytest.raises(ValueError, match="2 image files in common"):
         open_sets("segment", Named(train=folder, heldout=folder), 0.0)
+    linked = tmp_path / "linked"
+    shutil.copytree(folder, linked)
+    (linked / "images" / "a.jpg").unlink()
+    (linked / "images" / "a.jpg").symlink_to(folder / "images" / "a.jpg")
+    with pytest.raises(ValueError, match="1 image files in common"):
+        open_sets("segment", Named(train=folder, heldout=linked), 0.0)
 
 
 def test_a_set_that_changed_is_another_one(coco: Path, shards: Path, tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""Are sets refused whose images teach and test at once, however they are linked or copied?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pretrain.evaluate.apart import resolved
+from pretrain.evaluate.sets import read_manifests
+
+
+def class_folders(place: Path, split: str) -> Path:
+    for name in ("cats", "dogs"):
+        (place / split / name).mkdir(parents=True)
+        for number in range(2):
+            (place / split / name / f"{number}.png").write_bytes(split.encode())
+    return place / split
+
+
+def test_class_folders_that_share_files_are_refused(tmp_path: Path) -> None:
+    folders = {split: class_folders(tmp_path, split) for split in ("train", "heldout")}
+    assert {manifest.num_samples for manifest in read_manifests(folders).values()} == {4}
+    linked = folders["heldout"] / "cats" / "0.png"
+    linked.unlink()
+    linked.symlink_to(folders["train"] / "cats" / "1.png")
+    with pytest.raises(ValueError, match=r"1 image files in common, such as .*train/cats/1\.png: .*two sets"):
+        read_manifests(folders)
+    shutil.rmtree(folders["heldout"] / "dogs")
+    (folders["heldout"] / "dogs").symlink_to(folders["train"] / "dogs")
+    with pytest.raises(ValueError, match=r"3 image files in common, such as .*train/cats/1\.png: scores on"):
+        read_manifests(folders)
+
+
+def test_shards_that_were_copied_are_refused(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "train", tmp_path / "heldout")
+    with pytest.raises(
+        ValueError, match=r"1 image files in common, such as .*heldout/000000\.tar: scores on"
+    ):
+        read_manifests({"train": data / "train", "heldout": tmp_path / "heldout"})
+
+
+def test_links_are_followed_through_folders_and_to_their_end(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.png").touch()
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "1.png").symlink_to("0.png")
+    (tmp_path / "2.png").symlink_to(tmp_path / "b" / "1.png")
+    found = resolved([tmp_path / "b" / "0.png", str(tmp_path / "b" / "1.png"), tmp_path / "2.png"])
+    assert found == {os.path.realpath(tmp_path / "a" / "0.png")}
