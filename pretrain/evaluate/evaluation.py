@@ -17,7 +17,7 @@ from pretrain.evaluate import result
 from pretrain.evaluate.arguments import parse, protocols_of, split_folders
 from pretrain.evaluate.asked import Protocols
 from pretrain.evaluate.checkpoints import bring
-from pretrain.evaluate.fine_tune_state import remove_states, require_recipes
+from pretrain.evaluate.fine_tune_state import data_settings, remove_states, require_same_trainings
 from pretrain.evaluate.protocols import best_device, measure_subject
 from pretrain.evaluate.published import is_published
 from pretrain.evaluate.sets import Listing, read_manifests
@@ -37,17 +37,18 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     device = best_device()
     if device.type == "cuda":  # collective calls and random states mean this one
         torch.cuda.set_device(device)
+    data = from_first_rank(lambda: result.data_of(folders, manifests))
     recipes = {training.row: training.recipe for training in protocols.trainings}
     if recipes:
         protocols = replace(protocols, states=out.with_name(f"{out.stem}.fine_tuning"))
-        from_first_rank(lambda: require_recipes(protocols.states, recipes))
+        train = data_settings(folders["train"], data["train"]["sha256"])
+        from_first_rank(lambda: require_same_trainings(protocols.states, recipes, train))
     evaluated: dict[str, Any] = {"checkpoints": {}}
-    data = result.data_of(folders, manifests)
     for subject in subjects:
         measured = measure_subject(on_every_rank(subject.open), folders, manifests, protocols, device)
         evidence, outcomes = measured.evidence, measured.outcomes
         is_first = not evaluated["checkpoints"]
-        evaluated |= result.header(measured.run, folders, manifests, provenance.hardware(device))
+        evaluated |= result.header(measured.run, data, evidence.categories, provenance.hardware(device))
         evaluated["checkpoints"][subject.name] = result.of_checkpoint(evidence, outcomes)
         evaluated["confusion"] = result.confusion(subject.name, evidence, outcomes)
         evaluated["neighbours"] = result.neighbours(subject.name, evidence)

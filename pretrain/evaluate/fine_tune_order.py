@@ -39,6 +39,8 @@ class Examples:
 
     folder: Path
     index: Int[Tensor, " n"]  # of the samples in the data set
+    labels: Int[Tensor, " n"] | None = None  # their categories; a state of a training tells of them
+    sha256: str = ""  # of what the folder holds, as `sha256_of`, likewise
 
 
 @dataclass(frozen=True)

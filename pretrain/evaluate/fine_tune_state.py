@@ -31,15 +31,22 @@ def identity(
     precision: torch.dtype,
 ) -> dict[str, Any]:
     """What a training may not differ in from the one that it goes on with, fit for JSON."""
+    assert train.sha256 and train.labels is not None, "a state tells of the data that it belongs to"
     return {
         "encoder": hash_of(towers.encoder.state_dict()),
         "recipe": json.loads(json.dumps(asdict(settings))),
         "views": json.loads(json.dumps(asdict(run.views))),
-        "data": str(train.folder.resolve()),
+        "data": data_settings(train.folder, train.sha256),
         "images": hash_of({"index": train.index}),
+        "labels": hash_of({"labels": train.labels}),
         "categories": num_categories,
         "precision": name_of(precision),
     }
+
+
+def data_settings(folder: Path, sha256: str) -> dict[str, str]:
+    """Which data it is: a set that was built anew under its old name is another one."""
+    return {"path": str(folder.resolve()), "sha256": sha256}
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:
@@ -51,9 +58,9 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def require_recipes(folder: Path, recipes: Mapping[str, FineTune]) -> None:
-    """ValueError when a folder of states has one of another recipe than its row's: told before images are read for
-    hours.
+def require_same_trainings(folder: Path, recipes: Mapping[str, FineTune], data: Mapping[str, str]) -> None:
+    """ValueError when a folder of states has one of another recipe than its row's, or of other data: told before
+    images are read for hours.
     """
     for path in sorted(folder.rglob("*.pt")):
         row = _row_of(path)
@@ -63,6 +70,7 @@ def require_recipes(folder: Path, recipes: Mapping[str, FineTune]) -> None:
         settings = training_state.read(path, WHAT)["settings"]
         before = settings["recipe"] | {"seed": recipe["seed"]}  # draws of few labels have others
         training_state.require_same(path, WHAT, before, recipe)
+        training_state.require_same(path, WHAT, {"data": settings["data"]}, {"data": data})
 
 
 def remove_states(folder: Path, rows: Collection[str]) -> None:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from data_prep.schema import Manifest
-from pretrain.collectives import all_rows
+from pretrain.collectives import all_rows, from_first_rank
 from pretrain.config import Run
 from pretrain.evaluate import dense, few_shot, result
 from pretrain.evaluate.accuracy import score
@@ -33,7 +32,7 @@ from pretrain.evaluate.fine_tune_order import Examples
 from pretrain.evaluate.fine_tune_precision import name_of
 from pretrain.evaluate.probes import PROBES, measure
 from pretrain.evaluate.rows import TITLES
-from pretrain.evaluate.sets import Listing, read_manifests
+from pretrain.evaluate.sets import Listing, read_manifests, sha256_of
 from pretrain.evaluate.shares import divided
 from pretrain.evaluate.splits import SPLITS
 from pretrain.evaluate.subjects import Subject, embed_with, open_checkpoint
@@ -104,7 +103,7 @@ def measure_subject(
         features[split] = divided(work, run.max_bad, folders[split])
     measured = _probed(subject, towers, features, manifests, protocols, device)
     if protocols.trainings:
-        labelled = _labelled(measured.evidence, folders)
+        labelled = _labelled(measured.evidence, folders, has_states=protocols.states is not None)
         for training in protocols.trainings:
             work = partial(_trained, training, subject, towers, labelled, protocols, device)
             measured.outcomes[training.row] = outcome_of(work)
@@ -141,15 +140,13 @@ class _Labelled:
     """What a training on images sees and is tested on."""
 
     train: Examples
-    train_labels: Int[Tensor, " n"]
     heldout: Examples
-    heldout_labels: Int[Tensor, " m"]
     num_categories: int
     problem: str = ""  # why there is nothing of it
 
 
-def _labelled(evidence: Evidence, folders: Mapping[str, Path]) -> _Labelled:
-    """That of all ranks. A collective call."""
+def _labelled(evidence: Evidence, folders: Mapping[str, Path], *, has_states: bool) -> _Labelled:
+    """That of all ranks; with what a state tells of the data, if any `has_states`. A collective call."""
     problem = ""
     try:
         heldout_labels(evidence)
@@ -159,7 +156,9 @@ def _labelled(evidence: Evidence, folders: Mapping[str, Path]) -> _Labelled:
     for name in SPLITS:
         features = getattr(evidence, name)
         rows = is_labelled(features)
-        found += [Examples(folders[name], all_rows(features.index[rows])), all_rows(features.labels[rows])]
+        sha256 = from_first_rank(partial(sha256_of, folders[name])) if has_states else ""
+        index, labels = (all_rows(values[rows]) for values in (features.index, features.labels))
+        found.append(Examples(folders[name], index, labels, sha256))
     return _Labelled(*found, len(evidence.categories), problem)
 
 
@@ -175,13 +174,14 @@ def _trained(
     if labelled.problem:
         raise NotMeasured(labelled.problem)
     recipe, share, title = training.recipe, training.share, f"{subject.name} {TITLES[training.row]}"
+    train, truth = labelled.train, labelled.heldout.labels
     precisions: list[str] = []  # of every training
 
     def predicted_after(rows: Tensor, seed: int) -> Tensor:
         model = fine_tune(
             towers,
             subject.run,
-            Examples(labelled.train.folder, labelled.train.index[rows]),
+            replace(train, index=train.index[rows], labels=train.labels[rows]),
             labelled.num_categories,
             replace(recipe, seed=recipe.seed + seed),
             device=device,
@@ -194,16 +194,13 @@ def _trained(
         precisions.append(name_of(model.precision))
         return predict(model, subject.run, labelled.heldout, device=device, workers=protocols.workers)
 
-    truth = labelled.heldout_labels
     if share is None:
-        num_images = len(labelled.train.index)
+        num_images = len(train.index)
         predicted = predicted_after(torch.arange(num_images), 0)
         settings = {"train_images": num_images, "recipe": asdict(recipe), "precision": precisions[0]}
         return Outcome(score(predicted, truth, labelled.num_categories) | settings, predicted)
     seeds = few_shot.SEEDS[: protocols.fine_tune_draws]
-    if len(few_shot.draw(labelled.train_labels, share, seeds[0])) < 2:
+    if len(few_shot.draw(train.labels, share, seeds[0])) < 2:
         raise NotMeasured(f"{share} % of the labels is one image, fine-tuning needs two or more")
-    found = few_shot.over_draws(
-        labelled.train_labels, share, truth, predicted_after, labelled.num_categories, seeds
-    )
+    found = few_shot.over_draws(train.labels, share, truth, predicted_after, labelled.num_categories, seeds)
     return Outcome(found | {"recipe": asdict(recipe), "precision": precisions[0]})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,26 +19,24 @@ from pretrain.evaluate.divided import division
 from pretrain.evaluate.evidence import Evidence, Outcome, heldout_labels
 from pretrain.evaluate.knn import nearest_of_all
 from pretrain.evaluate.rows import TITLES
-from pretrain.evaluate.sets import Listing
+from pretrain.evaluate.sets import Listing, sha256_of
 
 CONFUSION_OF = "linear"  # the probe whose mistakes are counted by category
 NUM_QUERIES = 12  # held-out images whose neighbours are listed
 NUM_NEIGHBOURS = 6
 
 
-def header(
-    run: Run, folders: Mapping[str, Path], manifests: Mapping[str, Manifest | Listing], device: str
-) -> dict[str, Any]:
+def header(run: Run, data: Mapping[str, Any], categories: Sequence[str], device: str) -> dict[str, Any]:
     """What the numbers were measured on: data, recipe, commit, hardware, date."""
     return {
-        "data": data_of(folders, manifests),
+        "data": data,
         "recipe": run.name,
         "image_size": run.views.size,
         "commit": provenance.commit(),
         "versions": provenance.versions(),
         "hardware": device,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "categories": list(manifests["heldout"].categories),
+        "categories": list(categories),
     }
 
 
@@ -52,6 +50,7 @@ def data_of(
             "name": manifest.name,
             "split": manifest.split,
             "num_samples": manifest.num_samples,
+            "sha256": sha256_of(folders[split]),
         }
         for split, manifest in manifests.items()
     }

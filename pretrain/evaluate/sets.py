@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchvision.datasets.folder import find_classes, make_dataset
 
-from data_prep.schema import MANIFEST_NAME, Manifest
+from data_prep.schema import MANIFEST_NAME, Manifest, sha256_file
 from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
 from pretrain.evaluate.apart import require_apart, resolved
@@ -56,6 +58,14 @@ class ClassFolders:
         """Of the samples, in their order."""
         return [path for path, _ in self._samples]
 
+    @property
+    def sha256(self) -> str:
+        """Of the names and sizes of the files, which are too many to read."""
+        found = hashlib.sha256()
+        for path in self.files:
+            found.update(f"{os.path.relpath(path, self.folder)} {_size_of(path)}\n".encode())
+        return found.hexdigest()
+
     def place(self, index: int) -> str:
         """The file of a sample."""
         return self._samples[index][0]
@@ -89,6 +99,14 @@ def read_set(folder: Path) -> Manifest | Listing:
     return ClassFolders(folder).manifest
 
 
+def sha256_of(folder: Path) -> str:
+    """By which a set that was built anew in a folder is told from the one before: of its manifest, which names the
+    whole content, or of names and sizes.
+    """
+    manifest = folder / MANIFEST_NAME
+    return sha256_file(manifest) if manifest.is_file() else ClassFolders(folder).sha256
+
+
 def read_manifests(folders: Mapping[str, Path]) -> dict[str, Manifest | Listing]:
     """Manifests of both data sets; ValueError when they do not fit each other, or have files in common."""
     manifests = {split: read_set(folder) for split, folder in folders.items()}
@@ -115,6 +133,13 @@ def _files_of(folder: Path, manifest: Manifest | Listing) -> dict[str, str]:
     if isinstance(manifest, Manifest):  # a shard is the same wherever it was copied
         return {shard.sha256: str(folder / shard.name) for shard in manifest.shards if shard.num_samples}
     return {path: path for path in resolved(ClassFolders(folder).files)}
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # such as a link that leads nowhere: it is counted when it is read
+        return -1
 
 
 def _has_folders(folder: Path) -> bool:

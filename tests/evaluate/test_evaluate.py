@@ -24,8 +24,9 @@ from pretrain.evaluate.evaluation import evaluate
 from pretrain.evaluate.features import Pictures, extract, readable
 from pretrain.evaluate.fine_tune_recipes import FROZEN
 from pretrain.evaluate.protocols import evaluate_checkpoint
-from pretrain.evaluate.result import set_aside, table, write
+from pretrain.evaluate.result import data_of, set_aside, table, write
 from pretrain.evaluate.rows import DEFAULT, PROBES
+from pretrain.evaluate.sets import read_set
 from pretrain.evaluate.subjects import find_subjects
 from pretrain.facts import DataFacts
 from pretrain.models.backbone import InternImageEncoder
@@ -264,6 +265,23 @@ def test_a_result_of_other_rows_or_data_is_kept(tmp_path: Path) -> None:
     assert set_aside(out, ["last"], ["knn"], data) is None
     kept.rename(out)
     assert set_aside(out, *same, {"heldout": {"folder": "drawings"}}) == kept
+
+
+def test_data_that_were_built_anew_are_other_data(tmp_path: Path) -> None:
+    places = {"train": tmp_path / "train", "heldout": tmp_path / "heldout"}
+    image = places["heldout"] / "cats" / "0.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"12")
+    (image.parent / "1.png").symlink_to("nowhere")
+    found = []
+    for seed in (0, 0, 1):
+        shutil.rmtree(places["train"], ignore_errors=True)
+        write_set(places["train"], "train", 1, seed=seed, text=False)
+        found.append(data_of(places, {split: read_set(folder) for split, folder in places.items()}))
+    image.write_bytes(b"123")
+    found.append(data_of(places, {split: read_set(folder) for split, folder in places.items()}))
+    assert found[0] == found[1] and len({str(data) for data in found}) == 3
+    assert found[2]["train"] == found[3]["train"] and found[1]["heldout"] == found[2]["heldout"]
 
 
 def test_heldout_images_may_lie_in_val(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def step(run_folder: Path) -> Path:
 
 def trained(step: Path, data: Path, recipe: FineTune, state: Path | None = None) -> FrozenClassifier:
     run, _, towers = load_towers(step)
-    train = Examples(data / "train", torch.arange(40))
+    index = torch.arange(40)
+    train = Examples(data / "train", index, index % len(COLORS), "the colors")
     return fine_tune(towers, run, train, len(COLORS), recipe, device=CPU, state=state)
 
 

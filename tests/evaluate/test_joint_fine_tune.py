@@ -26,16 +26,18 @@ from pretrain.collectives import rank
 from pretrain.data.faults import DataError
 from pretrain.evaluate import checkpoints, fine_tune_order, fine_tune_state
 from pretrain.evaluate import fine_tune as tuning
+from pretrain.evaluate.evaluation import evaluate
 from pretrain.evaluate.fine_tune import UNREAD, Classifier, fine_tune, predict
 from pretrain.evaluate.fine_tune_order import Examples, own_pairs
 from pretrain.evaluate.fine_tune_precision import obstacle_to_bfloat16
 from pretrain.evaluate.fine_tune_recipes import FROZEN, FineTune
+from pretrain.evaluate.sets import sha256_of
 from pretrain.facts import DataFacts
 from pretrain.intact import files_in
 from pretrain.recipes import load
 from tests.engine.launch import start
 from tests.evaluate.runs import write_run
-from tests.evaluate.sets import COLORS
+from tests.evaluate.sets import COLORS, write_set
 from tests.evaluate.test_evaluate import damage
 from tests.fakes import shrink
 
@@ -74,11 +76,15 @@ def stopping(after: int) -> Iterator[None]:
 def tuned(step: Path, data: Path, state: Path | None = None, recipe: FineTune = RECIPE) -> dict[str, Tensor]:
     """Weights after the recipe, and what they say of the held-out images."""
     run, _, towers = load_towers(step)
-    train, heldout = (
-        Examples(data / split, torch.arange(n)) for split, n in (("train", 40), ("heldout", 20))
-    )
+    train, heldout = (examples_of(data / split, n) for split, n in (("train", 40), ("heldout", 20)))
     model = fine_tune(towers, run, train, len(COLORS), recipe, device=CPU, state=state)
     return model.state_dict() | {"predicted": predict(model, run, heldout, device=CPU)}
+
+
+def examples_of(folder: Path, count: int) -> Examples:
+    """The first ones of a set."""
+    index = torch.arange(count)
+    return Examples(folder, index, index % len(COLORS), sha256_of(folder))
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +132,12 @@ def test_a_state_of_another_training_is_refused(
     with stopping(1):
         tuned(step, data, state)
     run, _, towers = load_towers(step)
+    whole = examples_of(data / "train", 40)
     for examples, recipe, told in (
-        (Examples(data / "train", torch.arange(30)), RECIPE, "with images="),
-        (Examples(data / "train", torch.arange(40)), replace(RECIPE, mixup=0.0), "with recipe="),
+        (examples_of(data / "train", 30), RECIPE, "with images="),
+        (whole, replace(RECIPE, mixup=0.0), "with recipe="),
+        (replace(whole, labels=whole.labels.flip(0)), RECIPE, "with labels="),
+        (replace(whole, sha256="another"), RECIPE, "with data=.*'sha256': 'another'"),
     ):
         with pytest.raises(ValueError, match=f"is the state of a fine-tuning {told}.*name another --out"):
             fine_tune(towers, run, examples, len(COLORS), recipe, device=CPU, state=state)
@@ -137,10 +146,18 @@ def test_a_state_of_another_training_is_refused(
         with pytest.raises(ValueError, match="with precision='float32', not 'bfloat16'"):
             tuned(step, data, state)
     kept = state.rename(state.with_name("fine_tune_0.pt"))
-    fine_tune_state.require_recipes(tmp_path, {"fine_tune": replace(RECIPE, seed=2)})
-    fine_tune_state.require_recipes(tmp_path, {"linear_paper": replace(RECIPE, epochs=9)})
+    same, own = (
+        fine_tune_state.require_same_trainings,
+        fine_tune_state.data_settings(whole.folder, whole.sha256),
+    )
+    same(tmp_path, {"fine_tune": replace(RECIPE, seed=2)}, own)
+    same(tmp_path, {"linear_paper": replace(RECIPE, epochs=9)}, own | {"sha256": "another"})
     with pytest.raises(ValueError, match="is the state of a fine-tuning with epochs=2, not 9"):
-        fine_tune_state.require_recipes(tmp_path, {"fine_tune": replace(RECIPE, epochs=9)})
+        same(tmp_path, {"fine_tune": replace(RECIPE, epochs=9)}, own)
+    with pytest.raises(
+        ValueError, match=r"is the state of a fine-tuning with data=.*not .*another.*delete it"
+    ):
+        same(tmp_path, {"fine_tune": RECIPE}, own | {"sha256": "another"})
     fine_tune_state.remove_states(tmp_path, {"linear_paper"})
     kept.rename(state)
     state.write_bytes(state.read_bytes()[:100])
@@ -153,6 +170,24 @@ def test_a_state_of_another_training_is_refused(
     assert [path.name for path in tmp_path.rglob("*.pt")] == [other.name]
     fine_tune_state.remove_states(tmp_path / "a", {"linear_paper"})
     assert not (tmp_path / "a").exists()
+
+
+def test_a_fine_tuning_does_not_go_on_with_data_that_were_built_anew(step: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write_set(data / "train", "train", 10)
+    write_set(data / "heldout", "heldout", 5, seed=1)
+    command = [str(step), "--data", str(data), "--probes", "knn", "--fine-tune", "2", "--out"]
+    with stopping(1):
+        evaluate([*command, str(tmp_path / "result.json")])
+    assert len(list(tmp_path.rglob("fine_tune_0.pt"))) == 1
+    shutil.rmtree(data / "train")
+    write_set(data / "train", "train", 10, seed=2)
+    with pytest.raises(
+        ValueError, match=r"with data=.*not .* \(differing: \['data'\]\): .* delete it, or name"
+    ):
+        evaluate([*command, str(tmp_path / "result.json")])
+    evaluated = evaluate([*command, str(tmp_path / "other.json")])
+    assert evaluated["data"]["train"]["sha256"] == sha256_of(data / "train")
 
 
 def test_an_encoder_that_does_not_bear_bfloat16_is_told(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
