@@ -5,6 +5,7 @@ A reader trusts a folder only with its COMPLETE file, {"files": {relative path: 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -92,6 +93,15 @@ def compare(
         if sha256 is not None and sha256(name) != expected["sha256"]:
             return f"{name} has changed since it was written"
     return None
+
+
+def identity(folder: Path, of: str = "") -> str:
+    """SHA-256 of what its COMPLETE says that the files of a folder are whose names begin with `of`: equal for equal
+    ones, wherever they lie.
+    """
+    files = json.loads((folder / COMPLETE).read_text())["files"]
+    told = [(name, entry["sha256"]) for name, entry in sorted(files.items()) if name.startswith(of)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def followed(path: Path) -> Path:

@@ -12,7 +12,7 @@ from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_every_rank, from_first_rank, on_every_rank
 from pretrain.data.remote import Place
 from pretrain.given_up import given_up_by
-from pretrain.intact import COMPLETE
+from pretrain.intact import COMPLETE, identity
 
 COPIES = "fetched"  # folder of a run: what was copied from the URL where its checkpoints lie
 
@@ -77,6 +77,11 @@ def locate(run_folder: Path, name: str) -> Place:
     else:
         step = 0 if name == "first" else int(name)
     return _whole(place, step)
+
+
+def weights_of(step: Path) -> str:
+    """SHA-256 of the teacher of a checkpoint: a run that began anew has others under the same name."""
+    return identity(step, "teacher/")
 
 
 def _is_finished(folder: Place) -> bool:

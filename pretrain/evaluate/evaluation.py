@@ -43,13 +43,15 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         protocols = replace(protocols, states=out.with_name(f"{out.stem}.fine_tuning"))
         train = data_settings(folders["train"], data["train"]["sha256"])
         from_first_rank(lambda: require_same_trainings(protocols.states, recipes, train))
-    evaluated: dict[str, Any] = {"checkpoints": {}}
+    evaluated: dict[str, Any] = {"checkpoints": {}, "weights": {}}
     for subject in subjects:
-        measured = measure_subject(on_every_rank(subject.open), folders, manifests, protocols, device)
+        opened = on_every_rank(subject.open)
+        measured = measure_subject(opened, folders, manifests, protocols, device)
         evidence, outcomes = measured.evidence, measured.outcomes
         is_first = not evaluated["checkpoints"]
         evaluated |= result.header(measured.run, data, evidence.categories, provenance.hardware(device))
         evaluated["checkpoints"][subject.name] = result.of_checkpoint(evidence, outcomes)
+        evaluated["weights"][subject.name] = opened.weights
         evaluated["confusion"] = result.confusion(subject.name, evidence, outcomes)
         evaluated["neighbours"] = result.neighbours(subject.name, evidence)
         names = [s.name for s in subjects] if is_first else None

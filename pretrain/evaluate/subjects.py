@@ -15,7 +15,7 @@ from pretrain.checkpoint import load_towers
 from pretrain.config import Mask, Run
 from pretrain.data.remote import Place
 from pretrain.data.text import Captions
-from pretrain.evaluate.checkpoints import local_of, locate
+from pretrain.evaluate.checkpoints import local_of, locate, weights_of
 from pretrain.evaluate.published import (
     CONFIG,
     EncoderAlone,
@@ -44,6 +44,9 @@ class Subject:
     towers: nn.Module  # Towers or EncoderAlone, float32, eval mode, on the CPU
     encode: Encode | None  # captions to tokens; None without text
     without_text: str = ""  # why it has none, where that is known
+    weights: str | None = (
+        None  # SHA-256 of the teacher of a checkpoint, which its name does not tell from others
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def find_subjects(place: Path, steps: Sequence[str], size: int | None = None) ->
 def open_checkpoint(step: Path) -> Subject:
     run, facts, towers = load_towers(step)
     encode = Captions(step / "tokenizer", run.text.length).encode if facts.vocab_size else None
-    return Subject(step.name, run, facts, towers, encode)
+    return Subject(step.name, run, facts, towers, encode, weights=weights_of(step))
 
 
 def open_model(place: Path, size: int | None) -> Subject:

@@ -109,7 +109,9 @@ def _data(trained: Trained) -> str:
 def _evaluation(trained: Trained) -> str:
     evaluation = trained.evaluation
     if evaluation is None:
-        return "Not evaluated at this checkpoint: `python -m pretrain.evaluate RUN --data DIR`, then export again."
+        why = f", since {trained.unevaluated}" if trained.unevaluated else ""
+        again = "`python -m pretrain.evaluate RUN --data DIR`, then export again"
+        return f"Not evaluated at this checkpoint{why}: {again}."
     made = ", ".join(str(evaluation.get(key)) for key in ("hardware", "date", "commit"))
     return f"Of the teacher, with 95 % intervals ({made}):\n\n```\n{table(evaluation)}\n```"
 

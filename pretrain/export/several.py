@@ -36,6 +36,10 @@ def export_all(options: argparse.Namespace) -> list[Exported]:
         check_target(folder, name, 0)
     print(f"reads the {options.which} of {step_folder}")
     trained = read_trained(options.run, step_folder, options.which, parts_of(chosen.values()))
+    if trained.unevaluated:
+        print(
+            f"warning: the card has no metrics, since {trained.unevaluated}: evaluate again", file=sys.stderr
+        )
     for name, folder in folders.items():  # what the first ones take is not there for the last
         before = list(folders).index(name) + 1
         copies = sum(exporter.num_copies for exporter in list(chosen.values())[:before])

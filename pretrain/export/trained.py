@@ -15,6 +15,7 @@ from pretrain.checkpoint import load_towers
 from pretrain.config import Run
 from pretrain.data.remote import place_of
 from pretrain.data.shards import NONE, ShardFolder
+from pretrain.evaluate.checkpoints import weights_of
 from pretrain.facts import DataFacts
 from pretrain.towers import Towers
 
@@ -27,9 +28,10 @@ class Trained:
     which: str  # "teacher" or "student"
     step: str  # name of the checkpoint, "step_000400"
     state: dict[str, Any]  # state.json of the checkpoint: step, position, commit, versions
-    evaluation: dict[str, Any] | None  # what `python -m pretrain.evaluate` found for this checkpoint
+    evaluation: dict[str, Any] | None  # what `python -m pretrain.evaluate` found for these weights
     num_samples: dict[str, int]  # by source, of those that are known
     tokenizer: Path | None = None  # folder of the checkpoint's; None without text
+    unevaluated: str = ""  # why a result under the name of this checkpoint is not its evaluation
     # By image size, what `own_features` has computed.
     features: dict[int, dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -48,9 +50,9 @@ def read_trained(
     """
     run, facts, towers = load_towers(step_folder, which, parts)
     state = json.loads((step_folder / "state.json").read_text())
-    evaluation = read_evaluation(run_folder / "evaluation.json") if which == "teacher" else None
-    if evaluation is not None and step_folder.name not in evaluation["checkpoints"]:
-        evaluation = None  # of an earlier checkpoint of the same run
+    evaluation, unevaluated = None, ""
+    if which == "teacher":
+        evaluation, unevaluated = evaluation_of(step_folder, run_folder / "evaluation.json")
     tokenizer = step_folder / "tokenizer"
     return Trained(
         run,
@@ -62,7 +64,20 @@ def read_trained(
         evaluation,
         count_samples(facts, run_folder / "data.json"),
         tokenizer if facts.vocab_size and tokenizer.is_dir() else None,
+        unevaluated,
     )
+
+
+def evaluation_of(step_folder: Path, path: Path) -> tuple[dict[str, Any] | None, str]:
+    """What a result says of the teacher of a checkpoint, else None; why, where it is of another one of its name."""
+    evaluation, name = read_evaluation(path), step_folder.name
+    if evaluation is None or name not in evaluation["checkpoints"]:  # of an earlier one of the same run
+        return None, ""
+    weights = evaluation.get("weights", {}).get(name)
+    if weights == weights_of(step_folder):
+        return evaluation, ""
+    told = "does not tell of which weights it is" if weights is None else f"is of another {name}"
+    return None, f"{path.name} {told}"
 
 
 def read_evaluation(path: Path) -> dict[str, Any] | None:

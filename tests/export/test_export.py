@@ -11,9 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data_prep.schema import sha256_file
+from pretrain.evaluate.evaluation import evaluate
 from pretrain.evaluate.probes import PROBES
 from pretrain.export import several
 from pretrain.export.__main__ import export_run, main
@@ -22,8 +24,12 @@ from pretrain.export.formats import EXPORTERS, export
 from pretrain.export.keys import Keys
 from pretrain.export.names import NotProven
 from pretrain.export.trained import count_samples
+from pretrain.intact import COMPLETE, digest, files_in, mark
+from pretrain.recipes import load
+from tests.evaluate.runs import write_run
 from tests.evaluate.sets import COLORS, write_set
 from tests.export.conftest import FACTS, last
+from tests.fakes import shrink
 
 FILES_OF_WEIGHTS = sorted(EXPORTERS.keys() - {"onnx"})  # a graph has its own test
 
@@ -195,6 +201,44 @@ def test_samples_are_those_that_the_checkpoint_tells(tmp_path: Path) -> None:
 def test_card_says_when_nothing_was_evaluated(vit_run: Path, tmp_path: Path) -> None:
     export(last(vit_run), "timm", tmp_path / "out")
     assert "Not evaluated at this checkpoint" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_card_has_metrics_of_these_weights_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    write_set(data / "train", "train", 2)
+    write_set(data / "heldout", "heldout", 2, seed=1)
+    run = shrink(load("m3i.vit_b16"))
+    facts = dataclasses.replace(FACTS, vocab_size=0)
+    here, other = (write_run(tmp_path / name, run, facts, steps=(3,)) for name in ("run", "other"))
+
+    def card() -> str:
+        (exported,) = export_run([str(here), "--to", "timm"])
+        return (exported.folder / "README.md").read_text()
+
+    result = here / "evaluation.json"
+    evaluate([str(here), "--data", str(data), "--probes", "knn", "--steps", "last"])
+    table = "kNN, mean token"
+    assert table in card() and "warning" not in capsys.readouterr().err
+    whole = result.read_text()
+    told = json.loads(whole)
+    result.write_text(json.dumps({key: value for key, value in told.items() if key != "weights"}))
+    assert "since evaluation.json does not tell of which weights it is: `python" in card()
+    assert "warning: the card has no metrics, since evaluation.json does not" in capsys.readouterr().err
+    result.write_text(whole)
+    shutil.copytree(other / "checkpoints", here / "checkpoints", dirs_exist_ok=True)
+    assert table in card()  # of equal weights, made again
+    spoil_step(here / "checkpoints" / "step_000003")
+    assert "since evaluation.json is of another step_000003: `python" in card() and table not in card()
+
+
+def spoil_step(step: Path) -> None:
+    """Another teacher in place of the one of a checkpoint, as a run makes that begins anew."""
+    file = next((step / "teacher").glob("rank_*.safetensors"))
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file({name: 2 * values for name, values in load_file(file).items()}, file, metadata)
+    (step / COMPLETE).unlink()
+    mark(step, digest(step, files_in(step)))
 
 
 def test_format_for_another_backbone_is_refused(internimage_run: Path, vit_run: Path) -> None:
