@@ -1,9 +1,9 @@
 """How good are the teacher's features on held-out images, before and after pre-training?
 
 python -m pretrain.evaluate RUN --data DIR        DIR/train gives the probes their examples, DIR/heldout tests them
-    --probes all --few-shot                       everything that reads features once
-    --probes linear_paper                         the paper's linear probe, a head trained on fresh crops
-    --fine-tune [EPOCHS]                          the whole encoder too, trained on the categories: costs a training
+    --probes all                                  everything that reads features once, with few labels too
+    --probes linear_paper,attentive_crops         heads trained on fresh crops, the first by the paper's recipe
+    --fine-tune [EPOCHS] [--few-shot]             the whole encoder too, trained on the categories [and on few labels]
 
 RUN is a run, one of its checkpoints, or an exported or published model (timm, internimage, safetensors,
 Hugging Face, open_clip). DIR/train and DIR/heldout are data sets of `data_prep`, or folders with one folder of images

@@ -18,14 +18,14 @@ from pretrain.data.decode import decode_image
 from pretrain.data.shards import ShardFolder
 from pretrain.data.views import center_view
 from pretrain.evaluate.__main__ import main
-from pretrain.evaluate.arguments import split_folders
+from pretrain.evaluate.arguments import parse, protocols_of, split_folders
 from pretrain.evaluate.asked import Protocols
 from pretrain.evaluate.evaluation import evaluate
 from pretrain.evaluate.features import Pictures, extract, readable
 from pretrain.evaluate.fine_tune_recipes import FROZEN
 from pretrain.evaluate.protocols import evaluate_checkpoint
 from pretrain.evaluate.result import data_of, set_aside, table, write
-from pretrain.evaluate.rows import DEFAULT, PROBES
+from pretrain.evaluate.rows import DEFAULT, PROBES, TITLES
 from pretrain.evaluate.sets import read_set
 from pretrain.evaluate.subjects import find_subjects
 from pretrain.facts import DataFacts
@@ -35,6 +35,7 @@ from pretrain.recipes import load
 from tests.evaluate.runs import write_run
 from tests.evaluate.sets import COLORS, write_set
 from tests.fakes import shrink
+from tests.paths import ROOT
 
 CPU = torch.device("cpu")
 
@@ -282,6 +283,12 @@ def test_data_that_were_built_anew_are_other_data(tmp_path: Path) -> None:
     found.append(data_of(places, {split: read_set(folder) for split, folder in places.items()}))
     assert found[0] == found[1] and len({str(data) for data in found}) == 3
     assert found[2]["train"] == found[3]["train"] and found[1]["heldout"] == found[2]["heldout"]
+
+
+def test_the_readme_tells_how_all_there_is_is_measured() -> None:
+    (words,) = re.findall(r"(--probes all,[^;]*) is all there is", (ROOT / "README.md").read_text())
+    assert set(protocols_of(parse(["RUN", *words.split()])).rows) == TITLES.keys()
+    assert protocols_of(parse(["RUN", "--probes", "all"])).rows == tuple(PROBES)
 
 
 def test_heldout_images_may_lie_in_val(tmp_path: Path) -> None:
