@@ -30,8 +30,6 @@ DS_CONFIG_OWNS = (  # memory and communication; DeepSpeed ignores keys that it d
     "bf16",
     "communication_data_type",
     "data_types",
-    "prescale_gradients",
-    "gradient_predivide_factor",
     "aio",
     "comms_logger",
 )
@@ -89,10 +87,32 @@ def check_config(ds_config: dict[str, Any], run: Run, world: int) -> None:
             "divides nothing"
         )
     _check_zero(ds_config["zero_optimization"])
+    _check_together(ds_config, stage)
     enabled = ds_config.get("bf16", {}).get("enabled", False)
     if enabled not in (True, False, "auto"):
         raise ValueError(f'bf16.enabled={enabled!r} in the ds config must be true, false or "auto"')
     run.images_per_rank(world)
+
+
+def _check_together(ds_config: dict[str, Any], stage: int) -> None:
+    """ValueError for what DeepSpeed 0.19 takes and then fails with, or makes another optimizer of than we know."""
+    zero, in_bf16 = ds_config["zero_optimization"], ds_config.get("bf16", {}).get("enabled", False)
+    if stage == 1 and in_bf16 and (ds_config.get("data_types") or {}).get("grad_accum_dtype") == "fp32":
+        raise ValueError(
+            "data_types.grad_accum_dtype='fp32' in the ds config makes another optimizer of ZeRO-1 in bfloat16, "
+            "which cannot be checkpointed here: take zero_optimization.stage=2, or leave it out"
+        )
+    if zero.get("round_robin_gradients"):
+        raise ValueError(
+            "zero_optimization.round_robin_gradients=true in the ds config hides gradients from the log of their "
+            "norms: leave it out"
+        )
+    ratio = (zero.get("offload_optimizer") or {}).get("ratio", 1.0)
+    if ratio != 1.0:
+        raise ValueError(
+            f"zero_optimization.offload_optimizer.ratio={ratio} in the ds config takes DeepSpeed's own optimizer, "
+            "which is not used: it must be 1.0"
+        )
 
 
 def _check_zero(section: dict[str, Any]) -> None:

@@ -142,7 +142,8 @@ class Engine:
             with self.clock.during("log"):
                 self.part_norms = norms_by_part(self._student.module, self.device)
         if self.before_move is not None:
-            self.before_move()
+            with self.clock.during("save"):
+                self.before_move()
         self._move()
         if self.verdict.is_accepted:
             self.steps_done += 1
@@ -204,5 +205,5 @@ class Engine:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps since the start of this process that the guard refused, so that nothing moved."""
+        """Steps of the run that the guard refused, so that nothing moved."""
         return self.guard.num_refused

@@ -72,6 +72,11 @@ class Journal:
         }
         self._write({"event": "refused", **told, "losses": verdict.losses, "bundle": bundle.name})
 
+    @property
+    def num_refused(self) -> int:
+        """Batches that were refused so far, each once."""
+        return len({line["batch"] for line in self._lines if line["event"] == "refused"})
+
     def rewound(self, rewind: Rewind, left_out: Sequence[int]) -> None:
         """The run went back, and does without these batches from there."""
         self._write({"event": "rewound", **rewind._asdict(), "left_out": list(left_out)})

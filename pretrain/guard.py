@@ -45,7 +45,7 @@ class StepGuard:
         self.limits = limits
         self.left_out: set[int] = set()  # numbers of batches
         self.refused_in_a_row: list[Verdict] = []
-        self.num_refused = 0  # since the start of this process
+        self.num_refused = 0  # of the run
         self.rewinds: list[float] = []  # of the run: when it has gone back, in seconds since 1970
         self._names: tuple[str, ...] = ()
         self._accepted: deque[tuple[float, ...]] = deque(maxlen=limits.window)  # of NORM its logarithm

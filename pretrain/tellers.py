@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 import torch.distributed as dist
 
 
@@ -22,6 +23,13 @@ def is_told_by_this_rank(error: Exception) -> bool:
 def rank_of_launcher() -> int:
     """This process's rank as the launcher says it, also before the process group exists."""
     return int(os.environ.get("RANK", "0"))
+
+
+def is_of_device(error: RuntimeError) -> bool:
+    """Did this rank's GPU fail, so that another start, perhaps elsewhere, may do? Too little memory is no such."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
 
 
 def is_of_another_rank(error: RuntimeError) -> bool:

@@ -53,9 +53,9 @@ from pretrain.preemption import Signals
 from pretrain.pretrainer import Pretrainer
 from pretrain.provenance import hardware
 from pretrain.served import left_out
-from pretrain.tellers import is_of_another_rank
+from pretrain.tellers import is_of_another_rank, is_of_device, is_told_by_this_rank
 from pretrain.towers import Towers
-from pretrain.watchdog import FIRST, REMEDY, Watchdog
+from pretrain.watchdog import FIRST, REMEDY, Watchdog, meeting
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,19 @@ def train(run: Run, paths: Paths) -> None:
     begun = time.monotonic()
     ds_config = read_ds_config(paths.ds_config)
     device = start_distributed(paths.timeout * FIRST * 2)  # the watchdog, which names the rank, comes first
-    config, machine = resolve_config(ds_config, run, device)
-    run.images_per_rank(world_size(), paths.micro_batches)  # refuses what does not divide
     with ExitStack() as held:
-        require = _sole(held, paths)
+        try:
+            # No watchdog yet: it writes beside the run, which another process may hold.
+            with meeting(rank(), paths.timeout * FIRST):
+                config, machine = resolve_config(ds_config, run, device)
+                run.images_per_rank(world_size(), paths.micro_batches)  # refuses what does not divide
+                require = _sole(held, paths)
+        except RuntimeError as error:
+            if not is_of_another_rank(error):
+                raise
+            first = str(error).splitlines()[0].partition(". ")[0]  # gloo goes on with advice
+            told = f"a rank died at the start ({first}). {REMEDY}"
+            raise RankLost(told if is_told_by_this_rank(error) else "") from error
         signals = held.enter_context(Signals())
         watchdog = held.enter_context(Watchdog(paths.out, rank(), world_size(), paths.timeout))
         started = Started(config, machine, device, signals, watchdog, require, begun)
@@ -90,6 +99,9 @@ def train(run: Run, paths: Paths) -> None:
             with ExitStack() as inner:
                 _train(run, paths, started, inner)
         except RuntimeError as error:
+            if is_of_device(error):
+                told = f"{watchdog.here}: its device failed ({str(error).splitlines()[0]})"
+                raise RankLost(f"{told}. {REMEDY}") from error
             if not is_of_another_rank(error):
                 raise
             told, is_teller = watchdog.lost()
@@ -119,6 +131,7 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
     check = TeacherCheck(run, facts, paths.evaluate_data, tokenizer) if paths.evaluate_every else None
     engine = build_engine(run, facts, started.config, started.device, guide, paths, start)
     engine.guard.left_out |= skipped
+    engine.guard.num_refused = from_first_rank(lambda: 0 if folder is None else journal.num_refused)
     engine.guard.rewinds = from_first_rank(lambda: [one.time for one in journal.rewinds()])
     gpu_hours = from_first_rank(lambda: _write_inputs(run, paths, start, is_new=folder is None))
     origin = start.told() if start is not None else []

@@ -15,7 +15,8 @@ import os
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -51,6 +52,28 @@ class Sign(NamedTuple):
         """`rank 3 (host b, process 71) after step 12, while it waits for a batch`."""
         where = f"rank {self.rank} (host {self.host}, process {self.process})"
         return f"{where} after step {self.step}, while it {self.doing}"
+
+
+@contextmanager
+def meeting(rank: int, timeout: float) -> Iterator[None]:
+    """Around what all ranks do together before a Watchdog is there: ends this process with LOST after `timeout`."""
+
+    def end() -> None:
+        print(
+            f"\nerror: rank {rank} (host {host_name()}) has waited {timeout:.0f} s for others at the start: a rank "
+            f"that does not say so too has died or hangs. {REMEDY}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(LOST)
+
+    timer = threading.Timer(timeout, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Watchdog:
@@ -99,6 +122,11 @@ class Watchdog:
         if self._since - self._said >= self._gap:
             self._say()
 
+    @property
+    def here(self) -> str:
+        """This rank, and what it does."""
+        return self._sign().told()
+
     def lost(self) -> tuple[str, bool]:
         """Who is gone or behind, and is this the rank to tell it; "" when all are there. Waits for some signs."""
         before = self._signs()
@@ -122,9 +150,12 @@ class Watchdog:
         return any(old.rank == sign.rank and old.number != sign.number for old in before)
 
     def _signs(self) -> list[Sign]:
-        """The last sign of every rank that has given one."""
+        """The last sign of every rank that has given one; of this one also where none can be written or read."""
         signs = []
         for number in range(self._world):
+            if number == self._rank:
+                signs.append(self._sign())
+                continue
             try:
                 signs.append(Sign(**json.loads(self._path(number).read_text())))
             except (OSError, ValueError, TypeError):
@@ -139,21 +170,16 @@ class Watchdog:
         with self._lock, suppress(OSError):  # of a full disk the save tells; the run goes on without signs
             self._number += 1
             self._said, self._told = time.monotonic(), self._entered
-            sign = Sign(
-                self._rank,
-                host_name(),
-                os.getpid(),
-                self._number,
-                self._entered,
-                self._step,
-                self._doing,
-                self._ended,
-            )
+            self._folder.mkdir(exist_ok=True)  # removed while the run goes on, no sign would be read again
             file = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT)
             try:  # closed each time, since that is when a network file system shows it to others
-                os.pwrite(file, json.dumps(sign._asdict()).ljust(SIGN_BYTES).encode(), 0)
+                os.pwrite(file, json.dumps(self._sign()._asdict()).ljust(SIGN_BYTES).encode(), 0)
             finally:
                 os.close(file)
+
+    def _sign(self) -> Sign:
+        own = (self._number, self._entered, self._step, self._doing, self._ended)
+        return Sign(self._rank, host_name(), os.getpid(), *own)
 
     def _watch(self) -> None:
         while not self._is_over.wait(self._gap or self.interval):

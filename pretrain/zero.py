@@ -109,11 +109,7 @@ class OwnedState:
         owner = self._optimizer.optimizer
         if not self._is_partitioned:
             return [(group["params"][0], owner) for group in owner.param_groups]
-        flats = self._optimizer.fp32_partitioned_groups_flat
-        partial = getattr(self._optimizer, "backup_optimizer", None)  # steps what is not offloaded
-        if partial is None:
-            return [(flat, owner) for flat in flats]
-        return [(flat, owner if flat.device.type == "cpu" else partial) for flat in flats]
+        return [(flat, owner) for flat in self._optimizer.fp32_partitioned_groups_flat]
 
     def _view(self, part: Slice, key: str | None = None) -> Tensor:
         """The master of a slice, or what the optimizer keeps of it under `key`."""

@@ -18,6 +18,7 @@ from pretrain.plan.machines import MACHINES
 
 MEASURED_SECONDS = 0.2  # how long products are timed on a CPU
 SIDE = 1024  # of their matrices
+SLOWER = ("h100pcie", "h100nvl", "h200nvl")  # with less power than the SXM modules of plan/machines.py
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,13 @@ class Speed:
 
 
 def peak_of(name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s in bfloat16 of a device by the name that its driver gives; None of one that is not known, in float32."""
+    """FLOP/s in bfloat16 of a device by the name that its driver gives; None of one that is not known, in float32.
+
+    H100 PCIe, H100 NVL and H200 NVL are slower than those of the name alone, and not known.
+    """
     spoken = name.lower().replace(" ", "")  # NVIDIA GeForce RTX 4090
+    if any(slower in spoken for slower in SLOWER):
+        return None
     known = (machine.peak for key, machine in MACHINES.items() if key in spoken)
     return next(known, None) if dtype == torch.bfloat16 else None
 

@@ -8,7 +8,7 @@ from pretrain.plan import flops
 from pretrain.plan.plan import Plan, plan_one
 from pretrain.plan.settings import Setting, read
 
-NODES = (1, 8, 32, 128)
+GPUS = (64, 256, 1024)  # beside those of one node
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,11 @@ class Grown:
 
 
 def weak_scaling(plan: Plan, setting: Setting) -> list[Grown]:
-    """The same setting on NODES nodes. hpZ starts as the file that it changes: one node has no use for it."""
+    """The same setting on one node and on GPUS. hpZ, for which one node has no use, starts as the file it changes."""
     images, found = plan.run.images_per_rank(plan.cluster.gpus), []
-    for nodes in NODES:
-        cluster = replace(plan.cluster, gpus=nodes * plan.cluster.gpus_per_node)
+    a_node = plan.cluster.gpus_per_node
+    for nodes in sorted({1, *(-(-gpus // a_node) for gpus in GPUS)}):
+        cluster = replace(plan.cluster, gpus=nodes * a_node)
         run = replace(plan.run, batch=images * cluster.gpus)
         used = setting if nodes > 1 or setting.hpz == 1 else replace(setting, zero=read()["zero3"])
         operations = flops.parts(run, plan.facts)

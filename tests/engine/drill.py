@@ -50,7 +50,9 @@ from tests.engine.drill_faults import (  # noqa: E402
     SAVING,
     Fault,
     asked_with_workers,
+    at_the_start,
     both,
+    broken,
     count_calls,
     fill,
     free,
@@ -334,6 +336,23 @@ def one_hung(drill: Drill) -> dict[str, Any]:
     return {"ends": ends, "stacks": stacks, **drill.outcome("one_hung")}
 
 
+def lost_early(drill: Drill) -> dict[str, Any]:
+    """Rank 1 dies, then is stopped, before there is a watchdog; its GPU fails; it hangs where no sign can be read."""
+    ranks = drill.folder / "lost_early" / "ranks"
+    ends = [
+        drill.start("lost_early", {1: at_the_start(signal.SIGKILL)}, timeout=8),
+        drill.start("lost_early", {1: at_the_start(signal.SIGSTOP)}, timeout=2, grace=10),
+        drill.start("lost_early", {1: in_batch(4, broken)}, timeout=8),
+    ]
+    gone = in_batch(3, lambda batch: (shutil.rmtree(ranks), batch)[1])
+    asleep = in_batch(4, lambda batch: time.sleep(LONGEST))
+    ends += [
+        drill.start("lost_early", {0: gone, 1: asleep}, timeout=5, grace=10),
+        drill.start("lost_early"),
+    ]
+    return {"ends": ends, **drill.outcome("lost_early")}
+
+
 def poisoned(drill: Drill) -> dict[str, Any]:
     """A NaN in batch 4 of rank 1, death before the next checkpoint; the next start has neither. Then the replay."""
     ends = [
@@ -513,6 +532,7 @@ SCENARIOS: dict[str, Callable[[Drill], dict[str, Any]]] = {
     "asked_before_a_step": asked_before_a_step,
     "one_killed": one_killed,
     "one_hung": one_hung,
+    "lost_early": lost_early,
     "poisoned": poisoned,
     "poisoned_twice": poisoned_twice,
     "poisoned_for_ever": poisoned_for_ever,

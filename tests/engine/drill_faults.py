@@ -191,6 +191,26 @@ def free(disk: Path) -> Callable[[Batch], Batch]:
     return change
 
 
+def at_the_start(number: int) -> Fault:
+    """The rank sends itself a signal before the first collective call."""
+
+    def install() -> None:
+        own = pretrain.train.resolve_config
+
+        def changed(*arguments: Any) -> Any:
+            os.kill(os.getpid(), number)
+            return own(*arguments)
+
+        pretrain.train.resolve_config = changed
+
+    return install
+
+
+def broken(batch: Batch) -> Batch:
+    """As a GPU with broken memory fails."""
+    raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+
 def signalled(number: int) -> Callable[[Batch], Batch]:
     """The rank sends itself a signal when it gets the batch."""
 

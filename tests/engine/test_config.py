@@ -68,6 +68,33 @@ def test_a_key_that_zero_does_not_know_is_refused_with_the_one_that_was_meant() 
         check_config({"zero_optimization": {"stage": 2, "overlap_com": True}}, toy_run(), 1)
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {
+                "zero_optimization": {"stage": 1},
+                "bf16": {"enabled": True},
+                "data_types": {"grad_accum_dtype": "fp32"},
+            },
+            "data_types.grad_accum_dtype='fp32' .* take zero_optimization.stage=2",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            "round_robin_gradients=true .* leave it out",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            r"offload_optimizer.ratio=0\.5 .* must be 1\.0",
+        ),
+        (GOOD | {"prescale_gradients": True}, "'prescale_gradients' .* is not used"),
+    ],
+)
+def test_what_deepspeed_would_fail_with_later_is_refused(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_config(section, toy_run(), 1)
+
+
 def test_a_port_that_is_taken_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

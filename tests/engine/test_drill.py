@@ -90,6 +90,17 @@ def test_a_rank_that_hangs_is_named_and_stacks_are_kept(drill: dict[str, Any]) -
     assert _is_like(found, drill["undisturbed"]["straight"])
 
 
+def test_a_rank_or_gpu_lost_before_the_watchdog_or_without_signs_starts_again(drill: dict[str, Any]) -> None:
+    found = drill["lost_early"]
+    killed, stopped, device, unseen, _ = (end["output"] for end in found["ends"])
+    assert _codes(found) == [[LOST, KILLED], [LOST, KILLED], [LOST] * 2, [LOST] * 2, [FINISHED] * 2]
+    assert "a rank died at the start (" in killed and "Traceback" not in killed
+    assert "rank 0 (host " in stopped and "has waited 6 s for others at the start" in stopped
+    assert "rank 1 (host " in device and "its device failed (CUDA error: uncorrectable ECC" in device
+    assert "no progress in 5 s" in unseen and "Traceback" not in device + unseen
+    assert _is_like(found, drill["undisturbed"]["straight"])
+
+
 def test_a_poisoned_batch_of_one_rank_might_never_have_been(drill: dict[str, Any]) -> None:
     found = drill["poisoned"]
     assert _codes(found)[1] == [FINISHED] * 2

@@ -256,6 +256,9 @@ def test_figures_of_speed_are_those_of_the_formula() -> None:
     assert peak_of("NVIDIA H200", torch.bfloat16) == 989e12
     assert peak_of("NVIDIA A100-SXM4-40GB", torch.bfloat16) == 312e12
     assert peak_of("NVIDIA GeForce RTX 4090", torch.bfloat16) == 165e12
+    for slower in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200 NVL"):
+        assert peak_of(slower, torch.bfloat16) is None
+    assert peak_of("NVIDIA H100 80GB HBM3", torch.bfloat16) == 989e12
     assert peak_of("NVIDIA H200", torch.float32) is None and peak_of("Unheard Of", torch.bfloat16) is None
 
 

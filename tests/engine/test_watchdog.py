@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from pretrain import watchdog
+from pretrain.tellers import is_of_device
 from pretrain.watchdog import FEW, Watchdog
 
 
@@ -51,3 +54,25 @@ def test_many_ranks_together_write_no_more_than_a_file_system_bears(
             time.sleep(0.01)
         assert told(tmp_path) == "is in step 199", "the thread tells what `at` did not"
     assert 3 <= len(signs) <= 3 + 2 * (time.monotonic() - begun) / 0.1
+
+
+def test_without_signs_to_read_a_rank_still_knows_of_itself(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, 0, 2, 0.5) as dog:
+        dog.at(7, "waits for a batch")
+        shutil.rmtree(tmp_path / "ranks")
+        told, is_teller = dog.lost()
+        assert is_teller and "rank 0 " in told and "after step 7, while it waits for a batch" in told
+        dog.at(8, "is in step 8")
+        assert json.loads((tmp_path / "ranks" / "rank_00000.json").read_text())["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("error", "is_device"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("[gloo] Connection reset by peer"), False),
+    ],
+)
+def test_a_gpu_that_fails_is_told_from_too_little_memory(error: RuntimeError, is_device: bool) -> None:
+    assert is_of_device(error) == is_device

@@ -105,6 +105,8 @@ def test_time_rises_with_nodes_at_equal_images():
     plan = plan_of("m3i.internimage_h", 16)
     grown = weak_scaling(plan, plan.best().setting)
     assert [one.gpus for one in grown] == [8, 64, 256, 1024]
+    four = replace(plan, cluster=replace(plan.cluster, gpus_per_node=4))
+    assert [one.gpus for one in weak_scaling(four, plan.best().setting)] == [4, 64, 256, 1024]
     assert grown[0].efficiency == 1 > grown[1].efficiency >= grown[3].efficiency > 0.5
 
 
