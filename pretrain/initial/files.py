@@ -29,6 +29,7 @@ MOST_ENTRIES = 100_000  # of an archive
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 PIXELS = "preprocessor_config.json"  # of transformers
 NAMES = ("model.safetensors", INDEX, "pytorch_model.bin", "internimage.pth")  # in a folder, in this order
+PICKLE = "data.pkl"  # in an archive of torch.save, within its one folder
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 CALLED = {  # what the pickle of a state dict names
     "collections OrderedDict",
@@ -213,15 +214,41 @@ def _check_archive(path: Path) -> None:
                     f"{sum(e.file_size for e in entries):,} bytes in a file of {path.stat().st_size:,}, which "
                     f"torch.save never writes: it {NOT_READ}"
                 )
-            pickles = [e for e in entries if e.filename.endswith(".pkl")]
-            if len(pickles) != 1 or pickles[0].file_size > LARGEST_HEADER:
-                raise ValueError(
-                    f"{path} holds {len(pickles)} pickles of {sum(e.file_size for e in pickles):,} bytes, where one "
-                    f"of at most {LARGEST_HEADER:,} belongs: it {NOT_READ}"
-                )
-            _check_pickle(path, archive.read(pickles[0]))
+            _check_pickle(path, _pickle_in(path, archive))
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error) as error:
         raise ValueError(f"{path} is a damaged archive ({error}): it {NOT_READ}") from error
+
+
+def _pickle_in(path: Path, archive: zipfile.ZipFile) -> bytes:
+    """The one pickle of an archive; ValueError where it is not plain which one torch will read.
+
+    Torch's reader takes data.PKL for data.pkl, and of two tables of contents another than zipfile may.
+    """
+    names = [entry.orig_filename for entry in archive.infolist()]  # with what follows a zero byte
+    folder = names[0].partition("/")[0] if names else ""
+    pickles = [name for name in names if name.lower().endswith(".pkl")]
+    if (
+        pickles != [f"{folder}/{PICKLE}"]
+        or len({name.lower() for name in names}) != len(names)
+        or not all(name.startswith(f"{folder}/") for name in names)
+    ):
+        raise ValueError(
+            f"{path} holds {len(pickles)} pickles in {len(names)} entries, {pickles[:3]}: one {PICKLE} belongs "
+            f"there, beside other entries of its folder whose names differ by more than capitals: it {NOT_READ}"
+        )
+    if archive.getinfo(pickles[0]).file_size > LARGEST_HEADER:
+        raise ValueError(
+            f"{path} holds a pickle of {archive.getinfo(pickles[0]).file_size:,} bytes, where at most "
+            f"{LARGEST_HEADER:,} are allowed: it {NOT_READ}"
+        )
+    content, reader = archive.read(pickles[0]), torch._C.PyTorchFileReader(str(path))
+    records = {f"{folder}/{name}" for name in reader.get_all_records()}
+    if records != set(names) or reader.get_record(PICKLE) != content:
+        raise ValueError(
+            f"{path} has two tables of contents, one with {len(names)} entries and another with {len(records)}, "
+            f"which torch.save never writes: it {NOT_READ}"
+        )
+    return content
 
 
 def _check_pickle(path: Path, content: bytes) -> None:

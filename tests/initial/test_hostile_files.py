@@ -143,6 +143,77 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, peak: Callable[[], int]) -> 
     assert peak() < 2**24
 
 
+def renamed(path: Path, names: Callable[[str], str], *more: tuple[str, bytes]) -> Path:
+    """An archive of torch.save with other names of its entries, and others first."""
+    torch.save({"a": torch.zeros(4)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = [(names(name), archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (*more, *entries):
+            archive.writestr(name, content)
+    return path
+
+
+def hostile_pickle(folder: Path) -> bytes:
+    torch.save({"a": torch.zeros(4), "x": Calls(bytearray, 2**31)}, folder / "hostile.pth")
+    with zipfile.ZipFile(folder / "hostile.pth") as archive:
+        return archive.read("hostile/data.pkl")
+
+
+def test_another_pickle_than_the_judged_one_is_not_read(tmp_path: Path, peak: Callable[[], int]) -> None:
+    """Torch finds its pickle whatever its capitals: one of another name beside it would be judged in its place."""
+    path, hostile = tmp_path / "weights.pth", hostile_pickle(tmp_path)
+    told = r"holds \d pickles in \d entries, .* one data\.pkl belongs there.*" + SAID
+    for names, entry in (
+        (lambda name: name.replace("data.pkl", "decoy.pkl"), "weights/data.PKL"),
+        (lambda name: name.replace("data.pkl", "decoy"), "weights/DATA.pkl"),
+        (lambda name: name, "weights/data.PKL"),
+        (lambda name: name, "weights/constants.pkl"),
+        (lambda name: name.replace("weights/data.pkl", "other/data.pkl"), "weights/Data.Pkl"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            open_weights(renamed(path, names, (entry, hostile)))
+    archive = renamed(path, lambda name: name, ("weights/data.pkl~", hostile)).read_bytes()
+    path.write_bytes(archive.replace(b"weights/data.pkl~", b"weights/data.pkl\0"))
+    with pytest.raises(ValueError, match=SAID):
+        open_weights(path)
+    for first in ("weights/VERSION", "other/version"):
+        with pytest.raises(ValueError, match=r"holds 1 pickles in .*" + SAID):
+            open_weights(renamed(path, lambda name: name, (first, b"")))
+    assert len(open_weights(renamed(path, lambda name: name)).tensors) == 1
+    assert peak() < 2**26
+
+
+def test_an_archive_with_two_tables_of_contents_is_not_read(tmp_path: Path, peak: Callable[[], int]) -> None:
+    """zipfile takes the record of 64 bits that lies before its locator, torch the one that the locator names."""
+    path, hostile = tmp_path / "weights.pth", hostile_pickle(tmp_path)
+    content, tables = b"", []
+    for change in (lambda _: hostile, lambda good: good):
+        archive = rewritten(path, change).read_bytes()
+        table, end = archive.index(b"PK\x01\x02"), archive.rindex(b"PK\x05\x06")
+        entries, size = struct.unpack("<HI", archive[end + 10 : end + 16])
+        content += moved(archive, table, end, len(content))
+        tables.append(at := len(content))
+        content += struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, entries, entries, size, at - size)
+    content += struct.pack("<IIQI", 0x07064B50, 0, tables[0], 1)
+    content += struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 2**16 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1, 0)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=SAID):
+        open_weights(path)
+    assert peak() < 2**26
+
+
+def moved(archive: bytes, table: int, end: int, by: int) -> bytes:
+    """Entries and table of an archive as they are further down in a file."""
+    moved, at = bytearray(archive[:end]), table
+    while at < end:
+        name, extra, comment = struct.unpack("<HHH", archive[at + 28 : at + 34])
+        (place,) = struct.unpack("<I", archive[at + 42 : at + 46])
+        moved[at + 42 : at + 46] = struct.pack("<I", place + by)
+        at += 46 + name + extra + comment
+    return bytes(moved)
+
+
 def test_an_archive_that_lies_about_its_sizes_is_told(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"a": torch.zeros(64)}, path)
