@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from pretrain.config import Views
 from pretrain.export.preprocessor import read_preprocessor
-from pretrain.initial.bounds import explained_by, require_numbers, require_pixels
+from pretrain.initial.bounds import (
+    explained_by,
+    require_numbers,
+    require_pixels,
+    require_statistics,
+    require_tokens,
+)
 from pretrain.initial.files import open_weights
 from pretrain.models import internimage_layouts as layouts
 from pretrain.models.guides import open_guide
@@ -38,6 +44,7 @@ class PublishedEncoder(nn.Module):
     def __init__(self, trunk: nn.Module, tokens: Callable[[nn.Module, Tensor], Tensor], size: int) -> None:
         super().__init__()
         require_pixels(size, Path("the model"))
+        require_tokens(getattr(getattr(trunk, "patch_embed", None), "num_patches", 0), "the model")
         self.trunk, self._tokens = trunk.requires_grad_(False).eval(), tokens
         with torch.no_grad():
             found = tokens(trunk, torch.zeros(1, 3, size, size))
@@ -111,17 +118,27 @@ def is_published(place: Path) -> bool:
 def _open_timm(folder: Path, config: Mapping[str, Any], size: int | None) -> Published:
     import timm
 
-    told, placed = config.get("pretrained_cfg", {}), {"device", "dtype"}
+    told, placed = config.get("pretrained_cfg", {}), {"device", "dtype", "cache_dir", "checkpoint_path"}
     options = {} if size is None else {"img_size": size}
     tensors = finite_tensors(folder)
     # Not timm's own reading of the folder, which checks no file; without a source it takes these tensors, strictly.
     given = {"source": "", "state_dict": tensors}
     arguments = config.get("model_args") or {}
-    if not isinstance(arguments, Mapping) or placed & arguments.keys():
+    is_sound = isinstance(arguments, Mapping) and not any(
+        name in placed or name.startswith("pretrained")  # pretrained_strict would leave weights as they start
+        for name in arguments
+    )
+    if not is_sound:
         raise ValueError(
             f"{folder / CONFIG} has model_args {arguments!r}, which must be arguments by name without "
-            f"{sorted(placed)}: take the file from its authors again"
+            f"{sorted(placed)} or what begins with 'pretrained': take the file from its authors again"
         )
+    if not isinstance(told, Mapping):
+        raise ValueError(f"{folder / CONFIG} has pretrained_cfg {told!r}, which must be settings by name")
+    mean, std = require_statistics(
+        *(told.get(name, getattr(Views, name)) for name in ("mean", "std")), folder / CONFIG
+    )
+    views = Views(size=size or require_pixels(_side_of(told, folder), folder), mean=mean, std=std)
     require_numbers(arguments, folder / CONFIG)
     try:
         with torch.device("meta"), explained_by(tensors, folder):
@@ -132,11 +149,14 @@ def _open_timm(folder: Path, config: Mapping[str, Any], size: int | None) -> Pub
         trunk.reset_classifier(0)
     except (RuntimeError, TypeError, FileNotFoundError, AttributeError, AssertionError) as error:
         raise ValueError(f"timm does not open {folder}: {error}; export or save it again") from error
-    mean, std = (tuple(told.get(name, getattr(Views, name))) for name in ("mean", "std"))
-    views = Views(
-        size=size or require_pixels(told.get("input_size", (3, DEFAULT_SIZE))[-1], folder), mean=mean, std=std
-    )
     return Published(PublishedEncoder(trunk.eval(), _of_timm, views.size), views)
+
+
+def _side_of(told: Mapping[str, Any], folder: Path) -> Any:
+    shape = told.get("input_size", (3, DEFAULT_SIZE, DEFAULT_SIZE))
+    if not isinstance(shape, list | tuple) or len(shape) != 3:
+        raise ValueError(f"{folder / CONFIG} has input_size {shape!r}, which must be [3, height, width]")
+    return shape[-1]
 
 
 def _of_timm(model: nn.Module, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n d"]:

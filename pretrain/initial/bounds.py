@@ -6,6 +6,7 @@ on the meta device wherever that is possible, so that a model that is too large 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ SPLIT = 8  # tensors of a model / tensors of a file that has some of them joined
 SPARE = 512  # tensors, whatever the file has
 BARE = 64  # modules, with and without tensors / tensors of the model that are allowed
 MOST_PIXELS = 4096  # a side, of images whose size a file tells
+MOST_TOKENS = 8192  # of such an image: attention with a table of positions takes 4 GiB for them in 16 heads
 MOST = (
     2**17
 )  # of layers, widths and words that settings tell; lists of that length are made before any module
@@ -91,6 +93,30 @@ def require_pixels(size: Any, place: Path | str, remedy: str = "give --image-siz
             f"{place} tells images of {size!r} pixels a side, which must lie in [1, {MOST_PIXELS}]: {remedy}"
         )
     return size
+
+
+def require_tokens(count: int, place: Path | str) -> None:
+    """ValueError for an image that a file cuts into so many tokens that memory may not hold what they take."""
+    if count > MOST_TOKENS:
+        raise ValueError(
+            f"{place} cuts an image into {count} tokens, which must be at most {MOST_TOKENS}: give smaller images, "
+            "or take the file from its authors again"
+        )
+
+
+def require_statistics(mean: Any, std: Any, place: Path | str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Both as they are; ValueError unless each is three finite numbers, those of `std` above 0."""
+    for told in (mean, std):
+        is_list = isinstance(told, list | tuple) and len(told) == 3
+        if not is_list or not all(type(one) in (int, float) and math.isfinite(one) for one in told):
+            break
+    else:
+        if min(std) > 0:
+            return tuple(map(float, mean)), tuple(map(float, std))
+    raise ValueError(
+        f"{place} has mean={mean!r}, std={std!r} of its pixels, which must be three finite numbers each, std above "
+        "0: take the file from its authors again"
+    )
 
 
 def require_numbers(settings: Any, place: Path) -> None:

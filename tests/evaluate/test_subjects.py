@@ -204,11 +204,40 @@ def test_images_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
             {"model_args": {"stem_width": 10**9}},
             r"tells a model by the number 1000000000, where none is above",
         ),
-        ({"model_args": {"device": "cpu"}}, r"arguments by name without \['device', 'dtype'\]"),
+        (
+            {"model_args": {"device": "cpu"}},
+            r"arguments by name without \['cache_dir', .*'device', 'dtype'\]",
+        ),
+        ({"model_args": {"pretrained_strict": False}}, r"without .* or what begins with 'pretrained'"),
+        ({"model_args": 5}, r"has model_args 5, which must be arguments by name"),
+        ({"pretrained_cfg": None}, r"has pretrained_cfg None, which must be settings by name"),
+        ({"pretrained_cfg": {"input_size": 5}}, r"has input_size 5, which must be \[3, height, width\]"),
+        ({"pretrained_cfg": {"mean": None}}, r"has mean=None, .* which must be three finite numbers each"),
+        ({"pretrained_cfg": {"mean": "abc"}}, r"has mean='abc', .* which must be three finite numbers each"),
+        ({"pretrained_cfg": {"std": [1, 1, 0]}}, r"std=\[1, 1, 0\] .* std above 0"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | more))
         with pytest.raises(ValueError, match=told):
             open_published(tmp_path)
+
+
+def test_an_image_that_a_file_cuts_into_too_many_tokens_is_refused_before_it_is_run(tmp_path: Path) -> None:
+    arguments = {
+        "patch_size": 1,
+        "embed_dim": 16,
+        "depth": 1,
+        "num_heads": 1,
+        "pos_embed": "none",
+        "img_size": 512,
+    }
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **arguments)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "model_args": arguments}
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"pretrained_cfg": {"input_size": [3, 512, 512]}})
+    )
+    with pytest.raises(ValueError, match="cuts an image into 262144 tokens, which must be at most 8192"):
+        open_published(tmp_path)
 
 
 def test_an_export_of_all_towers_is_opened_whole(tmp_path: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from pretrain.initial.bounds import explained_by, weights_of
+from pretrain.initial.bounds import explained_by, require_statistics, require_tokens, weights_of
 from pretrain.models.guides import huggingface, open_clip_vit, own, tokenizer
 from pretrain.models.guides.guide import Guide, Opened
 
@@ -63,17 +62,8 @@ def _require_sound(opened: Opened) -> Opened:
         raise ValueError(
             f"guide {opened.folder} has {len(bad)} weights that are not finite, such as {bad[0]}: copy it again"
         )
-    statistics = (*opened.mean, *opened.std)
-    if (
-        len(opened.mean) != 3
-        or len(opened.std) != 3
-        or min(opened.std) <= 0
-        or not all(map(math.isfinite, statistics))
-    ):
-        raise ValueError(
-            f"guide {opened.folder} has mean={opened.mean}, std={opened.std} of its pixels, which must be three "
-            "finite numbers each, std above 0: save its image processor again"
-        )
+    require_statistics(opened.mean, opened.std, f"guide {opened.folder}")
+    require_tokens(opened.grid**2, opened.folder)
     side = opened.patch * opened.grid
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     first, second = opened.tower(images)

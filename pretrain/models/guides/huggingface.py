@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pretrain.initial.bounds import MOST_PIXELS
+from pretrain.initial.bounds import MOST_PIXELS, require_tokens
 from pretrain.models.guides.guide import Opened
 
 CONFIG = "config.json"
@@ -156,6 +156,7 @@ def _quiet() -> Iterator[None]:
 
 def _try_grid(folder: Path, tower: nn.Module, patch: int, grid: int) -> int:
     """Width of the tower's features; ValueError unless one black image gives grid x grid tokens and a summary."""
+    require_tokens(grid**2, folder)
     try:
         with torch.no_grad():
             shape = tuple(tower(torch.zeros(1, 3, grid * patch, grid * patch)).shape)
