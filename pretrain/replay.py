@@ -42,6 +42,9 @@ def replay(bundle: Path) -> bool:
     left_out = set(recorded["left_out"])
     # Every byte is read: by one rank, not by each of hundreds.
     folder = from_first_rank(lambda: checkpoint_before(paths.kept, recorded["step"], left_out))
+    between = recorded["step"] - checkpoint.step_of(folder)
+    if rank() == 0:  # many, where newer checkpoints were removed since
+        print(f"from {folder}: {between} steps are made again before that of the bundle", flush=True)
     guide = read_guide(run, paths.guide)
     tokenizer = tokenizer_folder(run, paths.data, paths.tokenizer)
     with closing(
