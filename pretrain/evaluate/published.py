@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,9 @@ from torch import Tensor, nn
 
 from pretrain.config import Views
 from pretrain.export.preprocessor import read_preprocessor
-from pretrain.initial.bounds import (
-    explained_by,
-    require_numbers,
-    require_pixels,
-    require_statistics,
-    require_tokens,
-)
+from pretrain.initial.bounds import explained_by, require_numbers, require_pixels, require_statistics
 from pretrain.initial.files import open_weights
+from pretrain.initial.one_image import try_image
 from pretrain.models import internimage_layouts as layouts
 from pretrain.models.guides import open_guide
 from pretrain.models.internimage import InternImage, StrideTokens
@@ -44,10 +40,8 @@ class PublishedEncoder(nn.Module):
     def __init__(self, trunk: nn.Module, tokens: Callable[[nn.Module, Tensor], Tensor], size: int) -> None:
         super().__init__()
         require_pixels(size, Path("the model"))
-        require_tokens(getattr(getattr(trunk, "patch_embed", None), "num_patches", 0), "the model")
         self.trunk, self._tokens = trunk.requires_grad_(False).eval(), tokens
-        with torch.no_grad():
-            found = tokens(trunk, torch.zeros(1, 3, size, size))
+        found = try_image(partial(tokens, trunk), size, "the model")
         side = isqrt(found.shape[1] - 1)
         if side**2 != found.shape[1] - 1:
             raise ValueError(

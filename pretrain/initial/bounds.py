@@ -23,7 +23,6 @@ SPLIT = 8  # tensors of a model / tensors of a file that has some of them joined
 SPARE = 512  # tensors, whatever the file has
 BARE = 64  # modules, with and without tensors / tensors of the model that are allowed
 MOST_PIXELS = 4096  # a side, of images whose size a file tells
-MOST_TOKENS = 8192  # of such an image: attention with a table of positions takes 4 GiB for them in 16 heads
 MOST = (
     2**17
 )  # of layers, widths and words that settings tell; lists of that length are made before any module
@@ -93,15 +92,6 @@ def require_pixels(size: Any, place: Path | str, remedy: str = "give --image-siz
             f"{place} tells images of {size!r} pixels a side, which must lie in [1, {MOST_PIXELS}]: {remedy}"
         )
     return size
-
-
-def require_tokens(count: int, place: Path | str) -> None:
-    """ValueError for an image that a file cuts into so many tokens that memory may not hold what they take."""
-    if count > MOST_TOKENS:
-        raise ValueError(
-            f"{place} cuts an image into {count} tokens, which must be at most {MOST_TOKENS}: give smaller images, "
-            "or take the file from its authors again"
-        )
 
 
 def require_statistics(mean: Any, std: Any, place: Path | str) -> tuple[tuple[float, ...], tuple[float, ...]]:

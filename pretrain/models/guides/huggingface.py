@@ -15,7 +15,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pretrain.initial.bounds import MOST_PIXELS, require_tokens
+from pretrain.initial.bounds import MOST_PIXELS
+from pretrain.initial.one_image import TooLargeImage, try_image
 from pretrain.models.guides.guide import Opened
 
 CONFIG = "config.json"
@@ -156,10 +157,10 @@ def _quiet() -> Iterator[None]:
 
 def _try_grid(folder: Path, tower: nn.Module, patch: int, grid: int) -> int:
     """Width of the tower's features; ValueError unless one black image gives grid x grid tokens and a summary."""
-    require_tokens(grid**2, folder)
     try:
-        with torch.no_grad():
-            shape = tuple(tower(torch.zeros(1, 3, grid * patch, grid * patch)).shape)
+        shape = tuple(try_image(tower, grid * patch, folder).shape)
+    except TooLargeImage:
+        raise
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise ValueError(_no_grid(folder, f"it gives no {grid} x {grid} tokens ({error})")) from error
     assert shape[1] == 1 + grid**2, f"{type(tower).__name__} gives {shape}"

@@ -14,6 +14,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pretrain.initial.one_image import try_image
 from pretrain.models.guides.guide import Opened
 
 CONFIG = "open_clip_config.json"
@@ -63,12 +64,14 @@ def open_folder(folder: Path) -> Opened:
             f"{folder} has a vision tower {type(visual).__name__}, and only open_clip's VisionTransformer with "
             "square patches and without attention pooling gives a token for each patch: name another model"
         )
+    tower, patch, grid = OpenClipTower(visual), visual.patch_size[0], visual.grid_size[0]
+    try_image(tower, patch * grid, folder)
     files = [CONFIG, *(path.name for form in WEIGHTS for path in folder.glob(form))]
     return Opened(
-        OpenClipTower(visual),
+        tower,
         visual.output_dim,
-        visual.patch_size[0],
-        visual.grid_size[0],
+        patch,
+        grid,
         tuple(visual.image_mean),
         tuple(visual.image_std),
         folder,

@@ -1,0 +1,50 @@
+"""Does a stranger's folder that is evaluated say what is wrong with it, before it takes memory or gives
+random numbers?
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from pretrain.evaluate.published import open_published
+from tests.memory import little_memory
+
+SWIN = {"img_size": 32, "embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+TINY = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+def timm_folder(folder: Path, architecture: str, arguments: dict[str, Any], **told: Any) -> dict[str, Any]:
+    """Writes config and weights of a random model; the config."""
+    model = timm.create_model(architecture, num_classes=0, **arguments)
+    config = {"architecture": architecture, "num_classes": 0, "model_args": arguments, "pretrained_cfg": told}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return config
+
+
+@pytest.mark.parametrize("more", [{"img_size": 4096}, {"dynamic_img_size": True}], ids=["told", "any size"])
+def test_an_image_of_more_tokens_than_memory_holds_is_refused(more: dict[str, Any], tmp_path: Path) -> None:
+    """300 kB of weights, and 16 million patches of one pixel."""
+    arguments = TINY | {"embed_dim": 96, "patch_size": 1, "pos_embed": "none"} | more
+    timm_folder(tmp_path, "vit_tiny_patch16_224", arguments, input_size=[3, 4096, 4096])
+    told = r"takes more than 4 GiB of memory for one image of 4096 pixels"
+    with little_memory(), pytest.raises(ValueError, match=told):
+        open_published(tmp_path)
+    assert open_published(tmp_path, 32).encoder.stride == 1
+
+
+def test_many_tokens_that_take_little_memory_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    """As published: Swin of 384 pixels has 9216 tokens in its first stage."""
+    timm_folder(
+        tmp_path,
+        "swin_tiny_patch4_window7_224",
+        SWIN | {"img_size": 384, "window_size": 12},
+        input_size=[3, 384, 384],
+    )
+    assert open_published(tmp_path).encoder.stride == 8
