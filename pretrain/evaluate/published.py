@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isqrt
@@ -115,7 +116,7 @@ def _open_timm(folder: Path, config: Mapping[str, Any], size: int | None) -> Pub
     told, placed = config.get("pretrained_cfg", {}), {"device", "dtype", "cache_dir", "checkpoint_path"}
     options = {} if size is None else {"img_size": size}
     tensors = finite_tensors(folder)
-    # Not timm's own reading of the folder, which checks no file; without a source it takes these tensors, strictly.
+    # Not timm's own reading of the folder, which checks no file; without a source it takes these tensors.
     given = {"source": "", "state_dict": tensors}
     arguments = config.get("model_args") or {}
     is_sound = isinstance(arguments, Mapping) and not any(
@@ -137,13 +138,40 @@ def _open_timm(folder: Path, config: Mapping[str, Any], size: int | None) -> Pub
     try:
         with torch.device("meta"), explained_by(tensors, folder):
             timm.create_model(f"local-dir:{folder}")
-        trunk = timm.create_model(
-            f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=given, **options
-        )
+        with _noting_missing() as missing:
+            trunk = timm.create_model(
+                f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=given, **options
+            )
         trunk.reset_classifier(0)
     except (RuntimeError, TypeError, FileNotFoundError, AttributeError, AssertionError) as error:
         raise ValueError(f"timm does not open {folder}: {error}; export or save it again") from error
+    own = trunk.state_dict().keys()
+    if lacking := [name for name in missing.get(trunk, own) if name in own]:
+        raise ValueError(
+            f"{folder} lacks {len(lacking)} weights of {type(trunk).__name__}, such as {lacking[0]}, for which timm "
+            "would leave random numbers: save the whole model again"
+        )
     return Published(PublishedEncoder(trunk.eval(), _of_timm, views.size), views)
+
+
+@contextmanager
+def _noting_missing() -> Iterator[dict[nn.Module, list[str]]]:
+    """Within it the weights that each model does not find in what it loads.
+
+    Timm is not strict with a file of other labels, and with some of its models never.
+    """
+    load, missing = nn.Module.load_state_dict, {}
+
+    def noting(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+        found = load(module, *arguments, **options)
+        missing[module] = found.missing_keys
+        return found
+
+    nn.Module.load_state_dict = noting
+    try:
+        yield missing
+    finally:
+        nn.Module.load_state_dict = load
 
 
 def _side_of(told: Mapping[str, Any], folder: Path) -> Any:

@@ -5,6 +5,7 @@ random numbers?
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ TINY = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
 def timm_folder(folder: Path, architecture: str, arguments: dict[str, Any], **told: Any) -> dict[str, Any]:
     """Writes config and weights of a random model; the config."""
-    model = timm.create_model(architecture, num_classes=0, **arguments)
+    model = timm.create_model(architecture, **{"num_classes": 0} | arguments)
     config = {"architecture": architecture, "num_classes": 0, "model_args": arguments, "pretrained_cfg": told}
     (folder / "config.json").write_text(json.dumps(config))
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -48,3 +49,32 @@ def test_many_tokens_that_take_little_memory_are_no_reason_to_refuse(tmp_path: P
         input_size=[3, 384, 384],
     )
     assert open_published(tmp_path).encoder.stride == 8
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "told", "lost"),
+    [
+        ("dla46_c", {}, {}, "base_layer.0.weight"),
+        (
+            "vit_tiny_patch16_224",
+            TINY | {"num_classes": 0},
+            {"classifier": "head", "num_classes": 5},
+            "norm.bias",
+        ),
+    ],
+    ids=["never strict", "not strict for other labels"],
+)
+def test_a_weight_that_a_file_lacks_is_told_where_timm_is_not_strict(
+    architecture: str, arguments: dict[str, Any], told: dict[str, Any], lost: str, tmp_path: Path
+) -> None:
+    config = timm_folder(tmp_path, architecture, arguments, input_size=[3, 32, 32], **told)
+    config["num_classes"] = told.get("num_classes", 0)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    open_published(tmp_path)
+    state = torch.load(tmp_path / "pytorch_model.bin")
+    del state[lost]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        ValueError, match=rf"lacks 1 weights of \w+, such as {re.escape(lost)}, .*save the whole"
+    ):
+        open_published(tmp_path)
