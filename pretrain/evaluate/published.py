@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretrain.config import Views
-from pretrain.export.preprocessor import read_preprocessor
+from pretrain.export.preprocessor import PREPROCESSOR, read_preprocessor
 from pretrain.initial.bounds import explained_by, require_numbers, require_pixels, require_statistics
 from pretrain.initial.files import open_weights
 from pretrain.initial.one_image import try_image
@@ -178,7 +178,8 @@ def _side_of(told: Mapping[str, Any], folder: Path) -> Any:
     shape = told.get("input_size", (3, DEFAULT_SIZE, DEFAULT_SIZE))
     if not isinstance(shape, list | tuple) or len(shape) != 3:
         raise ValueError(f"{folder / CONFIG} has input_size {shape!r}, which must be [3, height, width]")
-    return shape[-1]
+    require_pixels(shape[1], folder)
+    return shape[2]
 
 
 def _of_timm(model: nn.Module, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n d"]:
@@ -232,6 +233,8 @@ def _open_internimage(file: Path, fields: Mapping[str, Any], size: int | None) -
     model, trunk = _internimage(config, state)
     model.load_state_dict(tensors, strict=True)
     pixels = read_preprocessor(file.parent)  # exports of before have none
+    if pixels:
+        require_statistics(pixels.mean, pixels.std, file.parent / PREPROCESSOR)
     views = replace(pixels or Views(), size=size or (pixels.size if pixels else _proven_size(file.parent)))
     return Published(PublishedEncoder(trunk, _of_internimage, views.size), views)
 

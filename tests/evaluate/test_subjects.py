@@ -203,6 +203,7 @@ def test_images_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
         ({"model_args": 5}, r"has model_args 5, which must be arguments by name"),
         ({"pretrained_cfg": None}, r"has pretrained_cfg None, which must be settings by name"),
         ({"pretrained_cfg": {"input_size": 5}}, r"has input_size 5, which must be \[3, height, width\]"),
+        ({"pretrained_cfg": {"input_size": [3, 10**6, 64]}}, "tells images of 1000000 pixels a side"),
         ({"pretrained_cfg": {"mean": None}}, r"has mean=None, .* which must be three finite numbers each"),
         ({"pretrained_cfg": {"mean": "abc"}}, r"has mean='abc', .* which must be three finite numbers each"),
         ({"pretrained_cfg": {"std": [1, 1, 0]}}, r"std=\[1, 1, 0\] .* std above 0"),
@@ -277,6 +278,12 @@ def test_an_export_is_shown_the_pixels_of_its_run(tmp_path: Path) -> None:
     views = open_published(tmp_path).views
     assert (views.mean, views.std, views.size) == (run.views.mean, run.views.std, run.views.size)
     assert open_published(tmp_path, 96).views.size == 96
+    told = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(told | {"image_mean": [0.5, torch.inf, 0.5]})
+    )
+    with pytest.raises(ValueError, match="three finite numbers each, std above 0"):
+        open_published(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
     with pytest.raises(ValueError, match="does not tell crop_size"):
         open_published(tmp_path)
