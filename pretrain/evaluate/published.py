@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from pretrain.config import Views
 from pretrain.export.preprocessor import PREPROCESSOR, read_preprocessor
 from pretrain.initial.bounds import explained_by, require_numbers, require_pixels, require_statistics
-from pretrain.initial.files import open_weights
+from pretrain.initial.files import open_weights, own_file, read_json
 from pretrain.initial.one_image import try_image
 from pretrain.models import internimage_layouts as layouts
 from pretrain.models.guides import open_guide
@@ -80,12 +79,12 @@ def open_published(place: Path, size: int | None = None) -> Published:
     out. ValueError for a folder of no known kind and for weights that do not fit, FileNotFoundError without files.
     """
     folder = place if place.is_dir() else place.parent
-    config = _read_json(folder / CONFIG)
+    config = _told(folder, CONFIG)
     _require_served(folder, config)
     if "architecture" in config:
         return _open_timm(folder, config, size)
     if "channels" in config and "model_type" not in config:
-        return _open_internimage(place if place.is_file() else folder / PLAIN_FILE, config, size)
+        return _open_internimage(place, config, size)
     guide = open_guide(folder)
     views = Views(size=size or guide.patch * guide.grid, mean=tuple(guide.mean), std=tuple(guide.std))
     return Published(PublishedEncoder(guide.tower, _of_tower, views.size), views, folder)
@@ -93,7 +92,7 @@ def open_published(place: Path, size: int | None = None) -> Published:
 
 def _require_served(folder: Path, config: Mapping[str, Any]) -> None:
     """ValueError for our exports that only other programs read."""
-    name = _read_json(folder / KEYS).get("format")
+    name = _told(folder, KEYS).get("format")
     if config.get("model_type") == "internimage":
         name = "huggingface"
     elif name in (None, *SERVED, "huggingface"):
@@ -207,13 +206,14 @@ def _of_internimage(trunk: nn.Module, images: Float[Tensor, "b 3 s s"]) -> Float
     return prepend_mean((maps[-1] if trunk.heads is None else trunk.heads(maps)).flatten(1, 2))
 
 
-def _open_internimage(file: Path, fields: Mapping[str, Any], size: int | None) -> Published:
+def _open_internimage(place: Path, fields: Mapping[str, Any], size: int | None) -> Published:
     """An `internimage` export: the tokens of its token head where it has one, else those of the last stage."""
+    file = place if place.is_file() else place / PLAIN_FILE
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} is missing: name a folder of `python -m pretrain.export --to internimage`"
         )
-    state = finite_tensors(file)
+    state = finite_tensors(file if place.is_file() else own_file(place, PLAIN_FILE))
     require_numbers(fields, file.parent / CONFIG)
     try:
         config = layouts.config_from_published(fields)
@@ -270,14 +270,10 @@ def finite_tensors(place: Path) -> dict[str, Tensor]:
 
 def _proven_size(folder: Path) -> int:
     """The smallest size at which the export was proven: that of the run's views."""
-    proof = _read_json(folder / KEYS).get("proof", [])
+    proof = _told(folder, KEYS).get("proof", [])
     return min((agreement["size"] for agreement in proof if "size" in agreement), default=DEFAULT_SIZE)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Empty without the file."""
-    try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): export or save the model again") from error
-    return found if isinstance(found, dict) else {}
+def _told(folder: Path, name: str) -> dict[str, Any]:
+    """Of a JSON file in a folder; empty without it."""
+    return read_json(own_file(folder, name)) if (folder / name).is_file() else {}

@@ -28,6 +28,7 @@ from pretrain.evaluate.zero_shot import Encode
 from pretrain.export.safetensors_file import TOKENIZER, WEIGHTS
 from pretrain.facts import DataFacts
 from pretrain.initial.bounds import explained_by, require_pixels
+from pretrain.initial.files import own_file, read_json
 from pretrain.intact import verify
 from pretrain.models.undrawn import undrawn
 from pretrain.recipes import load
@@ -90,7 +91,7 @@ def open_checkpoint(step: Path) -> Subject:
 def open_model(place: Path, size: int | None) -> Subject:
     folder = place if place.is_dir() else place.parent
     if (folder / WEIGHTS).is_file():
-        return _open_towers(folder, size)
+        return _open_towers(folder, place if place.is_file() else own_file(folder, WEIGHTS), size)
     found = open_published(place, size)
     base = load("m3i.vit_b16")
     mask = Mask(patch=max(found.views.size // 2, 1))  # nothing is masked
@@ -107,13 +108,13 @@ def open_model(place: Path, size: int | None) -> Subject:
     return Subject(place.name, run, facts, EncoderWithTexts(found.encoder, texts.tower), texts.encode)
 
 
-def _open_towers(folder: Path, size: int | None) -> Subject:
+def _open_towers(folder: Path, file: Path, size: int | None) -> Subject:
     """An export --to safetensors: all of a run's towers, and its tokenizer. ValueError for what does not fit."""
     if size is not None:
         raise ValueError(f"--image-size {size} is of published models: {folder} tells its own, leave it out")
-    tensors = finite_tensors(folder / WEIGHTS)
+    tensors = finite_tensors(file)
     try:
-        told = json.loads((folder / CONFIG).read_text())
+        told = read_json(own_file(folder, CONFIG))
         run, facts = (
             kind.from_json(json.dumps(told[key])) for kind, key in ((Run, "run"), (DataFacts, "facts"))
         )

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as registrations
 
-from pretrain.initial.files import PICKLES, read_tensors, tensors_in
+from pretrain.initial.files import PICKLES, own_file, read_tensors, tensors_in
 
 TIMES = 4  # bytes of a model in float32 / bytes of weights in 8 bits
 SLACK = 2**26  # bytes of what no file holds: masks and tables that are computed, a head of other labels
@@ -82,7 +82,7 @@ def weights_of(folder: Path, names: Iterable[str]) -> dict[str, Any]:
                 f"{folder} names {name!r} as its weights, which must be a file of weights right in it: copy the "
                 "folder again"
             )
-    return {name: read_tensors(folder / name) for name in names}
+    return {name: read_tensors(own_file(folder, name)) for name in names}
 
 
 def require_pixels(size: Any, place: Path | str, remedy: str = "give --image-size") -> int:

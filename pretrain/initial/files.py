@@ -63,7 +63,7 @@ def open_weights(path: Path) -> Weights:
     if path.is_dir():
         file = weights_in(path)
         config, pixels = (
-            _read_json(own_file(path, name)) if (path / name).exists() else {} for name in (CONFIG, PIXELS)
+            read_json(own_file(path, name)) if (path / name).exists() else {} for name in (CONFIG, PIXELS)
         )
     else:
         file, config, pixels = regular(path), {}, {}
@@ -97,8 +97,8 @@ def own_file(folder: Path, name: str) -> Path:
     homes = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
     if path.resolve().parent not in homes:
         raise ValueError(
-            f"{path} is a link that leads out of the folder, to {path.resolve()}: name that file itself if you "
-            "mean it"
+            f"{path} is a link that leads out of the folder, to {path.resolve()}: copy it into the folder, "
+            "or name that file itself"
         )
     return regular(path)
 
@@ -266,7 +266,8 @@ def _check_pickle(path: Path, content: bytes) -> None:
         raise ValueError(f"{path} holds a damaged pickle ({error}): it {NOT_READ}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; ValueError for anything else, and for more than LARGEST_TEXT."""
     if path.stat().st_size > LARGEST_TEXT:
         raise ValueError(
             f"{path} has {path.stat().st_size:,} bytes, more than {LARGEST_TEXT:,}: it {NOT_READ}"
@@ -282,7 +283,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _indexed(folder: Path, index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
     """The tensors of a folder whose index says in which file each lies."""
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{index} has no weight_map of file names: it {NOT_READ}")
     names = sorted(set(places.values()))

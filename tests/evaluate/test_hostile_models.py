@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +15,13 @@ import timm
 import torch
 
 from pretrain.evaluate.published import open_published
+from pretrain.evaluate.subjects import open_model
+from pretrain.export import internimage, safetensors_file
+from pretrain.export.trained import Trained
+from pretrain.facts import DataFacts
+from pretrain.recipes import load
+from pretrain.towers import Towers
+from tests.fakes import shrink
 from tests.memory import little_memory
 
 SWIN = {"img_size": 32, "embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
@@ -78,3 +86,46 @@ def test_a_weight_that_a_file_lacks_is_told_where_timm_is_not_strict(
         ValueError, match=rf"lacks 1 weights of \w+, such as {re.escape(lost)}, .*save the whole"
     ):
         open_published(tmp_path)
+
+
+def linked(file: Path, elsewhere: Path) -> None:
+    """The file lies there from now on, and a link to it in its place."""
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+
+
+def test_a_link_leads_a_timm_folder_to_no_other(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    timm_folder(folder, "vit_tiny_patch16_224", TINY, input_size=[3, 32, 32])
+    linked(folder / "config.json", tmp_path / "config.json")
+    with pytest.raises(
+        ValueError, match=r"config\.json is a link that leads out of the folder, to .*: copy it"
+    ):
+        open_published(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "file"),
+    [
+        (internimage, "m3i.internimage_h", "internimage.pth"),
+        (safetensors_file, "m3i.vit_b16", "towers.safetensors"),
+    ],
+)
+def test_a_link_leads_an_export_to_no_other_folder(
+    kind: ModuleType, recipe: str, file: str, tmp_path: Path
+) -> None:
+    run, facts, folder = shrink(load(recipe)), DataFacts((), 0), tmp_path / "model"
+    folder.mkdir()
+    towers = Towers(run, facts).requires_grad_(False).eval()
+    towers.fold_norms()
+    kind.write(Trained(run, facts, towers, "teacher", "step_000003", {}, None, {}), folder)
+    linked(folder / file, tmp_path / file)
+    with pytest.raises(
+        ValueError, match=rf"{file} is a link that leads out of the folder.* name that file itself"
+    ):
+        open_model(folder, None)
+    assert open_model(folder / file, None).run.views.size == run.views.size  # it was named
+    linked(folder / "config.json", tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"config\.json is a link that leads out of the folder"):
+        open_model(folder / file, None)

@@ -256,7 +256,8 @@ def test_a_link_leads_to_no_other_folder(tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(header({}))
     (folder / "model.safetensors").symlink_to(tmp_path / "other")
     with pytest.raises(
-        ValueError, match=r"is a link that leads out of the folder, to .*: name that file itself"
+        ValueError,
+        match=r"is a link that leads out of the folder, to .*: copy it .* or name that file itself",
     ):
         open_weights(folder)
 

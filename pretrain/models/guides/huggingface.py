@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pretrain.initial.bounds import MOST_PIXELS
+from pretrain.initial.files import own_file, read_json
 from pretrain.initial.one_image import TooLargeImage, try_image
 from pretrain.models.guides.guide import Opened
 
@@ -224,8 +224,4 @@ def _chosen(folder: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): copy the folder again") from error
-    return content if isinstance(content, dict) else {}
+    return read_json(own_file(path.parent, path.name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pretrain.initial.files import own_file, read_json
 from pretrain.initial.one_image import try_image
 from pretrain.models.guides.guide import Opened
 
@@ -100,7 +100,7 @@ class OpenClipTower(nn.Module):
 def text_settings(folder: Path) -> dict[str, Any]:
     """What the folder tells of its text tower; ValueError without a model's settings."""
     try:
-        told = json.loads((folder / CONFIG).read_text())["model_cfg"].get("text_cfg", {})
+        told = read_json(own_file(folder, CONFIG))["model_cfg"].get("text_cfg", {})
         return dict(told)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
