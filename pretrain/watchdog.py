@@ -170,8 +170,11 @@ class Watchdog:
         with self._lock, suppress(OSError):  # of a full disk the save tells; the run goes on without signs
             self._number += 1
             self._said, self._told = time.monotonic(), self._entered
-            self._folder.mkdir(exist_ok=True)  # removed while the run goes on, no sign would be read again
-            file = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT)
+            try:
+                file = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT)
+            except FileNotFoundError:  # the folder was removed while the run goes on
+                self._folder.mkdir(exist_ok=True)
+                file = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT)
             try:  # closed each time, since that is when a network file system shows it to others
                 os.pwrite(file, json.dumps(self._sign()._asdict()).ljust(SIGN_BYTES).encode(), 0)
             finally:
