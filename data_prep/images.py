@@ -18,7 +18,6 @@ from PIL import Image, ImageOps
 
 from data_prep.headers import (
     ARITHMETIC,
-    MAX_PIXELS,
     MAX_WEBP_PIXELS,
     JpegHead,
     jpeg_head,
@@ -26,6 +25,7 @@ from data_prep.headers import (
     tiff_tile,
     webp_size,
 )
+from data_prep.limits import BadImage, Limits, require_size, require_tile
 from data_prep.pixels import (
     HASH_SIDE,
     Pixels,
@@ -55,7 +55,6 @@ CONVERTED = {
 EXIF_ORIENTATION = 0x0112
 PLAIN = ("YCbCr", "Gray", "RGB")  # colours of a JPEG that everybody reads alike, as libjpeg-turbo calls them
 MAX_SCANS = 100  # of a JPEG: usual are 1, progressive 10, and each costs a pass over the picture
-USUAL_TILE = 2**22  # pixels; larger tiles are for pictures that fill at least a quarter of one
 DAMAGED = (
     OSError,
     ValueError,
@@ -70,27 +69,6 @@ DAMAGED = (
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Which images are good enough, and how large they are stored."""
-
-    min_side: int = 32  # pixels of the shorter side
-    # Width x height of an input: more is a decompression bomb (Pillow's own limit). What is stored, reduced or not,
-    # has at most MAX_PIXELS whatever is said here, a WebP MAX_WEBP_PIXELS: training takes no more.
-    max_pixels: int = 178_956_970
-    max_bytes: int = 50 * 2**20  # of the file
-    max_aspect: float = 20.0  # longer side over shorter side
-    short_side: int = 0  # pixels; a longer short side is reduced to it, 0 never
-
-    def __post_init__(self) -> None:
-        if self.max_aspect < 1:
-            raise ValueError(f"max_aspect={self.max_aspect} is longer over shorter side: pass at least 1")
-        if self.short_side and self.short_side < self.min_side:
-            raise ValueError(
-                f"short_side={self.short_side} is below min_side={self.min_side}: raise it, or pass 0 for no resize"
-            )
-
-
-@dataclass(frozen=True)
 class Checked:
     """A good image: bytes to store, their extension and size, and why they differ from the input ("" = not)."""
 
@@ -99,19 +77,6 @@ class Checked:
     size: tuple[int, int]  # width, height in pixels
     changed: str  # such as "turned+resized"
     phash: str  # perceptual hash of the picture, 16 hexadecimal digits
-
-
-class BadImage(Exception):
-    """An input that is no usable image; `reason` is one word for the count."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-    def __reduce__(self) -> tuple[type[BadImage], tuple[str, str]]:
-        """A process may send it to others."""
-        return type(self), (self.reason, self.detail)
 
 
 def check_image(content: bytes, limits: Limits) -> Checked:
@@ -139,17 +104,17 @@ def _judged(content: bytes, limits: Limits) -> Checked:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of what is checked here
         if (size := webp_size(content)) is not None:  # Pillow's reader takes memory for it when it opens
-            _require_size(*size, limits, MAX_WEBP_PIXELS)
+            require_size(*size, limits, MAX_WEBP_PIXELS)
         head = jpeg_head(content) if content[:2] == b"\xff\xd8" else None
         if head is not None and (jpeg := _plain_jpeg(content, head)) is not None:
-            _require_size(*jpeg.size, limits)
+            require_size(*jpeg.size, limits)
             return _jpeg(content, head, jpeg, limits)
         image = _opened(content)
-        _require_size(*image.size, limits)
+        require_size(*image.size, limits)
         if image.format in ("JPEG", "MPO"):
             return _jpeg(content, jpeg_head(content), _jpeg_of(image), limits)
         if image.format == "TIFF":
-            _require_tile(*tiff_tile(content), image.size, limits)
+            require_tile(*tiff_tile(content), image.size, limits)
         return _other(content, image, limits)
 
 
@@ -164,32 +129,6 @@ def _opened(content: bytes) -> Image.Image:
         raise BadImage("not_an_image", f"neither of {', '.join([*KEPT, *CONVERTED])}") from error
     except DAMAGED as error:
         raise BadImage("corrupt", str(error)) from error
-
-
-def _require_size(width: int, height: int, limits: Limits, max_stored: int = MAX_PIXELS) -> None:
-    if width * height > limits.max_pixels:
-        raise BadImage("too_large", f"{width} x {height} pixels, at most {limits.max_pixels}")
-    stored = size_for(width, height, limits.short_side)
-    most = max_stored if stored == (width, height) else MAX_PIXELS  # what is reduced becomes a JPEG or PNG
-    if stored[0] * stored[1] > most:
-        raise BadImage(
-            "too_large",
-            f"{stored[0]} x {stored[1]} pixels to store, training takes at most {most}: reduce it, as `build folder "
-            "--short-side` does",
-        )
-    if min(width, height) < limits.min_side:
-        raise BadImage("too_small", f"{width} x {height} pixels, shorter side at least {limits.min_side}")
-    if max(width, height) > limits.max_aspect * min(width, height):
-        raise BadImage(
-            "too_long", f"{width} x {height} pixels, longer over shorter side at most {limits.max_aspect:g}"
-        )
-
-
-def _require_tile(width: int, height: int, size: tuple[int, int], limits: Limits) -> None:
-    """A tile is decoded whole, however little of it the picture shows."""
-    most = min(max(USUAL_TILE, 4 * size[0] * size[1]), limits.max_pixels)
-    if width * height > most:
-        raise BadImage("too_large", f"tiles of {width} x {height} pixels, at most {most} for this picture")
 
 
 @dataclass(frozen=True)

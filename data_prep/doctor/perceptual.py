@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from data_prep.images import Checked, Limits, check_image
+from data_prep.images import Checked, check_image
+from data_prep.limits import Limits
 from data_prep.pixels import grey, perceptual_hash, plain
 
 TEXTURED = 16  # ones at least; below that a picture is flat and its hash says nothing

@@ -14,7 +14,7 @@ import numpy as np
 from data_prep.doctor.finished import BadDataSet
 from data_prep.doctor.members import Member, samples_of
 from data_prep.doctor.perceptual import recorded_hash, stored_image
-from data_prep.images import BadImage
+from data_prep.limits import BadImage
 from data_prep.places import Place
 
 OWN_FIELDS = (

@@ -13,7 +13,7 @@ from PIL import Image
 from data_prep.doctor.finished import BadDataSet
 from data_prep.doctor.members import Member
 from data_prep.doctor.perceptual import SAME_PICTURE, recorded_hash, stored_image
-from data_prep.images import BadImage
+from data_prep.limits import BadImage
 from data_prep.samples import json_bytes
 from data_prep.schema import IMAGE_EXTENSIONS, Manifest, tags_of
 

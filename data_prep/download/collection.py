@@ -16,7 +16,8 @@ from data_prep.download.blocked import Blocked, blocked_by
 from data_prep.download.options import Download, require_engine
 from data_prep.download.store import Item, Store
 from data_prep.download.table import Row, Table
-from data_prep.images import BadImage, Limits, check_image
+from data_prep.images import check_image
+from data_prep.limits import BadImage, Limits
 from data_prep.samples import Collection, Dropped, Made, Sample
 
 Described = tuple[tuple[str, ...], int | None, Mapping[str, Any]]  # captions, category, record

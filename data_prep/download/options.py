@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from data_prep.download.fetch import Policy
-from data_prep.images import Limits
+from data_prep.limits import Limits
 
 IMG2DATASET = "1.47.0"  # whose functions the engine replaces
 DISTRIBUTORS = {

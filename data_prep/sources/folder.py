@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from data_prep.images import BadImage, Limits, check_image
+from data_prep.images import check_image
+from data_prep.limits import BadImage, Limits
 from data_prep.places import Place, place_of
 from data_prep.rows.inputs import is_folder
 from data_prep.samples import Collection, Dropped, Made, Sample

@@ -24,7 +24,7 @@ import duckdb
 import pyarrow as pa
 import tyro
 
-from data_prep.images import Limits
+from data_prep.limits import Limits
 from data_prep.rows.inputs import fetched, quoted
 from data_prep.rows.judge import session
 from data_prep.samples import Collection

@@ -27,7 +27,8 @@ import tyro
 from PIL import Image
 
 from data_prep.download import Described, Download, Row, downloaded
-from data_prep.images import BadImage, Checked, Limits, check_image
+from data_prep.images import Checked, check_image
+from data_prep.limits import BadImage, Limits
 from data_prep.pixels import as_jpeg, as_png, plain
 from data_prep.rows import Input, Normalise, expanded, normalised
 from data_prep.rows.comma import read_csv

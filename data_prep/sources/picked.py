@@ -17,7 +17,8 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.images import BadImage, Limits, check_image
+from data_prep.images import check_image
+from data_prep.limits import BadImage, Limits
 from data_prep.samples import Dropped, Made, Sample
 from data_prep.sources.listing import FileRef, unreadable
 

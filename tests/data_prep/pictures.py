@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from data_prep.build import Options, build
-from data_prep.images import Limits, check_image
+from data_prep.images import check_image
+from data_prep.limits import Limits
 from data_prep.samples import Collection, Made, Sample
 
 

@@ -19,8 +19,9 @@ from data_prep.build import Options, build
 from data_prep.check import BadDataSet, check, examine
 from data_prep.doctor.members import Member
 from data_prep.doctor.verify import verify_sample
-from data_prep.images import Limits, check_image
+from data_prep.images import check_image
 from data_prep.index import index_path
+from data_prep.limits import Limits
 from data_prep.places import place_of
 from data_prep.samples import json_bytes
 from data_prep.schema import parse_manifest, write_manifest

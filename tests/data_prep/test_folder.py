@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from data_prep.__main__ import main
 from data_prep.build import Options, build
 from data_prep.check import check
-from data_prep.images import BadImage, Limits, check_image
+from data_prep.images import check_image
+from data_prep.limits import BadImage, Limits
 from data_prep.schema import Manifest
 from data_prep.sources.captions_table import clean_caption
 from data_prep.sources.folder import Folder

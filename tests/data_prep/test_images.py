@@ -13,7 +13,8 @@ import simplejpeg
 from PIL import Image, features
 
 from data_prep.download.connect import Failed
-from data_prep.images import BadImage, Limits, check_image
+from data_prep.images import check_image
+from data_prep.limits import BadImage, Limits
 from data_prep.pixels import perceptual_hash, smaller
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample
@@ -66,7 +67,8 @@ def test_what_is_stored_again_is_plain_and_shows_what_the_reader_would_have_seen
 def test_bombs_are_refused_without_memory_for_their_pixels():
     script = (
         "import resource\n"
-        "from data_prep.images import BadImage, Limits, check_image\n"
+        "from data_prep.images import check_image\n"
+        "from data_prep.limits import BadImage, Limits\n"
         "from tests.data_prep.malformed_images import BOMBS\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         "contents = [make() for name, make, reason in BOMBS]\n"

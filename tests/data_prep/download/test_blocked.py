@@ -18,7 +18,7 @@ from data_prep.download.blocked import blocked_by
 from data_prep.download.collection import Finalise
 from data_prep.download.store import Item
 from data_prep.download.table import Row
-from data_prep.images import Limits
+from data_prep.limits import Limits
 from data_prep.schema import Manifest
 from tests.data_prep.download.lists import describe
 from tests.data_prep.download.misbehaving import picture, serving

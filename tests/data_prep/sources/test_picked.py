@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from data_prep import stores
-from data_prep.images import Limits
+from data_prep.limits import Limits
 from data_prep.sources.listing import FileRef
 from data_prep.sources.picked import Item, make_picked
 

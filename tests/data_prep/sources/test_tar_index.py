@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.images import Limits
+from data_prep.limits import Limits
 from data_prep.places import place_of
 from data_prep.schema import Manifest
 from data_prep.sources.listing import FileRef, files_of
