@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from pretrain.config import Views
 from pretrain.evaluate.published_encoder import CONFIG, Published, PublishedEncoder, finite_tensors
 from pretrain.initial.bounds import explained_by, require_numbers
+from pretrain.initial.fit import MOST_TOLD
+from pretrain.initial.layouts import LAYOUTS, detect
 from pretrain.models import internimage_layouts as layouts
 from pretrain.models.internimage import InternImage, StrideTokens
 from pretrain.models.internimage_config import InternImageConfig
@@ -55,16 +58,31 @@ def open_internimage(file: Path, fields: Mapping[str, Any], views: Views) -> Pub
     with torch.device("meta"), explained_by(state, file):
         model, _ = _internimage(config, token_width)
     tensors, report = layouts.read(state, model, layout)
-    if report.missing or report.reshaped:  # what follows the tokens is not read
-        raise ValueError(
-            f"{file} does not fit its {CONFIG}: {len(report.missing)} tensors are missing and {len(report.reshaped)} "
-            f"have another shape, first {(*report.missing, *report.reshaped)[0]!r}: export it again"
-        )
+    _require_whole(report, file)
     with undrawn():
         model, trunk = _internimage(config, token_width)
     model.load_state_dict(tensors, strict=True)
     encoder = PublishedEncoder(trunk, _of_internimage, views.size)
     return Published(encoder, views, note=LAST_STAGE if trunk.heads is None else "")
+
+
+def _require_whole(report: layouts.Report, file: Path) -> None:
+    """ValueError unless every tensor finds its place but those that follow the tokens, which are not read.
+
+    Weights of more blocks than the settings tell of would be read in part, and computed with.
+    """
+    odd = {"missing": report.missing, "of another shape": report.reshaped}
+    if not any(odd.values()):
+        after = LAYOUTS[detect((*report.taken, *report.unexpected), str(file))].left
+        odd["of no part of it"] = tuple(
+            name for name in report.unexpected if not any(re.match(pattern, name) for pattern in after)
+        )
+    if told := [f"{len(names)} tensors are {what}" for what, names in odd.items() if names]:
+        first = [name for names in odd.values() for name in names][:MOST_TOLD]
+        raise ValueError(
+            f"{file} does not fit its {CONFIG}: {' and '.join(told)}, such as {', '.join(first)}: export it again, "
+            "or take both files from its authors again"
+        )
 
 
 def _internimage(config: InternImageConfig, token_width: int | None) -> tuple[nn.Module, _InternImageTrunk]:

@@ -19,6 +19,7 @@ from pretrain.evaluate.subjects import open_model
 from pretrain.export import internimage, safetensors_file
 from pretrain.export.trained import Trained
 from pretrain.facts import DataFacts
+from pretrain.models import internimage_layouts as layouts
 from pretrain.recipes import load
 from pretrain.towers import Towers
 from tests.fakes import shrink
@@ -129,3 +130,31 @@ def test_a_link_leads_an_export_to_no_other_folder(
     linked(folder / "config.json", tmp_path / "config.json")
     with pytest.raises(ValueError, match=r"config\.json is a link that leads out of the folder"):
         open_model(folder / file, None)
+
+
+@pytest.mark.parametrize("layout", ["plain", "huggingface"])
+def test_weights_of_more_blocks_than_the_settings_tell_are_refused(layout: str, tmp_path: Path) -> None:
+    """They would be computed with in part; heads, which nothing reads, may stand beside them."""
+    run, facts = shrink(load("m3i.internimage_h")), DataFacts(("red", "blue"), 0)
+    towers = Towers(run, facts).requires_grad_(False).eval()
+    internimage.write(Trained(run, facts, towers, "teacher", "step_000003", {}, None, {}), tmp_path)
+    file, told = tmp_path / "internimage.pth", json.loads((tmp_path / "config.json").read_text())
+    plain = torch.load(file, weights_only=True)["model"]
+    assert any(name.startswith("head.") for name in plain)
+    stages, blocks = len(told["depths"]), told["depths"][-1]
+
+    def opened(more: tuple[str, ...] = (), **changed: Any) -> None:
+        torch.save(layouts.write(plain | dict.fromkeys(more, torch.ones(2)), layout), file)
+        (tmp_path / "config.json").write_text(json.dumps(told | changed))
+        open_published(tmp_path)
+
+    opened(("conv_head.0.weight",))
+    last = f"levels.{stages - 1}.blocks."
+    one_more = {name.replace(f"{last}{blocks - 1}.", f"{last}{blocks}."): t for name, t in plain.items()}
+    plain |= one_more
+    named = re.escape(f"{last}{blocks}.")
+    with pytest.raises(ValueError, match=rf"tensors are of no part of it, such as .*{named}.* again"):
+        opened()
+    opened(depths=[*told["depths"][:-1], blocks + 1])
+    with pytest.raises(ValueError, match=r"1 tensors are of no part of it, such as (model\.)?levels\.9\.foo"):
+        opened(("levels.9.foo",), depths=[*told["depths"][:-1], blocks + 1])
