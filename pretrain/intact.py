@@ -105,8 +105,16 @@ def identity(folder: Path, of: str = "") -> str:
 
 
 def followed(path: Path) -> Path:
-    """Where a symbolic link leads, which is written in its place; of anything else the path itself."""
-    return path.resolve() if path.is_symlink() else path
+    """Where a symbolic link leads, which is written in its place; of anything else the path itself.
+
+    OSError for one that leads back to itself.
+    """
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except RuntimeError as error:
+        raise OSError(
+            f"{path} is a link that leads back to itself: delete it, or name another place"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

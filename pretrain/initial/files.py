@@ -7,6 +7,7 @@ they are used (mmap).
 
 from __future__ import annotations
 
+import errno
 import json
 import pickletools
 import stat
@@ -93,19 +94,26 @@ def own_file(folder: Path, name: str) -> Path:
     """
     if Path(name).name != name or name in ("", ".", ".."):
         raise ValueError(f"{folder} names the file {name!r}, which lies elsewhere: it {NOT_READ}")
-    home, path = folder.resolve(), folder / name
+    path = regular(folder / name)
+    home, target = folder.resolve(), path.resolve()
     homes = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
-    if path.resolve().parent not in homes:
+    if target.parent not in homes:
         raise ValueError(
-            f"{path} is a link that leads out of the folder, to {path.resolve()}: copy it into the folder, "
+            f"{path} is a link that leads out of the folder, to {target}: copy it into the folder, "
             "or name that file itself"
         )
-    return regular(path)
+    return path
 
 
 def regular(path: Path) -> Path:
     """Itself; FileNotFoundError or ValueError unless it is a file of bytes."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{path} is a link that leads back to itself: copy the file again") from error
+    if not stat.S_ISREG(mode):
         raise ValueError(f"{path} is no regular file: name a file of weights, or a folder that holds one")
     return path
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.command import require_place
 from pretrain.initial.asked import Init
 from pretrain.initial.files import LARGEST_HEADER, open_weights
 from pretrain.initial.start import choose, timm_heads
@@ -260,6 +261,15 @@ def test_a_link_leads_to_no_other_folder(tmp_path: Path) -> None:
         match=r"is a link that leads out of the folder, to .*: copy it .* or name that file itself",
     ):
         open_weights(folder)
+
+
+def test_a_link_that_leads_back_to_itself_is_told(tmp_path: Path) -> None:
+    (link := tmp_path / "internimage.pth").symlink_to(link)
+    for place in (tmp_path, link):
+        with pytest.raises(ValueError, match=r"internimage\.pth is a link that leads back to itself: copy"):
+            open_weights(place)
+    with pytest.raises(OSError, match=r"leads back to itself: delete it, or name another place"):
+        require_place("--out", link)
 
 
 def test_links_of_a_hugging_face_cache_are_followed(tmp_path: Path) -> None:
