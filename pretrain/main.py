@@ -9,7 +9,6 @@ pretrain/arguments.py reads the options, `--help` lists them.
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import sys
@@ -25,6 +24,7 @@ sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").re
 from pretrain.arguments import read  # noqa: E402
 from pretrain.config import Run  # noqa: E402
 from pretrain.exits import ENDS, FAILED, FINISHED, INTERRUPTED, LOST, MISTAKE, Preempted, RankLost  # noqa: E402
+from pretrain.full_disk import is_no_room  # noqa: E402
 
 
 def main(arguments: list[str]) -> int:
@@ -111,7 +111,7 @@ def silence() -> Iterator[None]:
 
 def explain(error: Exception, out: Path) -> str:
     """The message of an error, with a remedy where the system's own words for a full disk have none."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_no_room(error):
         return (
             f"{error}: no space is left for --out {out}; free some and start the same command again, it goes on "
             "from the last checkpoint"

@@ -28,10 +28,12 @@ from pretrain.export.agreement import Agreement
 from pretrain.export.keys import Keys
 from pretrain.export.names import FORMATS, NoToolkits
 from pretrain.export.trained import Trained
+from pretrain.full_disk import is_no_room
 from pretrain.intact import flush, followed
 from pretrain.models.backbone import BACKBONES
 
 KEYS = "keys.json"
+REMEDY = "free space on that disk or name another --out"
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,11 @@ def export(trained: Trained, name: str, folder: Path, python: str = sys.executab
             card.text(trained, name, keys, proof, exporter.how_to_load(trained), unproven)
         )
         publish(partial, folder)
+    except Exception as error:  # of torch and safetensors too
+        if not is_no_room(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise OSError(f"no space is left for {folder} ({first}): {REMEDY}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Exported(folder, keys, proof, unproven)
@@ -223,8 +230,7 @@ def check_target(folder: Path, name: str, num_bytes: int) -> None:
     free = shutil.disk_usage(folder.parent).free
     if free < num_bytes:
         raise OSError(
-            f"{free / 2**20:.0f} MiB are free for {folder}, it needs {num_bytes / 2**20:.0f} MiB: free space on that "
-            "disk or name another --out"
+            f"{free / 2**20:.0f} MiB are free for {folder}, it needs {num_bytes / 2**20:.0f} MiB: {REMEDY}"
         )
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,18 +13,8 @@ from pretrain.guard import Verdict
 from pretrain.initial import begun
 from pretrain.initial.asked import Init
 from pretrain.paths import Paths
+from tests.disk import files_of_at_most
 from tests.engine.toy import FACTS, toy_batch, toy_run
-
-
-@contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """No file of this process grows beyond so many bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_record_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None:

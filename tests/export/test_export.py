@@ -26,6 +26,7 @@ from pretrain.export.names import NotProven
 from pretrain.export.trained import count_samples
 from pretrain.intact import COMPLETE, digest, files_in, mark
 from pretrain.recipes import load
+from tests.disk import files_of_at_most
 from tests.evaluate.runs import write_run
 from tests.evaluate.sets import COLORS, write_set
 from tests.export.conftest import FACTS, last
@@ -320,6 +321,22 @@ def test_full_disk_is_told_before_anything_is_written(
     with pytest.raises(OSError, match=r"0 MiB are free for .*: free space"):
         export(last(vit_run), "timm", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["internimage", "safetensors", "onnx"])  # by torch, safetensors, onnx_ir
+def test_a_disk_that_is_full_in_the_middle_is_told_and_the_export_before_stays(
+    name: str, internimage_run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "keys.json").write_text(json.dumps({"format": name}))
+    trained = last(internimage_run)
+    with (
+        files_of_at_most(2**14),
+        pytest.raises(OSError, match=r"no space is left for .*out \(.+\): free space"),
+    ):
+        export(trained, name, folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "keys.json"]
 
 
 def test_damaged_evaluation_is_told(vit_run: Path, tmp_path: Path) -> None:
