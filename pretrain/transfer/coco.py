@@ -17,21 +17,21 @@ from data_prep.headers import MAX_PIXELS
 from pretrain.data.faults import BadSample
 from pretrain.evaluate.apart import resolved
 from pretrain.intact import sha256
+from pretrain.transfer.boxes import check_box, clipped
 from pretrain.transfer.examples import Drops, Example, read_image, repeated
 from pretrain.transfer.lvis import federation_of
-from pretrain.transfer.outlines import FAR, are_real, check_outline
+from pretrain.transfer.outlines import are_real, check_outline
 
 LISTS = ("images", "annotations", "categories")
 FORMAT = "https://cocodataset.org/#format-data"
-LEAST_SIDE = 1.0  # pixels of a box inside its image
 
 
 class CocoSet:
     """An AnnotatedSet of one JSON file and the folder that its file names are relative to; boxes, RLE, polygons.
 
     Federated where it has the fields of LVIS. Read once, so that all that the file alone can tell is told at once. A
-    box that reaches over the edge is taken as it is, up to FAR; one with less than LEAST_SIDE inside is left out, as
-    is all that would end the process in a decoder. Raises FileNotFoundError and ValueError.
+    box that reaches over the edge is taken as it is, up to FAR, and counted; one with less than LEAST_SIDE inside is
+    left out, as is all that would end the process in a decoder. Raises FileNotFoundError and ValueError.
     """
 
     def __init__(self, path: Path, images: Path, max_bad: float) -> None:
@@ -58,7 +58,8 @@ class CocoSet:
             except BadSample as error:
                 bad_things.add(error.reason, str(error))
         bad_things.require_few(f"annotations of {path}", len(content["annotations"]), max_bad)
-        self.dropped = {**bad_images.counts, **bad_things.counts}
+        boxes = [(thing["bbox"], self._entries[i]) for i, things in self._things.items() for thing in things]
+        self.dropped = {**bad_images.counts, **bad_things.counts, **clipped(path, boxes, max_bad)}
         number = {category: place for place, category in enumerate(self.category_ids)}
         self.shown = [
             frozenset(
@@ -181,7 +182,7 @@ def _check_thing(
         raise BadSample(
             "bad_area", f"{who} has area {brief(thing['area'])}, it must be pixels, 0 or more, or be left out"
         )
-    _check_box(who, thing.get("bbox"), image)
+    check_box(who, thing.get("bbox"), image)
     if with_masks:
         check_outline(who, thing.get("segmentation"), image["height"], image["width"])
 
@@ -190,26 +191,6 @@ def _number(thing: dict[str, Any], name: str) -> int | float | None:
     """A field of an annotation; None for what is no number, and may not even be looked up."""
     found = thing.get(name)
     return found if type(found) in (int, float) else None
-
-
-def _check_box(who: str, box: Any, image: dict[str, Any]) -> None:
-    far = FAR * max(image["height"], image["width"])
-    is_box = isinstance(box, list) and len(box) == 4 and are_real(box, far)
-    if not is_box or min(box[2:]) <= 0:
-        raise BadSample(
-            "bad_box",
-            f"{who} has bbox {brief(box)}, it must be [x, y, width, height] in pixels, within +-{far}",
-        )
-    left, top, width, height = box
-    inside = (
-        min(left + width, image["width"]) - max(left, 0),
-        min(top + height, image["height"]) - max(top, 0),
-    )
-    if min(inside) < LEAST_SIDE:
-        raise BadSample(
-            "box_outside",
-            f"{who} has bbox {box}, outside of image {image['id']} of {image['width']} x {image['height']} pixels",
-        )
 
 
 def compressed(outline: Any, height: int, width: int) -> dict[str, Any]:

@@ -224,6 +224,27 @@ def test_crowds_are_not_taught_and_boxes_end_at_the_edge(coco: Path) -> None:
     assert len(things_of(found.example(1), found).labels) == 0
 
 
+def test_corners_where_sizes_belong_are_refused(coco: Path) -> None:
+    """As many boxes as a real file has: of a handful, chance may lay some over an edge."""
+
+    def repeat(content: dict[str, Any], boxes: list[list[int]]) -> None:
+        thing = content["annotations"][0]
+        content["annotations"] = [thing | {"id": i, "bbox": boxes[i % len(boxes)]} for i in range(100)]
+
+    corners, inside, over = [20, 20, 60, 40], [4, 8, 16, 16], [50, 4, 30, 8]
+    path = change(coco, lambda content: repeat(content, [corners]))
+    told = (
+        r"100 of 100 boxes reach over the edge .*first \[20, 20, 60, 40\] in 64 x 48 pixels, where 5 may; .*"
+    )
+    for allowed in (0.0, 0.9):
+        with pytest.raises(ValueError, match=told + r"fit as \[left, top, right, bottom\]: convert them"):
+            CocoSet(path, coco / "images", allowed)
+    path = change(coco, lambda content: repeat(content, [inside] * 9 + [over]))
+    with pytest.raises(ValueError, match=r"10 of 100 boxes .*mend them, or raise --max-bad where things"):
+        CocoSet(path, coco / "images", 0.0)
+    assert CocoSet(path, coco / "images", 0.1).dropped == {"box_clipped": 10}
+
+
 def test_a_set_of_crowds_alone_is_refused(coco: Path) -> None:
     path = change(coco, lambda content: [thing.update(iscrowd=1) for thing in content["annotations"]])
     with pytest.raises(ValueError, match="has no annotation that can be used but crowds"):
