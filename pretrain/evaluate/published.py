@@ -26,6 +26,7 @@ from pretrain.evaluate.published_encoder import (
 from pretrain.evaluate.published_internimage import open_internimage
 from pretrain.evaluate.published_vit import open_vit
 from pretrain.export.preprocessor import PREPROCESSOR, read_preprocessor
+from pretrain.initial.blocks import require_no_more_blocks
 from pretrain.initial.bounds import explained_by, require_numbers, require_pixels, require_statistics
 from pretrain.initial.files import own_file, weights_in
 from pretrain.models import internimage_layouts as layouts
@@ -151,7 +152,7 @@ def _open_timm(folder: Path, config: Mapping[str, Any], size: int | None) -> Pub
     try:
         with torch.device("meta"), explained_by(tensors, folder):
             timm.create_model(f"local-dir:{folder}")
-        with _noting_missing() as missing:
+        with _noting_keys() as noted:
             trunk = timm.create_model(
                 f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=given, **options
             )
@@ -159,30 +160,32 @@ def _open_timm(folder: Path, config: Mapping[str, Any], size: int | None) -> Pub
     except (RuntimeError, TypeError, FileNotFoundError, AttributeError, AssertionError) as error:
         raise ValueError(f"timm does not open {folder}: {error}; export or save it again") from error
     own = trunk.state_dict().keys()
-    if lacking := [name for name in missing.get(trunk, own) if name in own]:
+    missing, unexpected = noted.get(trunk, (own, ()))
+    if lacking := [name for name in missing if name in own]:
         raise ValueError(
             f"{folder} lacks {len(lacking)} weights of {type(trunk).__name__}, such as {lacking[0]}, for which timm "
             "would leave random numbers: save the whole model again"
         )
+    require_no_more_blocks(folder, own, unexpected)
     return Published(PublishedEncoder(trunk.eval(), _of_timm, views.size), views)
 
 
 @contextmanager
-def _noting_missing() -> Iterator[dict[nn.Module, list[str]]]:
-    """Within it the weights that each model does not find in what it loads.
+def _noting_keys() -> Iterator[dict[nn.Module, tuple[list[str], list[str]]]]:
+    """Within it the weights that each model does not find in what it loads, and those that it has no place for.
 
     Timm is not strict with a file of other labels, and with some of its models never.
     """
-    load, missing = nn.Module.load_state_dict, {}
+    load, noted = nn.Module.load_state_dict, {}
 
     def noting(module: nn.Module, *arguments: Any, **options: Any) -> Any:
         found = load(module, *arguments, **options)
-        missing[module] = found.missing_keys
+        noted[module] = (found.missing_keys, found.unexpected_keys)
         return found
 
     nn.Module.load_state_dict = noting
     try:
-        yield missing
+        yield noted
     finally:
         nn.Module.load_state_dict = load
 

@@ -89,6 +89,18 @@ def test_a_weight_that_a_file_lacks_is_told_where_timm_is_not_strict(
         open_published(tmp_path)
 
 
+def test_timm_weights_of_more_blocks_than_the_settings_tell_are_refused(tmp_path: Path) -> None:
+    """Which timm passes over where the file is of other labels."""
+    told = {"classifier": "head", "num_classes": 5, "input_size": [3, 32, 32]}
+    config = timm_folder(tmp_path, "vit_tiny_patch16_224", TINY | {"num_classes": 0}, **told)
+    config |= {"model_args": TINY | {"num_classes": 0, "depth": 1}, "num_classes": 5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"12 tensors of blocks that its settings do not tell of, such as blocks\.1"
+    ):
+        open_published(tmp_path)
+
+
 def linked(file: Path, elsewhere: Path) -> None:
     """The file lies there from now on, and a link to it in its place."""
     file.rename(elsewhere)

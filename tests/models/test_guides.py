@@ -277,6 +277,21 @@ def test_missing_weights_are_refused_instead_of_drawn(clip: tuple[Path, Any], tm
         open_guide(copy)
 
 
+@pytest.mark.parametrize("kind", ["clip", "vit"])
+def test_weights_of_more_blocks_than_the_settings_tell_are_refused(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder, _ = request.getfixturevalue(kind)
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    settings = json.loads((copy / "config.json").read_text())
+    settings.get("vision_config", settings)["num_hidden_layers"] = 1
+    (copy / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        ValueError, match=r"copy holds \d+ tensors of blocks that its settings do not tell of, such"
+    ):
+        open_guide(copy)
+
+
 def test_weights_that_are_not_finite_are_refused(clip: tuple[Path, Any], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

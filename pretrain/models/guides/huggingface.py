@@ -14,6 +14,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from pretrain.initial.blocks import require_no_more_blocks
 from pretrain.initial.bounds import MOST_PIXELS
 from pretrain.initial.files import own_file, read_json
 from pretrain.initial.one_image import TooLargeImage, try_image
@@ -139,6 +140,7 @@ def load(folder: Path, family: Any) -> nn.Module:
             f"{folder} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}: save the whole "
             "model again; of a CLIP with its projection (CLIPModel or CLIPVisionModelWithProjection)"
         )
+    require_no_more_blocks(folder, model.state_dict(), told["unexpected_keys"])
     return model
 
 
