@@ -160,7 +160,19 @@ def table(result: Mapping[str, Any]) -> str:
             if (told := _others(row))
         ]
         notes += {f"{TITLES[name]}: not measured, {row['reason']}" for row in rows if row["accuracy"] is None}
-    return "\n".join(lines + notes)
+    return "\n".join(lines + notes + left_out(result))
+
+
+def left_out(result: Mapping[str, Any]) -> list[str]:
+    """A line for each set of which images could not be read, by checkpoint where they differ."""
+    told: dict[str, list[str]] = {}
+    for step, measured in result["checkpoints"].items():
+        for split, counts in measured.get("dropped", {}).items():
+            if counts:
+                reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
+                line = f"{sum(counts.values())} images of the {split} set are left out ({reasons})"
+                told.setdefault(line, []).append(step)
+    return [f"{', '.join(steps)}: {line}" for line, steps in told.items()]
 
 
 def _cell(row: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pretrain.collectives import on_every_rank
+from pretrain.collectives import on_every_rank, rank
 from pretrain.command import require_place
 from pretrain.data.remote import Place
 from pretrain.evaluate.checkpoints import bring, local_of
@@ -18,7 +18,7 @@ from pretrain.transfer.examples import AnnotatedSet
 from pretrain.transfer.order import share_of
 from pretrain.transfer.places import Named, open_sets
 from pretrain.transfer.training import Machine
-from pretrain.transfer.work import RESULT, Work, table, transfer
+from pretrain.transfer.work import RESULT, Work, left_out, table, transfer
 
 
 def transferred(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -27,13 +27,16 @@ def transferred(options: argparse.Namespace) -> dict[str, Any] | None:
     Raises FileNotFoundError and ValueError for what the user can mend, before the first step.
     """
     work, place, (train_set, heldout) = on_every_rank(lambda: prepared(options))
+    if rank() == 0:
+        for line in left_out({"train": train_set.dropped, "heldout": heldout.dropped}):
+            print(line, flush=True)
     bring(options.run, [place])
     machine = Machine(best_device(), options.workers, options.max_bad)
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device)
     result = transfer(work, train_set, heldout, machine)
     if result is not None:
-        print(table(result))
+        print("\n".join([table(result), *left_out(result["dropped"])]))
         print(f"written to {work.out / RESULT}")
     return result
 

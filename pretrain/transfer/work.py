@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -227,3 +227,12 @@ def table(result: dict[str, Any]) -> str:
             f"{row['metric']:10} {100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {row['n']} images"
         )
     return "\n".join(lines)
+def left_out(dropped: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A line for each of both sets that has lost examples or annotations."""
+    return [
+        f"left out of the {split} set: {', '.join(f'{reason} {counts[reason]}' for reason in sorted(counts))}"
+        for split, counts in dropped.items()
+        if counts
+    ]
+
+

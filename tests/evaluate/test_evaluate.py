@@ -255,6 +255,14 @@ def test_too_many_neighbours_are_told_and_the_others_measured(run_folder: Path, 
     assert "k = 41 - (k=41 is more than the 40" in shown
 
 
+def test_images_that_cannot_be_read_are_told_beside_the_table() -> None:
+    row = {"accuracy": 0.5, "chance": 0.2, "interval": [0.4, 0.6]}
+    good, bad = ({"knn": row, "dropped": {"train": {}, "heldout": counts}} for counts in ({}, {"decode": 2}))
+    told = "step_1, step_2: 2 images of the heldout set are left out (decode 2)"
+    assert table({"checkpoints": {"step_0": good, "step_1": bad, "step_2": bad}}).splitlines()[-1] == told
+    assert "left out" not in table({"checkpoints": {"step_0": good}})
+
+
 def test_a_result_of_other_rows_or_data_is_kept(tmp_path: Path) -> None:
     out, data = tmp_path / "evaluation.json", {"heldout": {"folder": "photos"}}
     rows = {"first": {"knn": {}, "dropped": {}}, "last": {"knn": {}, "linear": {}}}
