@@ -18,7 +18,7 @@ from pretrain.transfer.examples import AnnotatedSet
 from pretrain.transfer.order import share_of
 from pretrain.transfer.places import Named, open_sets
 from pretrain.transfer.training import Machine
-from pretrain.transfer.work import RESULT, Work, left_out, table, transfer
+from pretrain.transfer.work import RESULT, Work, left_out, require_own, table, transfer
 
 
 def transferred(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -48,6 +48,7 @@ def prepared(options: argparse.Namespace) -> tuple[Work, Place, tuple[AnnotatedS
     (named,) = find_subjects(options.run, [options.step])
     place, step = named.place, local_of(options.run, named.place)
     out = options.out or options.run / "transfer" / f"{options.task}-{options.recipe}-{step.name}"
+    require_own(out)
     require_place("--out", out / RESULT)
     named = Named(options.data, options.train, options.heldout, getattr(options, "images", None))
     work = Work(step, recipe, options.recipe, out, options.frozen, options.seed)

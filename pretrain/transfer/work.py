@@ -110,6 +110,27 @@ def transfer(
 
 
 def opened(step: Path) -> tuple[Run, Towers]:
+def require_own(out: Path) -> None:
+    """FileExistsError for a folder that holds anything but a transfer."""
+    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if not there or STATE in there or _is_result(out / RESULT):
+        return
+    unfinished = Path(STATE).with_suffix(".part").name  # of a transfer that was killed
+    if foreign := [name for name in there if name != unfinished]:
+        raise FileExistsError(
+            f"--out {out} holds {', '.join(foreign[:3])}{', ...' * (len(foreign) > 3)} and no transfer, whose files "
+            "would lie among them: name an empty or new folder"
+        )
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        told = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and told.get("task") in TASKS and "scores" in told
+
+
     """The recipe and the teacher; ValueError for a model without a recipe, from which no maps can be had."""
     if (step / "run.json").is_file():
         run, _, towers = load_towers(step)

@@ -28,7 +28,7 @@ from pretrain.transfer.places import Named, open_sets
 from pretrain.transfer.rates import Layered, rate
 from pretrain.transfer.recipes import RECIPES, Detect, Optimisation, recipe
 from pretrain.transfer.training import STATE, Machine
-from pretrain.transfer.work import TASKS, Work, opened, transfer
+from pretrain.transfer.work import TASKS, Work, opened, require_own, transfer
 
 # pycocotools (https://github.com/ppwwyyxx/cocoapi) hands arrays to numpy in a way that is to end.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -216,9 +216,11 @@ def test_a_checkpoint_and_its_export_learn_as_the_run(
     assert export_main([str(runs["vit"]), "--to", "safetensors", "--out", str(tmp_path / "export")]) == 0
     places = {"run": runs["vit"], "step": step, "export": tmp_path / "export"}
     for name, place in places.items():
-        out = str(tmp_path / name)
+        out = str(tmp_path / "out" / name)
         assert command.main(["segment", str(place), "--data", str(shards), "--out", out, "--frozen"]) == 0
-    first, *others = (torch.load(tmp_path / name / STATE, weights_only=True)["model"] for name in places)
+    first, *others = (
+        torch.load(tmp_path / "out" / name / STATE, weights_only=True)["model"] for name in places
+    )
     assert all(torch.equal(first[key], other[key]) for other in others for key in first)
     alone = SimpleNamespace(towers=torch.nn.Linear(1, 1))  # as an export to timm is opened
     monkeypatch.setattr("pretrain.transfer.work.open_model", lambda place, size: alone)
