@@ -65,6 +65,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         print(f"written to {out}")
         if protocols.states is not None:  # the next one begins anew
             remove_states(protocols.states, recipes)
+    from_first_rank(lambda: result.require_measured(evaluated, out))
     return evaluated
 
 

@@ -175,6 +175,23 @@ def left_out(result: Mapping[str, Any]) -> list[str]:
     return [f"{', '.join(steps)}: {line}" for line, steps in told.items()]
 
 
+def require_measured(result: Mapping[str, Any], out: Path) -> None:
+    """ValueError where no row of any checkpoint has a number."""
+    rows = [
+        (TITLES[name], row)
+        for measured in result["checkpoints"].values()
+        for name, row in measured.items()
+        if name in TITLES
+    ]
+    numbers = [one for _, row in rows for one in (row, *row.get("by_k", {}).values())]
+    if all(one["accuracy"] is None for one in numbers):
+        reasons = "; ".join(dict.fromkeys(f"{title}: {row['reason']}" for title, row in rows))
+        raise ValueError(
+            f"nothing of what was asked could be measured ({reasons}), as {out} says: ask for other --probes, or "
+            "mend what the reasons name"
+        )
+
+
 def _cell(row: Mapping[str, Any]) -> str:
     if row["accuracy"] is None:
         return "-"

@@ -255,6 +255,19 @@ def test_too_many_neighbours_are_told_and_the_others_measured(run_folder: Path, 
     assert "k = 41 - (k=41 is more than the 40" in shown
 
 
+def test_nothing_measured_is_no_success(
+    run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = [str(run_folder / "checkpoints" / "step_000003"), "--data", str(data), "--probes", "knn"]
+    asked = [*where, "--out", str(tmp_path / "result.json"), "--k"]
+    with pytest.raises(
+        ValueError, match=r"nothing of what was asked .*k=41 is more than .*give smaller --k.*result"
+    ):
+        evaluate([*asked, "41"])
+    assert (tmp_path / "result.json").is_file() and "not measured, k=41" in capsys.readouterr().out
+    evaluate([*asked, "41,40"])
+
+
 def test_images_that_cannot_be_read_are_told_beside_the_table() -> None:
     row = {"accuracy": 0.5, "chance": 0.2, "interval": [0.4, 0.6]}
     good, bad = ({"knn": row, "dropped": {"train": {}, "heldout": counts}} for counts in ({}, {"decode": 2}))
