@@ -7,6 +7,7 @@ number i, a line `-` one that is neither taught nor judged (ADE20k's 0), as is 2
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,26 +44,32 @@ class MaskFolder:
     def __init__(self, places: MaskPlaces, max_bad: float) -> None:
         self.places = places
         self.names, self._numbers = read_classes(places.classes)
-        images = {
-            path.stem: path for path in sorted(places.images.iterdir()) if path.suffix.lower() in SUFFIXES
-        }
+        found = [path for path in sorted(places.images.iterdir()) if path.suffix.lower() in SUFFIXES]
+        images = {path.stem: path for path in found}
         masks = {path.stem: path for path in sorted(places.masks.iterdir()) if path.suffix.lower() == ".png"}
         if not images:
             raise FileNotFoundError(
                 f"{places.images} has no file of {SUFFIXES}: name the folder of the images"
             )
         drops = Drops()
+        shared = {stem for stem, count in Counter(path.stem for path in found).items() if count > 1}
+        for path in found:
+            if path.stem in shared:
+                drops.add(
+                    "shared_mask",
+                    f"{path} is one of several images of one name and mask: rename all but one",
+                )
         for stem in sorted(images.keys() ^ masks.keys()):
             reason = "missing_mask" if stem in images else "missing_image"
             drops.add(reason, f"{stem} is not in both of {places.images} and {places.masks}")
         self._pairs: list[tuple[Path, Path]] = []
-        for stem in sorted(images.keys() & masks.keys()):
+        for stem in sorted((images.keys() & masks.keys()) - shared):
             try:
                 _check_pair(images[stem], masks[stem])
                 self._pairs.append((images[stem], masks[stem]))
             except BadSample as error:
                 drops.add(error.reason, str(error))
-        drops.require_few(f"pairs of {places.images}", len(images), max_bad)
+        drops.require_few(f"pairs of {places.images}", len(found), max_bad)
         self.dropped = drops.counts
         self.image_ids = tuple(range(len(self._pairs)))
         self.files = resolved(image for image, _ in self._pairs)

@@ -28,6 +28,7 @@ from pretrain.transfer.mask_folder import MaskFolder, MaskPlaces
 from pretrain.transfer.masked_shards import MaskedShards
 from pretrain.transfer.outlines import check_outline, runs_of
 from pretrain.transfer.places import Named, open_sets
+from pretrain.transfer.work import left_out
 
 # pycocotools (https://github.com/ppwwyyxx/cocoapi) hands arrays to numpy in a way that is to end.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -321,6 +322,20 @@ def test_masks_that_do_not_fit_are_counted_or_refused(tmp_path: Path) -> None:
     places.classes.unlink()
     with pytest.raises(FileNotFoundError, match=r"classes.txt is missing: write the names"):
         MaskFolder(places, 0.0)
+
+
+def test_images_that_share_a_mask_are_told(tmp_path: Path) -> None:
+    places = mask_places(tmp_path)
+    image = next(path for path in places.images.iterdir() if path.stem == "a")
+    other = ".webp" if image.suffix != ".webp" else ".png"
+    Image.open(image).save(image.with_suffix(other))
+    with pytest.raises(
+        ValueError, match=r"2 of 3 cannot be used \(shared_mask 2, first: .*rename all but one"
+    ):
+        MaskFolder(places, 0.0)
+    found = MaskFolder(places, MANY)
+    assert found.dropped == {"shared_mask": 2} and len(found) == 1
+    assert left_out({"train": found.dropped, "heldout": {}}) == ["left out of the train set: shared_mask 2"]
 
 
 def header_of(side: int) -> bytes:
