@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def recipe_of(options: argparse.Namespace) -> Segment | Detect:
         raise ValueError(f"--seed {options.seed} must lie in [0, {2**32 - 1}]: give another number")
     if options.workers < 0:
         raise ValueError(f"--workers {options.workers} must not be negative: 0 reads images in this process")
+    if options.lr is not None and not 0 < options.lr < math.inf:
+        raise ValueError(f"--lr {options.lr} must be above 0 and finite: it is the peak rate of the head")
+    if options.clip is not None and not 0 <= options.clip < math.inf:
+        raise ValueError(f"--clip {options.clip} must not be negative, and finite: 0 clips nothing")
+    if options.train_steps is not None and options.train_steps < 1:
+        raise ValueError(f"--train-steps {options.train_steps} must be 1 or more: give another number")
     numbers = recipe(options.task, options.recipe)
     changed = {name: getattr(options, name) for name in ("lr", "clip") if getattr(options, name) is not None}
     if options.train_steps is not None:

@@ -29,6 +29,7 @@ from pretrain.collectives import (
 from pretrain.config import Run
 from pretrain.data.faults import BadSample
 from pretrain.evaluate.subjects import open_model
+from pretrain.export.safetensors_file import WEIGHTS
 from pretrain.towers import Towers
 from pretrain.training_state import States
 from pretrain.transfer import detect, segment
@@ -109,7 +110,6 @@ def transfer(
     return result
 
 
-def opened(step: Path) -> tuple[Run, Towers]:
 def require_own(out: Path) -> None:
     """FileExistsError for a folder that holds anything but a transfer."""
     there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
@@ -131,16 +131,17 @@ def _is_result(path: Path) -> bool:
     return isinstance(told, dict) and told.get("task") in TASKS and "scores" in told
 
 
+def opened(step: Path) -> tuple[Run, Towers]:
     """The recipe and the teacher; ValueError for a model without a recipe, from which no maps can be had."""
     if (step / "run.json").is_file():
         run, _, towers = load_towers(step)
         return run, towers
-    subject = open_model(step, None)
-    if not isinstance(subject.towers, Towers):
+    if not ((step if step.is_dir() else step.parent) / WEIGHTS).is_file():
         raise ValueError(
             f"{step} does not tell the recipe of its backbone, which heads need for its maps: name the run, one of "
             "its checkpoints, or an export --to safetensors"
         )
+    subject = open_model(step, None)
     return subject.run, subject.towers
 
 
@@ -234,6 +235,15 @@ def drops_of(bad: list[tuple[str, str]]) -> Drops:
     return drops
 
 
+def left_out(dropped: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A line for each of both sets that has lost examples or annotations."""
+    return [
+        f"left out of the {split} set: {', '.join(f'{reason} {counts[reason]}' for reason in sorted(counts))}"
+        for split, counts in dropped.items()
+        if counts
+    ]
+
+
 def table(result: dict[str, Any]) -> str:
     """The scores in per cent with their 95 % intervals."""
     scores = result["scores"]
@@ -248,12 +258,3 @@ def table(result: dict[str, Any]) -> str:
             f"{row['metric']:10} {100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {row['n']} images"
         )
     return "\n".join(lines)
-def left_out(dropped: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """A line for each of both sets that has lost examples or annotations."""
-    return [
-        f"left out of the {split} set: {', '.join(f'{reason} {counts[reason]}' for reason in sorted(counts))}"
-        for split, counts in dropped.items()
-        if counts
-    ]
-
-

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,10 +221,33 @@ def test_a_checkpoint_and_its_export_learn_as_the_run(
         torch.load(tmp_path / "out" / name / STATE, weights_only=True)["model"] for name in places
     )
     assert all(torch.equal(first[key], other[key]) for other in others for key in first)
-    alone = SimpleNamespace(towers=torch.nn.Linear(1, 1))  # as an export to timm is opened
-    monkeypatch.setattr("pretrain.transfer.work.open_model", lambda place, size: alone)
-    with pytest.raises(ValueError, match=r"timm does not tell the recipe.*an export --to safetensors"):
-        opened(tmp_path / "timm")
+
+
+@pytest.mark.parametrize("name", ["timm", "onnx"])
+def test_an_export_without_a_recipe_is_refused_with_the_one_that_has_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "keys.json").write_text(json.dumps({"format": name}))
+    with pytest.raises(
+        ValueError, match=rf"{name} does not tell the recipe.* or an export --to safetensors$"
+    ):
+        opened(tmp_path / name)
+
+
+@pytest.mark.parametrize("names", [["manifest.json", "000000.tar"], ["result.json"]], ids=["data", "others'"])
+def test_a_folder_of_other_files_is_no_place_for_a_transfer(
+    names: list[str], runs: dict[str, Path], shards: Path, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text("[]")
+    arguments = ["segment", str(runs["vit"]), "--data", str(shards), "--out", str(tmp_path)]
+    with pytest.raises(
+        FileExistsError, match=rf"holds {sorted(names)[0]}.* and no transfer.*an empty or new folder"
+    ):
+        command.run(arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    (tmp_path / "result.json").write_text(json.dumps({"task": "segment", "scores": {}}))
+    require_own(tmp_path)
+    require_own(tmp_path / "absent")
 
 
 def test_an_image_that_breaks_later_is_counted_or_stops_the_training(
@@ -253,10 +275,10 @@ def test_an_image_that_breaks_later_is_counted_or_stops_the_training(
         ),
         (["--max-bad", "1.5"], r"--max-bad 1.5 must lie in \[0, 1\)"),
         (["--step", "7"], "cannot be used, since there is none"),
-        (["--train-steps", "0"], "optimisation.steps=0 must be positive"),
+        (["--train-steps", "0"], "--train-steps 0 must be 1 or more"),
         (["--seed", "4294967296"], r"--seed 4294967296 must lie in \[0, 4294967295\]"),
-        (["--lr", "0"], "optimisation.lr=0.0 must be positive"),
-        (["--clip", "-1"], "clip=-1.0 must not be negative"),
+        (["--lr", "0"], "--lr 0.0 must be above 0 and finite"),
+        (["--clip", "-1"], "--clip -1.0 must not be negative"),
         (["--workers", "-1"], "--workers -1 must not be negative"),
     ],
 )
