@@ -52,6 +52,8 @@ def only_writer(out: Path, option: str = "--out") -> Iterator[None]:
             ) from None
         except OSError as error:
             warnings.warn(f"{out} cannot be locked ({error}): start no second run there", stacklevel=2)
+        if not (out / LOCK).exists() or not os.path.samestat(os.fstat(file.fileno()), (out / LOCK).stat()):
+            raise Busy(f"{out} was removed in this moment by a start that was refused: start again")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {host_name()}\n")
         file.flush()

@@ -52,6 +52,7 @@ from pretrain.plan.flops import step_flops
 from pretrain.preemption import Signals
 from pretrain.pretrainer import Pretrainer
 from pretrain.provenance import hardware
+from pretrain.refused import leaving_nothing
 from pretrain.served import left_out
 from pretrain.tellers import is_of_another_rank, is_of_device, is_told_by_this_rank
 from pretrain.towers import Towers
@@ -195,7 +196,9 @@ def _sole(held: ExitStack, paths: Paths) -> Require:
 
     def hold() -> None:
         nonlocal require
+        was_there = paths.out.exists()
         held.enter_context(only_writer(paths.out))
+        held.enter_context(leaving_nothing(paths.out, world_size(), was_there=was_there))
         if paths.checkpoints is not None and paths.checkpoints != paths.out:  # that one is held already
             require = held.enter_context(only_saver(paths.checkpoints))
 

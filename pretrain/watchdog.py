@@ -32,7 +32,7 @@ MOST_SIGNS = 500  # a second, of all ranks together: a network file system shoul
 FEW = 16  # ranks that write every sign at once, so that the last word of one that dies is exact
 SILENT = 4  # signs missed by a rank that is gone
 SIGN_BYTES = 512  # of which no more than a few hundred are used: it is overwritten in place
-STACKS = "stacks"
+RANKS, STACKS = "ranks", "stacks"  # folders of a run
 REMEDY = "The same command goes on from the last checkpoint"
 
 
@@ -80,7 +80,7 @@ class Watchdog:
     """Use as `with Watchdog(...) as watchdog` around the training of a rank; `at` before all that may hang."""
 
     def __init__(self, out: Path, rank: int, world: int, timeout: float) -> None:
-        self._folder, self._stacks = out / "ranks", out / STACKS
+        self._folder, self._stacks = out / RANKS, out / STACKS
         self._rank, self._world, self._timeout = rank, world, timeout
         self._gap = 0.0 if world <= FEW else world / MOST_SIGNS  # seconds between two signs at least
         self.interval = max(min(timeout / SIGNS, MOST_SECONDS), self._gap)

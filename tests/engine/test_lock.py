@@ -12,6 +12,8 @@ import pytest
 
 from data_prep import claim
 from pretrain.lock import Busy, only_saver, only_writer
+from pretrain.refused import leaving_nothing
+from pretrain.watchdog import Watchdog
 from tests.data.s3 import s3_store
 from tests.paths import ROOT
 
@@ -50,6 +52,34 @@ def test_a_folder_that_cannot_be_made_is_refused() -> None:
         only_writer(Path("/proc/run")),
     ):
         pass
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_a_start_that_is_refused_leaves_nothing(error: type[Exception], tmp_path: Path) -> None:
+    def refused(out: Path, num_ranks: int = 1, wrote: str = "") -> list[str]:
+        was_there = out.exists()
+        with (
+            pytest.raises(error),
+            only_writer(out),
+            leaving_nothing(out, num_ranks, was_there=was_there),
+            Watchdog(out, 0, num_ranks, 60.0),
+        ):
+            if wrote:
+                (out / wrote).touch()
+            raise error("refused")
+        return sorted(path.name for path in out.parent.rglob("*"))
+
+    assert refused(tmp_path / "run") == []
+    (tmp_path / "run").mkdir()
+    assert refused(tmp_path / "run") == ["run"]
+    assert "rank_00000.json" in refused(tmp_path / "run", 2)  # the other one may still look at it
+    assert refused(tmp_path / "more" / "run", wrote="log.jsonl") == [
+        ".lock",
+        "log.jsonl",
+        "rank_00000.json",
+        "ranks",
+        "run",
+    ]
 
 
 def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
