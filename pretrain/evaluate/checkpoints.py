@@ -62,8 +62,9 @@ def locate(run_folder: Path, name: str) -> Place:
             f"step {name!r} is unknown; choose from ['first', 'last'] or give a number such as 400"
         )
     place = kept_of(run_folder)
-    if name == "last":
-        finished = [step for step in steps_in(place) if _is_finished(folder_in(place, step))]
+    steps = steps_in(place)
+    if name == "last" or not steps:
+        finished = [step for step in steps if _is_finished(folder_in(place, step))]
         if not finished:
             raise FileNotFoundError(
                 f"{run_folder} holds no whole checkpoint: name the --out folder of `deepspeed pretrain/main.py`, "

@@ -30,7 +30,7 @@ from pretrain.initial.blocks import require_no_more_blocks
 from pretrain.initial.bounds import explained_by, require_numbers, require_pixels, require_statistics
 from pretrain.initial.files import own_file, weights_in
 from pretrain.models import internimage_layouts as layouts
-from pretrain.models.guides import open_guide
+from pretrain.models.guides import ENCODERS, open_guide
 from pretrain.models.internimage_config import InternImageConfig
 from pretrain.models.pooling import prepend_mean
 
@@ -63,6 +63,12 @@ def open_published(place: Path, size: int | None = None) -> Published:
         return _open_described(place, config, size)
     if config.get("model_type", "internimage") == "internimage" and "channels" in config:
         return _open_internimage(place, config, size)
+    if not any(known.is_folder(folder) for known in ENCODERS.values()):
+        raise ValueError(
+            f"{place} is no model that is evaluated, as {folder / CONFIG} {'tells of' if config else 'is'} none: "
+            f"name an export --to one of {', '.join(SERVED)}, or a folder of timm, Hugging Face or open_clip with "
+            "the settings beside its weights"
+        )
     guide = open_guide(folder)
     views = Views(size=size or guide.patch * guide.grid, mean=tuple(guide.mean), std=tuple(guide.std))
     return Published(PublishedEncoder(guide.tower, _of_tower, views.size), views, folder)

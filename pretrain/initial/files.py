@@ -31,6 +31,7 @@ CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 PIXELS = "preprocessor_config.json"  # of transformers
 NAMES = ("model.safetensors", INDEX, "pytorch_model.bin", "internimage.pth")  # in a folder, in this order
 PICKLE = "data.pkl"  # in an archive of torch.save, within its one folder
+ARCHIVE = b"PK\x03\x04"  # with which a zip begins, whose table of contents is its end
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 CALLED = {  # what the pickle of a state dict names
     "collections OrderedDict",
@@ -132,7 +133,9 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
 
 def header_length(path: Path, num_bytes: int, first: bytes) -> int:
     """Bytes of a safetensors header, from the first 8 of the file; ValueError when it cannot be so long."""
-    length = struct.unpack(HEADER, first)[0] if len(first) == 8 else -1
+    if len(first) < 8:
+        raise ValueError(f"{path} has {num_bytes} bytes, too few for safetensors: copy it again")
+    (length,) = struct.unpack(HEADER, first)
     if not 0 < length <= min(LARGEST_HEADER, num_bytes - 8):
         raise ValueError(
             f"{path}: a header of {length} bytes is said to lie in {num_bytes} bytes, where at most {LARGEST_HEADER} "
@@ -153,6 +156,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
     if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            begin = file.read(len(ARCHIVE))
+        if begin in (b"", ARCHIVE):
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes and lacks its end: copy it again")
         raise ValueError(
             f"{path} is no archive as torch.save writes since version 1.6, so its sizes are not known before it is "
             "read: where you trust it, load it by torch.load(weights_only=True) and save it again"

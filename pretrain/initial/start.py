@@ -44,8 +44,11 @@ class Start:
     notes: tuple[str, ...] = ()  # on how the file's model saw images
 
     def fill(self, towers: Towers) -> None:
-        """Puts them into towers that are built for the run."""
-        fill(towers, self.fit)
+        """Puts them into towers that are built for the run; ValueError for numbers that are not finite."""
+        try:
+            fill(towers, self.fit)
+        except ValueError as error:
+            raise ValueError(f"--init {self.place}: {error}") from error
 
     def told(self) -> list[str]:
         """Lines for the console."""

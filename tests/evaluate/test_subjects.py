@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -118,11 +119,18 @@ def test_damaged_models_are_told(data: Path, tmp_path: Path, capsys: pytest.Capt
     for config, told in (
         ("{", "is no JSON"),
         ('{"channels": 16}', "internimage.pth is missing"),
-        ("{}", "none of"),
+        ("{}", "is no model that is evaluated, as"),
     ):
         (folder / "config.json").write_text(config)
         assert main(where) == 1
         assert told in capsys.readouterr().err
+    (tmp_path / "alone.bin").touch()
+    assert main([str(tmp_path / "alone.bin"), *where[1:]]) == 1
+    assert re.search(
+        r"error: .*alone.bin is no model that is evaluated.*export --to", capsys.readouterr().err
+    )
+    assert main([str(tmp_path), *where[1:]]) == 1
+    assert "holds no whole checkpoint: name the --out folder" in capsys.readouterr().err
     tiny = {"channels": 16, "depths": [1, 1, 1, 1], "groups": [1, 2, 4, 8], "use_clip_projector": True}
     (folder / "config.json").write_text(json.dumps(tiny))
     torch.save({"model": {"levels.0.norm.0.weight": torch.ones(16)}}, folder / "internimage.pth")

@@ -19,7 +19,9 @@ from pretrain.initial.asked import Init
 from pretrain.initial.files import LARGEST_HEADER, open_weights
 from pretrain.initial.start import choose, timm_heads
 
-SAID = r"is not read: take the file from its authors again|name that file itself|no regular file"
+SAID = (
+    r"is not read: take the file from its authors again|name that file itself|no regular file|copy it again"
+)
 
 
 def header(fields: dict[str, Any], data: bytes = b"", length: int | None = None) -> bytes:
@@ -233,6 +235,15 @@ def test_a_pickle_outside_an_archive_is_not_read(tmp_path: Path) -> None:
         ValueError, match=r"no archive as torch\.save writes since version 1\.6.*save it again"
     ):
         open_weights(path)
+
+
+def test_a_file_that_was_cut_off_is_to_be_copied_again(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(100)}, tmp_path / "a.pth")
+    (tmp_path / "a.safetensors").write_bytes(header({}))
+    for name, length in (("a.pth", 900), ("a.pth", 0), ("a.safetensors", 5), ("a.safetensors", 0)):
+        os.truncate(tmp_path / name, length)
+        with pytest.raises(ValueError, match=rf"{name} has {length} bytes.*: copy it again"):
+            open_weights(tmp_path / name)
 
 
 def test_an_index_leads_to_no_other_folder(tmp_path: Path) -> None:

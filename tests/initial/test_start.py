@@ -227,7 +227,7 @@ def spoilt(vit: Towers, change: str) -> dict[str, Tensor]:
         ("missing", r"1 tensors are missing, such as blocks\.1\.mlp\.fc2\.bias .*--backbone\.size"),
         ("unexpected", r"1 are unexpected, such as reg_token.*Every tensor must find its place"),
         ("shape", r"patch_embed\.proj\.weight of \(48, 3, 14, 14\) instead of \(48, 3, 16, 16\).*patch"),
-        ("nan", r"norm\.weight holds other than finite numbers .*take other weights"),
+        ("nan", r"--init .*norm\.weight holds other than finite numbers .*take other weights"),
         ("unknown", r"names of no layout that is known, such as \['a\.b'\]: give one of"),
     ],
 )
