@@ -95,17 +95,18 @@ def require_pixels(size: Any, place: Path | str, remedy: str = "give --image-siz
 
 
 def require_statistics(mean: Any, std: Any, place: Path | str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Both as they are; ValueError unless each is three finite numbers, those of `std` above 0."""
+    """Both as they are; ValueError unless each is three finite numbers within +-1, those of `std` above 0."""
     for told in (mean, std):
         is_list = isinstance(told, list | tuple) and len(told) == 3
         if not is_list or not all(type(one) in (int, float) and math.isfinite(one) for one in told):
             break
     else:
-        if min(std) > 0:
+        if min(std) > 0 and max(*map(abs, mean), *std) <= 1:
             return tuple(map(float, mean)), tuple(map(float, std))
     raise ValueError(
         f"{place} has mean={mean!r}, std={std!r} of its pixels, which must be three finite numbers each, std above "
-        "0: take the file from its authors again"
+        "0, and none beyond 1, as pixels lie in [0, 1]: divide by 255 what is meant for [0, 255], or take the file "
+        "from its authors again"
     )
 
 

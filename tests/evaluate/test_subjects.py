@@ -222,6 +222,7 @@ def test_images_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
         ({"pretrained_cfg": {"input_size": 5}}, r"has input_size 5, which must be \[3, height, width\]"),
         ({"pretrained_cfg": {"input_size": [3, 10**6, 64]}}, "tells images of 1000000 pixels a side"),
         ({"pretrained_cfg": {"mean": None}}, r"has mean=None, .* which must be three finite numbers each"),
+        ({"pretrained_cfg": {"mean": [124, 116, 104]}}, r"none beyond 1, as pixels lie in .*divide by 255"),
         ({"pretrained_cfg": {"mean": "abc"}}, r"has mean='abc', .* which must be three finite numbers each"),
         ({"pretrained_cfg": {"std": [1, 1, 0]}}, r"std=\[1, 1, 0\] .* std above 0"),
     ):
