@@ -22,7 +22,7 @@ from pretrain.evaluate.fine_tune_order import Examples
 from pretrain.evaluate.fine_tune_recipes import RECIPES, FineTune
 from pretrain.evaluate.layers import decay_of_depth, layer_order
 from pretrain.evaluate.protocols import evaluate_checkpoint, measure_subject
-from pretrain.evaluate.published import EncoderAlone, PublishedEncoder
+from pretrain.evaluate.published_encoder import EncoderAlone, PublishedEncoder
 from pretrain.evaluate.sets import read_manifests
 from pretrain.evaluate.subjects import Subject, find_subjects
 from pretrain.export.__main__ import export_run
