@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.claim import ClaimLost
 from pretrain import evidence
-from pretrain.checkpoint import Saver
+from pretrain.checkpoint import Lasting, Saver
 from pretrain.collectives import rank, world_size
 from pretrain.config import Run
 from pretrain.data.batch import Batch
@@ -19,7 +19,7 @@ from pretrain.data.remote import Place
 from pretrain.engine import Engine
 from pretrain.evaluate.in_training import TeacherCheck
 from pretrain.evidence import Journal
-from pretrain.exits import Preempted
+from pretrain.exits import Postponed, Preempted
 from pretrain.monitor import Monitor
 from pretrain.monitor.window import Window
 from pretrain.paths import Paths
@@ -47,7 +47,7 @@ def run_steps(job: Job, loader: Loader, monitor: Monitor) -> Place | None:
     """Trains until the last step, or until the guard asks for the checkpoint that is returned.
 
     Preempted when the ranks agree that one of them was asked to stop, ClaimLost when the place of the checkpoints was
-    taken over by another process; Diverged as `go_back`.
+    taken over by another process, Postponed as `_save`; Diverged as `go_back`.
     """
     run, engine, saver, watchdog = job.run, job.engine, job.saver, job.watchdog
     batches, times = iter(loader), FIRST
@@ -90,7 +90,22 @@ def _accepted(job: Job, loader: Loader, monitor: Monitor, losses: Any) -> None:
     if engine.steps_done % run.save_every == 0 or is_last:
         job.watchdog.at(engine.steps_done, "saves a checkpoint")
         with monitor.saving():
-            job.saver.save(wait=is_last)
+            _save(job, is_last)
+
+
+def _save(job: Job, is_last: bool) -> None:
+    """Saves; the last checkpoint, for which there is no next one, ends the run with Postponed where it cannot be
+    written now, with the error itself where it would fail again.
+    """
+    try:
+        job.saver.save(wait=is_last)
+    except (ClaimLost, Lasting):
+        raise
+    except OSError as error:
+        raise Postponed(
+            f"all {job.run.steps} steps are made, and their {error}; the same command makes those after the last "
+            "checkpoint again, as a job script that goes on after 75 does"
+        ) from error
 
 
 def _say_saved(job: Job, monitor: Monitor) -> None:

@@ -27,10 +27,18 @@ from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.data.remote import Place
 from pretrain.facts import DataFacts
+from pretrain.retries import is_passing
 
 SPARE_BYTES = 16 * 2**20  # for the small files
 PATIENCE = 3600.0  # seconds that one rank's thread waits for another's
 LONGEST_PAUSE = 0.5  # seconds between two looks at what others have told
+
+
+class Lasting(OSError):
+    """What failed would fail again: something is missing, forbidden, or a fault of ours."""
+
+
+KINDS: dict[str, type[OSError]] = {"lost": ClaimLost, "lasting": Lasting, "passing": OSError}
 
 
 class Saver:
@@ -63,6 +71,7 @@ class Saver:
         self._attempts = 0
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # of the last save that ended
+        self._kind = ""  # of that problem: a key of KINDS
         self.is_lost = False  # the place, to another process: nothing of this run would ever be saved again
         self.saved_step: int | None = None  # of the newest checkpoint that this process wrote, or restored
         self._news: list[str] = []
@@ -96,21 +105,22 @@ class Saver:
         return told if rank() == 0 else []
 
     def finish(self) -> None:
-        """Returns when no save is under way; OSError on all ranks when the last one failed, ClaimLost once the place
-        is another process's.
+        """Returns when no save is under way; OSError on all ranks when the last one failed, Lasting where the next
+        would fail alike, ClaimLost once the place is another process's.
         """
         if self._thread is not None:
             self._thread.join()
         dist.barrier()  # with the first rank goes the store through which the threads of the others still hear
         if self._problem is not None:
-            raise (ClaimLost if self.is_lost else OSError)(self._problem)
+            raise KINDS[self._kind](self._problem)
 
     def _write(self, step: int, attempt: str, files: dict[str, Content]) -> None:
         """The thread: what became of the attempt, for `poll` and `finish`."""
         begun, folder = time.monotonic(), folder_in(self.place, step)
         tried = _tried(lambda: self._attempt(step_name(step), attempt, files))
         error = tried["error"]
-        if tried["is_lost"]:
+        self._kind = tried["kind"]
+        if self._kind == "lost":
             self._problem, self.is_lost = f"checkpoint {folder} was not written: {error}", True
             return
         self._problem = error and (
@@ -152,7 +162,7 @@ class Saver:
         for index in range(world_size()):
             told = self._heard(f"{attempt}/rank_{index}")
             if told["error"]:
-                raise OSError(f"rank {index}: {told['error']}")
+                raise KINDS[told["kind"]](f"rank {index}: {told['error']}")
             together |= told["value"]
         self._require()
         self._store.publish(name, attempt, together)
@@ -174,7 +184,7 @@ class Saver:
             self._tell(key, _tried(work))
         heard = self._heard(key)
         if heard["error"]:
-            raise (ClaimLost if heard["is_lost"] else OSError)(heard["error"])
+            raise KINDS[heard["kind"]](heard["error"])
 
     def _tell(self, key: str, told: dict[str, Any]) -> None:
         self._board.set(f"checkpoint/{key}", json.dumps(told))
@@ -191,12 +201,16 @@ class Saver:
 
 
 def _tried(work: Callable[[], Any]) -> dict[str, Any]:
-    """{"error", "is_lost", "value"} of work in a thread, whose exceptions nobody would see: every one is told."""
+    """{"error", "kind", "value"} of work in a thread, whose exceptions nobody would see: every one is told."""
     try:
-        return {"error": None, "is_lost": False, "value": work()}
+        return {"error": None, "kind": "", "value": work()}
     except Exception as error:
         return _told(error)
 
 
 def _told(error: Exception) -> dict[str, Any]:
-    return {"error": str(error) or repr(error), "is_lost": isinstance(error, ClaimLost), "value": None}
+    if isinstance(error, ClaimLost):
+        kind = "lost"
+    else:
+        kind = "passing" if is_passing(error) and not isinstance(error, Lasting) else "lasting"
+    return {"error": str(error) or repr(error), "kind": kind, "value": None}
