@@ -146,6 +146,7 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
             tokenizer,
             started.require,
             given_up=lambda: given_up(paths.kept, journal.rewinds()),
+            beside=started.watchdog.beside,
         )
     job = Job(run, paths, engine, saver, journal, started.signals, started.watchdog, window, check)
     speed = speed_of(run, facts, engine)

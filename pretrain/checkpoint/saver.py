@@ -12,7 +12,8 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class Saver:
     `run.keep_every` is not 0, every checkpoint whose step is a multiple of it. All ranks make one, and call `save`
     and `finish` alike; `require` raises ClaimLost once another process has taken the place over, and all ranks have
     `is_lost` then, each when its thread hears of it. `given_up` tells steps of checkpoints from which the run will
-    not go on: they are not counted as kept. ValueError for a URL that nothing here opens; OSError when the place
+    not go on: they are not counted as kept. `beside` hears what the thread does, and "" while it waits for others:
+    who waits for it may tell whose thread hangs. ValueError for a URL that nothing here opens; OSError when the place
     cannot be used.
     """
 
@@ -61,9 +63,10 @@ class Saver:
         tokenizer: Path | None,
         require: Require = unclaimed,
         given_up: Callable[[], Collection[int]] = set,
+        beside: Callable[[str], None] = lambda doing: None,
     ) -> None:
         self._engine, self.place, self._require = engine, place, require
-        self._store, self._given_up = store_at(place), given_up
+        self._store, self._given_up, self._beside = store_at(place), given_up, beside
         from_first_rank(self._store.tidy)
         self._run_token = from_first_rank(lambda: secrets.token_hex(4))
         self._snapshot = Snapshot(engine, facts, tokenizer)
@@ -134,23 +137,40 @@ class Saver:
             return
         self._news.append(f"saved {folder} in {time.monotonic() - begun:.1f} s beside training")
         self.saved_step = step
-        if rank() == 0 and (left := _tried(lambda: self._prune(step))["error"]):
+        if rank() != 0:
+            return
+        with self._busy("deletes old checkpoints"):
+            left = _tried(lambda: self._prune(step))["error"]
+        if left:
             self._news.append(f"NOT DELETED: old checkpoints in {self.place}: {left}")
 
     def _attempt(self, name: str, attempt: str, files: dict[str, Content]) -> None:
         """OSError on all ranks when any of them fails."""
-        copied = _tried(self._snapshot.copy)  # what went wrong is told where the others look for it
+        with self._busy(f"copies its part of {name}"):
+            copied = _tried(self._snapshot.copy)  # what went wrong is told where the others look for it
         self._agreed(f"{attempt}/begun", lambda: self._make_room(name, attempt))
-        told = copied if copied["error"] else _tried(lambda: self._put_all(name, attempt, files))
+        with self._busy(f"writes its part of {name}"):
+            told = copied if copied["error"] else _tried(lambda: self._put_all(name, attempt, files))
         self._tell(f"{attempt}/rank_{rank()}", told)
         self._agreed(f"{attempt}/ended", lambda: self._publish(name, attempt))
 
+    @contextmanager
+    def _busy(self, doing: str) -> Iterator[None]:
+        self._beside(doing)
+        try:
+            yield
+        finally:
+            self._beside("")
+
     def _make_room(self, name: str, attempt: str) -> None:
-        self._require()
-        free, needed = self._store.room(), self._snapshot.num_bytes + SPARE_BYTES
-        if free is not None and free < needed:
-            raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, it needs {needed / 2**20:.0f} MiB")
-        self._store.begin(name, attempt)
+        with self._busy(f"makes room for {name}"):
+            self._require()
+            free, needed = self._store.room(), self._snapshot.num_bytes + SPARE_BYTES
+            if free is not None and free < needed:
+                raise OSError(
+                    errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, it needs {needed / 2**20:.0f} MiB"
+                )
+            self._store.begin(name, attempt)
 
     def _put_all(self, name: str, attempt: str, files: dict[str, Content]) -> intact.Digests:
         partial = self._store.unfinished(name, attempt)
@@ -164,8 +184,9 @@ class Saver:
             if told["error"]:
                 raise KINDS[told["kind"]](f"rank {index}: {told['error']}")
             together |= told["value"]
-        self._require()
-        self._store.publish(name, attempt, together)
+        with self._busy(f"publishes {name}"):
+            self._require()
+            self._store.publish(name, attempt, together)
 
     def _prune(self, newest: int) -> None:
         """Deletes what is older than the checkpoints that are kept; only whole ones that are not given up count."""

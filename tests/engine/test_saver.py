@@ -107,6 +107,21 @@ def test_what_is_written_is_what_was_there_when_the_save_began(
     assert all(torch.equal(found[name].flatten(), values) for name, values in expected.items())
 
 
+def test_a_part_that_hangs_is_told_beside_until_it_is_written(
+    engine: Untrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, told, hangs, write = threading.Event(), [], threading.Event(), Disk.write
+    monkeypatch.setattr(
+        Disk, "write", lambda *arguments: hangs.set() or (may_write.wait(60) and write(*arguments))
+    )
+    saver = checkpoint.Saver(engine, tmp_path, FACTS, None, beside=told.append)
+    saver.save()
+    assert hangs.wait(60) and told[-1] == "writes its part of step_000001"
+    may_write.set()
+    saver.finish()
+    assert told[-1] == "" and told[-2].startswith("deletes") and told[-4].startswith("publishes")
+
+
 def test_weights_do_not_move_before_they_are_copied(
     engine: Untrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
