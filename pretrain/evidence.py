@@ -117,6 +117,12 @@ def bundle_of(out: Path, verdict: Verdict) -> Path:
     return out / BUNDLES / f"step_{verdict.step:06d}-batch_{verdict.batch:06d}"
 
 
+def bundles_of(out: Path) -> list[Path]:
+    """All bundles of a run, that of the newest batch first."""
+    found = (out / BUNDLES).glob("step_*-batch_*")
+    return sorted(found, key=lambda path: path.name.rpartition("_")[2], reverse=True)
+
+
 def write_rank(
     bundle: Path, rank: int, batch: Batch, samples: list[dict[str, object]], losses: dict[str, float]
 ) -> None:
@@ -148,8 +154,7 @@ def write_common(
         name: str(place.resolve()) if isinstance(place, Path) else place for name, place in places.items()
     }
     write_text(bundle / REFUSED, json.dumps(told, indent=1))
-    kept = sorted(bundle.parent.glob("step_*-batch_*"), key=lambda path: path.name.rpartition("_")[2])
-    for old in kept[:-MOST_BUNDLES]:
+    for old in bundles_of(bundle.parent.parent)[MOST_BUNDLES:]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -14,14 +14,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pretrain import checkpoint, evidence
-from pretrain.checkpoint import folder_in, steps_in
-from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_first_rank, rank, world_size
-from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_folder
 from pretrain.distributed import start_distributed
 from pretrain.ds_config import read_ds_config, resolve_config
 from pretrain.guard import NORM
+from pretrain.replayable import checkpoint_before
 from pretrain.train import build_engine, open_loader, read_guide, with_guide
 
 Numbers = dict[str, float]  # by what they are: a target's nats, or the norm
@@ -77,19 +75,6 @@ def replay(bundle: Path) -> bool:
         print("\n".join(table(known, found)), flush=True)
     dist.destroy_process_group()
     return all(is_equal(old, new) for (_, old), (_, new) in zip(known, found, strict=True))
-
-
-def checkpoint_before(place: Place, step: int, left_out: set[int]) -> Place:
-    """The newest whole checkpoint of a run that is not after `step`, and left out no other batches; ValueError
-    without one.
-    """
-    for earlier in sorted((one for one in steps_in(place) if one <= step), reverse=True):
-        folder = folder_in(place, earlier)
-        if store_at(folder).problem(hashes=True) is None and checkpoint.left_out(folder) <= left_out:
-            return folder
-    raise ValueError(
-        f"no whole checkpoint of step {step} or before lies in {place}: the step cannot be run again"
-    )
 
 
 def is_equal(old: Numbers, new: Numbers) -> bool:

@@ -52,6 +52,7 @@ from pretrain.plan.flops import step_flops
 from pretrain.preemption import Signals
 from pretrain.pretrainer import Pretrainer
 from pretrain.provenance import hardware
+from pretrain.replayable import needed
 from pretrain.served import left_out
 from pretrain.tellers import is_of_another_rank, is_of_device, is_told_by_this_rank
 from pretrain.towers import Towers
@@ -146,6 +147,7 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
             tokenizer,
             started.require,
             given_up=lambda: given_up(paths.kept, journal.rewinds()),
+            needed=lambda: needed(paths.out, paths.kept),
             beside=started.watchdog.beside,
         )
     job = Job(run, paths, engine, saver, journal, started.signals, started.watchdog, window, check)

@@ -12,7 +12,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from pretrain.facts import DataFacts
 from pretrain.retries import is_passing
 
 SPARE_BYTES = 16 * 2**20  # for the small files
+MOST_NEEDED = 2  # checkpoints that are kept beside the others, since the evidence of refused steps needs them
 PATIENCE = 3600.0  # seconds that one rank's thread waits for another's
 LONGEST_PAUSE = 0.5  # seconds between two looks at what others have told
 
@@ -50,7 +51,8 @@ class Saver:
     `run.keep_every` is not 0, every checkpoint whose step is a multiple of it. All ranks make one, and call `save`
     and `finish` alike; `require` raises ClaimLost once another process has taken the place over, and all ranks have
     `is_lost` then, each when its thread hears of it. `given_up` tells steps of checkpoints from which the run will
-    not go on: they are not counted as kept. `beside` hears what the thread does, and "" while it waits for others:
+    not go on: they are not counted as kept; `needed` steps that are kept all the same, MOST_NEEDED of them, the first
+    first. `beside` hears what the thread does, and "" while it waits for others:
     who waits for it may tell whose thread hangs. ValueError for a URL that nothing here opens; OSError when the place
     cannot be used.
     """
@@ -63,10 +65,12 @@ class Saver:
         tokenizer: Path | None,
         require: Require = unclaimed,
         given_up: Callable[[], Collection[int]] = set,
+        needed: Callable[[], Sequence[int]] = list,
         beside: Callable[[str], None] = lambda doing: None,
     ) -> None:
         self._engine, self.place, self._require = engine, place, require
-        self._store, self._given_up, self._beside = store_at(place), given_up, beside
+        self._store, self._beside = store_at(place), beside
+        self._given_up, self._needed = given_up, needed
         from_first_rank(self._store.tidy)
         self._run_token = from_first_rank(lambda: secrets.token_hex(4))
         self._snapshot = Snapshot(engine, facts, tokenizer)
@@ -189,15 +193,20 @@ class Saver:
             self._store.publish(name, attempt, together)
 
     def _prune(self, newest: int) -> None:
-        """Deletes what is older than the checkpoints that are kept; only whole ones that are not given up count."""
+        """Deletes what is older than the checkpoints that are kept, of which only whole ones that are not given up
+        count, and not needed.
+        """
         self._require()
-        run, num_kept, gone = self._engine.run, 0, self._given_up()
+        run, num_kept, gone, old = self._engine.run, 0, self._given_up(), list[int]()
         for step in sorted((s for s in steps_in(self.place) if 0 < s <= newest), reverse=True):
             is_wanted = num_kept < run.keep_last and step not in gone
             if is_wanted and self._store.child(step_name(step)).problem(hashes=False) is None:
                 num_kept += 1
             elif not run.keep_every or step % run.keep_every:
-                self._store.remove(step_name(step))
+                old.append(step)
+        needed = [step for step in self._needed() if step in old][:MOST_NEEDED] if old else []
+        for step in set(old) - set(needed):
+            self._store.remove(step_name(step))
 
     def _agreed(self, key: str, work: Callable[[], None]) -> None:
         """The first rank does `work`, the others wait for it; OSError on all of them when it fails."""

@@ -117,7 +117,7 @@ def test_a_bundle_runs_the_step_again_with_equal_numbers(drill: dict[str, Any]) 
     again, other = drill["poisoned"]["again"], drill["poisoned"]["again_mended"]
     assert again["codes"] == [FINISHED] * 2, again["output"]
     assert "batch 4 after step 4" in again["output"] and "differs" not in again["output"]
-    assert ": 4 steps are made again before that of the bundle" in again["output"]
+    assert "step_000003: 1 steps are made again before that of the bundle" in again["output"]
     assert other["codes"] == [FAILED] * 2 and "differs" in other["output"]
 
 

@@ -88,6 +88,13 @@ def test_a_checkpoint_that_is_given_up_does_not_count_as_kept(tmp_path: Path) ->
     assert checkpoint.steps_in(tmp_path) == {800, 900}
 
 
+def test_two_checkpoints_that_the_evidence_needs_stay_beside_the_newest(tmp_path: Path) -> None:
+    engine = Untrained(toy_run(keep_last=1), ToyTowers(), 0)
+    saver = checkpoint.Saver(engine, tmp_path, FACTS, None, needed=lambda: [6, 2, 1, 3])
+    save_at(saver, engine, *range(7))
+    assert checkpoint.steps_in(tmp_path) == {0, 1, 2, 6}
+
+
 def test_what_is_written_is_what_was_there_when_the_save_began(
     engine: Untrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
