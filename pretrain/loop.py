@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.claim import ClaimLost
 from pretrain import evidence
 from pretrain.checkpoint import Lasting, Saver
-from pretrain.collectives import rank, world_size
+from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
@@ -149,7 +149,10 @@ def _refused(job: Job, loader: Loader, monitor: Monitor, batch: Batch, losses: A
     if rank() == 0:  # first of all: a start that goes on must do without the batch
         job.journal.refused(verdict, bundle)
     try:
-        _keep_evidence(job, loader, bundle, batch, losses)
+        without = from_first_rank(lambda: _without_images(job, bundle, batch))
+        if without:
+            monitor.say(f"NO IMAGES of it are kept, only the samples' names: {without}")
+        _keep_evidence(job, loader, bundle, batch, losses, has_images=not without)
     except OSError as error:
         warnings.warn(f"the evidence of a refused step could not be written: {error}", stacklevel=2)
     if len(engine.guard.refused_in_a_row) < job.run.guard.skips:
@@ -169,11 +172,19 @@ def _refused(job: Job, loader: Loader, monitor: Monitor, batch: Batch, losses: A
     return folder
 
 
-def _keep_evidence(job: Job, loader: Loader, bundle: Path, batch: Batch, losses: Any) -> None:
+def _without_images(job: Job, bundle: Path, batch: Batch) -> str:
+    num_bytes, most = batch.num_bytes * world_size(), job.run.guard.evidence_gib * 2**30
+    return evidence.without_images(bundle, num_bytes, most, job.saver.room)
+
+
+def _keep_evidence(
+    job: Job, loader: Loader, bundle: Path, batch: Batch, losses: Any, *, has_images: bool
+) -> None:
     """Writes this rank's part of the bundle of a refused step, the first one also what all share; OSError."""
     verdict = job.engine.verdict
     own = {name: float(nats) for name, nats in losses.nats.items()}
-    evidence.write_rank(bundle, rank(), batch, loader.samples(batch.position.tolist()), own)
+    samples = loader.samples(batch.position.tolist())
+    evidence.write_rank(bundle, rank(), batch, samples, own, has_images=has_images)
     if rank() != 0:
         return
     places = {

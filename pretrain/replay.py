@@ -60,7 +60,10 @@ def replay(bundle: Path) -> bool:
                     f"batch {engine.verdict.batch} between {folder} and the step was accepted then and is refused "
                     f"now ({', '.join(engine.verdict.reasons)}): the machine does not compute alike"
                 )
-    losses = engine.step(evidence.read_batch(bundle, rank()))
+    kept = evidence.read_batch(bundle, rank())
+    if kept is None and rank() == 0:
+        print("the bundle has no images: its samples are read from the data again", flush=True)
+    losses = engine.step(batch if kept is None else kept)  # the loader stands where the run stood
     own = {name: float(nats) for name, nats in losses.nats.items()}
     of_ranks: list[Numbers] = [own] * world_size()
     dist.all_gather_object(of_ranks, own)

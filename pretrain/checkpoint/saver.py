@@ -26,7 +26,7 @@ from pretrain.checkpoint.snapshot import Snapshot, Trainable
 from pretrain.checkpoint.store import Content, put
 from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_first_rank, rank, world_size
-from pretrain.data.remote import Place
+from pretrain.data.remote import Place, is_url
 from pretrain.facts import DataFacts
 from pretrain.retries import is_passing
 
@@ -105,6 +105,11 @@ class Saver:
         self._thread.start()
         if wait:
             self.finish()
+
+    @property
+    def room(self) -> int:
+        """Bytes that the next checkpoint takes on a disk; behind a URL none."""
+        return 0 if is_url(self.place) else self._snapshot.num_bytes + SPARE_BYTES
 
     def poll(self) -> list[str]:
         """Lines to say about saves that ended since the last call; on the first rank, the others have none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from typing import Any
 
@@ -119,6 +120,9 @@ def test_a_bundle_runs_the_step_again_with_equal_numbers(drill: dict[str, Any]) 
     assert "batch 4 after step 4" in again["output"] and "differs" not in again["output"]
     assert "step_000003: 1 steps are made again before that of the bundle" in again["output"]
     assert other["codes"] == [FAILED] * 2 and "differs" in other["output"]
+    assert other["output"].count("its samples are read from the data again") == 1
+    norm = next(line for line in other["output"].splitlines() if "gradient norm" in line)
+    assert math.isfinite(float(norm.split()[-2])), norm
 
 
 def test_refused_steps_in_a_row_go_back_and_leave_out_what_led_there(drill: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -47,14 +48,46 @@ def test_half_a_bundle_is_no_bundle(tmp_path: Path) -> None:
     how = {"world": 2, "micro_batches": 1, "compile": False}
     places = {"ds_config": tmp_path, "tokenizer": None, "guide": None, "checkpoints": tmp_path}
     evidence.write_common(bundle, verdict, set(), how, places)
-    evidence.write_rank(bundle, 0, toy_batch(4, 4), [], {})
+    evidence.write_rank(bundle, 0, toy_batch(4, 4), [], {}, has_images=True)
     with files_of_at_most(1000), pytest.raises(OSError, match="File too large"):
-        evidence.write_rank(bundle, 1, toy_batch(4, 4), [], {})
+        evidence.write_rank(bundle, 1, toy_batch(4, 4), [], {}, has_images=True)
     with pytest.raises(ValueError, match=r"lacks rank_00001.safetensors, rank_00001.json \(2 files in all\)"):
         evidence.read_bundle(bundle)
-    evidence.write_rank(bundle, 1, toy_batch(4, 4), [], {})
+    evidence.write_rank(bundle, 1, toy_batch(4, 4), [], {}, has_images=True)
     recorded, run, paths = evidence.read_bundle(bundle)
     assert recorded["batch"] == 4 and run == toy_run() and paths.out == tmp_path
+
+
+def bundle_with_images(out: Path, batch: int) -> Path:
+    bundle = evidence.bundle_of(out, Verdict(batch, batch, 1.0, {}, ("",)))
+    evidence.write_rank(bundle, 0, toy_batch(4, 4), [], {}, has_images=True)
+    return bundle
+
+
+def test_images_of_refused_steps_take_no_more_than_their_share_and_leave_room_for_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for batch in range(3):
+        bundle = bundle_with_images(tmp_path, batch)
+    num_bytes = toy_batch(4, 4).num_bytes
+    taken = 2 * (bundle / "rank_00000.safetensors").stat().st_size  # of the others
+    monkeypatch.setattr(evidence.shutil, "disk_usage", lambda path: Mock(free=num_bytes + 5))
+    assert evidence.without_images(bundle, num_bytes, taken + num_bytes, 5) == ""
+    told = evidence.without_images(bundle, num_bytes, taken + num_bytes - 1, 5)
+    assert (
+        "those of 2 others 0.00, and guard.evidence_gib is" in told and "raise it, or remove bundles" in told
+    )
+    assert "that are free the next checkpoint takes" in evidence.without_images(bundle, num_bytes, 2**30, 6)
+
+
+def test_a_bundle_without_images_keeps_its_samples_and_is_whole(tmp_path: Path) -> None:
+    bundle = bundle_with_images(tmp_path, 4)
+    for name in ("recipe.json", "data.json"):
+        (bundle / name).touch()
+    evidence.write_rank(bundle, 1, toy_batch(4, 4), [{"position": 7}], {}, has_images=False)
+    assert evidence.missing_from(bundle, 2) == []
+    assert evidence.read_batch(bundle, 0) is not None and evidence.read_batch(bundle, 1) is None
+    assert json.loads((bundle / "rank_00001.json").read_text())["samples"] == [{"position": 7}]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}"])
