@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file, save
 
 from data_prep.schema import write_atomic
+from pretrain import strict_json
 from pretrain.appended import Appended
 from pretrain.config import Run
 from pretrain.data.batch import Batch
@@ -100,14 +101,14 @@ class Journal:
 
     def _write(self, told: dict[str, Any]) -> None:
         self._lines.append({"time": time.time(), **told})
-        self._file.add(f"{self._before}{json.dumps(self._lines[-1])}\n".encode())
+        self._file.add(f"{self._before}{strict_json.dumps(self._lines[-1])}\n".encode())
         self._before = ""
 
 
 def _line(text: str) -> dict[str, Any] | None:
     """None for a line that a crash damaged."""
     try:
-        told = json.loads(text)
+        told = strict_json.loads(text)
         return told if isinstance(told, dict) and "event" in told else None
     except ValueError:
         return None
@@ -160,7 +161,7 @@ def write_rank(
         tensors = {field.name: getattr(batch, field.name).cpu().contiguous() for field in fields(batch)}
         write_atomic(bundle / rank_file(rank, "safetensors"), save(tensors))
     told = {"rank": rank, "host": host_name(), "losses": losses, "samples": samples, IMAGES: has_images}
-    write_text(bundle / rank_file(rank, "json"), json.dumps(told, indent=1))
+    write_text(bundle / rank_file(rank, "json"), strict_json.dumps(told, indent=1))
 
 
 def write_common(
@@ -182,7 +183,7 @@ def write_common(
     told["places"] = {
         name: str(place.resolve()) if isinstance(place, Path) else place for name, place in places.items()
     }
-    write_text(bundle / REFUSED, json.dumps(told, indent=1))
+    write_text(bundle / REFUSED, strict_json.dumps(told, indent=1))
     for old in bundles_of(bundle.parent.parent)[MOST_BUNDLES:]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -207,7 +208,7 @@ def missing_from(bundle: Path, world: int) -> list[str]:
 def has_images(bundle: Path, rank: int) -> bool:
     """Whether a rank's part holds its batch; those of older runs do, and do not say so."""
     try:
-        return json.loads((bundle / rank_file(rank, "json")).read_text()).get(IMAGES, True)
+        return strict_json.loads((bundle / rank_file(rank, "json")).read_text()).get(IMAGES, True)
     except FileNotFoundError:
         return True
 
@@ -215,7 +216,7 @@ def has_images(bundle: Path, rank: int) -> bool:
 def read_bundle(bundle: Path) -> tuple[dict[str, Any], Run, Paths]:
     """What refused.json says, the run, and where its inputs lay; ValueError when it is no bundle, or not whole."""
     try:
-        recorded = json.loads((bundle / REFUSED).read_text())
+        recorded = strict_json.loads((bundle / REFUSED).read_text())
     except FileNotFoundError:
         raise ValueError(f"--replay {bundle} holds no {REFUSED}: name a folder below OUT/replay") from None
     if missing := missing_from(bundle, recorded["world"]):

@@ -6,14 +6,13 @@ bundle with the batches that lie there. Where the numbers differ, the machine an
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import closing
 from pathlib import Path
 
 import torch.distributed as dist
 
-from pretrain import checkpoint, evidence
+from pretrain import checkpoint, evidence, strict_json
 from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.data.sources import tokenizer_folder
 from pretrain.distributed import start_distributed
@@ -71,7 +70,7 @@ def replay(bundle: Path) -> bool:
     known = [("all ranks", {NORM: recorded["norm"], **recorded["losses"]})]
     for number, numbers in enumerate(of_ranks):
         found.append((f"rank {number}", numbers))
-        told = json.loads((bundle / evidence.rank_file(number, "json")).read_text())
+        told = strict_json.loads((bundle / evidence.rank_file(number, "json")).read_text())
         known.append((f"rank {number}", told["losses"]))
     if rank() == 0:
         print(f"batch {recorded['batch']} after step {recorded['step']}, from {folder}:")

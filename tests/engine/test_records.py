@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,11 @@ from unittest.mock import Mock
 
 import pytest
 
-from pretrain import evidence, intact
+from pretrain import evidence, intact, strict_json
 from pretrain.guard import Verdict
 from pretrain.initial import begun
 from pretrain.initial.asked import Init
+from pretrain.monitor.log import line_of
 from pretrain.paths import Paths
 from tests.engine.toy import FACTS, toy_batch, toy_run
 
@@ -88,6 +90,37 @@ def test_a_bundle_without_images_keeps_its_samples_and_is_whole(tmp_path: Path) 
     assert evidence.missing_from(bundle, 2) == []
     assert evidence.read_batch(bundle, 0) is not None and evidence.read_batch(bundle, 1) is None
     assert json.loads((bundle / "rank_00001.json").read_text())["samples"] == [{"position": 7}]
+
+
+def strictly(text: str) -> object:
+    """What a reader makes of it that knows JSON alone."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_are_none_are_written_as_json_and_read_again(tmp_path: Path) -> None:
+    verdict = Verdict(3, 4, math.inf, {"dense": math.nan}, ("gradient norm is inf",))
+    journal, bundle = evidence.Journal(tmp_path), evidence.bundle_of(tmp_path, verdict)
+    journal.refused(verdict, bundle)
+    for name in ("recipe.json", "data.json"):
+        (tmp_path / name).write_text(toy_run().to_json() if name == "recipe.json" else "{}")
+    how = {"world": 1, "micro_batches": 1, "compile": False}
+    places = {"ds_config": tmp_path, "tokenizer": None, "guide": None, "checkpoints": tmp_path}
+    evidence.write_common(bundle, verdict, set(), how, places)
+    evidence.write_rank(bundle, 0, toy_batch(4, 4), [], {"dense": -math.inf}, has_images=True)
+    written = [tmp_path / "guard.jsonl", bundle / "refused.json", bundle / "rank_00000.json"]
+    assert strictly(written[0].read_text())["norm"] == "Infinity"
+    assert strictly(written[1].read_text())["losses"] == {"dense": "NaN"}
+    assert strictly(written[2].read_text())["losses"] == {"dense": "-Infinity"}
+    recorded, _, _ = evidence.read_bundle(bundle)
+    assert recorded["norm"] == math.inf and math.isnan(recorded["losses"]["dense"])
+    assert strictly(line_of({"step": 1, "collapse": {"dense": {"std": math.nan}}}).decode())
+    written[0].write_text(json.dumps({"event": "refused", "batch": 9, "norm": math.nan}))  # as it was
+    assert evidence.Journal(tmp_path).left_out() == {9}
+    assert math.isnan(strict_json.loads('{"a": [NaN]}')["a"][0])
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}"])
