@@ -48,6 +48,7 @@ from pretrain.intact import COMPLETE  # noqa: E402
 from tests.engine.drill_faults import (  # noqa: E402
     PACKAGE,
     SAVING,
+    START,
     Fault,
     asked_with_workers,
     at_the_start,
@@ -233,12 +234,13 @@ def _wait(processes: list[int], deadline: float, grace: float) -> list[int]:
 
 
 def killed(drill: Drill) -> dict[str, Any]:
-    """SIGKILL of both ranks at random calls of ours, every second time at one of a save; KILLS times in all.
+    """SIGKILL of both ranks at random calls of ours, every second time at one of a save, every fourth before the
+    first batch of a start; KILLS times in all.
 
     A run is started again until it ends, then another one begins; the last start of the last one is not killed.
     """
     num_calls = json.loads((drill.folder / "calls").read_text())
-    random, kills, during_a_save, names = Random(0), 0, 0, []
+    random, kills, during_a_save, before_a_batch, names = Random(0), 0, 0, 0, []
     problems = []
     while kills < KILLS:
         name = f"killed_{len(names)}"
@@ -248,6 +250,8 @@ def killed(drill: Drill) -> dict[str, Any]:
             where, times = (SAVING, STEPS // SAVE_EVERY) if kills % 2 else (PACKAGE, STEPS)
             number = random.randrange(1, num_calls[where] // times)  # of a step or a save
             batch = random.randrange(1, STEPS // 2 + 2)
+            if kills % 4 == 2:
+                number, batch = random.randrange(1, num_calls[START]), 0
             fault = {0: kill_at_call(number, where, batch)} if kills < KILLS else {}
             end = drill.start(
                 name, fault, grace=0, ds_config=_ds_config("zero3" if name == BY_ZERO3 else "zero2")
@@ -271,9 +275,16 @@ def killed(drill: Drill) -> dict[str, Any]:
                     problems.append(f"{name} ended with {end['codes']}:\n{end['output']}")
                 break
             kills += 1
+            before_a_batch += batch == 0 and "step " not in end["output"]
             during_a_save += bool(list((out / "checkpoints").glob(".tmp-*")))
     outcomes = {name: drill.outcome(name) for name in names}
-    return {"kills": kills, "during_a_save": during_a_save, "problems": problems, "outcomes": outcomes}
+    return {
+        "kills": kills,
+        "during_a_save": during_a_save,
+        "before_a_batch": before_a_batch,
+        "problems": problems,
+        "outcomes": outcomes,
+    }
 
 
 def undisturbed(drill: Drill) -> dict[str, Any]:
@@ -463,9 +474,11 @@ def s3_refuses(drill: Drill) -> dict[str, Any]:
             os.kill(server.pid, signal.SIGUSR1)
             return batch
 
-        def be_impatient() -> None:
+        def give_up_soon(batch: Batch) -> Batch:
             stores.PATIENCE = builders_stores.PATIENCE = 1.0
+            return batch
 
+        be_impatient = in_batch(3, give_up_soon)  # at a start a busy machine may need longer
         fault = both(be_impatient, in_batch(4, refuse), in_batch(7, serve))
         ends = [drill.start("s3", {0: fault, 1: be_impatient}, kept=kept)]
         steps = _apart(lambda: sorted(steps_in(kept)))

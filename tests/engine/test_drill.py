@@ -43,6 +43,7 @@ def test_kills_at_random_moments_change_nothing_and_cost_nothing_on_disk(drill: 
     found = drill["killed"]
     assert found["kills"] == KILLS and not found["problems"]
     assert found["during_a_save"] > 0, "another seed: no kill came during a save"
+    assert found["before_a_batch"] == KILLS // 4
     by_zero3, straight = found["outcomes"].pop(BY_ZERO3), drill["undisturbed"]["straight"]
     for outcome in found["outcomes"].values():
         assert _is_like(outcome, straight)
