@@ -12,6 +12,7 @@ from typing import Any
 
 from pretrain.checkpoint import (
     PLACE_RECORD,
+    is_gone,
     is_known,
     latest,
     left_out,
@@ -59,15 +60,11 @@ def reaching(paths: Paths) -> Iterator[None]:
 
 
 def require_mounted(paths: Paths) -> None:
-    """OSError where the folder of --checkpoints, which an earlier start had, is gone: made anew, the run would begin
-    anew.
-    """
-    kept = paths.kept
-    if is_url(kept) or paths.checkpoints is None or Path(kept).is_dir() or not is_known(paths.out, kept):
-        return
-    raise OSError(
-        f"no folder is there: mount its disk, or delete {paths.out / PLACE_RECORD} to begin anew there"
-    )
+    """OSError where the place of the checkpoints is gone: in a new folder the run would begin anew."""
+    if is_gone(paths.out, paths.kept):
+        raise OSError(
+            f"no folder is there: mount its disk, or delete {paths.out / PLACE_RECORD} to begin anew there"
+        )
 
 
 def require_same_place(out: Path, kept: Place) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.places import Place, place_of
-from pretrain.checkpoint.names import is_known
+from pretrain.checkpoint.names import is_gone, is_known
 from pretrain.data.remote import is_url
 from pretrain.preflight.check import Here
 from pretrain.preflight.machine import GIB
@@ -42,6 +42,8 @@ def look_at_disk(here: Here) -> dict[str, Any] | None:
         return None
     free = {}
     for option, folder in folders(here).items():
+        if is_gone(here.paths.out, folder):  # training says so, and ends to be started again
+            continue
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:
@@ -101,6 +103,8 @@ def look_at_shared(here: Here) -> dict[str, float | None] | None:
             token = secrets.token_hex(8)
             try:
                 for folder in folders(here).values() if here.paths else ():
+                    if is_gone(here.paths.out, folder):
+                        continue
                     folder.mkdir(parents=True, exist_ok=True)
                     (folder / f"{NAME}{token}").write_text(token)
                     written.append(folder)

@@ -226,6 +226,14 @@ def test_a_folder_that_takes_no_file_is_told(tmp_path: Path) -> None:
         storage.look_at_disk(here)
 
 
+def test_a_folder_of_checkpoints_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+    out, kept = tmp_path / "out", tmp_path / "disk" / "kept"
+    out.mkdir()
+    (out / PLACE_RECORD).write_text(record_place(out, kept))
+    assert storage.look_at_disk(alone(three_nodes(tmp_path, checkpoints=kept))).keys() == {"--out"}
+    assert not kept.parent.exists()
+
+
 def test_an_object_is_written_listed_read_and_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
