@@ -52,9 +52,8 @@ class Saver:
     and `finish` alike; `require` raises ClaimLost once another process has taken the place over, and all ranks have
     `is_lost` then, each when its thread hears of it. `given_up` tells steps of checkpoints from which the run will
     not go on: they are not counted as kept; `needed` steps that are kept all the same, MOST_NEEDED of them, the first
-    first. `beside` hears what the thread does, and "" while it waits for others:
-    who waits for it may tell whose thread hangs. ValueError for a URL that nothing here opens; OSError when the place
-    cannot be used.
+    first. `beside` hears what the thread does, "" while it waits for others: so that of several the one is known that
+    hangs. ValueError for a URL that nothing here opens; OSError when the place cannot be used.
     """
 
     def __init__(
@@ -108,8 +107,8 @@ class Saver:
 
     @property
     def room(self) -> int:
-        """Bytes that the next checkpoint takes on a disk; behind a URL none."""
-        return 0 if is_url(self.place) else self._snapshot.num_bytes + SPARE_BYTES
+        """Bytes that the next checkpoint takes on a disk, with those of small files; behind a URL these alone."""
+        return SPARE_BYTES + (0 if is_url(self.place) else self._snapshot.num_bytes)
 
     def poll(self) -> list[str]:
         """Lines to say about saves that ended since the last call; on the first rank, the others have none."""

@@ -181,6 +181,7 @@ def test_a_full_disk_of_the_log_is_told_once_a_file_and_nothing_of_it_is_lost(dr
     assert _codes(found) == [[FINISHED] * 2]
     told = found["ends"][0]["output"]
     assert told.count("BACK from step 4 to ") == 1
+    assert told.count("NO IMAGES of it are kept, only the samples' names: they take ") == 2
     for name in ("log.jsonl", "guard.jsonl"):
         assert told.count(f"{name} ([Errno 28] No space left on device): training goes on") == 1
         assert told.count(f"{name} is written again, with the ") == 1
