@@ -46,6 +46,7 @@ from pretrain.intact import COMPLETE  # noqa: E402
 from tests.engine.drill_faults import (  # noqa: E402
     PACKAGE,
     SAVING,
+    START,
     Fault,
     asked_with_workers,
     at_the_start,
@@ -232,12 +233,13 @@ def _wait(processes: list[int], deadline: float, grace: float) -> list[int]:
 
 
 def killed(drill: Drill) -> dict[str, Any]:
-    """SIGKILL of both ranks at random calls of ours, every second time at one of a save; KILLS times in all.
+    """SIGKILL of both ranks at random calls of ours, every second time at one of a save, every fourth before the
+    first batch of a start; KILLS times in all.
 
     A run is started again until it ends, then another one begins; the last start of the last one is not killed.
     """
     num_calls = json.loads((drill.folder / "calls").read_text())
-    random, kills, during_a_save, names = Random(0), 0, 0, []
+    random, kills, during_a_save, before_a_batch, names = Random(0), 0, 0, 0, []
     problems = []
     while kills < KILLS:
         name = f"killed_{len(names)}"
@@ -247,6 +249,8 @@ def killed(drill: Drill) -> dict[str, Any]:
             where, times = (SAVING, STEPS // SAVE_EVERY) if kills % 2 else (PACKAGE, STEPS)
             number = random.randrange(1, num_calls[where] // times)  # of a step or a save
             batch = random.randrange(1, STEPS // 2 + 2)
+            if kills % 4 == 2:
+                number, batch = random.randrange(1, num_calls[START]), 0
             fault = {0: kill_at_call(number, where, batch)} if kills < KILLS else {}
             end = drill.start(
                 name, fault, grace=0, ds_config=_ds_config("zero3" if name == BY_ZERO3 else "zero2")
@@ -270,9 +274,16 @@ def killed(drill: Drill) -> dict[str, Any]:
                     problems.append(f"{name} ended with {end['codes']}:\n{end['output']}")
                 break
             kills += 1
+            before_a_batch += batch == 0 and "step " not in end["output"]
             during_a_save += bool(list((out / "checkpoints").glob(".tmp-*")))
     outcomes = {name: drill.outcome(name) for name in names}
-    return {"kills": kills, "during_a_save": during_a_save, "problems": problems, "outcomes": outcomes}
+    return {
+        "kills": kills,
+        "during_a_save": during_a_save,
+        "before_a_batch": before_a_batch,
+        "problems": problems,
+        "outcomes": outcomes,
+    }
 
 
 def undisturbed(drill: Drill) -> dict[str, Any]:
@@ -364,6 +375,10 @@ def poisoned(drill: Drill) -> dict[str, Any]:
     shutil.copytree(bundles[0], mended)
     recorded = json.loads((mended / "refused.json").read_text())
     (mended / "refused.json").write_text(json.dumps({**recorded, "norm": 1.0}))
+    for number in range(WORLD):  # as where there was no room for the images: the data itself has no NaN
+        (mended / f"rank_{number:05d}.safetensors").unlink()
+        part = mended / f"rank_{number:05d}.json"
+        part.write_text(json.dumps({**json.loads(part.read_text()), "has_images": False}))
     again_mended = drill.start("poisoned", work=lambda paths: main.start_replay(mended))
     samples = json.loads((bundles[0] / "rank_00001.json").read_text())["samples"]
     return {
