@@ -1,4 +1,4 @@
-"""Does InternImage-H leave a ZeRO-3 checkpoint of two ranks in every format, in ten minutes and 12 GiB, bit by bit?
+"""Does InternImage-H leave a ZeRO-3 checkpoint in every format, in ten minutes and twice the backbone, bit by bit?
 
 python benchmarks/export_huge.py [--scratch DIR] [--formats internimage ...]      (needs 45 GB of disk, no GPU)
 
@@ -52,6 +52,7 @@ from pretrain.towers import Towers  # noqa: E402
 CLAIM = "a frozen random InternImage-H exports from a ZeRO-3 checkpoint of two ranks and loads back bit-identically"
 RANKS, STEP = 2, 1000
 MOST_SECONDS, MOST_GIB = 600, 12
+MOST_BACKBONES = 2  # whose bytes are held at most, by the command and the program of a proof together
 RECIPE = "m3i.internimage_h"
 FACTS = DataFacts(categories=tuple(f"category {index}" for index in range(1000)), vocab_size=30522)
 WRITTEN = (0, 3)  # exit codes: 3 where the toolkits themselves are not installed
@@ -66,6 +67,13 @@ def random_values(name: str, shape: tuple[int, ...]) -> Tensor:
     """The same numbers for a name every time; the scale of a trained network."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))).mul_(0.02)
     return values.add_(1) if len(shape) == 1 and name.endswith("weight") else values
+
+
+def backbone_gib() -> float:
+    """Of the weights of the backbone alone, in float32."""
+    with torch.device("meta"):
+        encoder = Towers(run_of_recipe(), FACTS).encoder
+    return sum(one.numel() * one.element_size() for one in encoder.dcnv3.parameters()) / 2**30
 
 
 def write_checkpoint(out: Path) -> int:
@@ -120,14 +128,21 @@ def shares(shape: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(min(share * r, numel), min(share, numel - min(share * r, numel))) for r in range(RANKS)]
 
 
-def own_memory(pid: int) -> int:
-    """KiB that a process and its children hold now, without pages of mapped files, which can go."""
+def own_memory(pid: int, parent: bytes = b"") -> int:
+    """KiB that a process and its children hold now, without pages of mapped files, which can go.
+
+    A child that has not begun its own program, and has the command line of its parent, has the pages of that one too:
+    they are counted once.
+    """
     held = 0
     with suppress(OSError):  # it has ended meanwhile
-        told = Path(f"/proc/{pid}/status").read_text()
+        process = Path(f"/proc/{pid}")
+        command, told = (process / "cmdline").read_bytes(), (process / "status").read_text()
+        if command == parent:
+            return 0
         held += int(re.search(r"RssAnon:\s+(\d+)", told)[1]) if "RssAnon" in told else 0
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            held += sum(own_memory(int(child)) for child in children.read_text().split())
+        for children in process.glob("task/*/children"):
+            held += sum(own_memory(int(child), command) for child in children.read_text().split())
     return held
 
 
@@ -230,7 +245,8 @@ def main() -> None:
         found = measure(Path(scratch), options.formats)
     command, rows = found["command"], found["formats"]
     seconds, peak = command["seconds"], max(command["peak_gib"], command["peak_own_gib"])
-    holds = seconds < MOST_SECONDS and peak < MOST_GIB
+    own, most_own = command["peak_own_gib"], MOST_BACKBONES * backbone_gib()
+    holds = seconds < MOST_SECONDS and peak < MOST_GIB and own <= most_own
     whole = command["exit_code"] in WRITTEN and all(
         row["seconds"] is not None and all(one["exit_code"] == 0 for one in row["loaded_back"].values())
         for row in rows.values()
@@ -240,7 +256,7 @@ def main() -> None:
         CLAIM,
         torch.device("cpu"),
         checkpoint={"gib": round(num_bytes / 2**30, 2), "ranks": RANKS, "stage": 3, "recipe": RECIPE},
-        limits={"seconds": MOST_SECONDS, "gib": MOST_GIB, "hold": holds},
+        limits={"seconds": MOST_SECONDS, "gib": MOST_GIB, "own_gib": round(most_own, 2), "hold": holds},
         seconds=seconds,
         peak_gib=peak,
         is_whole=whole,
@@ -250,7 +266,8 @@ def main() -> None:
     )
     if not (holds and whole):
         sys.exit(
-            f"{seconds:.0f} s and {peak:.1f} GiB, whole: {whole}; the limits are {MOST_SECONDS} s, {MOST_GIB} GiB"
+            f"{seconds:.0f} s, {peak:.1f} GiB, {own:.1f} of its own, whole: {whole}; the limits are {MOST_SECONDS} "
+            f"s, {MOST_GIB} GiB, {most_own:.1f} of its own"
         )
 
 

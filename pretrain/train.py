@@ -18,7 +18,7 @@ from data_prep.claim import Require, unclaimed
 from pretrain import checkpoint, resume
 from pretrain.checkpoint import PLACE_RECORD, Saver, place_name, record_place, step_of
 from pretrain.checkpoint.stores import store_at
-from pretrain.collectives import from_first_rank, rank, world_size
+from pretrain.collectives import from_first_rank, on_every_rank, rank, world_size
 from pretrain.compiled import check_compile, compile_blocks
 from pretrain.config import Run
 from pretrain.data import drops
@@ -131,7 +131,9 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
     if folder is not None:  # refuses another recipe before minutes of building
         with resume.reaching(paths):
             resume.check_resumable(folder, run, facts)
-    check = TeacherCheck(run, facts, paths.evaluate_data, tokenizer) if paths.evaluate_every else None
+    check = None
+    if paths.evaluate_every:
+        check = on_every_rank(lambda: TeacherCheck(run, facts, paths.evaluate_data, tokenizer))
     engine = build_engine(run, facts, started.config, started.device, guide, paths, start)
     engine.guard.left_out |= skipped
     engine.guard.num_refused = from_first_rank(lambda: 0 if folder is None else journal.num_refused)

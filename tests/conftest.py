@@ -16,11 +16,10 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 
 import pytest
-from jaxtyping import install_import_hook
 
-import tests.shapes  # noqa: F401  the hook below looks it up by name
+from tests.shapes import check_packages
 
-install_import_hook(["pretrain", "data_prep"], "tests.shapes.checked")
+check_packages("pretrain", "data_prep")
 
 HERE = Path(__file__).resolve().parent
 

@@ -1,27 +1,129 @@
-"""Have the sets that teach and test images in common? By their files; no image is read."""
+"""Have the sets that teach and test images in common? By their files: linked, or copied byte by byte."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Collection, Iterable
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
+from pretrain.collectives import rank
 
-def resolved(paths: Iterable[str | Path]) -> frozenset[str]:
+SECONDS = (
+    20.0  # that looking for hard links and copies takes at most; a million files of a busy disk take longer
+)
+MOST_COPIES = 0.01  # of the files that test: public sets show some photographs twice
+END = 4096  # bytes at the end of a file, which tell two images of one size apart
+
+Files = Mapping[str, str]  # what tells a file of images from others, its path or SHA-256 -> its place
+
+
+def resolved(paths: Iterable[str | Path]) -> dict[str, str]:
     """The same files without links on the way, or in place of them; each folder is looked at once."""
     parts = [os.path.split(path) for path in paths]
     homes = {home: os.path.realpath(home) for home, _ in parts}
     links = {entry.path for home in homes.values() if os.path.isdir(home) for entry in _links_in(home)}
     found = (os.path.join(homes[home], name) for home, name in parts)
-    return frozenset(os.path.realpath(path) if path in links else path for path in found)
+    return {path: path for path in (os.path.realpath(path) if path in links else path for path in found)}
 
 
-def require_apart(common: Collection[str]) -> None:
-    """ValueError unless two sets have no files in common."""
+def require_apart(teaching: Files, testing: Files) -> None:
+    """ValueError unless two sets have no files in common, hard links included, and hardly any copies of one another.
+
+    Hard links and copies of files that are known by their paths are looked for on the first rank, for SECONDS; what
+    could not be looked at by then, and the few copies that are let pass, are told.
+    """
+    _require_none({testing[name] for name in teaching.keys() & testing.keys()}, "image files in common")
+    if rank():
+        return  # the first one tells all
+    until = time.monotonic() + SECONDS
+    tested, taught = (
+        sorted(name for name, place in one.items() if name == place) for one in (testing, teaching)
+    )
+    linked, pairs, seen = _alike(taught, tested, until)
+    _require_none(linked, "image files in common by hard links")
+    copied, compared = _copies(pairs, until)
+    if len(copied) > MOST_COPIES * len(tested):
+        _require_none(copied, f"image files of equal bytes (of {len(tested)} that test)")
+    if copied:
+        print(
+            f"warning: {len(copied)} of {len(tested)} images that test have taught too, byte by byte, such as "
+            f"{min(copied)}",
+            file=sys.stderr,
+        )
+    if seen < len(taught) or compared < len(pairs):
+        print(
+            f"copies were looked for during {SECONDS:.0f} s, among {seen:,} of {len(taught):,} images that teach and "
+            f"{compared:,} of {len(pairs):,} that test and have a size of theirs; of others, paths alone are known"
+        )
+
+
+def _alike(taught: list[str], tested: list[str], until: float) -> tuple[set[str], dict[str, list[str]], int]:
+    """Files that test and are hard links of others that teach; by those that test the others of equal size; and how
+    many that teach were looked at.
+    """
+    inodes, sizes = {}, defaultdict(list)
+    for path in tested:
+        if found := _looked_at(path, until):
+            inodes[found.st_dev, found.st_ino] = path
+            sizes[found.st_size].append(path)
+    linked, pairs, seen = set(), defaultdict(list), 0
+    for path in taught:
+        if time.monotonic() > until:
+            break
+        seen += 1
+        if found := _looked_at(path, until):
+            if (found.st_dev, found.st_ino) in inodes:
+                linked.add(inodes[found.st_dev, found.st_ino])
+            for other in sizes.get(found.st_size, ()):
+                pairs[other].append(path)
+    return linked, pairs, seen
+
+
+def _looked_at(path: str, until: float) -> os.stat_result | None:
+    """None past the time, and for a file that cannot be looked at: it is counted when it is read."""
+    with suppress(OSError):
+        return os.stat(path) if time.monotonic() <= until else None
+    return None
+
+
+def _copies(pairs: Mapping[str, list[str]], until: float) -> tuple[set[str], int]:
+    """Files that test and have the bytes of one that teaches, and how many of them were compared in time."""
+    end_of, content_of = cache(_end_of), cache(_content_of)
+    copied, compared = set(), 0
+    for path, others in pairs.items():
+        for other in others:
+            if time.monotonic() > until:
+                return copied, compared
+            with suppress(OSError):
+                if end_of(path) == end_of(other) and content_of(path) == content_of(other):
+                    copied.add(path)
+                    break
+        compared += 1
+    return copied, compared
+
+
+def _end_of(path: str) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - END, 0))
+        return hashlib.sha256(file.read()).digest()
+
+
+def _content_of(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _require_none(common: set[str], what: str) -> None:
     if common:
         raise ValueError(
-            f"the sets that teach and test have {len(common)} image files in common, such as {min(common)}: scores "
-            "on images that have taught say nothing; name two sets"
+            f"the sets that teach and test have {len(common)} {what}, such as {min(common)}: scores on images that "
+            "have taught say nothing; name two sets"
         )
 
 

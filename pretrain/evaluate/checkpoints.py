@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pretrain.checkpoint import folder_in, kept_of, step_of, steps_in
 from pretrain.checkpoint.fetch import fetched
@@ -14,6 +15,7 @@ from pretrain.data.remote import Place
 from pretrain.given_up import given_up_by
 from pretrain.intact import COMPLETE, identity
 
+UNTOLD = "does not tell of which weights it is"  # a result of before, or of no checkpoint
 COPIES = "fetched"  # folder of a run: what was copied from the URL where its checkpoints lie
 
 
@@ -82,6 +84,14 @@ def locate(run_folder: Path, name: str) -> Place:
 def weights_of(step: Path) -> str:
     """SHA-256 of the teacher of a checkpoint: a run that began anew has others under the same name."""
     return identity(step, "teacher/")
+
+
+def unlike(evaluation: Mapping[str, Any], step: Path) -> str:
+    """Why what a result says under the name of a checkpoint is not said of its weights; nothing where it is."""
+    weights = (evaluation.get("weights") or {}).get(step.name)
+    if weights == weights_of(step):
+        return ""
+    return UNTOLD if weights is None else f"is of another {step.name}"
 
 
 def _is_finished(folder: Place) -> bool:

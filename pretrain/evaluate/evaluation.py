@@ -46,6 +46,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     evaluated: dict[str, Any] = {"checkpoints": {}, "weights": {}}
     for subject in subjects:
         opened = on_every_rank(subject.open)
+        if opened.note and rank() == 0:
+            print(f"{subject.name}: {opened.note}")
         measured = measure_subject(opened, folders, manifests, protocols, device)
         evidence, outcomes = measured.evidence, measured.outcomes
         is_first = not evaluated["checkpoints"]

@@ -37,7 +37,7 @@ from pretrain.evaluate.fine_tune_recipes import LARS, WHOLE, FineTune
 from pretrain.evaluate.fine_tune_state import WHAT, identity
 from pretrain.evaluate.frozen import FrozenClassifier
 from pretrain.evaluate.layers import UnknownOrder, decay_of_depth, layer_order, names_without_decay
-from pretrain.evaluate.published import PublishedEncoder
+from pretrain.evaluate.published_encoder import PublishedEncoder
 from pretrain.models.backbone import build_encoder
 from pretrain.models.drop_path import DropPath, blocks_of, set_linear
 from pretrain.models.pixels import normalise

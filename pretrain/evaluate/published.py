@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from math import isqrt
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,61 +13,38 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretrain.config import Views
+from pretrain.evaluate.published_encoder import (
+    CONFIG,
+    DEFAULT_SIZE,
+    KEYS,
+    Published,
+    PublishedEncoder,
+    finite_tensors,
+    proven_size,
+    told_by,
+)
+from pretrain.evaluate.published_internimage import open_internimage
+from pretrain.evaluate.published_vit import open_vit
 from pretrain.export.preprocessor import PREPROCESSOR, read_preprocessor
 from pretrain.initial.bounds import explained_by, require_numbers, require_pixels, require_statistics
-from pretrain.initial.files import open_weights, own_file, read_json
-from pretrain.initial.one_image import try_image
+from pretrain.initial.files import own_file, weights_in
 from pretrain.models import internimage_layouts as layouts
 from pretrain.models.guides import open_guide
-from pretrain.models.internimage import InternImage, StrideTokens
 from pretrain.models.internimage_config import InternImageConfig
 from pretrain.models.pooling import prepend_mean
 
-CONFIG, PLAIN_FILE = "config.json", "internimage.pth"
-KEYS = "keys.json"  # of an export: its format, and how it was proven
-SERVED = ("timm", "internimage", "safetensors")  # formats that every run fits one of
-DEFAULT_SIZE = 224  # pixels, where no file tells the size of the images
-
-
-class PublishedEncoder(nn.Module):
-    """Tokens of another model, as our encoders give them: images [b, 3, s, s] -> [b, l, width], row by row.
-
-    With `summary` [b, 1 + l, width]: before them the class token, else the mean of the tokens.
-    """
-
-    def __init__(self, trunk: nn.Module, tokens: Callable[[nn.Module, Tensor], Tensor], size: int) -> None:
-        super().__init__()
-        require_pixels(size, Path("the model"))
-        self.trunk, self._tokens = trunk.requires_grad_(False).eval(), tokens
-        found = try_image(partial(tokens, trunk), size, "the model")
-        side = isqrt(found.shape[1] - 1)
-        if side**2 != found.shape[1] - 1:
-            raise ValueError(
-                f"the model gives {found.shape[1] - 1} tokens of {size} pixels, which are no square grid: give "
-                "another --image-size"
-            )
-        self.width, self.stride = found.shape[2], size // side
-
-    def forward(self, images: Float[Tensor, "b 3 s s"], summary: bool = False) -> Float[Tensor, "b n d"]:
-        found = self._tokens(self.trunk, images)
-        return found if summary else found[:, 1:]
-
-
-class EncoderAlone(nn.Module):
-    """What is asked of towers, of an encoder without heads and texts."""
-
-    has_embedding = has_texts = has_categories = False
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-
-@dataclass(frozen=True)
-class Published:
-    encoder: PublishedEncoder
-    views: Views
-    guide: Path | None = None  # folder that it was opened from as guides are: texts may lie in the same space
+PLAIN_FILE = "internimage.pth"
+SERVED = ("timm", "huggingface", "internimage", "openmmlab", "torchvision", "detectron2", "safetensors")
+DESCRIBED = (
+    "openmmlab",
+    "detectron2",
+)  # of these formats, which tell of the backbone in our config.json alone
+FAMILIES: dict[str, Callable[[Path, Mapping[str, Any], Views], Published]] = {
+    "internimage": open_internimage,
+    "vit": open_vit,
+}
+# What of transformers' config.json is the published constructor's.
+CONSTRUCTOR = {f.name for f in fields(InternImageConfig)} | {"level2_post_norm", *layouts.PUBLISHED_CHOICES}
 
 
 def open_published(place: Path, size: int | None = None) -> Published:
@@ -79,11 +54,13 @@ def open_published(place: Path, size: int | None = None) -> Published:
     out. ValueError for a folder of no known kind and for weights that do not fit, FileNotFoundError without files.
     """
     folder = place if place.is_dir() else place.parent
-    config = _told(folder, CONFIG)
+    config = told_by(folder, CONFIG)
     _require_served(folder, config)
     if "architecture" in config:
         return _open_timm(folder, config, size)
-    if "channels" in config and "model_type" not in config:
+    if "family" in config and "arguments" in config:
+        return _open_described(place, config, size)
+    if config.get("model_type", "internimage") == "internimage" and "channels" in config:
         return _open_internimage(place, config, size)
     guide = open_guide(folder)
     views = Views(size=size or guide.patch * guide.grid, mean=tuple(guide.mean), std=tuple(guide.std))
@@ -91,22 +68,59 @@ def open_published(place: Path, size: int | None = None) -> Published:
 
 
 def _require_served(folder: Path, config: Mapping[str, Any]) -> None:
-    """ValueError for our exports that only other programs read."""
-    name = _told(folder, KEYS).get("format")
-    if config.get("model_type") == "internimage":
-        name = "huggingface"
-    elif name in (None, *SERVED, "huggingface"):
+    """ValueError for our exports that only other programs read, and for those of before that tell too little."""
+    name = told_by(folder, KEYS).get("format")
+    if name in (None, *SERVED) and (config or name not in DESCRIBED):
         return
+    why = f"has no {CONFIG}, as those of before" if name in DESCRIBED else "is not evaluated here"
     raise ValueError(
-        f"{folder} is an export --to {name}, which is not evaluated here: name the run itself, or export it --to one "
-        f"of {', '.join(SERVED)} that holds it"
+        f"{folder} is an export --to {name}, which {why}: name the run itself, or export it --to one of "
+        f"{', '.join(SERVED)} that holds it"
     )
+
+
+def _open_described(place: Path, config: Mapping[str, Any], size: int | None) -> Published:
+    """An export whose config.json tells family, arguments and pixels."""
+    folder = place if place.is_dir() else place.parent
+    name, arguments = config["family"], config["arguments"]
+    if name not in FAMILIES or not isinstance(arguments, Mapping):
+        raise ValueError(
+            f"{folder / CONFIG} tells a backbone of the family {name!r} with arguments {arguments!r}, which must be "
+            f"one of {sorted(FAMILIES)} with arguments by name: export it again"
+        )
+    mean, std = require_statistics(config.get("image_mean"), config.get("image_std"), folder / CONFIG)
+    side = size or config.get("image_size", proven_size(folder))  # exports of before do not tell it
+    views = Views(size=require_pixels(side, folder / CONFIG), mean=mean, std=std)
+    weights = config.get("weights")
+    file = place if place.is_file() else own_file(folder, weights) if weights else weights_in(folder)
+    return FAMILIES[name](file, arguments, views)
+
+
+def _open_internimage(place: Path, config: Mapping[str, Any], size: int | None) -> Published:
+    """An `internimage` export, or a folder of transformers' InternImage, ours or the published one."""
+    is_of_transformers = "model_type" in config
+    if place.is_file():
+        file = place
+    elif is_of_transformers:
+        file = weights_in(place)
+    elif not (file := place / PLAIN_FILE).is_file():
+        raise FileNotFoundError(
+            f"{file} is missing: name a folder of `python -m pretrain.export --to internimage`"
+        )
+    else:
+        file = own_file(place, PLAIN_FILE)
+    own = {name: value for name, value in config.items() if name in CONSTRUCTOR or not is_of_transformers}
+    pixels = read_preprocessor(file.parent)  # exports of before have none
+    if pixels:
+        require_statistics(pixels.mean, pixels.std, file.parent / PREPROCESSOR)
+    views = replace(pixels or Views(), size=size or (pixels.size if pixels else proven_size(file.parent)))
+    return open_internimage(file, own, views)
 
 
 def is_published(place: Path) -> bool:
     """Does it look like an export or a published model?"""
     folder = place if place.is_dir() else place.parent
-    return (folder / CONFIG).is_file() or (folder / "open_clip_config.json").is_file()
+    return any((folder / name).is_file() for name in (CONFIG, KEYS, "open_clip_config.json"))
 
 
 def _open_timm(folder: Path, config: Mapping[str, Any], size: int | None) -> Published:
@@ -193,87 +207,3 @@ def _of_timm(model: nn.Module, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor
 
 def _of_tower(tower: nn.Module, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n d"]:
     return tower(images)
-
-
-class _InternImageTrunk(nn.Module):
-    def __init__(self, dcnv3: InternImage, heads: StrideTokens | None) -> None:
-        super().__init__()
-        self.dcnv3, self.heads = dcnv3, heads
-
-
-def _of_internimage(trunk: nn.Module, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n d"]:
-    maps = trunk.dcnv3(images)
-    return prepend_mean((maps[-1] if trunk.heads is None else trunk.heads(maps)).flatten(1, 2))
-
-
-def _open_internimage(place: Path, fields: Mapping[str, Any], size: int | None) -> Published:
-    """An `internimage` export: the tokens of its token head where it has one, else those of the last stage."""
-    file = place if place.is_file() else place / PLAIN_FILE
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} is missing: name a folder of `python -m pretrain.export --to internimage`"
-        )
-    state = finite_tensors(file if place.is_file() else own_file(place, PLAIN_FILE))
-    require_numbers(fields, file.parent / CONFIG)
-    try:
-        config = layouts.config_from_published(fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{file.parent / CONFIG} describes no InternImage ({error}): export it again"
-        ) from error
-    layout = layouts.detect_layout(state)
-    with torch.device("meta"), explained_by(state, file):
-        model, _ = _internimage(config, state)
-    tensors, report = layouts.read(state, model, layout)
-    if report.missing or report.reshaped:  # what follows the tokens is not read
-        raise ValueError(
-            f"{file} does not fit its {CONFIG}: {len(report.missing)} tensors are missing and {len(report.reshaped)} "
-            f"have another shape, first {(*report.missing, *report.reshaped)[0]!r}: export it again"
-        )
-    model, trunk = _internimage(config, state)
-    model.load_state_dict(tensors, strict=True)
-    pixels = read_preprocessor(file.parent)  # exports of before have none
-    if pixels:
-        require_statistics(pixels.mean, pixels.std, file.parent / PREPROCESSOR)
-    views = replace(pixels or Views(), size=size or (pixels.size if pixels else _proven_size(file.parent)))
-    return Published(PublishedEncoder(trunk, _of_internimage, views.size), views)
-
-
-def _internimage(
-    config: InternImageConfig, state: Mapping[str, Tensor]
-) -> tuple[nn.Module, _InternImageTrunk]:
-    """What is read of a file, under the names of its layout, and the same modules as they compute."""
-    model, head = nn.Module(), "dcnv3_head_x3.weight"
-    dcnv3 = InternImage(config)
-    model.patch_embed, model.levels = dcnv3.patch_embed, dcnv3.levels
-    heads = StrideTokens(config, state[head].shape[0]) if head in state else None
-    if heads is not None:
-        model.dcnv3_head_x4, model.dcnv3_head_x3 = heads.dcnv3_head_x4, heads.dcnv3_head_x3
-    return model, _InternImageTrunk(dcnv3, heads)
-
-
-def finite_tensors(place: Path) -> dict[str, Tensor]:
-    """The tensors by name of a file, or of the one in a folder, also under "model"; ValueError for anything else."""
-    content = open_weights(place).tensors
-    content = content.get("model", content)
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
-    ):
-        raise ValueError(f"{place} holds no tensors by name: export it again, or save model.state_dict()")
-    for name, value in content.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise ValueError(f"{place}: {name} holds other than finite numbers: take other weights")
-    return dict(content)
-
-
-def _proven_size(folder: Path) -> int:
-    """The smallest size at which the export was proven: that of the run's views."""
-    proof = _told(folder, KEYS).get("proof", [])
-    return min((agreement["size"] for agreement in proof if "size" in agreement), default=DEFAULT_SIZE)
-
-
-def _told(folder: Path, name: str) -> dict[str, Any]:
-    """Of a JSON file in a folder; empty without it."""
-    return read_json(own_file(folder, name)) if (folder / name).is_file() else {}

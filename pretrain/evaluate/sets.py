@@ -123,8 +123,7 @@ def read_manifests(folders: Mapping[str, Path]) -> dict[str, Manifest | Listing]
             f"{folders['heldout']} has neither categories nor captions, so there is nothing to measure: "
             "name another data set"
         )
-    teaching, testing = (_files_of(folders[split], manifests[split]) for split in SPLITS)
-    require_apart([testing[name] for name in teaching.keys() & testing.keys()])
+    require_apart(*(_files_of(folders[split], manifests[split]) for split in SPLITS))
     return manifests
 
 
@@ -132,7 +131,7 @@ def _files_of(folder: Path, manifest: Manifest | Listing) -> dict[str, str]:
     """What tells a file that holds images from others -> its place."""
     if isinstance(manifest, Manifest):  # a shard is the same wherever it was copied
         return {shard.sha256: str(folder / shard.name) for shard in manifest.shards if shard.num_samples}
-    return {path: path for path in resolved(ClassFolders(folder).files)}
+    return resolved(ClassFolders(folder).files)
 
 
 def _size_of(path: str) -> int:

@@ -16,13 +16,8 @@ from pretrain.config import Mask, Run
 from pretrain.data.remote import Place
 from pretrain.data.text import Captions
 from pretrain.evaluate.checkpoints import local_of, locate, weights_of
-from pretrain.evaluate.published import (
-    CONFIG,
-    EncoderAlone,
-    finite_tensors,
-    is_published,
-    open_published,
-)
+from pretrain.evaluate.published import is_published, open_published
+from pretrain.evaluate.published_encoder import CONFIG, EncoderAlone, finite_tensors
 from pretrain.evaluate.published_texts import NONE, EncoderWithTexts, NoTexts, open_texts
 from pretrain.evaluate.zero_shot import Encode
 from pretrain.export.safetensors_file import TOKENIZER, WEIGHTS
@@ -45,6 +40,7 @@ class Subject:
     towers: nn.Module  # Towers or EncoderAlone, float32, eval mode, on the CPU
     encode: Encode | None  # captions to tokens; None without text
     without_text: str = ""  # why it has none, where that is known
+    note: str = ""  # which features are measured, where they are not those that pre-training reads
     weights: str | None = (
         None  # SHA-256 of the teacher of a checkpoint, which its name does not tell from others
     )
@@ -95,16 +91,15 @@ def open_model(place: Path, size: int | None) -> Subject:
     found = open_published(place, size)
     base = load("m3i.vit_b16")
     mask = Mask(patch=max(found.views.size // 2, 1))  # nothing is masked
-    run = replace(
-        base, name=f"none, published as {place.name}", views=found.views, mask=replace(mask, min_block=1)
-    )
+    name = f"none, published as {place.name}" + (f": {found.note}" if found.note else "")
+    run = replace(base, name=name, views=found.views, mask=replace(mask, min_block=1))
     facts = DataFacts(categories=(), vocab_size=0)
     try:
         if found.guide is None:
             raise NoTexts(NONE)
         texts = open_texts(found.guide)
     except NoTexts as reason:
-        return Subject(place.name, run, facts, EncoderAlone(found.encoder), None, str(reason))
+        return Subject(place.name, run, facts, EncoderAlone(found.encoder), None, str(reason), found.note)
     return Subject(place.name, run, facts, EncoderWithTexts(found.encoder, texts.tower), texts.encode)
 
 

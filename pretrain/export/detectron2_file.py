@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pretrain.export.agreement import Agreement, compare, random_images
+from pretrain.export.described import write_description
 from pretrain.export.keys import Keys
 from pretrain.export.names import NotProven
 from pretrain.export.trained import Trained
@@ -38,6 +39,7 @@ def write(trained: Trained, folder: Path) -> dict[str, Keys]:
     assert not any(name.endswith(".gamma") for name in written), "ViTDet has no LayerScale: fold it"
     torch.save({"model": {theirs: state[ours] for ours, theirs in written.items()}}, folder / WEIGHTS)
     (folder / CONFIG).write_text(config(trained))
+    write_description(trained, folder, WEIGHTS)
     skipped = {name: "no part of ViTDet's backbone" for name in state if name not in written}
     return {WEIGHTS: Keys(written, skipped).require_whole(state, written.values())}
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from pretrain.export.agreement import Agreement, compare, random_images
+from pretrain.export.described import internimage_arguments, vit_arguments
 from pretrain.export.keys import Keys
 from pretrain.export.names import NotProven
 from pretrain.export.own_features import own_features
 from pretrain.export.remote_code.internimage_network import InternImageNetwork
 from pretrain.export.remote_code.vit_network import ViTNetwork
-from pretrain.export.torchvision_folder import internimage_arguments, vit_arguments
 from pretrain.export.trained import Trained
 from pretrain.models.internimage import INTERNIMAGE
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pretrain.export import openmmlab_vit
 from pretrain.export.agreement import Agreement, compare, random_images
+from pretrain.export.described import write_description
 from pretrain.export.fresh_process import FreshProcessError, run_fresh
 from pretrain.export.keys import Keys
 from pretrain.export.names import NoToolkits, NotProven
@@ -52,6 +53,7 @@ def write(trained: Trained, folder: Path) -> dict[str, Keys]:
     for name in family.modules:
         shutil.copyfile(REMOTE_CODE / name, folder / name)
     write_configs(trained, folder)
+    write_description(trained, folder, next(iter(family.files)))
     own = {key.removeprefix(family.prefix): t for key, t in state.items() if key.startswith(family.prefix)}
     told = {}
     for file, named in family.files.items():

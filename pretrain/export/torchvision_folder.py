@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pretrain.export.agreement import Agreement, compare, random_images
+from pretrain.export.described import write_description
 from pretrain.export.keys import Keys
 from pretrain.export.names import NotProven
 from pretrain.export.own_features import own_features
 from pretrain.export.trained import Trained
-from pretrain.models.backbone import BACKBONES
 from pretrain.models.internimage import INTERNIMAGE
-from pretrain.models.internimage_layouts import config_to_published
 
 WEIGHTS = "backbone.pth"
 REMOTE_CODE = Path(__file__).parent / "remote_code"
@@ -31,19 +28,7 @@ class Network:
 
     file: str  # of remote_code
     prefix: str  # of the tensors in our towers
-    arguments: Callable[[Trained], dict[str, Any]]
     maps: Callable[[Trained, int], dict[str, Tensor]]  # ours for images of that size, channels last
-
-
-def internimage_arguments(trained: Trained) -> dict[str, Any]:
-    fields = config_to_published(INTERNIMAGE[trained.run.backbone.size])
-    return {name: value for name, value in fields.items() if name != "use_clip_projector"}
-
-
-def vit_arguments(trained: Trained) -> dict[str, Any]:
-    size = BACKBONES["vit"].sizes[trained.run.backbone.size]
-    told = {"width": size.width, "depth": size.depth, "heads": size.heads, "patch": size.patch}
-    return told | {"image_size": trained.run.views.size}
 
 
 def internimage_maps(trained: Trained, size: int) -> dict[str, Tensor]:
@@ -57,8 +42,8 @@ def vit_maps(trained: Trained, size: int) -> dict[str, Tensor]:
 
 
 NETWORKS = {  # by backbone.family
-    "internimage": Network("internimage_network", "encoder.dcnv3.", internimage_arguments, internimage_maps),
-    "vit": Network("vit_network", "encoder.vit.", vit_arguments, vit_maps),
+    "internimage": Network("internimage_network", "encoder.dcnv3.", internimage_maps),
+    "vit": Network("vit_network", "encoder.vit.", vit_maps),
 }
 
 
@@ -67,15 +52,7 @@ def write(trained: Trained, folder: Path) -> dict[str, Keys]:
     network, state = NETWORKS[trained.run.backbone.family], trained.towers.state_dict()
     written = {name: name.removeprefix(network.prefix) for name in state if name.startswith(network.prefix)}
     torch.save({"model": {theirs: state[ours] for ours, theirs in written.items()}}, folder / WEIGHTS)
-    views = trained.run.views
-    told = {
-        "family": trained.run.backbone.family,
-        "network": network.file,
-        "arguments": network.arguments(trained),
-        "image_mean": list(views.mean),
-        "image_std": list(views.std),
-    }
-    (folder / "config.json").write_text(json.dumps(told, indent=1) + "\n")
+    write_description(trained, folder, WEIGHTS, network=network.file)
     for name in ("hubconf.py", f"{network.file}.py"):
         shutil.copyfile(REMOTE_CODE / name, folder / name)
     skipped = {name: "no part of the feature maps" for name in state if name not in written}

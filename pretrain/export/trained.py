@@ -15,7 +15,7 @@ from pretrain.checkpoint import load_towers
 from pretrain.config import Run
 from pretrain.data.remote import place_of
 from pretrain.data.shards import NONE, ShardFolder
-from pretrain.evaluate.checkpoints import weights_of
+from pretrain.evaluate.checkpoints import unlike
 from pretrain.facts import DataFacts
 from pretrain.towers import Towers
 
@@ -73,11 +73,8 @@ def evaluation_of(step_folder: Path, path: Path) -> tuple[dict[str, Any] | None,
     evaluation, name = read_evaluation(path), step_folder.name
     if evaluation is None or name not in evaluation["checkpoints"]:  # of an earlier one of the same run
         return None, ""
-    weights = evaluation.get("weights", {}).get(name)
-    if weights == weights_of(step_folder):
-        return evaluation, ""
-    told = "does not tell of which weights it is" if weights is None else f"is of another {name}"
-    return None, f"{path.name} {told}"
+    told = unlike(evaluation, step_folder)
+    return (None, f"{path.name} {told}") if told else (evaluation, "")
 
 
 def read_evaluation(path: Path) -> dict[str, Any] | None:

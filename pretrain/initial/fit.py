@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from pretrain.initial.layouts import LAYOUTS, Layout
 from pretrain.models.backbone import BACKBONES
-from pretrain.towers import Towers
 
 ENCODER = "encoder."
 TABLE = ".relative_position_bias_table"
@@ -59,8 +58,12 @@ class Fit:
         return lines
 
 
-def fit(state: Mapping[str, Tensor], name: str, towers: Towers, family: str, heads: bool, place: str) -> Fit:
-    """How the tensors of a file, in layout `name`, become those of towers; shapes alone are looked at.
+def fit(
+    state: Mapping[str, Tensor], name: str, towers: nn.Module, family: str, heads: bool, place: str
+) -> Fit:
+    """How the tensors of a file, in layout `name`, become those of towers or of their `encoder` alone.
+
+    Shapes alone are looked at.
 
     ValueError names what is missing, unexpected or of another shape.
     """
@@ -101,7 +104,7 @@ def fit(state: Mapping[str, Tensor], name: str, towers: Towers, family: str, hea
 
 
 @torch.no_grad()
-def fill(towers: Towers, fitted: Fit) -> None:
+def fill(towers: nn.Module, fitted: Fit) -> None:
     """Copies the tensors into towers, in float32; ValueError for one that is not finite or holds no floats."""
     own: dict[str, Any] = dict(towers.named_parameters()) | dict(towers.named_buffers())
     for our, theirs in fitted.sources.items():
@@ -165,7 +168,7 @@ def _side(count: int) -> int:
     return side if side * side == count else 0
 
 
-def _resized(our: str, tensor: Tensor, towers: Towers) -> Tensor:
+def _resized(our: str, tensor: Tensor, towers: nn.Module) -> Tensor:
     """As timm does for its own models."""
     if our.endswith(TABLE):
         module: nn.Module = towers.get_submodule(our.removesuffix(TABLE))

@@ -128,7 +128,8 @@ def verdict_box(record: Record) -> Html:
 def _evaluated(record: Record) -> list[Verdict]:
     found = headline(record)
     if not found:
-        return [Verdict(None, "Evaluation", "not run yet")]
+        told = f"that of evaluation.json {record.left_out}" if record.left_out else "not run yet"
+        return [Verdict(None, "Evaluation", told)]
     verdicts = []
     for move in found:
         after, before = move.after, move.before

@@ -81,18 +81,16 @@ ZERO_SHOT_LEAD = (
 def _accuracies(record: Record) -> Html:
     content = accuracy.accuracies(record)
     if content is None:
-        raise Missing(f"There is no evaluation.json yet. Run {_evaluate(record)}, then this report again.")
-    return content
+        raise Missing(f"{_unevaluated(record)}. Run {_evaluate(record)}, then this report again.")
+    if not record.left_out:
+        return content
+    return element("div", content, element("p", f"{_unevaluated(record)}.", class_="note"))
 
 
 def _confusion(record: Record) -> Html:
     content = accuracy.confusion(record)
     if content is None:
-        why = (
-            "The evaluation has no category counts"
-            if record.evaluation
-            else "There is no evaluation.json yet"
-        )
+        why = "The evaluation has no category counts" if record.evaluation else _unevaluated(record)
         raise Missing(f"{why}. Run {_evaluate(record)} on data with categories, then this report again.")
     return content
 
@@ -245,6 +243,13 @@ def training_folder(record: Record) -> Path | None:
     if "folder" in evaluated:
         folders.append(Path(evaluated["folder"]))
     return next(iter(folders), None)
+
+
+def _unevaluated(record: Record) -> str:
+    """Why there are no accuracies, or fewer than the result has."""
+    if not record.left_out:
+        return "There is no evaluation.json yet"
+    return f"{'A part of ' * bool(record.evaluation)}evaluation.json is not shown, since it {record.left_out}"
 
 
 def _evaluate(record: Record) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 from pretrain import intact, strict_json
 from pretrain.config import Run
 from pretrain.data.remote import Place, place_of
+from pretrain.evaluate.checkpoints import COPIES, UNTOLD, unlike
 from pretrain.facts import DataFacts
 
+EVALUATION = "evaluation.json"
 _STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -28,9 +30,10 @@ class Record:
     checkpoints: Mapping[int, Path]  # step -> whole checkpoint folder, oldest first
     facts: DataFacts | None  # of the newest checkpoint
     state: Mapping[str, Any]  # of the newest checkpoint: versions, commit, world, stage, dtype
-    evaluation: Mapping[str, Any]  # evaluation.json
+    evaluation: Mapping[str, Any]  # of evaluation.json what is said of this run's weights
     data: Mapping[str, Place]  # source of the recipe -> its data set
     tokenizer: Path | None
+    left_out: str = ""  # what of evaluation.json is not said of this run's weights, and why
 
     def series(self, *path: str) -> tuple[list[float], list[float]]:
         """Steps and values of one quantity of the log, where it was logged: `series("nats", "text")`."""
@@ -77,6 +80,7 @@ def read_record(folder: Path, data: Mapping[str, Place], tokenizer: Path | None 
         state = json.loads((newest / "state.json").read_text())
         if tokenizer is None and (newest / "tokenizer").is_dir():
             tokenizer = newest / "tokenizer"
+    evaluation, left_out = own_evaluation(folder, _read_json(folder / EVALUATION), checkpoints)
     recorded = {
         name: place_of(place) for name, place in _read_json(folder / "data.json").items() if name in run.data
     }
@@ -88,10 +92,48 @@ def read_record(folder: Path, data: Mapping[str, Place], tokenizer: Path | None 
         checkpoints=checkpoints,
         facts=facts,
         state=state,
-        evaluation=_read_json(folder / "evaluation.json"),
+        evaluation=evaluation,
         data={**recorded, **data},
         tokenizer=tokenizer,
+        left_out=left_out,
     )
+
+
+def own_evaluation(
+    folder: Path, evaluation: Mapping[str, Any], checkpoints: Mapping[int, Path]
+) -> tuple[dict[str, Any], str]:
+    """A result without the checkpoints of other weights than this run's of the same names; and which these are.
+
+    One that is gone cannot be compared: it counts as the run's where another one of the same result is.
+    """
+    measured = evaluation.get("checkpoints") or {}
+    if not measured:
+        return dict(evaluation), ""
+    there = {path.name: path for path in checkpoints.values()}
+    for path in (folder / COPIES / name for name in measured):  # of a run whose checkpoints lie behind a URL
+        if path.name not in there and intact.verify(path, hashes=False) is None:
+            there[path.name] = path
+    odd = {name: unlike(evaluation, there[name]) for name in measured if name in there}
+    is_own = "" in odd.values()
+    weights = evaluation.get("weights") or {}
+    for name in (name for name in measured if name not in there):
+        odd[name] = (
+            ""
+            if is_own and weights.get(name)
+            else f"is of a {name} that is not there"
+            if weights.get(name)
+            else UNTOLD
+        )
+    told = ", ".join(dict.fromkeys(why for why in odd.values() if why))
+    kept = {name: rows for name, rows in measured.items() if not odd[name]}
+    if not kept:
+        return {}, told
+    confusion = evaluation.get("confusion") or {}
+    return {
+        **evaluation,
+        "checkpoints": kept,
+        "confusion": confusion if confusion.get("checkpoint") in kept else None,
+    }, told
 
 
 def _whole_checkpoints(folder: Path) -> dict[int, Path]:

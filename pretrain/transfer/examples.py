@@ -54,7 +54,7 @@ class AnnotatedSet(Protocol):
     federation: Federation | None  # None: a category without annotations is absent from an image
     place: Path  # as it was named
     sha256: str  # of what tells its images and annotations apart from others
-    files: frozenset[str]  # that hold its images, without links
+    files: Mapping[str, str]  # that hold its images, as `require_apart` takes them
     dropped: Mapping[str, int]  # what was left out when it was opened, by reason
     shown: Sequence[frozenset[int]] | None  # by example: classes that it teaches; None: not known unread
 

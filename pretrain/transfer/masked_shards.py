@@ -12,7 +12,6 @@ from data_prep.schema import IMAGE_EXTENSIONS
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
-from pretrain.evaluate.apart import resolved
 from pretrain.evaluate.masks import Mask, read_numbers
 from pretrain.transfer.coco import outline_of
 from pretrain.transfer.examples import IGNORED, Example
@@ -42,7 +41,8 @@ class MaskedShards:
         self.names = (GROUND, *categories) if with_ground else categories
         self.category_ids = tuple(range(1, len(categories) + 1))
         self.image_ids = tuple(range(len(self.shards)))
-        self.files = resolved(self.shards.folder / shard.name for shard in self.shards.manifest.shards)
+        shards = [shard for shard in self.shards.manifest.shards if shard.num_samples]
+        self.files = {shard.sha256: str(self.shards.folder / shard.name) for shard in shards}
         self.dropped: dict[str, int] = {}
         try:
             self.example(0)

@@ -38,7 +38,7 @@ def open_sets(task: str, named: Named, max_bad: float) -> tuple[AnnotatedSet, An
             raise ValueError(f"no {split} data set is named: give --data DIR, or --{split}")
         opened.append(_open(task, path or _find(task, named.data, split), named.images, max_bad))
     train, heldout = opened
-    require_apart(train.files & heldout.files)
+    require_apart(train.files, heldout.files)
     if train.names != heldout.names or train.category_ids != heldout.category_ids:
         odd = sorted(set(train.names) ^ set(heldout.names))[:5] or "the same names in another order"
         raise ValueError(

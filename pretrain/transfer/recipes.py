@@ -212,7 +212,7 @@ def small_detect() -> Detect:
 def small_detr() -> Detect:
     """The same budget for RT-DETR (arXiv 2304.08069)."""
     return Detect(
-        Optimisation(steps=300, batch=16, lr=4e-3, warmup=20, layer_decay=0.8, backbone_rate=0.2, clip=1.0),
+        Optimisation(steps=300, batch=16, lr=4e-3, warmup=20, layer_decay=0.8, backbone_rate=0.05, clip=1.0),
         size=64,
         scales=(0.75, 1.33),
         head="rt_detr",

@@ -6,6 +6,7 @@ import importlib
 import importlib.machinery
 import json
 import multiprocessing
+import os
 import sys
 import warnings
 from dataclasses import asdict
@@ -16,7 +17,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import block_memory, dcnv3_gpu, dense_transfer, internimage_h_gpu, loader_scale, transfer
+from benchmarks import (
+    block_memory,
+    dcnv3_gpu,
+    dense_transfer,
+    export_huge,
+    internimage_h_gpu,
+    loader_scale,
+    transfer,
+)
 from benchmarks.record import RESULTS
 from pretrain.kernels.dcnv3 import dcnv3
 from pretrain.models.internimage_block import Block
@@ -58,6 +67,22 @@ def test_fused_blocks_keep_less_for_the_backward_pass_than_plain_and_published_o
             fused = block_memory.kept_values(block, block, x)
     assert fused < 0.61 * published  # 13.1 and 21.9 numbers a value
     assert fused < plain < published
+
+
+def test_a_child_that_has_not_begun_its_program_holds_no_memory_twice():
+    alone = export_huge.own_memory(os.getpid())
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    try:
+        with_child = export_huge.own_memory(os.getpid())
+    finally:
+        os.close(writer), os.close(reader)
+        os.waitpid(child, 0)
+    assert with_child < 1.2 * alone
 
 
 def test_the_published_operator_is_called_as_its_extension_wants(monkeypatch):

@@ -30,7 +30,6 @@ import s3fs  # noqa: E402, F401  no rank needs to import it then
 import torch  # noqa: E402
 
 import pretrain.train  # noqa: E402
-from data_prep import stores as builders_stores  # noqa: E402
 from pretrain import main, recipes, resume  # noqa: E402
 from pretrain.checkpoint import (  # noqa: E402
     checkpoint_folder,
@@ -38,7 +37,6 @@ from pretrain.checkpoint import (  # noqa: E402
     load_teacher,
     step_of,
     steps_in,
-    stores,
 )
 from pretrain.checkpoint.names import step_name  # noqa: E402
 from pretrain.checkpoint.stores import store_at  # noqa: E402
@@ -60,6 +58,7 @@ from tests.engine.drill_faults import (  # noqa: E402
     in_batch,
     kill_at_call,
     lose_weights_once,
+    patient,
     poison,
     poisoned_in,
     signalled,
@@ -474,26 +473,22 @@ def s3_refuses(drill: Drill) -> dict[str, Any]:
             os.kill(server.pid, signal.SIGUSR1)
             return batch
 
-        def give_up_soon(batch: Batch) -> Batch:
-            stores.PATIENCE = builders_stores.PATIENCE = 1.0
-            return batch
-
-        be_impatient = in_batch(3, give_up_soon)  # at a start a busy machine may need longer
-        fault = both(be_impatient, in_batch(4, refuse), in_batch(7, serve))
-        ends = [drill.start("s3", {0: fault, 1: be_impatient}, kept=kept)]
+        first = both(in_batch(4, refuse), in_batch(4, patient(1)), in_batch(7, serve), in_batch(8, patient()))
+        other = both(in_batch(5, patient(1)), in_batch(8, patient()))
+        ends = [drill.start("s3", {0: first, 1: other}, kept=kept)]
         steps = _apart(lambda: sorted(steps_in(kept)))
         _apart(lambda: store_at(kept).remove(step_name(STEPS)))
         ends.append(drill.start("s3", kept=kept))
         log = (drill.folder / "s3" / "log.jsonl").read_text()
         elsewhere = drill.start("s3")
         assert (drill.folder / "s3" / "log.jsonl").read_text() == log
-        lost = s3_fails_when_needed(drill, server.pid, be_impatient)
+        lost = s3_fails_when_needed(drill, server.pid)
         outcome = _apart(lambda: drill.outcome("s3", kept))
         server.terminate()
     return {"ends": ends, "steps": steps, "elsewhere": elsewhere, "lost": lost, **outcome}
 
 
-def s3_fails_when_needed(drill: Drill, server: int, be_impatient: Fault) -> End:
+def s3_fails_when_needed(drill: Drill, server: int) -> End:
     """The store refuses all when the run should go back, serves again, then has the claim of another process."""
     kept = "s3://bucket/lost"
 
@@ -511,8 +506,9 @@ def s3_fails_when_needed(drill: Drill, server: int, be_impatient: Fault) -> End:
         os.kill(server, signal.SIGUSR1)
         return batch
 
-    first = both(be_impatient, in_batch(4, turn), in_batch(6, serve), in_batch(7, take_over))
-    other = both(be_impatient, *map(poisoned_in, (4, 5, 6)))
+    hurry = in_batch(4, turn), in_batch(4, patient(1))
+    first = both(*hurry, in_batch(6, serve), in_batch(6, patient()), in_batch(7, take_over))
+    other = both(in_batch(5, patient(1)), in_batch(6, patient()), *map(poisoned_in, (4, 5, 6)))
     return drill.start("s3_lost", {0: first, 1: other}, kept=kept)
 
 

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 import pretrain.train
+from data_prep import stores as builders_stores
 from pretrain import resume
+from pretrain.checkpoint import stores
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
 from tests.paths import ROOT
@@ -116,6 +118,20 @@ def in_batch(number: int, work: Callable[[Batch], Batch]) -> Fault:
         Loader.__next__ = changed
 
     return install
+
+
+def patient(seconds: float = 0.0) -> Callable[[Batch], Batch]:
+    """From this batch on a store that fails is given up after so many seconds, 0: as usual.
+
+    No test is as impatient from its start: the first answer of a store takes seconds on a loaded machine.
+    """
+    usual = stores.PATIENCE, builders_stores.PATIENCE
+
+    def change(batch: Batch) -> Batch:
+        stores.PATIENCE, builders_stores.PATIENCE = (seconds, seconds) if seconds else usual
+        return batch
+
+    return change
 
 
 def without(batches: set[int]) -> Fault:

@@ -16,7 +16,7 @@ def class_folders(place: Path, split: str) -> Path:
     for name in ("cats", "dogs"):
         (place / split / name).mkdir(parents=True)
         for number in range(2):
-            (place / split / name / f"{number}.png").write_bytes(split.encode())
+            (place / split / name / f"{number}.png").write_bytes(f"{split}, {name}, {number}".encode())
     return place / split
 
 
@@ -49,4 +49,36 @@ def test_links_are_followed_through_folders_and_to_their_end(tmp_path: Path) -> 
     (tmp_path / "a" / "1.png").symlink_to("0.png")
     (tmp_path / "2.png").symlink_to(tmp_path / "b" / "1.png")
     found = resolved([tmp_path / "b" / "0.png", str(tmp_path / "b" / "1.png"), tmp_path / "2.png"])
-    assert found == {os.path.realpath(tmp_path / "a" / "0.png")}
+    assert set(found) == {os.path.realpath(tmp_path / "a" / "0.png")}
+
+
+def test_hard_links_and_copies_are_refused_and_few_copies_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {split: class_folders(tmp_path, split) for split in ("train", "heldout")}
+    taught, tested = folders["train"] / "dogs" / "0.png", folders["heldout"] / "cats" / "1.png"
+    taught.write_bytes(b"a" * 10**5)
+    tested.write_bytes(b"b" + b"a" * (10**5 - 1))  # of one size, and one end
+    read_manifests(folders)
+    tested.unlink()
+    tested.hardlink_to(taught)
+    with pytest.raises(
+        ValueError, match=r"1 image files in common by hard links, such as .*cats/1\.png: .*two sets"
+    ):
+        read_manifests(folders)
+    tested.unlink()
+    shutil.copyfile(taught, tested)
+    with pytest.raises(
+        ValueError, match=r"1 image files of equal bytes \(of 4 that test\), such as .*cats/1\.png"
+    ):
+        read_manifests(folders)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("pretrain.evaluate.apart.MOST_COPIES", 0.25)
+    read_manifests(folders)
+    assert (
+        "warning: 1 of 4 images that test have taught too, byte by byte, such as" in capsys.readouterr().err
+    )
+    monkeypatch.setattr("pretrain.evaluate.apart.SECONDS", -1.0)
+    read_manifests(folders)
+    told = capsys.readouterr()
+    assert "among 0 of 4 images that teach" in told.out and not told.err

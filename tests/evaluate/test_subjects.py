@@ -21,15 +21,24 @@ from pretrain.evaluate.__main__ import main
 from pretrain.evaluate.evaluation import evaluate
 from pretrain.evaluate.published import open_published
 from pretrain.evaluate.subjects import find_subjects
-from pretrain.export import internimage, safetensors_file
+from pretrain.export import (
+    detectron2_file,
+    huggingface_internimage,
+    huggingface_vit,
+    internimage,
+    openmmlab,
+    safetensors_file,
+    timm_folder,
+    torchvision_folder,
+)
 from pretrain.export.__main__ import export_run
-from pretrain.export.trained import Trained
+from pretrain.export.trained import Trained, read_trained
 from pretrain.facts import DataFacts
 from pretrain.recipes import load
 from pretrain.towers import Towers
 from tests.engine.launch import start
 from tests.evaluate.runs import write_run
-from tests.evaluate.sets import COLORS
+from tests.evaluate.sets import COLORS, write_set
 from tests.fakes import shrink
 from tests.memory import little_memory
 
@@ -255,17 +264,108 @@ def test_an_export_of_all_towers_reads_captions_like_its_run(
     assert find_subjects(folder, [])[0].open().encode is None
 
 
+WRITERS = {
+    "internimage": (internimage, huggingface_internimage, torchvision_folder, openmmlab),
+    "vit": (timm_folder, huggingface_vit, torchvision_folder, openmmlab, detectron2_file),
+}
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_every_format_that_the_importer_reads_is_measured_like_the_run(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By kNN; without the head of the tokens, like the file of all of InternImage that has lost it."""
+    run = shrink(load({"internimage": "m3i.internimage_h", "vit": "m3i.vit_b16"}[family]))
+    run = replace(run, views=replace(run.views, mean=(0.5, 0.4, 0.3), std=(0.25, 0.5, 0.2)))
+    place = write_run(tmp_path / "run", run, DataFacts(tuple(COLORS), 0), steps=(3,))
+    trained = read_trained(place, place / "checkpoints" / "step_000003", "teacher")
+    for split, count in (("train", 2), ("heldout", 1)):
+        write_set(tmp_path / "data" / split, split, count, seed=count, text=False)
+
+    def knn(where: Path, *options: str) -> tuple[dict[str, Any], str]:
+        given = [
+            str(where),
+            "--data",
+            str(tmp_path / "data"),
+            "--out",
+            str(tmp_path / "out.json"),
+            "--k",
+            "3",
+        ]
+        found = evaluate([*given, "--probes", "knn", *options])
+        return found["checkpoints"].popitem()[1]["knn"], found["recipe"]
+
+    of_run, _ = knn(place, "--steps", "last")
+    images, of_last_stage = torch.randn(2, 3, 64, 64), None
+    with torch.inference_mode():
+        tokens = trained.towers.encoder(images, summary=True)
+    for writer in WRITERS[family]:
+        folder = tmp_path / writer.__name__.rpartition(".")[2]
+        folder.mkdir()
+        files = writer.write(trained, folder)
+        (folder / "keys.json").write_text('{"proof": [{"size": 64}]}')
+        for name in files:
+            found = open_published(folder / name)
+            views = found.views
+            assert (views.size, views.mean, views.std) == (run.views.size, run.views.mean, run.views.std)
+            with torch.inference_mode():
+                theirs = found.encoder(images, summary=True)
+            if found.note:
+                of_last_stage = theirs if of_last_stage is None else of_last_stage
+            torch.testing.assert_close(theirs, of_last_stage if found.note else tokens, atol=1e-5, rtol=1e-4)
+        row, recipe = knn(folder)
+        assert ("its tokens are those of the last stage" in capsys.readouterr().out) == bool(found.note)
+        assert found.note in recipe and (found.note or row == of_run), folder
+    if family == "internimage":
+        whole = torch.load(tmp_path / "internimage" / "internimage.pth")["model"]
+        kept = {name: one for name, one in whole.items() if not name.startswith("dcnv3_head")}
+        torch.save({"model": kept}, tmp_path / "internimage" / "internimage.pth")
+        with torch.inference_mode():
+            theirs = open_published(tmp_path / "internimage").encoder(images, summary=True)
+        torch.testing.assert_close(theirs, of_last_stage)
+        assert knn(tmp_path / "internimage")[0] == row  # of openmmlab, the last one
+
+
 def test_exports_that_are_not_evaluated_say_which_are(tmp_path: Path) -> None:
-    told = (
-        r"an export --to {}, .*name the run itself, or export it --to one of timm, internimage, safetensors"
-    )
+    told = r"an export --to {}, which {}: name the run itself, or export it --to one of timm, huggingface, "
+    (tmp_path / "keys.json").write_text('{"format": "openmmlab"}')
+    with pytest.raises(
+        ValueError, match=told.format("openmmlab", r"has no config\.json, as those of before")
+    ):
+        find_subjects(tmp_path, [])[0].open()
     (tmp_path / "keys.json").write_text('{"format": "onnx"}')
-    with pytest.raises(ValueError, match=told.format("onnx")):
-        open_published(tmp_path)
-    (tmp_path / "keys.json").write_text('{"format": "huggingface"}')
-    (tmp_path / "config.json").write_text('{"model_type": "internimage", "channels": 16}')
-    with pytest.raises(ValueError, match=told.format("huggingface")):
-        open_published(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=told.format("onnx", "is not evaluated here")):
+            find_subjects(tmp_path, [])[0].open()
+        (tmp_path / "config.json").write_text('{"opset": 20}')
+
+
+def test_what_an_export_tells_of_its_backbone_is_judged(tmp_path: Path) -> None:
+    run = shrink(load("m3i.vit_b16"))
+    torch.manual_seed(0)
+    towers = Towers(run, DataFacts(tuple(COLORS), 0)).requires_grad_(False).eval()
+    trained = Trained(run, DataFacts(tuple(COLORS), 0), towers, "teacher", "step_000003", {}, None, {})
+    detectron2_file.write(trained, tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    arguments = told["arguments"]
+    for more, why in (
+        (
+            {"family": "swin"},
+            r"family 'swin' .* must be one of \['internimage', 'vit'\] with arguments by name",
+        ),
+        ({"arguments": 5}, "with arguments 5"),
+        ({"arguments": {}}, r"does not fit its config\.json, export it again: 'width'"),
+        ({"arguments": arguments | {"depth": 10**9}}, "tells a model by the number 1000000000"),
+        ({"arguments": arguments | {"depth": 10**4}}, "its settings do not belong to its weights"),
+        ({"arguments": arguments | {"depth": 3}}, "tensors are missing, such as blocks.2"),
+        ({"arguments": arguments | {"heads": 7}}, r"does not fit its config\.json, export it again"),
+        ({"weights": "../vitdet.pth"}, "which lies elsewhere"),
+        ({"image_size": 10**6}, "tells images of 1000000 pixels a side"),
+        ({"image_std": [1, 1, 0]}, "std above 0"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(told | more))
+        with little_memory(), pytest.raises(ValueError, match=why):
+            open_published(tmp_path)
 
 
 def test_an_export_is_shown_the_pixels_of_its_run(tmp_path: Path) -> None:

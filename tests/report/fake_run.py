@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from pretrain import intact
 from pretrain.config import Run
 from pretrain.data.text import Captions
+from pretrain.evaluate.checkpoints import weights_of
 from pretrain.facts import DataFacts
 from pretrain.optim import learning_rate, teacher_momentum
 from pretrain.towers import Towers
@@ -142,5 +143,7 @@ def write_run(
     vocab_size = Captions(tokenizer, run.text.length).vocab_size if tokenizer else 0
     for step in steps:
         write_checkpoint(folder, run, DataFacts(categories, vocab_size), step, tokenizer)
-    (folder / "evaluation.json").write_text(json.dumps(evaluation(categories, steps)))
+    result = evaluation(categories, steps)
+    result["weights"] = {name: weights_of(folder / "checkpoints" / name) for name in result["checkpoints"]}
+    (folder / "evaluation.json").write_text(json.dumps(result))
     return folder

@@ -18,7 +18,7 @@ from pretrain.data.shards import ShardFolder
 from pretrain.report import provenance
 from pretrain.report.__main__ import main
 from pretrain.report.header import verdicts
-from pretrain.report.page import heldout_folder
+from pretrain.report.page import _accuracies, heldout_folder
 from pretrain.report.record import Record, read_record
 from pretrain.report.teacher import NUM_NEIGHBOURS
 from tests.report.conftest import CATEGORIES, small_run
@@ -182,6 +182,33 @@ def test_held_out_images_may_be_class_folders_of_another_name(
     assert heldout_folder(record, None) == tmp_path / "val"
     assert "a folder of images for each class" in str(provenance.data(record, tmp_path / "val"))
     assert heldout_folder(replace(record, data={"labelled": "s3://bucket/train"}), None) is None
+
+
+def test_an_evaluation_of_other_weights_is_not_shown_as_this_runs(run_folder: Path, tmp_path: Path) -> None:
+    result, folder = json.loads((run_folder / "evaluation.json").read_text()), tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+
+    def read_with(**changed: Any) -> Record:
+        (folder / "evaluation.json").write_text(json.dumps({**result, **changed}))
+        return read_record(folder, {})
+
+    whole, (first, last) = read_with(), result["checkpoints"]
+    assert whole.evaluation == result and not whole.left_out
+    one = read_with(weights={**result["weights"], last: "0" * 64})  # as of a run that has begun anew
+    assert set(one.evaluation["checkpoints"]) == {first} and one.evaluation["confusion"] is None
+    assert one.left_out == f"is of another {last}"
+    told = str(_accuracies(one))
+    assert f"A part of evaluation.json is not shown, since it is of another {last}." in told
+    none = read_with(weights={})
+    assert none.evaluation == {} and "does not tell of which weights it is" in verdicts(none)[0].evidence
+    with pytest.raises(
+        ValueError, match=r"^evaluation\.json is not shown, since it does not tell.*pretrain\.evaluate"
+    ):
+        _accuracies(none)
+    shutil.rmtree(folder / "checkpoints" / first)  # pruned: of one result with what is there
+    assert set(read_with().evaluation["checkpoints"]) == {first, last}
+    other = read_with(weights=dict.fromkeys(result["weights"], "0" * 64))
+    assert other.evaluation == {} and f"is of a {first} that is not there" in other.left_out
 
 
 def test_half_written_log_line_is_skipped(run_folder: Path, tmp_path: Path) -> None:

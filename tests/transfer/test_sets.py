@@ -347,6 +347,8 @@ def test_masks_that_name_nothing_are_told_before_the_training(
     for split in ("train", "heldout"):
         (tmp_path / split).mkdir()
         places = mask_places(tmp_path / split)
+    for path in places.images.iterdir():  # of other bytes than those that teach
+        Image.new("RGB", (8, 6), "white").save(path)
     Image.new("L", (8, 6), 255).save(places.masks / "b.png")
     told = r"held-out images: 1 of 2 cannot be used \(nothing_named 1, first: .*b\.png .*raise --max-bad"
     with pytest.raises(ValueError, match=told):
@@ -387,6 +389,9 @@ def test_images_that_teach_and_test_are_refused(coco: Path, shards: Path, tmp_pa
     (tmp_path / "link").symlink_to(shards / "train")
     with pytest.raises(ValueError, match=r"1 image files in common, such as .*000000\.tar: scores on"):
         open_sets("segment", Named(train=shards / "train", heldout=tmp_path / "link"), 0.0)
+    shutil.copytree(shards / "train", tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"1 image files in common, such as .*copy/000000\.tar: scores on"):
+        open_sets("segment", Named(train=shards / "train", heldout=tmp_path / "copy"), 0.0)
     change(coco, lambda content: content["images"][2].update(file_name="4.png"), "val")
     with pytest.raises(ValueError, match=r"1 image files in common, such as .*4\.png.*name two sets"):
         open_sets("detect", Named(coco), 0.0)

@@ -1,0 +1,3 @@
+"""What a checked module imports."""
+
+import tomllib  # noqa: F401

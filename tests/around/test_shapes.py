@@ -1,0 +1,31 @@
+"""Are types and shapes checked in tests, and libraries left as they are?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from pretrain.evaluate.regions import iou
+from tests.paths import ROOT
+
+
+def test_a_wrong_shape_is_noticed():
+    with pytest.raises(TypeCheckError):
+        iou(torch.zeros(2, 4))  # intersection, union and truth are 3
+
+
+def test_what_a_checked_package_imports_keeps_its_own_compiled_file():
+    script = (
+        "from tests.shapes import check_packages\n"
+        "check_packages('tests.around.importer')\n"
+        "from tests.around import importer\n"
+        "print(importer.tomllib.__cached__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "jaxtyping" not in done.stdout and done.stdout.strip().endswith(".pyc")
