@@ -36,6 +36,7 @@ from tests.fakes import FACTS  # noqa: E402
 from tests.plan.counted import OPERATIONS, VARIANTS, counted_run, parts_of  # noqa: E402
 
 WORLD = 2
+SECONDS = 1800  # of a busy machine; a quiet one needs less than a minute
 NETWORKS = {"400 Gb/s a GPU": 50e9, "100 Gb/s a GPU": 12.5e9, "100 Gb/s a node": 12.5e9 / 8}  # bytes a second
 IMAGES = 312  # a GPU: 40,000 on 128
 
@@ -43,7 +44,8 @@ IMAGES = 312  # a GPU: 40,000 on 128
 def counted(world: int) -> dict[str, Any]:
     """What tests/plan/counted.py tells, by variant."""
     with tempfile.TemporaryDirectory() as work:
-        codes, output = start(Path(work), world=world, script=ROOT / "tests" / "plan" / "counted.py")
+        script = ROOT / "tests" / "plan" / "counted.py"
+        codes, output = start(Path(work), world=world, script=script, timeout=SECONDS)
         if any(codes):
             raise SystemExit(output)
         return json.loads((Path(work) / "result.json").read_text())

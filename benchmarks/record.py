@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from pretrain import provenance
+from pretrain import provenance, strict_json
 from pretrain.kernels.dcnv3_choice import triton_obstacle
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -41,6 +40,6 @@ def keep(name: str, claim: str, device: torch.device, **measured: object) -> Non
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.write_text(strict_json.dumps(record, indent=1) + "\n")
     partial.replace(path)
     print(f"written to {path}")

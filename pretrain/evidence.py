@@ -3,7 +3,7 @@
 OUT/replay/step_000012-batch_000013/
     refused.json                step, batch, reasons, norm, losses; ranks, places, what was left out before
     recipe.json data.json       the run, and where its data lay
-    rank_00000.safetensors      the rank's part of the batch, every tensor of it
+    rank_00000.safetensors      the rank's part of the batch, every tensor of it; none where there was no room
     rank_00000.json             its own losses, its host, the samples by position, source, shard and key
 """
 
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file, save
 
 from data_prep.schema import write_atomic
+from pretrain import strict_json
 from pretrain.appended import Appended
 from pretrain.config import Run
 from pretrain.data.batch import Batch
@@ -32,6 +33,7 @@ from pretrain.paths import Paths
 JOURNAL = "guard.jsonl"
 BUNDLES = "replay"
 REFUSED = "refused.json"
+IMAGES = "has_images"  # of a rank's part: it holds the batch itself, too
 MOST_BUNDLES = 16  # of a run; the oldest go first
 
 
@@ -99,14 +101,14 @@ class Journal:
 
     def _write(self, told: dict[str, Any]) -> None:
         self._lines.append({"time": time.time(), **told})
-        self._file.add(f"{self._before}{json.dumps(self._lines[-1])}\n".encode())
+        self._file.add(f"{self._before}{strict_json.dumps(self._lines[-1])}\n".encode())
         self._before = ""
 
 
 def _line(text: str) -> dict[str, Any] | None:
     """None for a line that a crash damaged."""
     try:
-        told = json.loads(text)
+        told = strict_json.loads(text)
         return told if isinstance(told, dict) and "event" in told else None
     except ValueError:
         return None
@@ -117,15 +119,49 @@ def bundle_of(out: Path, verdict: Verdict) -> Path:
     return out / BUNDLES / f"step_{verdict.step:06d}-batch_{verdict.batch:06d}"
 
 
+def bundles_of(out: Path) -> list[Path]:
+    """All bundles of a run, that of the newest batch first."""
+    found = (out / BUNDLES).glob("step_*-batch_*")
+    return sorted(found, key=lambda path: path.name.rpartition("_")[2], reverse=True)
+
+
+def without_images(bundle: Path, num_bytes: int, most: float, reserve: int) -> str:
+    """Why a bundle of so many bytes must do without its images; "" where it may have them.
+
+    The images of all bundles take `most` bytes at most, and leave `reserve` free on their disk.
+    """
+    others = [one for one in bundles_of(bundle.parent.parent) if one != bundle][: MOST_BUNDLES - 1]
+    taken = sum(path.stat().st_size for one in others for path in one.glob("rank_*.safetensors"))
+    if taken + num_bytes > most:
+        return (
+            f"they take {num_bytes / 2**30:.2f} GiB, those of {len(others)} others {taken / 2**30:.2f}, and "
+            f"guard.evidence_gib is {most / 2**30:g}: raise it, or remove bundles"
+        )
+    free = shutil.disk_usage(bundle.parent.parent).free
+    if free - num_bytes < reserve:
+        return (
+            f"they take {num_bytes / 2**30:.2f} GiB, and of the {free / 2**30:.2f} that are free the next checkpoint "
+            f"takes {reserve / 2**30:.2f}: free some"
+        )
+    return ""
+
+
 def write_rank(
-    bundle: Path, rank: int, batch: Batch, samples: list[dict[str, object]], losses: dict[str, float]
+    bundle: Path,
+    rank: int,
+    batch: Batch,
+    samples: list[dict[str, object]],
+    losses: dict[str, float],
+    *,
+    has_images: bool,
 ) -> None:
     """This rank's part of a bundle; OSError where it cannot be written."""
     bundle.mkdir(parents=True, exist_ok=True)
-    tensors = {field.name: getattr(batch, field.name).cpu().contiguous() for field in fields(batch)}
-    write_atomic(bundle / rank_file(rank, "safetensors"), save(tensors))
-    told = {"rank": rank, "host": host_name(), "losses": losses, "samples": samples}
-    write_text(bundle / rank_file(rank, "json"), json.dumps(told, indent=1))
+    if has_images:
+        tensors = {field.name: getattr(batch, field.name).cpu().contiguous() for field in fields(batch)}
+        write_atomic(bundle / rank_file(rank, "safetensors"), save(tensors))
+    told = {"rank": rank, "host": host_name(), "losses": losses, "samples": samples, IMAGES: has_images}
+    write_text(bundle / rank_file(rank, "json"), strict_json.dumps(told, indent=1))
 
 
 def write_common(
@@ -147,9 +183,8 @@ def write_common(
     told["places"] = {
         name: str(place.resolve()) if isinstance(place, Path) else place for name, place in places.items()
     }
-    write_text(bundle / REFUSED, json.dumps(told, indent=1))
-    kept = sorted(bundle.parent.glob("step_*-batch_*"), key=lambda path: path.name.rpartition("_")[2])
-    for old in kept[:-MOST_BUNDLES]:
+    write_text(bundle / REFUSED, strict_json.dumps(told, indent=1))
+    for old in bundles_of(bundle.parent.parent)[MOST_BUNDLES:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -162,14 +197,26 @@ def missing_from(bundle: Path, world: int) -> list[str]:
     """Names of the files that a whole bundle of so many ranks has and this one has not; each file is whole or not
     there.
     """
-    of_ranks = [rank_file(number, suffix) for number in range(world) for suffix in ("safetensors", "json")]
-    return [name for name in ("recipe.json", "data.json", *of_ranks) if not (bundle / name).is_file()]
+    names = ["recipe.json", "data.json"]
+    for number in range(world):
+        if has_images(bundle, number):
+            names.append(rank_file(number, "safetensors"))
+        names.append(rank_file(number, "json"))
+    return [name for name in names if not (bundle / name).is_file()]
+
+
+def has_images(bundle: Path, rank: int) -> bool:
+    """Whether a rank's part holds its batch; those of older runs do, and do not say so."""
+    try:
+        return strict_json.loads((bundle / rank_file(rank, "json")).read_text()).get(IMAGES, True)
+    except FileNotFoundError:
+        return True
 
 
 def read_bundle(bundle: Path) -> tuple[dict[str, Any], Run, Paths]:
     """What refused.json says, the run, and where its inputs lay; ValueError when it is no bundle, or not whole."""
     try:
-        recorded = json.loads((bundle / REFUSED).read_text())
+        recorded = strict_json.loads((bundle / REFUSED).read_text())
     except FileNotFoundError:
         raise ValueError(f"--replay {bundle} holds no {REFUSED}: name a folder below OUT/replay") from None
     if missing := missing_from(bundle, recorded["world"]):
@@ -187,6 +234,8 @@ def read_bundle(bundle: Path) -> tuple[dict[str, Any], Run, Paths]:
     return recorded, run, Paths(data=data, out=bundle.resolve().parent.parent, **how, **places)
 
 
-def read_batch(bundle: Path, rank: int) -> Batch:
-    """The rank's part of the batch, as it was on the CPU."""
+def read_batch(bundle: Path, rank: int) -> Batch | None:
+    """The rank's part of the batch, as it was on the CPU; None where there was no room for it."""
+    if not has_images(bundle, rank):
+        return None
     return Batch(**load_file(bundle / rank_file(rank, "safetensors")))

@@ -5,6 +5,7 @@ On disk a lock, which ends with its holder, however that ends; behind a URL a cl
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import warnings
@@ -18,6 +19,16 @@ from pretrain.data.remote import Place
 from pretrain.host import host_name
 
 LOCK = ".lock"
+# Of a disk behind a network, or one that fails; another folder would not be the run's.
+AWAY = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+)
 
 
 class Busy(ValueError):
@@ -27,6 +38,7 @@ class Busy(ValueError):
 @contextmanager
 def only_writer(out: Path, option: str = "--out") -> Iterator[None]:
     """Holds OUT for this process; Busy names the process that already does, ValueError tells of a place below a file.
+    OSError of a disk that is away.
 
     Two runs in one folder would delete each other's checkpoints. A file system without locks is warned of.
     """
@@ -38,6 +50,8 @@ def only_writer(out: Path, option: str = "--out") -> Iterator[None]:
             f"{option} {out} lies below a file ({error.strerror}): name another folder"
         ) from error
     except OSError as error:
+        if error.errno in AWAY:
+            raise
         raise ValueError(
             f"{option} {out} cannot be made or written ({error.strerror}): name another folder"
         ) from error

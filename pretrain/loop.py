@@ -10,8 +10,8 @@ from typing import Any
 
 from data_prep.claim import ClaimLost
 from pretrain import evidence
-from pretrain.checkpoint import Saver
-from pretrain.collectives import rank, world_size
+from pretrain.checkpoint import Lasting, Saver
+from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
@@ -19,7 +19,7 @@ from pretrain.data.remote import Place
 from pretrain.engine import Engine
 from pretrain.evaluate.in_training import TeacherCheck
 from pretrain.evidence import Journal
-from pretrain.exits import Preempted
+from pretrain.exits import Postponed, Preempted
 from pretrain.monitor import Monitor
 from pretrain.monitor.window import Window
 from pretrain.paths import Paths
@@ -47,7 +47,7 @@ def run_steps(job: Job, loader: Loader, monitor: Monitor) -> Place | None:
     """Trains until the last step, or until the guard asks for the checkpoint that is returned.
 
     Preempted when the ranks agree that one of them was asked to stop, ClaimLost when the place of the checkpoints was
-    taken over by another process; Diverged as `go_back`.
+    taken over by another process, Postponed as `_save`; Diverged as `go_back`.
     """
     run, engine, saver, watchdog = job.run, job.engine, job.saver, job.watchdog
     batches, times = iter(loader), FIRST
@@ -90,7 +90,22 @@ def _accepted(job: Job, loader: Loader, monitor: Monitor, losses: Any) -> None:
     if engine.steps_done % run.save_every == 0 or is_last:
         job.watchdog.at(engine.steps_done, "saves a checkpoint")
         with monitor.saving():
-            job.saver.save(wait=is_last)
+            _save(job, is_last)
+
+
+def _save(job: Job, is_last: bool) -> None:
+    """Saves; the last checkpoint, for which there is no next one, ends the run with Postponed where it cannot be
+    written now, with the error itself where it would fail again.
+    """
+    try:
+        job.saver.save(wait=is_last)
+    except (ClaimLost, Lasting):
+        raise
+    except OSError as error:
+        raise Postponed(
+            f"all {job.run.steps} steps are made, and their {error}; the same command makes those after the last "
+            "checkpoint again, as a job script that goes on after 75 does"
+        ) from error
 
 
 def _say_saved(job: Job, monitor: Monitor) -> None:
@@ -134,7 +149,10 @@ def _refused(job: Job, loader: Loader, monitor: Monitor, batch: Batch, losses: A
     if rank() == 0:  # first of all: a start that goes on must do without the batch
         job.journal.refused(verdict, bundle)
     try:
-        _keep_evidence(job, loader, bundle, batch, losses)
+        without = from_first_rank(lambda: _without_images(job, bundle, batch))
+        if without:
+            monitor.say(f"NO IMAGES of it are kept, only the samples' names: {without}")
+        _keep_evidence(job, loader, bundle, batch, losses, has_images=not without)
     except OSError as error:
         warnings.warn(f"the evidence of a refused step could not be written: {error}", stacklevel=2)
     if len(engine.guard.refused_in_a_row) < job.run.guard.skips:
@@ -154,11 +172,19 @@ def _refused(job: Job, loader: Loader, monitor: Monitor, batch: Batch, losses: A
     return folder
 
 
-def _keep_evidence(job: Job, loader: Loader, bundle: Path, batch: Batch, losses: Any) -> None:
+def _without_images(job: Job, bundle: Path, batch: Batch) -> str:
+    num_bytes, most = batch.num_bytes * world_size(), job.run.guard.evidence_gib * 2**30
+    return evidence.without_images(bundle, num_bytes, most, job.saver.room)
+
+
+def _keep_evidence(
+    job: Job, loader: Loader, bundle: Path, batch: Batch, losses: Any, *, has_images: bool
+) -> None:
     """Writes this rank's part of the bundle of a refused step, the first one also what all share; OSError."""
     verdict = job.engine.verdict
     own = {name: float(nats) for name, nats in losses.nats.items()}
-    evidence.write_rank(bundle, rank(), batch, loader.samples(batch.position.tolist()), own)
+    samples = loader.samples(batch.position.tolist())
+    evidence.write_rank(bundle, rank(), batch, samples, own, has_images=has_images)
     if rank() != 0:
         return
     places = {

@@ -6,7 +6,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-from pretrain.exits import Preempted
+from pretrain.exits import Postponed, Preempted
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -25,7 +25,7 @@ class Signals:
     def __exit__(
         self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, Preempted):
+        if isinstance(error, (Preempted, Postponed)):
             return  # a launcher asks all ranks again as soon as the first has gone
         for number, handler in self._before.items():
             signal.signal(number, handler)

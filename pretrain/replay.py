@@ -6,22 +6,19 @@ bundle with the batches that lie there. Where the numbers differ, the machine an
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import closing
 from pathlib import Path
 
 import torch.distributed as dist
 
-from pretrain import checkpoint, evidence
-from pretrain.checkpoint import folder_in, steps_in
-from pretrain.checkpoint.stores import store_at
+from pretrain import checkpoint, evidence, strict_json
 from pretrain.collectives import from_first_rank, rank, world_size
-from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_folder
 from pretrain.distributed import start_distributed
 from pretrain.ds_config import read_ds_config, resolve_config
 from pretrain.guard import NORM
+from pretrain.replayable import checkpoint_before
 from pretrain.train import build_engine, open_loader, read_guide, with_guide
 
 Numbers = dict[str, float]  # by what they are: a target's nats, or the norm
@@ -62,7 +59,10 @@ def replay(bundle: Path) -> bool:
                     f"batch {engine.verdict.batch} between {folder} and the step was accepted then and is refused "
                     f"now ({', '.join(engine.verdict.reasons)}): the machine does not compute alike"
                 )
-    losses = engine.step(evidence.read_batch(bundle, rank()))
+    kept = evidence.read_batch(bundle, rank())
+    if kept is None and rank() == 0:
+        print("the bundle has no images: its samples are read from the data again", flush=True)
+    losses = engine.step(batch if kept is None else kept)  # the loader stands where the run stood
     own = {name: float(nats) for name, nats in losses.nats.items()}
     of_ranks: list[Numbers] = [own] * world_size()
     dist.all_gather_object(of_ranks, own)
@@ -70,26 +70,13 @@ def replay(bundle: Path) -> bool:
     known = [("all ranks", {NORM: recorded["norm"], **recorded["losses"]})]
     for number, numbers in enumerate(of_ranks):
         found.append((f"rank {number}", numbers))
-        told = json.loads((bundle / evidence.rank_file(number, "json")).read_text())
+        told = strict_json.loads((bundle / evidence.rank_file(number, "json")).read_text())
         known.append((f"rank {number}", told["losses"]))
     if rank() == 0:
         print(f"batch {recorded['batch']} after step {recorded['step']}, from {folder}:")
         print("\n".join(table(known, found)), flush=True)
     dist.destroy_process_group()
     return all(is_equal(old, new) for (_, old), (_, new) in zip(known, found, strict=True))
-
-
-def checkpoint_before(place: Place, step: int, left_out: set[int]) -> Place:
-    """The newest whole checkpoint of a run that is not after `step`, and left out no other batches; ValueError
-    without one.
-    """
-    for earlier in sorted((one for one in steps_in(place) if one <= step), reverse=True):
-        folder = folder_in(place, earlier)
-        if store_at(folder).problem(hashes=True) is None and checkpoint.left_out(folder) <= left_out:
-            return folder
-    raise ValueError(
-        f"no whole checkpoint of step {step} or before lies in {place}: the step cannot be run again"
-    )
 
 
 def is_equal(old: Numbers, new: Numbers) -> bool:

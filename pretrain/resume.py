@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import (
     PLACE_RECORD,
+    is_gone,
+    is_known,
     latest,
     left_out,
     place_name,
@@ -21,8 +24,11 @@ from pretrain.checkpoint import (
 from pretrain.config import Guard, Run
 from pretrain.data.remote import Place, is_url
 from pretrain.evidence import Journal, Rewind
+from pretrain.exits import Postponed
 from pretrain.facts import DataFacts
 from pretrain.given_up import given_up, tell
+from pretrain.paths import Paths
+from pretrain.retries import is_passing
 
 HARMLESS = (
     "save_every",
@@ -33,6 +39,32 @@ HARMLESS = (
     "backbone.activation_checkpoint",
     *(f"guard.{field.name}" for field in dataclasses.fields(Guard)),
 )  # fields of Run that may change at a resume
+
+
+@contextmanager
+def reaching(paths: Paths) -> Iterator[None]:
+    """Around what a start asks the place of the checkpoints: Postponed where it fails and has served the run before.
+
+    What has never served is more likely a mistake in the command, and stays the error that it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_passing(error) or not is_known(paths.out, paths.kept):
+            raise
+        raise Postponed(
+            f"{paths.kept} fails now ({error}), where an earlier start of {paths.out} has kept its checkpoints: "
+            "nothing of them is lost; mend the place if it does not recover by itself, the same command goes on from "
+            "there, as a job script that goes on after 75 does"
+        ) from error
+
+
+def require_mounted(paths: Paths) -> None:
+    """OSError where the place of the checkpoints is gone: in a new folder the run would begin anew."""
+    if is_gone(paths.out, paths.kept):
+        raise OSError(
+            f"no folder is there: mount its disk, or delete {paths.out / PLACE_RECORD} to begin anew there"
+        )
 
 
 def require_same_place(out: Path, kept: Place) -> None:

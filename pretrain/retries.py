@@ -20,6 +20,7 @@ LONGEST_PAUSE = 30.0  # seconds
 SILENT = 10.0  # seconds after which it is told that a store fails
 OF_NAMES = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # a path stays what it is
 OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
+LASTING = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 T = TypeVar("T")
 
 
@@ -60,7 +61,7 @@ def patiently(
             if attempt is None:
                 return work()
             left = seconds - (0.0 if since is None else asked - since)
-            return _within(min(attempt, max(left, pause)), work)
+            return within(min(attempt, max(left, pause)), work)
         except (FileNotFoundError, PermissionError, *final, *OUR_FAULTS):
             raise
         except Exception as error:  # every store has errors of its own
@@ -90,6 +91,12 @@ def patiently(
         pause = min(2 * pause, longest)
 
 
+def is_passing(error: Exception) -> bool:
+    """May what failed go well later? Not where something is missing, forbidden, or no file or folder of that kind."""
+    is_of_name = getattr(error, "errno", None) in OF_NAMES
+    return isinstance(error, OSError) and not isinstance(error, LASTING) and not is_of_name
+
+
 def refusal(error: BaseException | None) -> str:
     """Why nobody takes connections at an address, as a store's error hides it deep inside; "" of other errors."""
     while error is not None:
@@ -101,7 +108,7 @@ def refusal(error: BaseException | None) -> str:
     return ""
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T:
+def within(seconds: float, work: Callable[[], T]) -> T:
     """What `work` gives; TimeoutError when it takes longer."""
     answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 

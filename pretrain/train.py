@@ -53,6 +53,7 @@ from pretrain.preemption import Signals
 from pretrain.pretrainer import Pretrainer
 from pretrain.provenance import hardware
 from pretrain.refused import leaving_nothing
+from pretrain.replayable import needed
 from pretrain.served import left_out
 from pretrain.tellers import is_of_another_rank, is_of_device, is_told_by_this_rank
 from pretrain.towers import Towers
@@ -75,7 +76,7 @@ class Started:
 def train(run: Run, paths: Paths) -> None:
     """Pre-trains from the newest whole checkpoint of the run, or from the beginning; on all ranks.
 
-    Preempted, Diverged and RankLost tell how else than finished or failed it ended.
+    Preempted, Postponed, Diverged and RankLost tell how else than finished or failed it ended.
     """
     begun = time.monotonic()
     ds_config = read_ds_config(paths.ds_config)
@@ -113,13 +114,14 @@ def train(run: Run, paths: Paths) -> None:
 def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
     """Builds the run and takes it to its end, as often as it goes back; `held` closes what is open then."""
     journal = Journal(paths.out)
-    folder = from_first_rank(lambda: _left_at(paths, journal))
+    with resume.reaching(paths):
+        folder = from_first_rank(lambda: _left_at(paths, journal))
+        skipped = from_first_rank(lambda: resume.batches_left_out(folder, journal))
     first_step = 0 if folder is None else step_of(folder)
     window = Window(paths.profile, paths.out, first_step, run.steps)
     held.callback(window.close)
     if paths.compile:
         check_compile(run.backbone.family, describe(started.config)["stage"])
-    skipped = from_first_rank(lambda: resume.batches_left_out(folder, journal))
     tokenizer = tokenizer_folder(run, paths.data, paths.tokenizer)
     guide = read_guide(run, paths.guide)
     dropped = drops.file_of(paths.out, rank(), world_size())
@@ -128,10 +130,9 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
     facts = with_guide(loader.facts, guide)
     start, facts = beginning(run, paths, facts, folder)  # None where the run goes on
     if folder is not None:  # refuses another recipe before minutes of building
-        resume.check_resumable(folder, run, facts)
-    check = None
-    if paths.evaluate_every:
-        check = on_every_rank(lambda: TeacherCheck(run, facts, paths.evaluate_data, tokenizer))
+        with resume.reaching(paths):
+            resume.check_resumable(folder, run, facts)
+    check = on_every_rank(lambda: _check(run, paths, facts, tokenizer), started.device)
     engine = build_engine(run, facts, started.config, started.device, guide, paths, start)
     engine.guard.left_out |= skipped
     engine.guard.num_refused = from_first_rank(lambda: 0 if folder is None else journal.num_refused)
@@ -139,14 +140,8 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
     gpu_hours = from_first_rank(lambda: _write_inputs(run, paths, start, is_new=folder is None))
     origin = start.told() if start is not None else []
     start = None  # the weights of a file, which the model has now
-    saver = Saver(
-        engine,
-        paths.kept,
-        facts,
-        tokenizer,
-        started.require,
-        given_up=lambda: given_up(paths.kept, journal.rewinds()),
-    )
+    with resume.reaching(paths):
+        saver = _saver(engine, paths, facts, tokenizer, started, journal)
     job = Job(run, paths, engine, saver, journal, started.signals, started.watchdog, window, check)
     speed = speed_of(run, facts, engine)
     spent = Spent(world_size(), paths.price, gpu_hours, started.begun)
@@ -177,6 +172,26 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
         loader = held.enter_context(closing(load(step_of(folder), engine.guard.left_out)))
 
 
+def _check(run: Run, paths: Paths, facts: DataFacts, tokenizer: Path | None) -> TeacherCheck | None:
+    return TeacherCheck(run, facts, paths.evaluate_data, tokenizer) if paths.evaluate_every else None
+
+
+def _saver(
+    engine: Engine, paths: Paths, facts: DataFacts, tokenizer: Path | None, started: Started, journal: Journal
+) -> Saver:
+    """Keeps, beside what its own rules keep, what refused steps are run again from."""
+    return Saver(
+        engine,
+        paths.kept,
+        facts,
+        tokenizer,
+        started.require,
+        given_up=lambda: given_up(paths.kept, journal.rewinds()),
+        needed=lambda: needed(paths.out, paths.kept),
+        beside=started.watchdog.beside,
+    )
+
+
 def _left_at(paths: Paths, journal: Journal) -> Place | None:
     """The checkpoint that the run goes on from, if any; by the first rank, which holds the place."""
     resume.require_same_place(paths.out, paths.kept)
@@ -186,7 +201,8 @@ def _left_at(paths: Paths, journal: Journal) -> Place | None:
 
 def _restore(job: Job, folder: Place) -> None:
     job.watchdog.at(step_of(folder), "reads a checkpoint", times=FIRST)
-    checkpoint.restore(job.engine, folder)
+    with resume.reaching(job.paths):
+        checkpoint.restore(job.engine, folder)
     job.saver.saved_step = step_of(folder)  # it is there, and need not be written again
 
 
@@ -199,10 +215,12 @@ def _sole(held: ExitStack, paths: Paths) -> Require:
         was_there = paths.out.exists()
         held.enter_context(only_writer(paths.out))
         held.enter_context(leaving_nothing(paths.out, world_size(), was_there=was_there))
+        resume.require_mounted(paths)
         if paths.checkpoints is not None and paths.checkpoints != paths.out:  # that one is held already
             require = held.enter_context(only_saver(paths.checkpoints))
 
-    from_first_rank(hold)
+    with resume.reaching(paths):
+        from_first_rank(hold)
     return require
 
 

@@ -64,9 +64,14 @@ class Guard:
     skips: int = 4  # refused steps in a row before the run goes back to its last good checkpoint
     margin: int = 8  # accepted batches before them that are left out with them; twice as many each time
     rewinds: int = 3  # times that the run goes back without getting further before it ends
+    evidence_gib: float = 32.0  # GiB that images of refused steps may take on the disk; 0 = none are kept
 
     def __post_init__(self) -> None:
         positive("guard", window=self.window, skips=self.skips)
+        if self.evidence_gib < 0:
+            raise ValueError(
+                f"guard.evidence_gib={self.evidence_gib} must not be negative: 0 keeps no images of refused steps"
+            )
         if self.deviations < 0 or self.norm_factor < 1 or self.loss_rise < 0:
             raise ValueError(
                 f"guard.deviations={self.deviations} and loss_rise={self.loss_rise} must not be negative, "

@@ -3,7 +3,8 @@
 Each rank writes what it does to a file of its own every few seconds, from a thread. A rank that does not get on for
 `timeout` seconds, as all do that wait for one, writes its stacks to OUT/stacks and looks at the others' signs: those
 that write none have died or been stopped; else those that are behind the others hang. The first rank that is alive
-tells which, with their last steps; all of them end with the exit code LOST.
+tells which, with their last steps; all of them end with the exit code LOST. Where all have come equally far, the one
+hangs whose thread has been at its part of a checkpoint for long: the others' threads wait for it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SIGNS = 10  # signs of life in a timeout
 MOST_SECONDS = 3.0  # between two of them
 MOST_SIGNS = 500  # a second, of all ranks together: a network file system should not notice
 FEW = 16  # ranks that write every sign at once, so that the last word of one that dies is exact
+LONG = 0.5  # of the timeout: what a thread does beside training for so long may hang
 SILENT = 4  # signs missed by a rank that is gone
 SIGN_BYTES = 512  # of which no more than a few hundred are used: it is overwritten in place
 RANKS, STACKS = "ranks", "stacks"  # folders of a run
@@ -47,11 +49,14 @@ class Sign(NamedTuple):
     step: int  # accepted steps
     doing: str
     ended: bool  # by itself: it has said why
+    beside: str  # what a thread does beside training, other than waiting for others
+    beside_seconds: float  # that it has done so
 
     def told(self) -> str:
         """`rank 3 (host b, process 71) after step 12, while it waits for a batch`."""
         where = f"rank {self.rank} (host {self.host}, process {self.process})"
-        return f"{where} after step {self.step}, while it {self.doing}"
+        beside = f" and, beside that, {self.beside}" if self.beside else ""
+        return f"{where} after step {self.step}, while it {self.doing}{beside}"
 
 
 @contextmanager
@@ -89,6 +94,7 @@ class Watchdog:
         self._number = self._entered = self._step = 0
         self._doing, self._limit = "starts", FIRST * timeout
         self._since = time.monotonic()
+        self._beside, self._beside_since = "", self._since
         self._lock = threading.Lock()
         self._is_over = threading.Event()
         self._ended = False
@@ -122,6 +128,10 @@ class Watchdog:
         if self._since - self._said >= self._gap:
             self._say()
 
+    def beside(self, doing: str) -> None:
+        """A thread of this rank begins something beside training, or, by "", waits for others or ends it."""
+        self._beside, self._beside_since = doing, time.monotonic()
+
     @property
     def here(self) -> str:
         """This rank, and what it does."""
@@ -142,6 +152,9 @@ class Watchdog:
             return f"{told}: gone without a word or stopped", is_teller
         fewest = min(sign.entered for sign in after)
         behind = [sign for sign in after if sign.entered == fewest]
+        if len(behind) == len(after):  # also where they wait for a checkpoint
+            long = [sign for sign in after if sign.beside and sign.beside_seconds >= LONG * self._timeout]
+            behind = long or behind
         if len(behind) == len(after):
             return f"all {self._world} ranks wait for each other: {after[0].told()}", is_teller
         return f"{'; '.join(sign.told() for sign in behind)}: the others wait for it", is_teller
@@ -182,7 +195,8 @@ class Watchdog:
 
     def _sign(self) -> Sign:
         own = (self._number, self._entered, self._step, self._doing, self._ended)
-        return Sign(self._rank, host_name(), os.getpid(), *own)
+        beside = (self._beside, time.monotonic() - self._beside_since)
+        return Sign(self._rank, host_name(), os.getpid(), *own, *beside)
 
     def _watch(self) -> None:
         while not self._is_over.wait(self._gap or self.interval):

@@ -24,6 +24,8 @@ from pretrain.checkpoint.names import (
     checkpoint_folder,
     checkpoints_of,
     folder_in,
+    is_gone,
+    is_known,
     kept_of,
     latest,
     place_name,
@@ -36,6 +38,7 @@ from pretrain.checkpoint.stores import left_out, read_json
 
 # Name -> the module that has it, which comes when it is asked for: torch, or even the models, take seconds.
 OWNERS = {
+    "Lasting": "saver",
     "Saver": "saver",
     "WEIGHTS": "read",
     "load_student": "read",
@@ -49,6 +52,8 @@ __all__ = [
     "checkpoint_folder",
     "checkpoints_of",
     "folder_in",
+    "is_gone",
+    "is_known",
     "kept_of",
     "latest",
     "left_out",

@@ -38,6 +38,22 @@ def recorded_place(out: Path) -> Place | None:
         ) from error
 
 
+def is_known(out: Path, kept: Place) -> bool:
+    """Has an earlier start kept the checkpoints of the run in `out` there? Also where `out` cannot be read now."""
+    try:
+        before = recorded_place(out)
+    except OSError:
+        return True
+    return before is not None and place_name(before) == place_name(kept)
+
+
+def is_gone(out: Path, kept: Place) -> bool:
+    """Is the folder of --checkpoints not there that an earlier start had, as where its disk is not mounted?"""
+    return (
+        isinstance(kept, Path) and kept != checkpoints_of(out) and not kept.is_dir() and is_known(out, kept)
+    )
+
+
 def kept_of(out: Path) -> Place:
     """Where the checkpoints of a run lie that has its folder `out`, as its record tells.
 

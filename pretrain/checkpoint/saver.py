@@ -12,7 +12,8 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,21 @@ from pretrain.checkpoint.snapshot import Snapshot, Trainable
 from pretrain.checkpoint.store import Content, put
 from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_first_rank, rank, world_size
-from pretrain.data.remote import Place
+from pretrain.data.remote import Place, is_url
 from pretrain.facts import DataFacts
+from pretrain.retries import is_passing
 
 SPARE_BYTES = 16 * 2**20  # for the small files
+MOST_NEEDED = 2  # checkpoints that are kept beside the others, since the evidence of refused steps needs them
 PATIENCE = 3600.0  # seconds that one rank's thread waits for another's
 LONGEST_PAUSE = 0.5  # seconds between two looks at what others have told
+
+
+class Lasting(OSError):
+    """What failed would fail again: something is missing, forbidden, or a fault of ours."""
+
+
+KINDS: dict[str, type[OSError]] = {"lost": ClaimLost, "lasting": Lasting, "passing": OSError}
 
 
 class Saver:
@@ -41,8 +51,9 @@ class Saver:
     `run.keep_every` is not 0, every checkpoint whose step is a multiple of it. All ranks make one, and call `save`
     and `finish` alike; `require` raises ClaimLost once another process has taken the place over, and all ranks have
     `is_lost` then, each when its thread hears of it. `given_up` tells steps of checkpoints from which the run will
-    not go on: they are not counted as kept. ValueError for a URL that nothing here opens; OSError when the place
-    cannot be used.
+    not go on: they are not counted as kept; `needed` steps that are kept all the same, MOST_NEEDED of them, the first
+    first. `beside` hears what the thread does, "" while it waits for others: so that of several the one is known that
+    hangs. ValueError for a URL that nothing here opens; OSError when the place cannot be used.
     """
 
     def __init__(
@@ -53,9 +64,12 @@ class Saver:
         tokenizer: Path | None,
         require: Require = unclaimed,
         given_up: Callable[[], Collection[int]] = set,
+        needed: Callable[[], Sequence[int]] = list,
+        beside: Callable[[str], None] = lambda doing: None,
     ) -> None:
         self._engine, self.place, self._require = engine, place, require
-        self._store, self._given_up = store_at(place), given_up
+        self._store, self._beside = store_at(place), beside
+        self._given_up, self._needed = given_up, needed
         from_first_rank(self._store.tidy)
         self._run_token = from_first_rank(lambda: secrets.token_hex(4))
         self._snapshot = Snapshot(engine, facts, tokenizer)
@@ -63,6 +77,7 @@ class Saver:
         self._attempts = 0
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # of the last save that ended
+        self._kind = ""  # of that problem: a key of KINDS
         self.is_lost = False  # the place, to another process: nothing of this run would ever be saved again
         self.saved_step: int | None = None  # of the newest checkpoint that this process wrote, or restored
         self._news: list[str] = []
@@ -90,27 +105,33 @@ class Saver:
         if wait:
             self.finish()
 
+    @property
+    def room(self) -> int:
+        """Bytes that the next checkpoint takes on a disk, with those of small files; behind a URL these alone."""
+        return SPARE_BYTES + (0 if is_url(self.place) else self._snapshot.num_bytes)
+
     def poll(self) -> list[str]:
         """Lines to say about saves that ended since the last call; on the first rank, the others have none."""
         told, self._news = self._news, []
         return told if rank() == 0 else []
 
     def finish(self) -> None:
-        """Returns when no save is under way; OSError on all ranks when the last one failed, ClaimLost once the place
-        is another process's.
+        """Returns when no save is under way; OSError on all ranks when the last one failed, Lasting where the next
+        would fail alike, ClaimLost once the place is another process's.
         """
         if self._thread is not None:
             self._thread.join()
         dist.barrier()  # with the first rank goes the store through which the threads of the others still hear
         if self._problem is not None:
-            raise (ClaimLost if self.is_lost else OSError)(self._problem)
+            raise KINDS[self._kind](self._problem)
 
     def _write(self, step: int, attempt: str, files: dict[str, Content]) -> None:
         """The thread: what became of the attempt, for `poll` and `finish`."""
         begun, folder = time.monotonic(), folder_in(self.place, step)
         tried = _tried(lambda: self._attempt(step_name(step), attempt, files))
         error = tried["error"]
-        if tried["is_lost"]:
+        self._kind = tried["kind"]
+        if self._kind == "lost":
             self._problem, self.is_lost = f"checkpoint {folder} was not written: {error}", True
             return
         self._problem = error and (
@@ -124,23 +145,40 @@ class Saver:
             return
         self._news.append(f"saved {folder} in {time.monotonic() - begun:.1f} s beside training")
         self.saved_step = step
-        if rank() == 0 and (left := _tried(lambda: self._prune(step))["error"]):
+        if rank() != 0:
+            return
+        with self._busy("deletes old checkpoints"):
+            left = _tried(lambda: self._prune(step))["error"]
+        if left:
             self._news.append(f"NOT DELETED: old checkpoints in {self.place}: {left}")
 
     def _attempt(self, name: str, attempt: str, files: dict[str, Content]) -> None:
         """OSError on all ranks when any of them fails."""
-        copied = _tried(self._snapshot.copy)  # what went wrong is told where the others look for it
+        with self._busy(f"copies its part of {name}"):
+            copied = _tried(self._snapshot.copy)  # what went wrong is told where the others look for it
         self._agreed(f"{attempt}/begun", lambda: self._make_room(name, attempt))
-        told = copied if copied["error"] else _tried(lambda: self._put_all(name, attempt, files))
+        with self._busy(f"writes its part of {name}"):
+            told = copied if copied["error"] else _tried(lambda: self._put_all(name, attempt, files))
         self._tell(f"{attempt}/rank_{rank()}", told)
         self._agreed(f"{attempt}/ended", lambda: self._publish(name, attempt))
 
+    @contextmanager
+    def _busy(self, doing: str) -> Iterator[None]:
+        self._beside(doing)
+        try:
+            yield
+        finally:
+            self._beside("")
+
     def _make_room(self, name: str, attempt: str) -> None:
-        self._require()
-        free, needed = self._store.room(), self._snapshot.num_bytes + SPARE_BYTES
-        if free is not None and free < needed:
-            raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, it needs {needed / 2**20:.0f} MiB")
-        self._store.begin(name, attempt)
+        with self._busy(f"makes room for {name}"):
+            self._require()
+            free, needed = self._store.room(), self._snapshot.num_bytes + SPARE_BYTES
+            if free is not None and free < needed:
+                raise OSError(
+                    errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, it needs {needed / 2**20:.0f} MiB"
+                )
+            self._store.begin(name, attempt)
 
     def _put_all(self, name: str, attempt: str, files: dict[str, Content]) -> intact.Digests:
         partial = self._store.unfinished(name, attempt)
@@ -152,21 +190,27 @@ class Saver:
         for index in range(world_size()):
             told = self._heard(f"{attempt}/rank_{index}")
             if told["error"]:
-                raise OSError(f"rank {index}: {told['error']}")
+                raise KINDS[told["kind"]](f"rank {index}: {told['error']}")
             together |= told["value"]
-        self._require()
-        self._store.publish(name, attempt, together)
+        with self._busy(f"publishes {name}"):
+            self._require()
+            self._store.publish(name, attempt, together)
 
     def _prune(self, newest: int) -> None:
-        """Deletes what is older than the checkpoints that are kept; only whole ones that are not given up count."""
+        """Deletes what is older than the checkpoints that are kept, of which only whole ones that are not given up
+        count, and not needed.
+        """
         self._require()
-        run, num_kept, gone = self._engine.run, 0, self._given_up()
+        run, num_kept, gone, old = self._engine.run, 0, self._given_up(), list[int]()
         for step in sorted((s for s in steps_in(self.place) if 0 < s <= newest), reverse=True):
             is_wanted = num_kept < run.keep_last and step not in gone
             if is_wanted and self._store.child(step_name(step)).problem(hashes=False) is None:
                 num_kept += 1
             elif not run.keep_every or step % run.keep_every:
-                self._store.remove(step_name(step))
+                old.append(step)
+        needed = [step for step in self._needed() if step in old][:MOST_NEEDED] if old else []
+        for step in set(old) - set(needed):
+            self._store.remove(step_name(step))
 
     def _agreed(self, key: str, work: Callable[[], None]) -> None:
         """The first rank does `work`, the others wait for it; OSError on all of them when it fails."""
@@ -174,7 +218,7 @@ class Saver:
             self._tell(key, _tried(work))
         heard = self._heard(key)
         if heard["error"]:
-            raise (ClaimLost if heard["is_lost"] else OSError)(heard["error"])
+            raise KINDS[heard["kind"]](heard["error"])
 
     def _tell(self, key: str, told: dict[str, Any]) -> None:
         self._board.set(f"checkpoint/{key}", json.dumps(told))
@@ -191,12 +235,16 @@ class Saver:
 
 
 def _tried(work: Callable[[], Any]) -> dict[str, Any]:
-    """{"error", "is_lost", "value"} of work in a thread, whose exceptions nobody would see: every one is told."""
+    """{"error", "kind", "value"} of work in a thread, whose exceptions nobody would see: every one is told."""
     try:
-        return {"error": None, "is_lost": False, "value": work()}
+        return {"error": None, "kind": "", "value": work()}
     except Exception as error:
         return _told(error)
 
 
 def _told(error: Exception) -> dict[str, Any]:
-    return {"error": str(error) or repr(error), "is_lost": isinstance(error, ClaimLost), "value": None}
+    if isinstance(error, ClaimLost):
+        kind = "lost"
+    else:
+        kind = "passing" if is_passing(error) and not isinstance(error, Lasting) else "lasting"
+    return {"error": str(error) or repr(error), "kind": kind, "value": None}

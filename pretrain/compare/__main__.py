@@ -13,7 +13,6 @@ commands, for a cluster's own queue.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 
 from data_prep.schema import write_atomic
+from pretrain import strict_json
 from pretrain.compare import tell
 from pretrain.compare.comparisons import COMPARISONS, Comparison, choose
 from pretrain.compare.plan import Job, Settings, plan
@@ -154,7 +154,7 @@ def publish(name: str, comparison: Comparison, settings: Settings, jobs: Sequenc
     text = tell.table(comparison, settings, jobs, found)
     record = tell.record(name, comparison, settings, jobs, found)
     for suffix, content in {
-        "json": json.dumps(record, indent=1) + "\n",
+        "json": strict_json.dumps(record, indent=1) + "\n",
         "md": text,
         "svg": tell.figure(comparison, found),
     }.items():

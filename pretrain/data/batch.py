@@ -36,6 +36,11 @@ class Batch:
     position: Int[Tensor, " b"]  # of the sample in the run's global order
 
     @property
+    def num_bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(getattr(self, field.name).nbytes for field in dataclasses.fields(self))
+
+    @property
     def has_category(self) -> Bool[Tensor, " b"]:
         return self.category != NO_CATEGORY
 

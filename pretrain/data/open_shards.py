@@ -79,7 +79,10 @@ class OpenShards:
 
     def _record(self, shard: int, index: int) -> bytes:
         if shard in self._open:
-            self._open[shard] = self._open.pop(shard)  # the last that was used
+            if self._remote is None and _is_removed(self._open[shard][0]):
+                self._close(shard)  # a start that goes on from here finds what has its name now, so do these
+            else:
+                self._open[shard] = self._open.pop(shard)  # the last that was used
         descriptor, offsets = self._open.get(shard) or self._open_another(shard)
         start, size = offsets[index], offsets[index + 1] - offsets[index]
         record = os.pread(descriptor, size, start)

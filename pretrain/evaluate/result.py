@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from data_prep.schema import Manifest, write_atomic
-from pretrain import provenance
+from pretrain import provenance, strict_json
 from pretrain.collectives import all_rows
 from pretrain.config import Run
 from pretrain.evaluate.accuracy import confusion_counts
@@ -103,7 +102,7 @@ def neighbours(step: str, evidence: Evidence) -> dict[str, Any]:
 def write(path: Path, result: Mapping[str, Any]) -> None:
     """The result as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+    write_atomic(path, (strict_json.dumps(result, indent=1) + "\n").encode())
 
 
 def set_aside(
@@ -129,7 +128,7 @@ def rows_there(path: Path) -> tuple[Any, set[tuple[str, str]]]:
     if not path.exists():
         return None, set()
     try:
-        there = json.loads(path.read_text())
+        there = strict_json.loads(path.read_text())
         rows = {
             (name, probe)
             for name, measured in there["checkpoints"].items()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pretrain import strict_json
 from pretrain.appended import Appended
 
 LOG = "log.jsonl"
@@ -20,7 +20,7 @@ def records(path: Path, until: float) -> list[dict[str, Any]]:
 
 def _record_of(line: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = strict_json.loads(line)
         return record if isinstance(record["step"], int) else None
     except (ValueError, KeyError, TypeError):
         return None
@@ -28,7 +28,7 @@ def _record_of(line: str) -> dict[str, Any] | None:
 
 def line_of(record: dict[str, Any]) -> bytes:
     """A record as the log has it."""
-    return (json.dumps(record) + "\n").encode()
+    return (strict_json.dumps(record) + "\n").encode()
 
 
 def open_log(path: Path, kept: list[dict[str, Any]], say: Callable[[str], object]) -> Appended:

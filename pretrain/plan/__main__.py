@@ -65,7 +65,8 @@ def plan(arguments: list[str] | None) -> None:
     from pretrain.plan.tell import tell
 
     facts = assumed_facts(run, options.categories, options.vocab, options.tags)
-    print(tell(make_plan(run, facts, cluster, tuple(options.micro_batches)), overrides, options.price))
+    made = make_plan(run, facts, cluster, tuple(options.micro_batches))
+    print(tell(made, options.recipe, overrides, options.price))
 
 
 def main(arguments: list[str] | None = None) -> int:

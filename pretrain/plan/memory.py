@@ -47,10 +47,15 @@ class Memory:
         return self.weights + self.optimizer + self.teacher + self.average + self.resident
 
     @property
+    def backward(self) -> float:
+        """The most on the device until the optimizer's step."""
+        added = self.gradients + self.buffers + self.activations + self.working - self.resident
+        return self.at_rest + added
+
+    @property
     def peak(self) -> float:
         """The most on the device."""
-        backward = self.gradients + self.buffers + self.activations + self.working - self.resident
-        return self.at_rest + max(backward, self.step)
+        return max(self.backward, self.at_rest + self.step)
 
 
 def memory(
@@ -69,9 +74,10 @@ def memory(
         "average": MASTER * averages,
         "activations": activations(run, of_image, images, setting),
         "working": working(run, facts, of_image, images, setting, ranks),
-        "step": (MASTER + wide + temporary) * trained / ranks,
+        # Where the optimizer is offloaded, its host has gradients of both kinds all the time.
+        "step": ((0 if setting.is_offloaded else MASTER + wide) + temporary) * trained / ranks,
         "optimizer": 0.0 if setting.is_offloaded else optimizer,
-        "host": optimizer + MASTER * trained / ranks if setting.is_offloaded else 0.0,
+        "host": optimizer + (MASTER + wide) * trained / ranks if setting.is_offloaded else 0.0,
     }
     if setting.stage < 3:
         exchanged = sizes.longest_share(ranks) * ranks * wide if ranks > 1 else 0
@@ -102,9 +108,12 @@ def live(sizes: Sizes, setting: Setting, ranks: int) -> float:
     if ranks == 1:
         return 0.0
     divided = sum(n for n in sizes.trained if n > setting["stage3_param_persistence_threshold"])
-    if setting["stage3_max_reuse_distance"] >= divided:
-        return min(divided, setting["stage3_max_live_parameters"])
-    return min(divided, sizes.largest_unit + setting["stage3_prefetch_bucket_size"])
+    # Each module fetches a bucket more, until so many are live, and what it has fetched or met on the way for later
+    # use is not released, whatever stage3_max_reuse_distance says.
+    most = max(
+        setting["stage3_max_live_parameters"], sizes.largest_unit + setting["stage3_prefetch_bucket_size"]
+    )
+    return min(divided, most)
 
 
 def activations(run: Run, of_image: Kept, images: int, setting: Setting) -> float:

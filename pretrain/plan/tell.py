@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 
 from pretrain.plan.machines import GIB
 from pretrain.plan.plan import Plan, Planned, tell_setting
@@ -21,8 +22,8 @@ IMAGES_A_CORE = {name: 1 / (1 / rate + BESIDE) for name, rate in CUT_A_CORE.item
 GB = 1e9
 
 
-def tell(plan: Plan, overrides: list[str], price: float | None) -> str:
-    """The whole text; ValueError when nothing fits."""
+def tell(plan: Plan, recipe: str, overrides: list[str], price: float | None) -> str:
+    """The whole text, of a recipe by its name and overrides of it; ValueError when nothing fits."""
     best = plan.best()
     sections = [
         _head(plan),
@@ -32,7 +33,7 @@ def tell(plan: Plan, overrides: list[str], price: float | None) -> str:
         _budget(plan, best, price),
         _scaling(plan, best),
         "Assumed:\n" + "\n".join(f"- {line}" for line in ASSUMPTIONS),
-        "Command:\n" + command(plan, best, overrides),
+        "Command:\n" + command(plan, best, recipe, overrides),
     ]
     return "\n\n".join(sections)
 
@@ -127,18 +128,18 @@ def _scaling(plan: Plan, best: Planned) -> str:
     return "Weak scaling of this setting, as many images a GPU (simulated):\n" + "\n".join(lines)
 
 
-def command(plan: Plan, best: Planned, overrides: list[str]) -> str:
+def command(plan: Plan, best: Planned, recipe: str, overrides: list[str]) -> str:
     """What starts the run; folders are left to fill in."""
     run, setting, cluster = plan.run, best.setting, plan.cluster
     nodes = f"--hostfile HOSTS --num_nodes {cluster.nodes} " if cluster.nodes > 1 else ""
     parts = [
-        f"deepspeed {nodes}--num_gpus {cluster.gpus_a_node} pretrain/main.py --recipe {run.name}",
-        "--data " + " ".join(f"{name}=DIR" for name in run.data),
+        f"deepspeed {nodes}--num_gpus {cluster.gpus_a_node} pretrain/main.py --recipe {recipe}",
+        "--data " + " ".join(f"{shlex.quote(name)}=DIR" for name in run.data),
         f"--ds-config ds_configs/{setting.file}.json --out DIR",
         f"--workers {math.ceil(plan.images_per_second(best) / IMAGES_A_CORE[run.views.on_device])}",
     ]
     parts += ["--guide DIR"] * run.objective.needs_guide
     parts += [f"--micro-batches {setting.micro_batches}"] * (setting.micro_batches > 1)
-    parts += [" ".join(overrides)] * bool(overrides)
+    parts += [shlex.join(overrides)] * bool(overrides)
     parts.append(f"--backbone.activation_checkpoint {setting.checkpoint}")
     return " \\\n    ".join(parts)

@@ -73,8 +73,8 @@ def _divided(run: Run, facts: DataFacts, sizes: Sizes, setting: Setting, ranks: 
     again = max(decoded - 1, 0)  # calls of the decoder after the first
     forward, decoder, joint = padded(sizes.trained), padded(sizes.decoder), padded(sizes.joint)
     is_kept = (
-        setting["stage3_max_reuse_distance"] >= sizes.num_trained <= setting["stage3_max_live_parameters"]
-    )
+        sizes.num_trained <= setting["stage3_max_live_parameters"]
+    )  # as pretrain/plan/memory.py's `live` says
     if not is_kept:
         forward += again * decoder
         apart = forward - joint  # what each micro-batch needs

@@ -11,14 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.places import place_of
+from data_prep.places import Place, place_of
+from pretrain.checkpoint.names import is_gone, is_known
 from pretrain.data.remote import is_url
 from pretrain.preflight.check import Here
 from pretrain.preflight.machine import GIB
 from pretrain.preflight.told import FAILED, WARNING, Judged, Problem, Told, size, span
+from pretrain.retries import is_passing, within
 
 SEEN = 10.0  # seconds in which a file of one node must be seen by another
 SPARE = GIB  # bytes for logs, evidence and compiled kernels
+ANSWERS = 0.9  # of the seconds that a check may take, those in which a store must answer
 RIGHTS = "its keys need the rights to list, read, write and delete"
 NAME = ".preflight-"  # begins what is written and removed again
 
@@ -39,6 +42,8 @@ def look_at_disk(here: Here) -> dict[str, Any] | None:
         return None
     free = {}
     for option, folder in folders(here).items():
+        if is_gone(here.paths.out, folder):  # training says so, and ends to be started again
+            continue
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:
@@ -98,6 +103,8 @@ def look_at_shared(here: Here) -> dict[str, float | None] | None:
             token = secrets.token_hex(8)
             try:
                 for folder in folders(here).values() if here.paths else ():
+                    if is_gone(here.paths.out, folder):
+                        continue
                     folder.mkdir(parents=True, exist_ok=True)
                     (folder / f"{NAME}{token}").write_text(token)
                     written.append(folder)
@@ -148,13 +155,29 @@ def judge_shared(told: Sequence[Told], here: Here) -> Judged:
     )
 
 
-def look_at_store(here: Here) -> dict[str, float] | None:
-    """Seconds that writing, listing, reading back and deleting a small object take; None without a URL."""
-    if here.paths is None or here.paths.checkpoints is None or not is_url(here.paths.checkpoints):
+def look_at_store(here: Here) -> dict[str, Any] | None:
+    """Seconds that writing, listing, reading back and deleting a small object take; None without a URL.
+
+    What fails of a store that an earlier start used, for training waits for that one, and ends with a code to start
+    again.
+    """
+    kept = None if here.paths is None else here.paths.checkpoints
+    if here.paths is None or kept is None or not is_url(kept):
         return None
-    place, content = place_of(here.paths.checkpoints), secrets.token_bytes(64)
     name = f"{NAME}{here.ranks.node}-{secrets.token_hex(8)}"
-    begun = time.monotonic()
+    begun, patience = time.monotonic(), ANSWERS * here.options.check_seconds
+    try:
+        within(patience, lambda: _pass_through(place_of(kept), name))
+    except OSError as error:
+        if not is_passing(error) or not is_known(here.paths.out, kept):
+            raise
+        return {"fails": str(error)}
+    return {"seconds": time.monotonic() - begun}
+
+
+def _pass_through(place: Place, name: str) -> None:
+    """An object of this name goes in and out again; OSError where it does not."""
+    content = secrets.token_bytes(64)
     place.write(name, content)
     try:
         if name not in place.names(f"{NAME}*"):
@@ -165,10 +188,16 @@ def look_at_store(here: Here) -> dict[str, float] | None:
         place.remove(name)
     if name in place.names(f"{NAME}*"):
         raise OSError(f"{place}/{name} was deleted and is still there: {RIGHTS}")
-    return {"seconds": time.monotonic() - begun}
 
 
 def judge_store(told: Sequence[Told], here: Here) -> Judged:
     assert here.paths is not None, "only what is to be trained writes"
-    value = span({one.place: one.value["seconds"] for one in told}, "s")
-    return Judged(f"{here.paths.checkpoints}: {value}", "an object is written, listed, read back and deleted")
+    seconds = {one.place: one.value["seconds"] for one in told if "seconds" in one.value}
+    value = span(seconds, "s") if seconds else "fails now"
+    problems = [
+        Problem(one.place, one.value["fails"], "training asks it for some minutes more", status=WARNING)
+        for one in told
+        if "fails" in one.value
+    ]
+    rule = "an object is written, listed, read back and deleted"
+    return Judged(f"{here.paths.checkpoints}: {value}", rule, problems)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.schema import write_atomic
+from pretrain import strict_json
 from pretrain.preflight.check import SKIPPED, Row
 from pretrain.preflight.told import FAILED, WARNING, Place, Problem
 
@@ -95,4 +95,4 @@ def write_report(path: Path, rows: Sequence[Row], seconds: float, found: Sequenc
         "found": [dataclasses.asdict(one) for one in found],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps(record, indent=1, default=str) + "\n").encode())
+    write_atomic(path, (strict_json.dumps(record, indent=1, default=str) + "\n").encode())

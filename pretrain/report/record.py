@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain import intact
+from pretrain import intact, strict_json
 from pretrain.config import Run
 from pretrain.data.remote import Place, place_of
 from pretrain.evaluate.checkpoints import COPIES, UNTOLD, unlike
@@ -166,7 +166,7 @@ def _read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
     num_broken = 0
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            entry = json.loads(line)
+            entry = strict_json.loads(line)
             by_step[int(entry["step"])] = entry
         except (ValueError, KeyError, TypeError):
             num_broken += bool(line.strip())
@@ -177,7 +177,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): delete it and write it anew") from error
     if not isinstance(content, dict):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data_prep.schema import write_atomic
-from pretrain import provenance
+from pretrain import provenance, strict_json
 from pretrain.checkpoint import load_towers
 from pretrain.collectives import (
     from_every_rank,
@@ -106,7 +106,7 @@ def transfer(
         "hardware": provenance.hardware(machine.device),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_atomic(work.out / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    write_atomic(work.out / RESULT, (strict_json.dumps(result, indent=1) + "\n").encode())
     return result
 
 

@@ -192,6 +192,24 @@ def test_what_is_no_file_any_more_is_a_missing_shard(folder: Path, kind: str) ->
     assert caught.value.reason == "missing_shard"
 
 
+def test_a_shard_that_is_deleted_while_it_is_open_is_missing_from_then_on(folder: Path) -> None:
+    """As for a start that goes on from there, which cannot open it."""
+    opened = ShardFolder(folder)
+    opened.sample(0)
+    (folder / "000000.tar").unlink()
+    with pytest.raises(BadSample) as caught:
+        opened.sample(1)
+    assert caught.value.reason == "missing_shard"
+
+
+def test_of_a_shard_that_is_replaced_while_it_is_open_the_new_file_is_read(folder: Path) -> None:
+    opened, shard = ShardFolder(folder), folder / "000000.tar"
+    before = opened.sample(0)
+    (folder / "new").write_bytes(shard.read_bytes().replace(before["jpg"], bytes(len(before["jpg"]))))
+    (folder / "new").replace(shard)
+    assert opened.sample(0) == before | {"jpg": bytes(len(before["jpg"]))}
+
+
 def test_a_damaged_place_costs_its_sample_alone_on_every_world(
     folder: Path, calm: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from tests.paths import ROOT
 
 PACKAGE = str(ROOT / "pretrain")
 SAVING = str(ROOT / "pretrain" / "checkpoint")  # of it
+START = "start"  # the calls of PACKAGE before a start has its first batch
 
 DISK_BYTES = 64 * 2**20  # of a disk that holds the checkpoints of a run, and no more than that
 
@@ -35,7 +36,7 @@ Fault = Callable[[], None]
 
 def kill_at_call(number: int, where: str, batch: int) -> Fault:
     """SIGKILL at the so-manieth call of a function in files that begin so, in any thread, from the so-manieth batch
-    of the start on: Python is slow while calls are counted.
+    of the start on: Python is slow while calls are counted. For batch 0 before the first batch, from the start on.
     """
 
     def install() -> None:
@@ -48,28 +49,40 @@ def kill_at_call(number: int, where: str, batch: int) -> Fault:
                 if count == number:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        at_batch(batch, lambda: (threading.setprofile(profile), sys.setprofile(profile)))
+        if batch:
+            at_batch(batch, lambda: _follow(profile))
+            return
+        at_batch(1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        _follow(profile)
 
     return install
+
+
+def _follow(profile: Callable[[FrameType, str, object], None] | None) -> None:
+    threading.setprofile(profile)
+    sys.setprofile(profile)
 
 
 def count_calls(path: Path) -> Fault:
     """Leaves the numbers of calls that `kill_at_call` may choose from in a file, when the run has ended."""
 
     def install() -> None:
-        counts = dict.fromkeys((PACKAGE, SAVING), 0)
+        counts = dict.fromkeys((PACKAGE, SAVING, START), 0)
+
+        def starting(frame: FrameType, event: str, argument: object) -> None:
+            counts[START] += event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
 
         def profile(frame: FrameType, event: str, argument: object) -> None:
-            for where in counts if event == "call" else ():
+            for where in (PACKAGE, SAVING) if event == "call" else ():
                 counts[where] += frame.f_code.co_filename.startswith(where)
 
-        at_batch(1, lambda: (threading.setprofile(profile), sys.setprofile(profile)))
+        at_batch(1, lambda: _follow(profile))
+        _follow(starting)
         train = pretrain.train.train
 
         def counted(*arguments: Any) -> None:
             train(*arguments)
-            threading.setprofile(None)
-            sys.setprofile(None)
+            _follow(None)
             path.write_text(json.dumps(counts))
 
         pretrain.train.train = counted

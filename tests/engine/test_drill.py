@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from typing import Any
 
@@ -42,6 +43,7 @@ def test_kills_at_random_moments_change_nothing_and_cost_nothing_on_disk(drill: 
     found = drill["killed"]
     assert found["kills"] == KILLS and not found["problems"]
     assert found["during_a_save"] > 0, "another seed: no kill came during a save"
+    assert found["before_a_batch"] == KILLS // 4
     by_zero3, straight = found["outcomes"].pop(BY_ZERO3), drill["undisturbed"]["straight"]
     for outcome in found["outcomes"].values():
         assert _is_like(outcome, straight)
@@ -117,8 +119,11 @@ def test_a_bundle_runs_the_step_again_with_equal_numbers(drill: dict[str, Any]) 
     again, other = drill["poisoned"]["again"], drill["poisoned"]["again_mended"]
     assert again["codes"] == [FINISHED] * 2, again["output"]
     assert "batch 4 after step 4" in again["output"] and "differs" not in again["output"]
-    assert ": 4 steps are made again before that of the bundle" in again["output"]
+    assert "step_000003: 1 steps are made again before that of the bundle" in again["output"]
     assert other["codes"] == [FAILED] * 2 and "differs" in other["output"]
+    assert other["output"].count("its samples are read from the data again") == 1
+    norm = next(line for line in other["output"].splitlines() if "gradient norm" in line)
+    assert math.isfinite(float(norm.split()[-2])), norm
 
 
 def test_refused_steps_in_a_row_go_back_and_leave_out_what_led_there(drill: dict[str, Any]) -> None:
@@ -176,6 +181,7 @@ def test_a_full_disk_of_the_log_is_told_once_a_file_and_nothing_of_it_is_lost(dr
     assert _codes(found) == [[FINISHED] * 2]
     told = found["ends"][0]["output"]
     assert told.count("BACK from step 4 to ") == 1
+    assert told.count("NO IMAGES of it are kept, only the samples' names: they take ") == 2
     for name in ("log.jsonl", "guard.jsonl"):
         assert told.count(f"{name} ([Errno 28] No space left on device): training goes on") == 1
         assert told.count(f"{name} is written again, with the ") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import threading
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from pretrain.checkpoint.__main__ import main
 from pretrain.checkpoint.ranges import Files
 from pretrain.checkpoint.snapshot import Snapshot
 from pretrain.checkpoint.stores import Disk, Remote, store_at
-from pretrain.loop import Job, _stop
+from pretrain.exits import Postponed, Preempted
+from pretrain.loop import Job, _save, _stop
 from pretrain.monitor import Monitor
 from tests.data.s3 import Store, s3_store
 from tests.engine.toy import FACTS, ToyTowers, toy_run
@@ -86,6 +88,13 @@ def test_a_checkpoint_that_is_given_up_does_not_count_as_kept(tmp_path: Path) ->
     assert checkpoint.steps_in(tmp_path) == {800, 900}
 
 
+def test_two_checkpoints_that_the_evidence_needs_stay_beside_the_newest(tmp_path: Path) -> None:
+    engine = Untrained(toy_run(keep_last=1), ToyTowers(), 0)
+    saver = checkpoint.Saver(engine, tmp_path, FACTS, None, needed=lambda: [6, 2, 1, 3])
+    save_at(saver, engine, *range(7))
+    assert checkpoint.steps_in(tmp_path) == {0, 1, 2, 6}
+
+
 def test_what_is_written_is_what_was_there_when_the_save_began(
     engine: Untrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +112,21 @@ def test_what_is_written_is_what_was_there_when_the_save_began(
     assert [line[:5] for line in saver.poll()] == ["saved"]
     found = checkpoint.load_teacher(checkpoint.latest(tmp_path))
     assert all(torch.equal(found[name].flatten(), values) for name, values in expected.items())
+
+
+def test_a_part_that_hangs_is_told_beside_until_it_is_written(
+    engine: Untrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, told, hangs, write = threading.Event(), [], threading.Event(), Disk.write
+    monkeypatch.setattr(
+        Disk, "write", lambda *arguments: hangs.set() or (may_write.wait(60) and write(*arguments))
+    )
+    saver = checkpoint.Saver(engine, tmp_path, FACTS, None, beside=told.append)
+    saver.save()
+    assert hangs.wait(60) and told[-1] == "writes its part of step_000001"
+    may_write.set()
+    saver.finish()
+    assert told[-1] == "" and told[-2].startswith("deletes") and told[-4].startswith("publishes")
 
 
 def test_weights_do_not_move_before_they_are_copied(
@@ -327,6 +351,34 @@ def test_a_run_that_loses_its_place_while_it_stops_is_not_told_to_go_on(
     job = Mock(spec=Job, saver=saver, engine=engine, run=engine.run, watchdog=Mock())
     with pytest.raises(ClaimLost, match=r"step_000001 was not written: was taken over"):
         _stop(job, Mock(spec=Monitor))
+
+
+@pytest.mark.parametrize(
+    ("fault", "end", "told"),
+    [
+        (
+            OSError(errno.EIO, "Input/output error"),
+            Postponed,
+            "all 9 steps are made, and their checkpoint .*step_",
+        ),
+        (PermissionError("denied"), checkpoint.Lasting, r"^checkpoint .*could not be written \(.*denied"),
+        (TypeError("a fault of ours"), checkpoint.Lasting, "a fault of ours"),
+    ],
+)
+def test_a_last_checkpoint_that_fails_for_now_ends_the_run_to_be_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, end: type[Exception], told: str
+) -> None:
+    engine = Untrained(toy_run(steps=9), ToyTowers(), 9)
+    saver = saver_of(engine, tmp_path)
+    save_at(saver, engine, 6)
+    engine.steps_done = 9
+    monkeypatch.setattr(Disk, "write", Mock(side_effect=fault))
+    job = Mock(spec=Job, saver=saver, engine=engine, run=engine.run, watchdog=Mock())
+    with pytest.raises(end, match=told):
+        _save(job, is_last=True)
+    with pytest.raises(Preempted, match="from the last checkpoint, since this step could not be saved"):
+        _stop(job, Mock(spec=Monitor))
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_000006"
 
 
 def test_one_file_that_finds_no_room_is_told_and_leaves_nothing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,28 @@ def test_without_signs_to_read_a_rank_still_knows_of_itself(tmp_path: Path) -> N
         assert is_teller and "rank 0 " in told and "after step 7, while it waits for a batch" in told
         dog.at(8, "is in step 8")
         assert json.loads((tmp_path / "ranks" / "rank_00000.json").read_text())["step"] == 8
+
+
+def test_of_ranks_that_wait_for_a_checkpoint_the_one_is_named_whose_part_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "LONG", 0.0)
+    dogs = [Watchdog(tmp_path, number, 3, 600) for number in range(3)]
+    with ExitStack() as held:
+        for dog in dogs:
+            dog.interval = 0.02
+            held.enter_context(dog)
+            dog.at(3, "saves a checkpoint")
+        told, is_teller = dogs[0].lost()
+        assert is_teller and told.startswith("all 3 ranks wait for each other")
+        dogs[1].beside("writes its part of step_000003")
+        told, _ = dogs[0].lost()
+        assert told.startswith("rank 1 (host ") and told.endswith(
+            "after step 3, while it saves a checkpoint and, beside that, writes its part of step_000003: the others "
+            "wait for it"
+        )
+        monkeypatch.setattr(watchdog, "LONG", 0.5)  # it has only begun: something else hangs
+        assert dogs[0].lost()[0].startswith("all 3 ranks wait for each other")
 
 
 @pytest.mark.parametrize(

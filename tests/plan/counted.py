@@ -1,7 +1,8 @@
 """What does a rank of a real step allocate and send? `python counted.py FOLDER` under RANK, WORLD_SIZE and so on.
 
-Rank 0 leaves FOLDER/result.json, an entry a variant: bytes that tensors hold at rest and at the most, bytes by
-collective of a step, and its calls.
+Rank 0 leaves FOLDER/result.json, an entry a variant: bytes that tensors hold at rest, at the most until the
+optimizer's step, and at the most of all, by collective of a step, and its calls. On a CPU what is offloaded is among
+them.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> ds config, change
     "zero3": ("zero3", DEEP | {PERSISTENT: 1000}),
     "zero3_released": ("zero3", DEEP | AGAIN | {PERSISTENT: 0}),
     "zero3_hpz": ("zero3", DEEP | AGAIN | {PERSISTENT: 0, "zero_hpz_partition_size": 2}),
+    "zero3_offload": ("zero3_offload", DEEP | {PERSISTENT: 1000}),
     "zero2_in_parts": ("zero2", BUCKETS),
     "zero3_in_parts": ("zero3", DEEP | {PERSISTENT: 1000}),
     "zero3_released_in_parts": ("zero3", DEEP | AGAIN | {PERSISTENT: 0}),
@@ -163,13 +165,15 @@ def main(folder: Path, names: list[str]) -> None:
         for _ in range(2):  # ZeRO-3 learns the order of modules
             engine.step(batch)
         rest = at_rest() - before
-        counter = Counter()
+        counter, backward = Counter(), list[int]()
+        engine.before_move = lambda counter=counter, told=backward: told.append(counter.most)
         for tensor in existing().values():
             counter.know(tensor, counts=False)
         with counter:
             engine.step(batch)
         results[name] = {
             "at_rest": rest,
+            "backward": rest + backward[0],
             "most": rest + counter.most,
             "sent": dict(counter.sent),
             "calls": dict(counter.calls),

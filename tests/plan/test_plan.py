@@ -60,12 +60,15 @@ def test_a_mistake_is_told_before_torch_is_needed(
 
 def test_the_printed_command_starts_the_planned_run(tmp_path: Path):
     plan = plan_of("m3i.vit_b16", 8)
-    told = tell(plan, ["--batch", "4096"], price=2.0)
+    plan = replace(plan, run=replace(plan.run, name="a run; $HOME"))
+    overrides = ["--batch", "4096", "--name", plan.run.name]
+    told = tell(plan, "m3i.vit_b16", overrides, price=2.0)
     text = told.split("Command:\n")[1].replace("\\\n", " ")
     printed = shlex.split(text.replace("DIR", str(tmp_path)))
     run, paths = parse(printed[printed.index("pretrain/main.py") + 1 :])
     best = plan.best().setting
-    assert (run.batch, run.backbone.activation_checkpoint) == (4096, best.checkpoint)
+    assert (run.batch, run.name) == (4096, "a run; $HOME")
+    assert run.backbone.activation_checkpoint == best.checkpoint
     assert paths.ds_config.stem == best.file
 
 

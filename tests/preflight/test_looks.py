@@ -7,11 +7,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from data_prep import places
+from pretrain.checkpoint import PLACE_RECORD, record_place
 from pretrain.preflight import check, gpus, machine, network, recipe, same, storage
 from pretrain.preflight.check import Check, look_at_all
 from pretrain.preflight.clocks import judge_clock, offset
@@ -224,6 +226,14 @@ def test_a_folder_that_takes_no_file_is_told(tmp_path: Path) -> None:
         storage.look_at_disk(here)
 
 
+def test_a_folder_of_checkpoints_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+    out, kept = tmp_path / "out", tmp_path / "disk" / "kept"
+    out.mkdir()
+    (out / PLACE_RECORD).write_text(record_place(out, kept))
+    assert storage.look_at_disk(alone(three_nodes(tmp_path, checkpoints=kept))).keys() == {"--out"}
+    assert not kept.parent.exists()
+
+
 def test_an_object_is_written_listed_read_and_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +245,22 @@ def test_an_object_is_written_listed_read_and_deleted(
         storage.look_at_store(here)
     monkeypatch.undo()
     assert places.place_of("memory://bucket/run").names() == [], "it is removed all the same"
+
+
+def test_a_store_that_an_earlier_start_used_and_that_fails_now_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = alone(three_nodes(tmp_path, checkpoints="memory://bucket/run"))
+    monkeypatch.setattr(places.Place, "write", Mock(side_effect=OSError("503")))
+    with pytest.raises(OSError, match="503"):  # of a new run it may be a mistake
+        storage.look_at_store(here)
+    here.paths.out.mkdir()
+    (here.paths.out / PLACE_RECORD).write_text(record_place(here.paths.out, here.paths.checkpoints))
+    (problem,) = storage.judge_store(told(storage.look_at_store(here)), here).problems
+    assert (problem.value, problem.status) == ("503", WARNING)
+    monkeypatch.setattr(places.Place, "write", Mock(side_effect=PermissionError("refused")))
+    with pytest.raises(PermissionError):
+        storage.look_at_store(here)
 
 
 def test_data_is_read_and_a_shard_that_is_cut_is_told(tmp_path: Path) -> None:

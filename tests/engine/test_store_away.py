@@ -1,0 +1,91 @@
+"""Does a start whose checkpoints' place fails end so that it is tried again, and a mistake so that it is not?"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from argparse import Namespace
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+import pretrain.paths
+import pretrain.train
+from data_prep import places
+from pretrain import main
+from pretrain.checkpoint import PLACE_RECORD, record_place
+from pretrain.exits import FAILED, PREEMPTED, Postponed
+from pretrain.paths import Paths
+from pretrain.resume import reaching
+from pretrain.retries import GaveUp
+from tests.engine.toy import toy_run
+
+AWAY = GaveUp("s3://bucket/run has failed for 300 seconds")
+
+
+def known(out: Path, kept: Path | str) -> Paths:
+    """Those of a run that an earlier start has begun."""
+    out.mkdir(exist_ok=True)
+    (out / PLACE_RECORD).write_text(record_place(out, kept))
+    return Paths({}, out, out, checkpoints=kept)
+
+
+@pytest.mark.parametrize(
+    "error", [AWAY, TimeoutError("no answer"), OSError(errno.ESTALE, "Stale file handle")]
+)
+def test_what_has_served_the_run_is_waited_for(tmp_path: Path, error: OSError) -> None:
+    rule = r"^s3://bucket/run fails now .* nothing of them is lost; mend the place if it does not recover by itself"
+    with pytest.raises(Postponed, match=rule), reaching(known(tmp_path, "s3://bucket/run")):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("s3://bucket/other", AWAY),  # it may be a wrong address
+        ("s3://bucket/run", PermissionError("no rights")),
+        ("s3://bucket/run", FileNotFoundError("The specified bucket does not exist")),
+    ],
+)
+def test_a_mistake_stays_an_error(tmp_path: Path, place: str, error: OSError) -> None:
+    known(tmp_path, "s3://bucket/run")
+    with pytest.raises(type(error)), reaching(Paths({}, tmp_path, tmp_path, checkpoints=place)):
+        raise error
+
+
+def test_a_store_that_fails_while_a_start_claims_it_is_waited_for_unless_it_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places.Place, "names", Mock(side_effect=OSError("503")))
+    new = Paths({}, tmp_path / "new", tmp_path, checkpoints="s3://bucket/run")
+    for paths, end in ((new, OSError), (known(tmp_path / "old", "s3://bucket/run"), Postponed)):
+        with ExitStack() as held, pytest.raises(OSError, match="503") as ended:
+            pretrain.train._sole(held, paths)
+        assert type(ended.value) is end
+
+
+def test_a_disk_that_is_not_mounted_is_waited_for_and_not_begun_anew(tmp_path: Path) -> None:
+    kept = tmp_path / "disk" / "kept"
+    kept.mkdir(parents=True)
+    paths = known(tmp_path / "out", kept)
+    with ExitStack() as held:
+        pretrain.train._sole(held, paths)
+    shutil.rmtree(kept.parent)
+    with ExitStack() as held, pytest.raises(Postponed, match="no folder is there: mount its disk, or delete"):
+        pretrain.train._sole(held, paths)
+    assert not kept.parent.exists()
+
+
+@pytest.mark.parametrize(("error", "code"), [(Postponed("away"), PREEMPTED), (OSError("away"), FAILED)])
+def test_what_is_waited_for_ends_with_the_code_that_goes_into_the_queue_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: OSError, code: int
+) -> None:
+    monkeypatch.setattr(main, "quieten", lambda: None)
+    monkeypatch.setattr(pretrain.train, "train", Mock(side_effect=error))
+    monkeypatch.setattr(pretrain.paths, "Paths", Mock())
+    asked = Mock(out=Path("out"))
+    asked.__class__ = Namespace
+    assert main.start(toy_run(), asked) == code
+    assert capsys.readouterr().err == "\nerror: away\n"
