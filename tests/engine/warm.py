@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib.metadata
 import json
 import os
@@ -69,6 +70,7 @@ def ended(processes: Sequence[int], timeout: float, log: Path, kill_at: str | No
 
 def do_before_forks() -> None:
     """Imports what a rank does until its first engine is built, and does once what each would do for nothing."""
+    gc.disable()  # while modules are imported, which makes millions of objects that stay
     import deepspeed.ops
     import deepspeed.utils.nvtx
     import pytest  # noqa: F401  by test files whose ranks are these
@@ -87,6 +89,7 @@ def do_before_forks() -> None:
     importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
     importlib.metadata.entry_points(group="torch.distributed.backends")
     deepspeed.utils.nvtx.enable_nvtx = False  # thousands of ranges a step, for a profiler that is not there
+    gc.enable()
 
 
 def require_one_thread() -> None:
