@@ -7,16 +7,14 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pretrain.collectives import rank
 
-SECONDS = (
-    20.0  # that looking for hard links and copies takes at most; a million files of a busy disk take longer
-)
+SECONDS = 20.0  # that looking for hard links and copies takes at most; a million files may take longer
 MOST_COPIES = 0.01  # of the files that test: public sets show some photographs twice
 END = 4096  # bytes at the end of a file, which tell two images of one size apart
 
@@ -45,9 +43,9 @@ def require_apart(teaching: Files, testing: Files) -> None:
     tested, taught = (
         sorted(name for name, place in one.items() if name == place) for one in (testing, teaching)
     )
-    linked, pairs, seen = _alike(taught, tested, until)
+    linked, of_size, seen = _alike(taught, tested, until)
     _require_none(linked, "image files in common by hard links")
-    copied, compared = _copies(pairs, until)
+    copied, compared = _copies(of_size, until)
     if len(copied) > MOST_COPIES * len(tested):
         _require_none(copied, f"image files of equal bytes (of {len(tested)} that test)")
     if copied:
@@ -56,23 +54,32 @@ def require_apart(teaching: Files, testing: Files) -> None:
             f"{min(copied)}",
             file=sys.stderr,
         )
-    if seen < len(taught) or compared < len(pairs):
+    num_alike = sum(len(one.tested) for one in of_size)
+    if seen < len(taught) or compared < num_alike:
         print(
             f"copies were looked for during {SECONDS:.0f} s, among {seen:,} of {len(taught):,} images that teach and "
-            f"{compared:,} of {len(pairs):,} that test and have a size of theirs; of others, paths alone are known"
+            f"{compared:,} of {num_alike:,} that test and have a size of theirs; of others, paths alone are known"
         )
 
 
-def _alike(taught: list[str], tested: list[str], until: float) -> tuple[set[str], dict[str, list[str]], int]:
-    """Files that test and are hard links of others that teach; by those that test the others of equal size; and how
-    many that teach were looked at.
+@dataclass
+class _OfSize:
+    """Files of one size, as all pictures of some pixels have that are not compressed."""
+
+    tested: list[str] = field(default_factory=list)
+    taught: list[str] = field(default_factory=list)
+
+
+def _alike(taught: list[str], tested: list[str], until: float) -> tuple[set[str], list[_OfSize], int]:
+    """Files that test and are hard links of others that teach; those of sizes that both have; and how many that teach
+    were looked at.
     """
-    inodes, sizes = {}, defaultdict(list)
+    inodes, sizes = {}, defaultdict(_OfSize)
     for path in tested:
         if found := _looked_at(path, until):
             inodes[found.st_dev, found.st_ino] = path
-            sizes[found.st_size].append(path)
-    linked, pairs, seen = set(), defaultdict(list), 0
+            sizes[found.st_size].tested.append(path)
+    linked, seen = set(), 0
     for path in taught:
         if time.monotonic() > until:
             break
@@ -80,9 +87,9 @@ def _alike(taught: list[str], tested: list[str], until: float) -> tuple[set[str]
         if found := _looked_at(path, until):
             if (found.st_dev, found.st_ino) in inodes:
                 linked.add(inodes[found.st_dev, found.st_ino])
-            for other in sizes.get(found.st_size, ()):
-                pairs[other].append(path)
-    return linked, pairs, seen
+            if found.st_size in sizes:
+                sizes[found.st_size].taught.append(path)
+    return linked, [one for one in sizes.values() if one.taught], seen
 
 
 def _looked_at(path: str, until: float) -> os.stat_result | None:
@@ -92,20 +99,33 @@ def _looked_at(path: str, until: float) -> os.stat_result | None:
     return None
 
 
-def _copies(pairs: Mapping[str, list[str]], until: float) -> tuple[set[str], int]:
-    """Files that test and have the bytes of one that teaches, and how many of them were compared in time."""
-    end_of, content_of = cache(_end_of), cache(_content_of)
+def _copies(of_size: Iterable[_OfSize], until: float) -> tuple[set[str], int]:
+    """Files that test and have the bytes of one that teaches, and how many of them were compared in time.
+
+    Each file is read once, and beyond its end only where another of its size has the same.
+    """
     copied, compared = set(), 0
-    for path, others in pairs.items():
-        for other in others:
-            if time.monotonic() > until:
-                return copied, compared
-            with suppress(OSError):
-                if end_of(path) == end_of(other) and content_of(path) == content_of(other):
-                    copied.add(path)
-                    break
-        compared += 1
+    for one in of_size:
+        ends = _by(_end_of, one.taught, until)
+        for end, tested in _by(_end_of, one.tested, until).items():
+            contents = _by(_content_of, ends.get(end, []), until)
+            for content, paths in _by(_content_of, tested if contents else [], until).items():
+                copied |= set(paths) if content in contents else set()
+        if time.monotonic() > until:
+            break
+        compared += len(one.tested)
     return copied, compared
+
+
+def _by(told_by: Callable[[str], bytes], paths: Iterable[str], until: float) -> dict[bytes, list[str]]:
+    """Files that can be read by what is told of them, those that are reached in time."""
+    found = defaultdict(list)
+    for path in paths:
+        if time.monotonic() > until:
+            break
+        with suppress(OSError):
+            found[told_by(path)].append(path)
+    return found
 
 
 def _end_of(path: str) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.evaluate import apart
 from pretrain.evaluate.apart import resolved
 from pretrain.evaluate.sets import read_manifests
 
@@ -82,3 +83,13 @@ def test_hard_links_and_copies_are_refused_and_few_copies_told(
     read_manifests(folders)
     told = capsys.readouterr()
     assert "among 0 of 4 images that teach" in told.out and not told.err
+
+
+def test_files_of_one_size_are_each_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, end_of = [], apart._end_of
+    monkeypatch.setattr(apart, "_end_of", lambda path: read.append(path) or end_of(path))
+    names = {split: [tmp_path / f"{split}{number:03d}" for number in range(100)] for split in "ab"}
+    for path in (*names["a"], *names["b"]):
+        path.write_bytes(path.name.encode())
+    apart.require_apart(resolved(names["a"]), resolved(names["b"]))
+    assert sorted(read) == sorted(map(str, (*names["a"], *names["b"])))
