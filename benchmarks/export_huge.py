@@ -251,8 +251,8 @@ def main() -> None:
         row["seconds"] is not None and all(one["exit_code"] == 0 for one in row["loaded_back"].values())
         for row in rows.values()
     )
-    keep(
-        "export_huge",
+    keep(  # some formats alone are no record of all
+        "export_huge" if set(options.formats) == set(fitting) else f"export_huge_{'_'.join(options.formats)}",
         CLAIM,
         torch.device("cpu"),
         checkpoint={"gib": round(num_bytes / 2**30, 2), "ranks": RANKS, "stage": 3, "recipe": RECIPE},

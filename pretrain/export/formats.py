@@ -44,6 +44,7 @@ class Exporter:
     prove: Callable[[Trained, Path], list[Agreement]]
     how_to_load: Callable[[Trained], str]
     parts: tuple[str, ...] | None = None  # modules of the towers that are read for it; None: all
+    lets_go: bool = False  # of the towers before its proof, where no format follows: it comes last
     unproven: str = ""  # what the proof leaves open, since the toolkit cannot be had
     # What only the toolkits themselves can prove, by the interpreter that has them; NoToolkits without them.
     prove_in_toolkits: Callable[[Trained, Path, str], list[Agreement]] | None = None
@@ -107,7 +108,13 @@ EXPORTERS: dict[str, Exporter] = {
         ("encoder",),
     ),
     "onnx": Exporter(
-        tuple(onnx_graph.GRAPHS), 1, onnx_graph.write, onnx_graph.prove, onnx_graph.how_to_load, ("encoder",)
+        tuple(onnx_graph.GRAPHS),
+        1,
+        onnx_graph.write,
+        onnx_graph.prove,
+        onnx_graph.how_to_load,
+        ("encoder",),
+        lets_go=True,
     ),
     "detectron2": Exporter(
         ("vit",),

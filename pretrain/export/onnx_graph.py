@@ -149,12 +149,16 @@ def write(trained: Trained, folder: Path) -> dict[str, Keys]:
 def prove(trained: Trained, folder: Path) -> list[Agreement]:
     """Computes the graph in onnxruntime at two sizes, in two batches, and compares every output.
 
-    Raises NotProven.
+    The towers of a `trained` that is the last are on the meta device then. Raises NotProven.
     """
-    session, family = open_graph(folder / GRAPH), GRAPHS[trained.run.backbone.family]
-    size, agreements = trained.run.views.size, []
-    for side, number in ((size, 2), (size + 2 * trained.towers.encoder.stride, 1)):
-        ours = family.outputs(own_features(trained, side))
+    family, size, agreements = GRAPHS[trained.run.backbone.family], trained.run.views.size, []
+    shown = {size: 2, size + 2 * trained.towers.encoder.stride: 1}
+    of_sizes = {side: family.outputs(own_features(trained, side)) for side in shown}
+    if trained.is_last:
+        trained.towers.to("meta")  # onnxruntime has the weights once more, as it transposes them
+    session = open_graph(folder / GRAPH)
+    for side, number in shown.items():
+        ours = of_sizes[side]
         found = session.run(list(ours), {"images": random_images(side)[:number].numpy()})
         for (name, own), values in zip(ours.items(), map(torch.from_numpy, found), strict=True):
             output = f"{name} of {number} image{'s' * (number > 1)}"

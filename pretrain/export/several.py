@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from pretrain.checkpoint import WEIGHTS
@@ -29,6 +30,7 @@ def export_all(options: argparse.Namespace) -> list[Exported]:
     step_folder = find_checkpoint(options.run, options.step, options.which)
     run = Run.from_json((step_folder / "run.json").read_text())
     chosen = {name: choose(name, run) for name in _names(options.to, run)}
+    chosen = dict(sorted(chosen.items(), key=lambda one: one[1].lets_go))
     folders = {name: _folder(options, name, is_alone=len(chosen) == 1) for name in chosen}
     _check_python(options.python, chosen, run)
     for name, folder in folders.items():
@@ -46,8 +48,9 @@ def export_all(options: argparse.Namespace) -> list[Exported]:
         check_target(folder, name, copies * trained.num_bytes)
     done, failed = [], {}
     for name, folder in folders.items():
+        one = replace(trained, is_last=name == list(folders)[-1])
         try:
-            done.append(_export_one(trained, name, folder, options.python or sys.executable))
+            done.append(_export_one(one, name, folder, options.python or sys.executable))
         except NotProven as error:
             failed[name] = str(error)
     if failed:

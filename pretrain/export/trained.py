@@ -32,6 +32,7 @@ class Trained:
     num_samples: dict[str, int]  # by source, of those that are known
     tokenizer: Path | None = None  # folder of the checkpoint's; None without text
     unevaluated: str = ""  # why a result under the name of this checkpoint is not its evaluation
+    is_last: bool = False  # whether no other format follows, so that a proof may let the weights go
     # By image size, what `own_features` has computed.
     features: dict[int, dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.schema import sha256_file
 from pretrain.evaluate.evaluation import evaluate
 from pretrain.evaluate.probes import PROBES
-from pretrain.export import several
+from pretrain.export import onnx_graph, several
 from pretrain.export.__main__ import export_run, main
 from pretrain.export.agreement import compare
 from pretrain.export.formats import EXPORTERS, export
@@ -288,8 +288,18 @@ def test_several_formats_are_written_from_one_read(
         "detectron2",
     }
     assert "was not kept: timm: other tokens" in capsys.readouterr().err
-    monkeypatch.setattr(several, "fitting", lambda run: ["safetensors", "torchvision"])
+    monkeypatch.setattr(several, "fitting", lambda run: ["onnx", "safetensors", "torchvision"])
+    is_last = {}
+    for name, prove in (("onnx", onnx_graph.prove), ("torchvision", EXPORTERS["torchvision"].prove)):
+
+        def noting(trained, folder, name=name, prove=prove):
+            is_last[name] = trained.is_last
+            return prove(trained, folder)
+
+        monkeypatch.setitem(EXPORTERS, name, dataclasses.replace(EXPORTERS[name], prove=noting))
     assert main([*arguments, "all"]) == 0 and reads[1:] == [None]
+    assert list(is_last.items()) == [("torchvision", False), ("onnx", True)]  # it lets the towers go
+    shutil.rmtree(tmp_path / "onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"torchvision", "detectron2", "safetensors"}
     assert main([*arguments, "all", "timm"]) == 1
     assert "--to all timm names formats beside 'all': give either" in capsys.readouterr().err

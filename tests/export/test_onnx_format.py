@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -44,6 +45,13 @@ def test_the_graph_is_sound_and_says_what_it_takes(exported: Exported) -> None:
     assert {node.domain for node in graph.node} == {""}  # no operator of anybody's own
     weights = {one.name for one in graph.initializer}
     assert set(exported.keys["model.onnx"].written.values()) <= weights
+
+
+def test_the_towers_let_their_weights_go_where_no_format_follows(exported: Exported, vit_run: Path) -> None:
+    for is_last in (False, True):
+        trained = replace(last(vit_run), is_last=is_last)
+        assert prove(trained, exported.folder) == exported.proof
+        assert {weight.is_meta for weight in trained.towers.parameters()} == {is_last}
 
 
 def test_other_weights_are_not_proven(exported: Exported, vit_run: Path) -> None:
