@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -155,7 +157,7 @@ def prove(trained: Trained, folder: Path) -> list[Agreement]:
     shown = {size: 2, size + 2 * trained.towers.encoder.stride: 1}
     of_sizes = {side: family.outputs(own_features(trained, side)) for side in shown}
     if trained.is_last:
-        trained.towers.to("meta")  # onnxruntime has the weights once more, as it transposes them
+        _let_go(trained)  # onnxruntime has the weights once more, as it transposes them
     session = open_graph(folder / GRAPH)
     for side, number in shown.items():
         ours = of_sizes[side]
@@ -164,6 +166,15 @@ def prove(trained: Trained, folder: Path) -> list[Agreement]:
             output = f"{name} of {number} image{'s' * (number > 1)}"
             agreements.append(compare(GRAPH, output, side, vectors(own[:number]), vectors(values)))
     return agreements
+
+
+def _let_go(trained: Trained) -> None:
+    """The weights of the towers, and the memory that they had, which glibc keeps of tensors below its threshold."""
+    trained.towers.to("meta")
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def vectors(values: Tensor) -> Tensor:
