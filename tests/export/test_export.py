@@ -217,7 +217,7 @@ def test_card_has_metrics_of_these_weights_alone(tmp_path: Path, capsys: pytest.
         return (exported.folder / "README.md").read_text()
 
     result = here / "evaluation.json"
-    evaluate([str(here), "--data", str(data), "--probes", "knn", "--steps", "last"])
+    evaluate([str(here), "--data", str(data), "--probes", "knn", "--k", "2", "--steps", "last"])
     table = "kNN, mean token"
     assert table in card() and "warning" not in capsys.readouterr().err
     whole = result.read_text()
