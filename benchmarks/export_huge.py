@@ -239,6 +239,8 @@ def main() -> None:
     if options.check is not None:
         check(options.check)
         return
+    if options.scratch is not None:
+        options.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         num_bytes = write_checkpoint(Path(scratch))
         print(f"checkpoint: {num_bytes / 2**30:.2f} GiB", flush=True)

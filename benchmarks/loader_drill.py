@@ -8,7 +8,9 @@ disturbs:
 - store: data on S3 (a server on the loopback) that refuses 25 % of all requests and lets 5 % wait for 2 s; a worker
   is killed, then the trainer, which goes on with another number of workers;
 - disk: every read of the data takes 20 ms longer;
-- loss: one shard is deleted and one truncated while training; the trainer is killed and goes on.
+- loss: one shard is deleted and one truncated while training, which no worker has opened; the trainer is killed and
+  goes on;
+- open: the same of shards that the workers have open.
 
 Losses are compared bit for bit. Writes benchmarks/results/loader_drill.json.
 """
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,16 +158,36 @@ def disk_drill(place: Path, data: dict[str, Path]) -> dict[str, Any]:
     return {"dropped": len(dropped(place / "disk"))}
 
 
-def loss_drill(place: Path, data: dict[str, Path]) -> dict[str, Any]:
+def open_shard(training: Training, folder: Path) -> str:
+    """One of the folder that a worker of the training has open."""
+    (server,) = [child for child in children(training.process.pid) if children(child)]
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until:
+        for worker in sorted(children(server)):
+            for link in Path(f"/proc/{worker}/fd").iterdir():
+                with suppress(FileNotFoundError):  # closed meanwhile
+                    if (file := link.readlink()).parent == folder and file.suffix == ".tar":
+                        return file.name
+        time.sleep(0.01)
+    raise RuntimeError(f"no worker opened a shard of {folder}")
+
+
+def loss_drill(place: Path, data: dict[str, Path], *, is_open: bool) -> dict[str, Any]:
     """Compares with itself: when the loss is seen depends on how far the workers are ahead."""
-    copies = {name: str(shutil.copytree(folder, place / "lossy" / name)) for name, folder in data.items()}
-    environment = {"M3I_CACHE": str(place / "cache")}
-    out, again = place / "loss", place / "loss_resumed"
-    training = Training(out, copies, 2, environment)
-    training.until(2)
-    lost = {
-        name: shard_of_the_third_window(Path(folder), k) for k, (name, folder) in enumerate(copies.items())
+    name = "open" if is_open else "loss"
+    copies = {
+        source: str(shutil.copytree(folder, place / f"{name}_data" / source))
+        for source, folder in data.items()
     }
+    environment = {"M3I_CACHE": str(place / "cache")}
+    out, again = place / name, place / f"{name}_resumed"
+    training = Training(out, copies, 2, environment)
+    training.until(STEPS - 2 * SAVE_EVERY + 2 if is_open else 2)
+    lost = {}
+    for number, (source, folder) in enumerate(copies.items()):
+        lost[source] = (
+            open_shard(training, Path(folder)) if is_open else shard_of_the_third_window(Path(folder), number)
+        )
     (Path(copies["labelled"]) / lost["labelled"]).unlink()
     with (Path(copies["captioned"]) / lost["captioned"]).open("r+b") as shard:
         shard.truncate(2048)
@@ -210,7 +233,8 @@ def main() -> None:
     with s3_store() as store:
         found["store"] = timed(lambda: store_drill(place, data, store), place / "store", expected)
     found["disk"] = timed(lambda: disk_drill(place, data), place / "disk", expected)
-    found["loss"] = timed(lambda: loss_drill(place, data), place / "loss", expected)
+    found["loss"] = timed(lambda: loss_drill(place, data, is_open=False), place / "loss", expected)
+    found["open"] = timed(lambda: loss_drill(place, data, is_open=True), place / "open", expected)
     keep(
         "loader_drill",
         "goal, reached or not: a failing store, slow reads, killed processes and lost shards change no loss and are "
