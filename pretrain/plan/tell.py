@@ -13,7 +13,7 @@ from pretrain.plan.step_time import ASSUMPTIONS
 
 # Images that one core reads, decodes and cuts in a second, by what the training device does of it: measured on 340 x
 # 256 JPEG files and 224 px, two views an image (benchmarks/results/loader.json).
-CUT_A_CORE = {"none": 773.0, "colours": 976.0, "all": 12768.0}
+CUT_A_CORE = {"none": 716.0, "colours": 864.0, "all": 11098.0}
 # Those of a worker of a running loader on the same files, which makes masks and labels too, and shares its batches
 # (loader_wait.json, the slower of two spans); seconds an image that this takes, whatever is left to the device.
 IMAGES_A_WORKER = 495.0
