@@ -11,6 +11,7 @@ float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pretrain.config import Run
@@ -107,13 +108,20 @@ def live(sizes: Sizes, setting: Setting, ranks: int) -> float:
     """Parameters that ZeRO-3 holds gathered at the most, beside those that always are."""
     if ranks == 1:
         return 0.0
-    divided = sum(n for n in sizes.trained if n > setting["stage3_param_persistence_threshold"])
+    threshold = setting["stage3_param_persistence_threshold"]
+
+    def divided(numbers: Sequence[int]) -> int:
+        return sum(n for n in numbers if n > threshold)
+
+    gathered = divided(sizes.trained)
+    if setting.micro_batches > 1:  # what saw the whole batch is released before the gradients are all there
+        gathered -= divided(sizes.joint) + divided(sizes.decoder)
     # Each module fetches a bucket more, until so many are live, and what it has fetched or met on the way for later
     # use is not released, whatever stage3_max_reuse_distance says.
     most = max(
         setting["stage3_max_live_parameters"], sizes.largest_unit + setting["stage3_prefetch_bucket_size"]
     )
-    return min(divided, most)
+    return min(gathered, most)
 
 
 def activations(run: Run, of_image: Kept, images: int, setting: Setting) -> float:
