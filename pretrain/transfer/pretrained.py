@@ -14,6 +14,7 @@ from torch import nn
 from pretrain import written
 from pretrain.checkpoint import load_towers
 from pretrain.config import Backbone, Views
+from pretrain.evaluate.checkpoints import weights_of
 from pretrain.evaluate.published_encoder import KEYS, EncoderAlone, finite_tensors, told_by
 from pretrain.evaluate.subjects import open_model
 from pretrain.export.names import FORMATS, GRAPHS
@@ -22,6 +23,7 @@ from pretrain.initial.bounds import explained_by, require_numbers, require_pixel
 from pretrain.initial.files import own_file
 from pretrain.initial.fit import fill, fit
 from pretrain.initial.layouts import detect
+from pretrain.intact import sha256
 from pretrain.models.backbone import build_encoder
 from pretrain.models.undrawn import undrawn
 
@@ -36,6 +38,7 @@ class Pretrained:
     backbone: Backbone
     views: Views  # of which the size, mean and std of the images are meant
     encoder: nn.Module  # float32, eval mode, on the CPU
+    weights: str  # SHA-256, by which others under the same name are told from them
 
 
 def open_pretrained(place: Path) -> Pretrained:
@@ -45,15 +48,16 @@ def open_pretrained(place: Path) -> Pretrained:
     """
     if (place / "run.json").is_file():
         run, _, towers = load_towers(place, parts=("encoder",))
-        return Pretrained(run.backbone, run.views, towers.encoder)
+        return Pretrained(run.backbone, run.views, towers.encoder, weights_of(place))
     folder = place if place.is_dir() else place.parent
     if (folder / WEIGHTS).is_file():
-        subject = open_model(place, None)
-        return Pretrained(subject.run.backbone, subject.run.views, subject.towers.encoder)
+        subject, file = open_model(place, None), folder / WEIGHTS if place.is_dir() else place
+        return Pretrained(subject.run.backbone, subject.run.views, subject.towers.encoder, sha256(file))
     told = told_by(folder, KEYS)
     _require_trainable(place, told.get("format"))
     backbone, views = _described(told, folder / KEYS)
-    return Pretrained(backbone, views, _encoder(_file_of(place, told), backbone, views.size))
+    file = _file_of(place, told)
+    return Pretrained(backbone, views, _encoder(file, backbone, views.size), sha256(file))
 
 
 def _require_trainable(place: Path, name: Any) -> None:

@@ -62,6 +62,7 @@ def transfer(
     share_of(work.recipe.optimisation)
     settings = {
         "checkpoint": str(work.step),
+        "weights": pretrained.weights,
         "recipe": work.name,
         "numbers": json.loads(json.dumps(asdict(work.recipe))),
         "frozen": work.is_frozen,

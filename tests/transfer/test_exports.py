@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -76,6 +77,7 @@ def test_the_command_learns_from_an_export_as_from_its_run_and_writes_beside_it(
     shards: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     small = tiny("segment", "small")
     monkeypatch.setitem(RECIPES["segment"], "small", lambda: small)
@@ -89,6 +91,9 @@ def test_the_command_learns_from_an_export_as_from_its_run_and_writes_beside_it(
     assert first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
     scores = [json.loads((out / RESULT).read_text())["scores"] for out in (tmp_path / "run", beside)]
     assert scores[0] == scores[1] and sorted(folder.rglob("*")) == before
+    spoil(folder / "internimage.pth", lambda tensors: tensors["patch_embed.conv1.weight"].mul_(2))
+    assert command.main(["segment", str(folder), *given]) == 1  # of other weights under the same name
+    assert re.search(r"state of a transfer with weights=.*name another --out", capsys.readouterr().err)
 
 
 def told(folder: Path) -> dict[str, Any]:
