@@ -180,6 +180,8 @@ def export(trained: Trained, name: str, folder: Path, python: str = sys.executab
             proof, unproven = _prove(exporter, trained, partial, python)
         record = {
             "format": name,
+            "backbone": asdict(trained.run.backbone),
+            "views": asdict(trained.run.views),
             "files": {file: told.record() for file, told in keys.items()},
             "proof": [asdict(agreement) for agreement in proof],
             "unproven": unproven,

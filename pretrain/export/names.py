@@ -12,6 +12,7 @@ FORMATS = (
     "onnx",
     "detectron2",
 )
+GRAPHS = ("onnx",)  # of these, what holds a computation whose weights cannot be trained
 ALL = "all"  # in place of names: each that holds the run's backbone
 
 

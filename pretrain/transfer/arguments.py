@@ -11,14 +11,18 @@ from pretrain.transfer.formats import FORMATS, MAX_BAD
 from pretrain.transfer.recipes import RECIPES, Detect, Segment, recipe
 
 DESCRIPTION = "What is a run's backbone worth for segmentation and detection?"
-RUN = "the --out folder of a pre-training run, one of its checkpoints, or an export to safetensors"
+RUN = (
+    "the --out folder of a pre-training run, one of its checkpoints, or an export to any format but onnx: its folder "
+    "or a file of weights in it"
+)
+OUT = (
+    "folder of result and state (RUN/transfer/TASK-RECIPE-STEP; beside a checkpoint or an export "
+    "RUN.transfer/TASK-RECIPE-NAME)"
+)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m pretrain.transfer",
-        description="What is a run's backbone worth for segmentation and detection?",
-    )
+    parser = argparse.ArgumentParser("python -m pretrain.transfer", description=DESCRIPTION)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by DeepSpeed's launcher
     tasks = parser.add_subparsers(dest="task", required=True)
     for task, recipes in RECIPES.items():
@@ -36,7 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         of.add_argument(
             "--clip", type=float, help="norm to which gradients are clipped; 0: not (the recipe's)"
         )
-        of.add_argument("--out", type=Path, help="folder of result and state (RUN/transfer/TASK-RECIPE-STEP)")
+        of.add_argument("--out", type=Path, help=OUT)
         of.add_argument("--workers", type=int, default=0, help="processes that read images (0: this one)")
         of.add_argument(
             "--max-bad", type=float, default=MAX_BAD, help="share that may be unusable (%(default)s)"

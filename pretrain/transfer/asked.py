@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,9 +49,20 @@ def prepared(options: argparse.Namespace) -> tuple[Work, Place, tuple[AnnotatedS
     share_of(recipe.optimisation)
     (named,) = find_subjects(options.run, [options.step])
     place, step = named.place, local_of(options.run, named.place)
-    out = options.out or options.run / "transfer" / f"{options.task}-{options.recipe}-{step.name}"
+    out = options.out or result_of(options.run, place, f"{options.task}-{options.recipe}-{named.name}")
     require_own(out)
     require_place("--out", out / RESULT)
     named = Named(options.data, options.train, options.heldout, getattr(options, "images", None))
     work = Work(step, recipe, options.recipe, out, options.frozen, options.seed)
     return work, place, open_sets(options.task, named, options.max_bad)
+
+
+def result_of(asked: Path, place: Place, name: str) -> Path:
+    """Where the result lies if no other place is named: in a run, beside a checkpoint or an export.
+
+    An export that is made again takes the place of its whole folder.
+    """
+    if place != asked:
+        return asked / "transfer" / name
+    folder = asked if asked.is_dir() else asked.parent
+    return Path(f"{os.path.abspath(folder)}.transfer", name)

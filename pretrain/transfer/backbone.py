@@ -11,11 +11,11 @@ from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedM
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
-from pretrain.config import Backbone, Run
+from pretrain.config import Backbone
 from pretrain.evaluate.layers import layer_order
 from pretrain.models.backbone import build_encoder
 from pretrain.models.pyramid import Pyramid, strides_of
-from pretrain.towers import Towers
+from pretrain.transfer.pretrained import Pretrained
 
 MODEL_TYPE = "m3i_pyramid"
 
@@ -75,26 +75,27 @@ AutoConfig.register(MODEL_TYPE, PyramidConfig)
 AutoBackbone.register(PyramidConfig, PyramidBackbone)
 
 
-def pyramid_config(run: Run, towers: Towers, drop_path: float, width: int, most: int = 4) -> PyramidConfig:
-    """That of a run's backbone with the last `most` of its maps, fewer when it has fewer."""
-    num_maps = len(strides_of(towers.encoder.stages))
-    backbone = replace(run.backbone, drop_path=drop_path, drop_path_schedule="linear", token_norm="none")
+def pyramid_config(pretrained: Pretrained, drop_path: float, width: int, most: int = 4) -> PyramidConfig:
+    """That of a pre-trained backbone with the last `most` of its maps, fewer when it has fewer."""
+    num_maps = len(strides_of(pretrained.encoder.stages))
+    backbone = replace(
+        pretrained.backbone, drop_path=drop_path, drop_path_schedule="linear", token_norm="none"
+    )
     indices = list(range(num_maps))[-most:]
-    return PyramidConfig(asdict(backbone), run.views.size, width, num_maps, out_indices=indices)
+    return PyramidConfig(asdict(backbone), pretrained.views.size, width, num_maps, out_indices=indices)
 
 
-def load_trunk(model: nn.Module, towers: Towers, *, is_frozen: bool) -> nn.Module:
-    """Puts the pre-trained trunk into the encoder inside of `model`, and returns that encoder.
+def load_trunk(model: nn.Module, pretrained: nn.Module, *, is_frozen: bool) -> nn.Module:
+    """Puts the trunk of a pre-trained encoder into the one inside of `model`, and returns that.
 
-    Token heads after the trunk are no part of the maps and get no gradient; frozen, the trunk gets none either.
+    Token heads after the trunk are no part of the maps: they stay as they are and get no gradient. Frozen, the trunk
+    gets none either.
     """
     (pyramid,) = (module for module in model.modules() if isinstance(module, Pyramid))
     encoder = pyramid.encoder
-    trained, trunk = towers.encoder.state_dict(), layer_order(towers.encoder)
-    wanted = encoder.state_dict()
-    names = {name for name in trained if name in wanted}
-    assert trunk.keys() <= names, f"{sorted(trunk.keys() - names)} are missing in the model"
-    encoder.load_state_dict({**wanted, **{name: trained[name] for name in names}})
+    trunk = layer_order(pretrained)
+    (part,) = {name.partition(".")[0] for name in trunk}
+    encoder.get_submodule(part).load_state_dict(pretrained.get_submodule(part).state_dict())
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(name in trunk and not is_frozen)
     return encoder

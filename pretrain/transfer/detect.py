@@ -14,19 +14,18 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from pretrain.config import Run
-from pretrain.towers import Towers
 from pretrain.transfer.average_precision import average_precision, truth_of
 from pretrain.transfer.coco import compressed, outline_of
 from pretrain.transfer.examples import AnnotatedSet, Example
 from pretrain.transfer.federated import federated_precision
 from pretrain.transfer.mask_rcnn import MaskRCNNHead
+from pretrain.transfer.pretrained import Pretrained
 from pretrain.transfer.recipes import Detect
 from pretrain.transfer.rt_detr import RTDetrHead
 from pretrain.transfer.things import Shown, Things
 
 # Each has `loss(shown)`, and `find(images)`: uint8 of any sizes -> things in the pixels of the images.
-HEADS: dict[str, Callable[[Run, Towers, Detect, AnnotatedSet], nn.Module]] = {
+HEADS: dict[str, Callable[[Pretrained, Detect, AnnotatedSet], nn.Module]] = {
     "mask_rcnn": MaskRCNNHead,
     "rt_detr": RTDetrHead,
 }

@@ -18,11 +18,10 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from pretrain.config import Run
-from pretrain.towers import Towers
 from pretrain.transfer.backbone import PyramidBackbone, pyramid_config
 from pretrain.transfer.examples import AnnotatedSet, shown_in
 from pretrain.transfer.federated_heads import FederatedHeads, image_counts
+from pretrain.transfer.pretrained import Pretrained
 from pretrain.transfer.recipes import Detect
 from pretrain.transfer.things import Shown, Things
 
@@ -57,10 +56,10 @@ class MapsWithFPN(nn.Module):
 class MaskRCNNHead(nn.Module):
     """Mask R-CNN (arXiv 1703.06870), or Faster R-CNN where the data has no outlines."""
 
-    def __init__(self, run: Run, towers: Towers, recipe: Detect, examples: AnnotatedSet) -> None:
+    def __init__(self, pretrained: Pretrained, recipe: Detect, examples: AnnotatedSet) -> None:
         super().__init__()
         num_classes, width = len(examples.names), recipe.width
-        config = pyramid_config(run, towers, recipe.optimisation.drop_path, width)
+        config = pyramid_config(pretrained, recipe.optimisation.drop_path, width)
         maps = MapsWithFPN(PyramidBackbone(config), width)
         strides = maps.backbone.strides
         sizes = tuple((recipe.anchor * stride,) for stride in (*strides, 2 * strides[-1]))
@@ -74,8 +73,8 @@ class MaskRCNNHead(nn.Module):
         shared: dict[str, Any] = {
             "min_size": recipe.size,
             "max_size": recipe.size,
-            "image_mean": run.views.mean,
-            "image_std": run.views.std,
+            "image_mean": pretrained.views.mean,
+            "image_std": pretrained.views.std,
             "size_divisible": strides[-1],
             "box_detections_per_img": recipe.detections,
             "rpn_anchor_generator": AnchorGenerator(sizes, (RATIOS,) * len(sizes)),

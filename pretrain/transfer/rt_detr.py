@@ -11,11 +11,10 @@ from torchvision.ops import box_convert
 from transformers import RTDetrConfig, RTDetrForObjectDetection
 
 from pretrain.collectives import sum_over_ranks, world_size
-from pretrain.config import Run
 from pretrain.models.pyramid import strides_of
-from pretrain.towers import Towers
 from pretrain.transfer.backbone import pyramid_config
 from pretrain.transfer.examples import AnnotatedSet
+from pretrain.transfer.pretrained import Pretrained
 from pretrain.transfer.recipes import Detect
 from pretrain.transfer.things import Shown, Things
 
@@ -38,10 +37,10 @@ class RTDetrHead(nn.Module):
     alone. Images keep their shape, the longer side becomes `recipe.size`, and padding fills a square.
     """
 
-    def __init__(self, run: Run, towers: Towers, recipe: Detect, examples: AnnotatedSet) -> None:
+    def __init__(self, pretrained: Pretrained, recipe: Detect, examples: AnnotatedSet) -> None:
         super().__init__()
-        config = pyramid_config(run, towers, recipe.optimisation.drop_path, recipe.width, most=MAPS)
-        strides = strides_of(towers.encoder.stages)[-MAPS:]
+        config = pyramid_config(pretrained, recipe.optimisation.drop_path, recipe.width, most=MAPS)
+        strides = strides_of(pretrained.encoder.stages)[-MAPS:]
         channels = len(strides)
         self.net = RTDetrForObjectDetection(
             RTDetrConfig(
@@ -63,7 +62,7 @@ class RTDetrHead(nn.Module):
         start_norms(self.net)
         side = -(-recipe.size // strides[-1]) * strides[-1]
         self.transform = GeneralizedRCNNTransform(
-            recipe.size, recipe.size, run.views.mean, run.views.std, size_divisible=side
+            recipe.size, recipe.size, pretrained.views.mean, pretrained.views.std, size_divisible=side
         )
         self.num_classes = len(examples.names)
 

@@ -16,24 +16,23 @@ from transformers import UperNetConfig, UperNetForSemanticSegmentation
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead
 
 from pretrain.collectives import sum_over_ranks, world_size
-from pretrain.config import Run
 from pretrain.evaluate.regions import count_pixels, score_regions
 from pretrain.models.pixels import normalise
-from pretrain.towers import Towers
 from pretrain.transfer.backbone import pyramid_config
 from pretrain.transfer.examples import IGNORED, AnnotatedSet, Example
+from pretrain.transfer.pretrained import Pretrained
 from pretrain.transfer.recipes import Segment
 
 
 class Segmenter(nn.Module):
-    """UperNet of transformers on a run's backbone: normalised images [b, 3, h, w] -> logits [b, k, h, w].
+    """UperNet of transformers on a pre-trained backbone: normalised images [b, 3, h, w] -> logits [b, k, h, w].
 
     Sides are multiples of `divisor`. The auxiliary head reads the second-last map. Source: arXiv 1807.10221.
     """
 
-    def __init__(self, run: Run, towers: Towers, recipe: Segment, num_classes: int) -> None:
+    def __init__(self, pretrained: Pretrained, recipe: Segment, num_classes: int) -> None:
         super().__init__()
-        backbone = pyramid_config(run, towers, recipe.optimisation.drop_path, recipe.pyramid_width)
+        backbone = pyramid_config(pretrained, recipe.optimisation.drop_path, recipe.pyramid_width)
         self.net = UperNetForSemanticSegmentation(
             UperNetConfig(
                 backbone_config=backbone,
@@ -49,7 +48,7 @@ class Segmenter(nn.Module):
             widths = self.net.backbone.channels
             self.net.auxiliary_head = UperNetFCNHead(self.net.config, widths, in_index=len(widths) - 2)
         self.divisor = self.net.backbone.strides[-1]
-        self.mean, self.std = run.views.mean, run.views.std
+        self.mean, self.std = pretrained.views.mean, pretrained.views.std
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k h w"]:
         return self.net(images).logits

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from data_prep.schema import write_atomic
 from pretrain import provenance, strict_json
-from pretrain.checkpoint import load_towers
 from pretrain.collectives import (
     from_every_rank,
     on_every_rank,
@@ -26,16 +25,13 @@ from pretrain.collectives import (
     to_first_rank,
     world_size,
 )
-from pretrain.config import Run
 from pretrain.data.faults import BadSample
-from pretrain.evaluate.subjects import open_model
-from pretrain.export.safetensors_file import WEIGHTS
-from pretrain.towers import Towers
 from pretrain.training_state import States
 from pretrain.transfer import detect, segment
 from pretrain.transfer.backbone import load_trunk
 from pretrain.transfer.examples import AnnotatedSet, Drops, Example, shown_in
 from pretrain.transfer.order import Draws, repeat_factors, share_of
+from pretrain.transfer.pretrained import Pretrained, open_pretrained
 from pretrain.transfer.recipes import Detect, Segment
 from pretrain.transfer.training import STATE, Machine, train
 
@@ -46,7 +42,7 @@ RESULT, DETECTIONS = "result.json", "detections.json"
 class Work:
     """One transfer."""
 
-    step: Path  # folder of the checkpoint, or of an export to safetensors
+    step: Path  # folder of the checkpoint; an export, its folder or a file in it
     recipe: Segment | Detect
     name: str  # of the recipe
     out: Path
@@ -62,10 +58,11 @@ def transfer(
     A collective call: the ranks share the training and the test, rank 0 alone writes, and the others get None. Raises
     ValueError when the folder holds a training with other numbers, or the ranks read other data.
     """
-    run, towers = on_every_rank(lambda: opened(work.step))
+    pretrained = on_every_rank(lambda: open_pretrained(work.step))
     share_of(work.recipe.optimisation)
     settings = {
         "checkpoint": str(work.step),
+        "weights": pretrained.weights,
         "recipe": work.name,
         "numbers": json.loads(json.dumps(asdict(work.recipe))),
         "frozen": work.is_frozen,
@@ -79,8 +76,8 @@ def transfer(
     require_same_data(settings)
     torch.manual_seed(work.seed)
     task = "segment" if isinstance(work.recipe, Segment) else "detect"
-    model, draw, loss_of = TASKS[task](run, towers, work.recipe, train_set)
-    encoder = load_trunk(model, towers, is_frozen=work.is_frozen)
+    model, draw, loss_of = TASKS[task](pretrained, work.recipe, train_set)
+    encoder = load_trunk(model, pretrained.encoder, is_frozen=work.is_frozen)
     model.to(machine.device)
     title = f"{work.step.name} {task}"
     draws = Draws(len(train_set), draw, work.seed, on_every_rank(lambda: _repeats(work, train_set)))
@@ -131,20 +128,6 @@ def _is_result(path: Path) -> bool:
     return isinstance(told, dict) and told.get("task") in TASKS and "scores" in told
 
 
-def opened(step: Path) -> tuple[Run, Towers]:
-    """The recipe and the teacher; ValueError for a model without a recipe, from which no maps can be had."""
-    if (step / "run.json").is_file():
-        run, _, towers = load_towers(step)
-        return run, towers
-    if not ((step if step.is_dir() else step.parent) / WEIGHTS).is_file():
-        raise ValueError(
-            f"{step} does not tell the recipe of its backbone, which heads need for its maps: name the run, one of "
-            "its checkpoints, or an export --to safetensors"
-        )
-    subject = open_model(step, None)
-    return subject.run, subject.towers
-
-
 def require_same_data(settings: dict[str, Any]) -> None:
     """ValueError, on all ranks, where one of them was told something else or reads other files. Collective."""
     told = from_every_rank([json.dumps(settings | {"train_set": None, "heldout_set": None})])
@@ -171,13 +154,13 @@ def _repeats(work: Work, train_set: AnnotatedSet) -> Tensor | None:
 Built = tuple[nn.Module, Callable[[int], Any], Callable]
 
 
-def _segment(run: Run, towers: Towers, recipe: Segment, examples: AnnotatedSet) -> Built:
-    model = segment.Segmenter(run, towers, recipe, len(examples.names))
+def _segment(pretrained: Pretrained, recipe: Segment, examples: AnnotatedSet) -> Built:
+    model = segment.Segmenter(pretrained, recipe, len(examples.names))
     return model, segment.Draw(examples, recipe, model.divisor), segment.loss_of
 
 
-def _detect(run: Run, towers: Towers, recipe: Detect, examples: AnnotatedSet) -> Built:
-    model = detect.HEADS[recipe.head](run, towers, recipe, examples)
+def _detect(pretrained: Pretrained, recipe: Detect, examples: AnnotatedSet) -> Built:
+    model = detect.HEADS[recipe.head](pretrained, recipe, examples)
     return model, detect.Draw(examples, recipe), detect.loss_of
 
 

@@ -23,7 +23,6 @@ import torch  # noqa: E402
 from torch.utils._pytree import tree_map_only  # noqa: E402
 
 from pretrain import training_state  # noqa: E402
-from pretrain.checkpoint import load_towers  # noqa: E402
 from pretrain.collectives import average_gradients, mean_over_ranks, on_every_rank, rank  # noqa: E402
 from pretrain.data.faults import BadSample  # noqa: E402
 from pretrain.evaluate.checkpoints import find_checkpoint  # noqa: E402
@@ -35,6 +34,7 @@ from pretrain.transfer.backbone import load_trunk  # noqa: E402
 from pretrain.transfer.joint import with_joint_norms  # noqa: E402
 from pretrain.transfer.order import Draws, batches  # noqa: E402
 from pretrain.transfer.places import Named, open_sets  # noqa: E402
+from pretrain.transfer.pretrained import open_pretrained  # noqa: E402
 from pretrain.transfer.recipes import RECIPES, Detect, Optimisation, Segment, recipe  # noqa: E402
 from pretrain.transfer.things import Things  # noqa: E402
 from pretrain.transfer.training import STATE  # noqa: E402
@@ -78,12 +78,12 @@ def shown(steps: int = 3) -> list[list[int]]:
 
 def gradients(run: Path, shards: Path, task: str, name: str) -> dict[str, Any]:
     """Loss and averaged gradients of the first four examples, shared by the ranks, and what norms remember."""
-    run_of, _, towers = load_towers(find_checkpoint(run, "last"))
+    pretrained = open_pretrained(find_checkpoint(run, "last"))
     train_set, _ = open_sets(task, Named(shards), 0.0)
     numbers = tiny(task, name)
     torch.manual_seed(0)
-    model, draw, loss_of = TASKS[task](run_of, towers, numbers, train_set)
-    load_trunk(model, towers, is_frozen=False)
+    model, draw, loss_of = TASKS[task](pretrained, numbers, train_set)
+    load_trunk(model, pretrained.encoder, is_frozen=False)
     with_joint_norms(model, torch.device("cpu"))
     if name == "small_detr":  # many norms in a row make of single precision's rounding more than is compared
         model.double()

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from pretrain import training_state
-from pretrain.checkpoint import load_towers
 from pretrain.evaluate.augment import seeded
 from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.export.__main__ import main as export_main
@@ -24,10 +23,11 @@ from pretrain.transfer.backbone import load_trunk
 from pretrain.transfer.examples import Drops
 from pretrain.transfer.order import Draws
 from pretrain.transfer.places import Named, open_sets
+from pretrain.transfer.pretrained import open_pretrained
 from pretrain.transfer.rates import Layered, rate
 from pretrain.transfer.recipes import RECIPES, Detect, Optimisation, recipe
 from pretrain.transfer.training import STATE, Machine
-from pretrain.transfer.work import TASKS, Work, opened, require_own, transfer
+from pretrain.transfer.work import TASKS, Work, require_own, transfer
 
 # pycocotools (https://github.com/ppwwyyxx/cocoapi) hands arrays to numpy in a way that is to end.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -55,14 +55,14 @@ def test_every_backbone_learns_under_every_head(
 ) -> None:
     """The trunk begins as pre-trained, and every weight of it that the maps need gets a gradient."""
     numbers = tiny(task, name)
-    run, _, towers = load_towers(find_checkpoint(runs[family], "last"))
+    pretrained = open_pretrained(find_checkpoint(runs[family], "last"))
     train_set, _ = open_sets(task, Named(shards), 0.0)
     torch.manual_seed(0)
     model, draw, loss_of = TASKS[task](
-        run, towers, replace(numbers, optimisation=replace(numbers.optimisation, drop_path=0.0)), train_set
+        pretrained, replace(numbers, optimisation=replace(numbers.optimisation, drop_path=0.0)), train_set
     )
-    encoder = load_trunk(model, towers, is_frozen=False)
-    trained = towers.encoder.state_dict()
+    encoder = load_trunk(model, pretrained.encoder, is_frozen=False)
+    trained = pretrained.encoder.state_dict()
     learning = {name: weight for name, weight in encoder.named_parameters() if weight.requires_grad}
     assert learning and all(torch.equal(weight, trained[name]) for name, weight in learning.items())
     loss_of(model.train(), [draw(0), draw(1)]).backward()
@@ -72,10 +72,10 @@ def test_every_backbone_learns_under_every_head(
 
 def test_rt_detr_tells_places_of_an_image_apart_before_it_learns(runs: dict[str, Path], shards: Path) -> None:
     """As transformers starts it, what its queries are chosen by would be the same everywhere: 0.01 in place of 1."""
-    run, _, towers = load_towers(find_checkpoint(runs["internimage"], "last"))
+    pretrained = open_pretrained(find_checkpoint(runs["internimage"], "last"))
     train_set, _ = open_sets("detect", Named(shards), 0.0)
     torch.manual_seed(0)
-    model, draw, _ = TASKS["detect"](run, towers, tiny("detect", "small_detr"), train_set)
+    model, draw, _ = TASKS["detect"](pretrained, tiny("detect", "small_detr"), train_set)
     seen = []
     model.net.model.enc_output.register_forward_hook(lambda module, into, out: seen.append(out))
     model.train().loss([draw(0), draw(1)])
@@ -128,22 +128,22 @@ def test_a_frozen_backbone_stays_and_its_head_learns(
     runs: dict[str, Path], shards: Path, tmp_path: Path
 ) -> None:
     sets = open_sets("segment", Named(shards), 0.0)
-    _, _, towers = load_towers(find_checkpoint(runs["swin"], "last"))
+    trained = open_pretrained(find_checkpoint(runs["swin"], "last")).encoder.state_dict()
     transfer(work(runs["swin"], tmp_path, "segment", "small", is_frozen=True), *sets, CPU)
     after = torch.load(tmp_path / STATE, weights_only=True)["model"]
     prefix = "net.backbone.pyramid.encoder."
-    trunk = {name: w for name, w in towers.encoder.state_dict().items() if name.startswith("swin.")}
+    trunk = {name: w for name, w in trained.items() if name.startswith("swin.")}
     assert all(torch.equal(after[f"{prefix}{name}"], weight) for name, weight in trunk.items())
     assert after["net.decode_head.classifier.bias"].any()
 
 
 def test_layers_further_from_the_head_learn_slower(runs: dict[str, Path], shards: Path) -> None:
-    run, _, towers = load_towers(find_checkpoint(runs["vit"], "last"))
+    pretrained = open_pretrained(find_checkpoint(runs["vit"], "last"))
     train_set, _ = open_sets("segment", Named(shards), 0.0)
     optimisation = replace(recipe("segment", "ade20k").optimisation, backbone_rate=0.1)
     numbers = replace(tiny("segment", "small"), optimisation=optimisation)
-    model, _, _ = TASKS["segment"](run, towers, numbers, train_set)
-    layered = Layered(model, load_trunk(model, towers, is_frozen=False))
+    model, _, _ = TASKS["segment"](pretrained, numbers, train_set)
+    layered = Layered(model, load_trunk(model, pretrained.encoder, is_frozen=False))
     scales = {
         id(weight): group["lr_scale"]
         for group in layered.groups(numbers.optimisation)
@@ -221,16 +221,6 @@ def test_a_checkpoint_and_its_export_learn_as_the_run(
         torch.load(tmp_path / "out" / name / STATE, weights_only=True)["model"] for name in places
     )
     assert all(torch.equal(first[key], other[key]) for other in others for key in first)
-
-
-@pytest.mark.parametrize("name", ["timm", "onnx"])
-def test_an_export_without_a_recipe_is_refused_with_the_one_that_has_it(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "keys.json").write_text(json.dumps({"format": name}))
-    with pytest.raises(
-        ValueError, match=rf"{name} does not tell the recipe.* or an export --to safetensors$"
-    ):
-        opened(tmp_path / name)
 
 
 @pytest.mark.parametrize("names", [["manifest.json", "000000.tar"], ["result.json"]], ids=["data", "others'"])
