@@ -5,7 +5,7 @@ python -m pretrain.evaluate RUN --data DIR        DIR/train gives the probes the
     --probes linear_paper,attentive_crops         heads trained on fresh crops, the first by the paper's recipe
     --fine-tune [EPOCHS] [--few-shot]             the whole encoder too, trained on the categories [and on few labels]
 
-RUN is a run, one of its checkpoints, or an exported or published model (timm, internimage, safetensors,
+RUN is a run, one of its checkpoints, or an exported or published model (every format of pretrain.export, timm,
 Hugging Face, open_clip). DIR/train and DIR/heldout are data sets of `data_prep`, or folders with one folder of images
 a class. Several ranks share images and probes: torchrun --nproc-per-node 8 -m pretrain.evaluate RUN --data DIR
 """

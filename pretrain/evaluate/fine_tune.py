@@ -110,9 +110,9 @@ def fine_tune(
     A collective call: the ranks share each batch. Float32, with autocast to bfloat16 on GPUs that have it. On a CPU
     one seed gives the same bits; another number of ranks rounds sums otherwise, and drops other branches where the
     recipe drops any. `towers`, which are on `device`, stay as they are. Rank 0 keeps a `state`, if one is named, from
-    which the same call goes on, on any number of ranks. Raises NotMeasured when the loss is not finite and for an
-    encoder of unknown layers, ValueError with fewer than two training images, for a state of another training, and
-    when too many images cannot be read any more.
+    which the same call goes on, on any number of ranks. Raises NotMeasured when the loss is not finite and, where the
+    encoder is trained, for unknown layers and for weights that are fixed; ValueError with fewer than two training
+    images, for a state of another training, and when too many images cannot be read any more.
     """
     num_images = len(train.index)
     if num_images < 2:
@@ -159,6 +159,8 @@ def _model(
     towers: nn.Module, run: Run, num_categories: int, settings: FineTune
 ) -> Classifier | FrozenClassifier:
     if settings.trains == WHOLE:
+        if isinstance(towers.encoder, PublishedEncoder) and towers.encoder.fixed:
+            raise NotMeasured(towers.encoder.fixed)
         encoder = encoder_of(towers, run, settings.drop_path)
         return Classifier(encoder, num_categories, drops=settings.drop_path > 0)
     with seeded(settings.seed):
@@ -220,9 +222,14 @@ def _joint(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def require_blocks(towers: nn.Module, drop_path: float) -> None:
-    """ValueError unless the encoder has a place where branches can be dropped, if they shall be."""
+    """ValueError unless the encoder has a place where branches can be dropped, if they shall be.
+
+    One whose weights are not trained is not refused: its row says so.
+    """
     encoder = towers.encoder
-    if drop_path and isinstance(encoder, PublishedEncoder) and not blocks_of(encoder.trunk):
+    if not drop_path or not isinstance(encoder, PublishedEncoder) or encoder.fixed:
+        return
+    if not blocks_of(encoder.trunk):
         raise ValueError(
             f"a recipe of fine-tuning with drop_path={drop_path} needs blocks that drop branches, and "
             f"{type(encoder.trunk).__name__} has none: fine-tune it by --fine-tune-recipe small"

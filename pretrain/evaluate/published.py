@@ -24,7 +24,9 @@ from pretrain.evaluate.published_encoder import (
     told_by,
 )
 from pretrain.evaluate.published_internimage import open_internimage
+from pretrain.evaluate.published_onnx import is_graph, open_graph_of
 from pretrain.evaluate.published_vit import open_vit
+from pretrain.export.names import FORMATS
 from pretrain.export.preprocessor import PREPROCESSOR, read_preprocessor
 from pretrain.initial.blocks import require_no_more_blocks
 from pretrain.initial.bounds import explained_by, require_numbers, require_pixels, require_statistics
@@ -35,7 +37,6 @@ from pretrain.models.internimage_config import InternImageConfig
 from pretrain.models.pooling import prepend_mean
 
 PLAIN_FILE = "internimage.pth"
-SERVED = ("timm", "huggingface", "internimage", "openmmlab", "torchvision", "detectron2", "safetensors")
 DESCRIBED = (
     "openmmlab",
     "detectron2",
@@ -56,7 +57,10 @@ def open_published(place: Path, size: int | None = None) -> Published:
     """
     folder = place if place.is_dir() else place.parent
     config = told_by(folder, CONFIG)
-    _require_served(folder, config)
+    told = told_by(folder, KEYS)
+    _require_served(folder, told.get("format"), config)
+    if is_graph(place, told, config):
+        return open_graph_of(place, config, size)
     if "architecture" in config:
         return _open_timm(folder, config, size)
     if "family" in config and "arguments" in config:
@@ -66,7 +70,7 @@ def open_published(place: Path, size: int | None = None) -> Published:
     if not any(known.is_folder(folder) for known in ENCODERS.values()):
         raise ValueError(
             f"{place} is no model that is evaluated, as {folder / CONFIG} {'tells of' if config else 'is'} none: "
-            f"name an export --to one of {', '.join(SERVED)}, or a folder of timm, Hugging Face or open_clip with "
+            f"name an export --to one of {', '.join(FORMATS)}, or a folder of timm, Hugging Face or open_clip with "
             "the settings beside its weights"
         )
     guide = open_guide(folder)
@@ -74,15 +78,14 @@ def open_published(place: Path, size: int | None = None) -> Published:
     return Published(PublishedEncoder(guide.tower, _of_tower, views.size), views, folder)
 
 
-def _require_served(folder: Path, config: Mapping[str, Any]) -> None:
-    """ValueError for our exports that only other programs read, and for those of before that tell too little."""
-    name = told_by(folder, KEYS).get("format")
-    if name in (None, *SERVED) and (config or name not in DESCRIBED):
+def _require_served(folder: Path, name: Any, config: Mapping[str, Any]) -> None:
+    """ValueError for exports of a format that is not known, and for those of before that tell too little."""
+    if name in (None, *FORMATS) and (config or name not in DESCRIBED):
         return
     why = f"has no {CONFIG}, as those of before" if name in DESCRIBED else "is not evaluated here"
     raise ValueError(
         f"{folder} is an export --to {name}, which {why}: name the run itself, or export it --to one of "
-        f"{', '.join(SERVED)} that holds it"
+        f"{', '.join(FORMATS)} that holds it"
     )
 
 

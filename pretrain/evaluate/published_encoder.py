@@ -25,11 +25,15 @@ DEFAULT_SIZE = 224  # pixels, where no file tells the size of the images
 class PublishedEncoder(nn.Module):
     """Tokens of another model, as our encoders give them: images [b, 3, s, s] -> [b, l, width], row by row.
 
-    With `summary` [b, 1 + l, width]: before them the class token, else the mean of the tokens.
+    With `summary` [b, 1 + l, width]: before them the class token, else the mean of the tokens. `fixed` says why its
+    weights cannot be trained, where they cannot.
     """
 
-    def __init__(self, trunk: nn.Module, tokens: Callable[[nn.Module, Tensor], Tensor], size: int) -> None:
+    def __init__(
+        self, trunk: nn.Module, tokens: Callable[[nn.Module, Tensor], Tensor], size: int, fixed: str = ""
+    ) -> None:
         super().__init__()
+        self.fixed = fixed
         require_pixels(size, Path("the model"))
         self.trunk, self._tokens = trunk.requires_grad_(False).eval(), tokens
         found = try_image(partial(tokens, trunk), size, "the model")

@@ -336,15 +336,15 @@ def test_every_format_that_the_importer_reads_is_measured_like_the_run(
 
 
 def test_exports_that_are_not_evaluated_say_which_are(tmp_path: Path) -> None:
-    told = r"an export --to {}, which {}: name the run itself, or export it --to one of timm, huggingface, "
+    told = r"an export --to {}, which {}: name the run itself, or export it --to one of huggingface, "
     (tmp_path / "keys.json").write_text('{"format": "openmmlab"}')
     with pytest.raises(
         ValueError, match=told.format("openmmlab", r"has no config\.json, as those of before")
     ):
         find_subjects(tmp_path, [])[0].open()
-    (tmp_path / "keys.json").write_text('{"format": "onnx"}')
+    (tmp_path / "keys.json").write_text('{"format": "caffe"}')
     for _ in range(2):
-        with pytest.raises(ValueError, match=told.format("onnx", "is not evaluated here")):
+        with pytest.raises(ValueError, match=told.format("caffe", "is not evaluated here")):
             find_subjects(tmp_path, [])[0].open()
         (tmp_path / "config.json").write_text('{"opset": 20}')
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,15 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from pretrain.checkpoint import load_towers
+from pretrain.evaluate.asked import Protocols
+from pretrain.evaluate.evaluation import evaluate
+from pretrain.evaluate.fine_tune_recipes import FROZEN
+from pretrain.evaluate.protocols import Measured, measure_subject
+from pretrain.evaluate.published import open_published
+from pretrain.evaluate.sets import read_manifests
+from pretrain.evaluate.splits import SPLITS
+from pretrain.evaluate.subjects import Subject, open_model
 from pretrain.export.formats import Exported, export
 from pretrain.export.names import NotProven
 from pretrain.export.onnx_graph import OPSET, open_graph, prove
@@ -19,6 +29,7 @@ from pretrain.export.onnx_networks import add_internimage, add_tokens
 from pretrain.export.onnx_parts import Parts
 from pretrain.export.onnx_swin import add_swin
 from pretrain.export.remote_code.internimage_network import InternImageNetwork
+from tests.evaluate.sets import write_set
 from tests.export.conftest import last
 
 
@@ -63,6 +74,53 @@ def test_other_weights_are_not_proven(exported: Exported, vit_run: Path) -> None
     broken.write_bytes(b"no graph")
     with pytest.raises(NotProven, match=r"onnxruntime does not load broken\.onnx"):
         open_graph(broken)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 3), ("heldout", 2)):
+        write_set(folder / split, split, count, seed=count, text=False)
+    return folder
+
+
+def measured(subject: Subject, data: Path, protocols: Protocols) -> Measured:
+    folders = {split: data / split for split in SPLITS}
+    return measure_subject(subject, folders, read_manifests(folders), protocols, torch.device("cpu"))
+
+
+def test_the_graph_is_measured_like_its_run(
+    exported: Exported, vit_run: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, recipe in FROZEN.items():
+        monkeypatch.setitem(FROZEN, name, replace(recipe, epochs=2))
+    probes = ("knn", "linear", "linear_lars", "attentive", "dense")
+    protocols = Protocols((*probes, "zero_shot"), ks=(3,), frozen=tuple(FROZEN))
+    run, facts, towers = load_towers(vit_run / "checkpoints" / "step_000003")
+    of_run, of_graph = (
+        measured(subject, data, protocols)
+        for subject in (Subject("run", run, facts, towers, None), open_model(exported.folder, None))
+    )
+    for name in (*probes, *FROZEN):
+        found, expected = (one.outcomes[name].record["accuracy"] for one in (of_graph, of_run))
+        assert found == pytest.approx(expected, abs=2e-3), name
+    torch.testing.assert_close(
+        of_graph.evidence.heldout.tokens, of_run.evidence.heldout.tokens, rtol=1e-4, atol=1e-5
+    )
+    assert of_graph.outcomes["zero_shot"].record["reason"].startswith("no text tower came with")
+
+
+@pytest.mark.parametrize("recipe", ["small", "paper"])
+def test_what_would_train_the_weights_of_a_graph_says_what_to_name(
+    recipe: str, exported: Exported, data: Path, tmp_path: Path
+) -> None:
+    asked = ["--probes", "knn,linear_sweep", "--fine-tune", "1", "--few-shot", "--fine-tune-recipe", recipe]
+    found = evaluate([str(exported.folder), "--data", str(data), "--out", str(tmp_path / "a.json"), *asked])
+    (rows,) = found["checkpoints"].values()
+    assert "does not tell the order of its layers" in rows["linear_sweep"]["reason"]
+    told = r"model\.onnx is a graph, whose weights are not trained: name the run itself, or export it --to another"
+    for name in ("fine_tune", "few_shot_10_fine_tune"):
+        assert re.match(told, rows[name]["reason"]) and rows[name]["accuracy"] is None
 
 
 def test_an_internimage_is_standard_operators_for_any_size(tmp_path: Path) -> None:
@@ -122,4 +180,10 @@ def written_and_compared(parts: Parts, folder: Path, computed, shapes) -> set[st
         found = session.run(None, {"images": images.numpy()})
         for values, own in zip(found, computed(images), strict=True):
             torch.testing.assert_close(torch.from_numpy(values), own, rtol=1e-4, atol=1e-4)
+    told = {"multiple_of": 32, "trained_size": 64, "outputs": [one.name for one in session.get_outputs()]}
+    pixels = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    (folder / "config.json").write_text(json.dumps(told | pixels))
+    images = torch.randn(2, 3, 64, 64)  # that evaluation sees, of any family
+    tokens = open_published(folder / "graph.onnx").encoder(images)
+    torch.testing.assert_close(tokens, computed(images)[-1], rtol=1e-4, atol=1e-4)
     return {node.op_type for node in onnx.load(folder / "graph.onnx", load_external_data=False).graph.node}
