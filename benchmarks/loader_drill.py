@@ -41,8 +41,9 @@ from pretrain.data.order import SourceOrder  # noqa: E402
 from tests.data.s3 import Store, s3_store  # noqa: E402
 
 STEPS, SAVE_EVERY, WINDOW = 32, 8, 2
+SHARDS = 6  # of each source
 SHRUNKEN = f"""--steps {STEPS} --save_every {SAVE_EVERY} --log_every 1 --optim.warmup 2 --batch 32 --views.size 64
-    --mixing.window {WINDOW} --max_bad 0.9 --data.captioned.weight 4""".split()
+    --max_bad 0.9 --data.captioned.weight 4""".split()
 SLOW_READS = """
 import os, time
 read = os.pread
@@ -57,11 +58,19 @@ LIMIT = 240  # seconds that one training may take
 class Training:
     """One process of the trainer; `data` by name, in its environment."""
 
-    def __init__(self, out: Path, data: dict[str, str], workers: int, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        out: Path,
+        data: dict[str, str],
+        workers: int,
+        environment: dict[str, str],
+        window: int = WINDOW,
+    ) -> None:
         self.out = out
         places = [f"{name}={place}" for name, place in data.items()]
         command = [sys.executable, "pretrain/main.py", "--recipe", "m3i.demo", "--data", *places]
         command += ["--out", str(out), "--workers", str(workers), *SHRUNKEN]
+        command += ["--mixing.window", str(window)]
         with open(f"{out}.txt", "a") as told:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env={**os.environ, **environment}, stdout=told, stderr=subprocess.STDOUT
@@ -174,14 +183,15 @@ def open_shard(training: Training, folder: Path) -> str:
 
 def loss_drill(place: Path, data: dict[str, Path], *, is_open: bool) -> dict[str, Any]:
     """Compares with itself: when the loss is seen depends on how far the workers are ahead."""
-    name = "open" if is_open else "loss"
+    # Where all shards make one window, those that are open are needed to the end.
+    name, window = ("open", SHARDS) if is_open else ("loss", WINDOW)
     copies = {
         source: str(shutil.copytree(folder, place / f"{name}_data" / source))
         for source, folder in data.items()
     }
     environment = {"M3I_CACHE": str(place / "cache")}
     out, again = place / name, place / f"{name}_resumed"
-    training = Training(out, copies, 2, environment)
+    training = Training(out, copies, 2, environment, window)
     # Two workers are up to five steps ahead: what they have read is used before the checkpoint that is gone on from.
     training.until(STEPS - 2 * SAVE_EVERY - 2 if is_open else 2)
     lost = {}
@@ -197,7 +207,7 @@ def loss_drill(place: Path, data: dict[str, Path], *, is_open: bool) -> dict[str
     shutil.rmtree(
         again / "checkpoints" / f"step_{STEPS:06d}"
     )  # as if it had been killed after the one before
-    Training(again, copies, 1, environment).finish()
+    Training(again, copies, 1, environment, window).finish()
     straight, resumed = losses(out), losses(again)
     late = range(STEPS - SAVE_EVERY + 1, STEPS + 1)
     bad = {(one["source"], one["shard"]) for one in dropped(out)}
