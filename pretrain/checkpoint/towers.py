@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from safetensors.torch import load
+from torch import Tensor
 
 from pretrain.checkpoint.ranges import Files
 from pretrain.checkpoint.read import PREFIXES, WEIGHTS, require_whole
@@ -24,7 +25,8 @@ def load_towers(
 
     Of `parts`, names of modules right in the towers (all of them if None), the weights are read, straight into the
     module; the others are on the meta device, without numbers. Feature norms are folded into the layers before
-    them: what is evaluated and exported has none. ValueError when the checkpoint is not whole, or not of its recipe.
+    them: what is evaluated and exported has none. ValueError when the checkpoint is not whole, or not of its recipe,
+    and for numbers that are not finite, of which everything that is computed says nothing.
     """
     if which not in WEIGHTS:
         raise ValueError(f"which={which!r} is unknown; choose from {sorted(WEIGHTS)}")
@@ -57,5 +59,15 @@ def load_towers(
     with torch.no_grad():
         for name, buffer in buffers.items():
             buffer.copy_(saved[name])
+    _require_finite(folder, real | {name: one for name, one in saved.items() if name in buffers})
     towers.requires_grad_(False).eval().fold_norms()
     return run, facts, towers
+
+
+def _require_finite(folder: Place, tensors: Mapping[str, Tensor]) -> None:
+    for name, values in tensors.items():
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                f"{folder}: {name} holds other than finite numbers, so that the training has diverged or the "
+                "checkpoint is damaged: name an earlier checkpoint"
+            )

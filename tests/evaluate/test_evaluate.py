@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_prep.schema import Manifest, write_manifest
 from pretrain.checkpoint import load_towers
@@ -32,7 +33,7 @@ from pretrain.facts import DataFacts
 from pretrain.models.backbone import InternImageEncoder
 from pretrain.models.pixels import normalise
 from pretrain.recipes import load
-from tests.evaluate.runs import write_run
+from tests.evaluate.runs import resealed, write_run
 from tests.evaluate.sets import COLORS, write_set
 from tests.fakes import shrink
 from tests.paths import ROOT
@@ -210,6 +211,18 @@ def test_changed_checkpoint_is_refused(run_folder: Path, data: Path, tmp_path: P
     weights.write_bytes(content)
     with pytest.raises(ValueError, match=r"rank_00000\.safetensors has changed since it was written"):
         evaluate([str(copy), "--data", str(data), "--steps", "3", "--k", "5"])
+
+
+def test_weights_that_are_not_finite_are_refused(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    """A similarity to NaN is neither larger nor smaller: retrieval would find every caption."""
+    step = tmp_path / "step_000003"
+    shutil.copytree(run_folder / "checkpoints" / "step_000003", step)
+    kept = load_file(file := step / "teacher" / "rank_00000.safetensors")
+    name = next(iter(kept))
+    save_file(kept | {name: kept[name] * torch.inf}, file)
+    told = rf"step_000003: {re.escape(name)} holds other than finite numbers, .*: name an earlier checkpoint"
+    with pytest.raises(ValueError, match=told):
+        evaluate([str(resealed(step)), "--data", str(data)])
 
 
 def test_missing_heldout_is_told(run_folder: Path, data: Path, tmp_path: Path) -> None:
