@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pretrain.checkpoint import PLACE_RECORD, WEIGHTS, checkpoints_of, kept_of, latest
 from pretrain.checkpoint.names import is_step
+from pretrain.checkpoint.ranges import Files
+from pretrain.checkpoint.read import require_whole, shapes_of
 from pretrain.checkpoint.stores import store_at
 from pretrain.config import Run
 from pretrain.data.remote import Place, is_url
@@ -82,10 +84,11 @@ def open_start(init: Init, run: Run, facts: DataFacts) -> Start:
 def start_for(init: Init, run: Run, towers: Towers) -> Start:
     """As `open_start`, for towers of the run, which may lie on the meta device."""
     if (folder := own_checkpoint(init.place)) is not None:
-        which = init.which or "teacher"
+        which, layout = init.which or "teacher", "towers of a run"
+        # Before memory is taken for what does not fit.
+        fit(_shapes(folder, which), layout, towers, run.backbone.family, init.heads, f"--init {init.place}")
         state: Mapping[str, Tensor] = WEIGHTS[which](folder)  # ValueError unless the checkpoint is finished
         digest = hashlib.sha256(bytes(store_at(folder).read(COMPLETE))).hexdigest()
-        layout = "towers of a run"
         config: Mapping[str, Any] = {}
         pixels: Mapping[str, Any] = {}
     else:
@@ -97,6 +100,13 @@ def start_for(init: Init, run: Run, towers: Towers) -> Start:
     fitted = fit(state, layout, towers, family, init.heads, place)
     notes = compare_config(config, layout, run, place) + compare_pixels(config, pixels, run)
     return Start(init.place, which, digest, fitted, tuple(notes))
+
+
+def _shapes(folder: Place, which: str) -> dict[str, Tensor]:
+    """The towers of a checkpoint without their numbers; ValueError unless it is finished."""
+    store = store_at(folder)
+    require_whole(store, f"{which}/", hashes=False)
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes_of(Files(store), which).items()}
 
 
 def found(place: Place) -> Place:

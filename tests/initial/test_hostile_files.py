@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain import intact
+from pretrain.checkpoint import load_teacher
 from pretrain.command import require_place
 from pretrain.initial.asked import Init
 from pretrain.initial.files import LARGEST_HEADER, open_weights
@@ -53,6 +55,40 @@ def test_hostile_safetensors_header_is_told(name: str, tmp_path: Path, peak: Cal
     (tmp_path / "model.safetensors").write_bytes(SAFETENSORS[name])
     with pytest.raises(ValueError, match=SAID):
         open_weights(tmp_path)
+    assert peak() < 2**24
+
+
+WHOLE = {"shape": [16], "parts": [[0, 0, 16]]}
+CHECKPOINTS = {  # layout, header, what is told
+    "more values than bytes": (
+        {"shape": [2**40], "parts": [[0, 0, 2**40]]},
+        {},
+        r"4,398,046,511,104 bytes of values, where",
+    ),
+    "one rank's bytes twice": (
+        {"shape": [32], "parts": [[0, 0, 16], [0, 16, 16]]},
+        {},
+        r"where the whole of x lies",
+    ),
+    "a part that is missing": ({"shape": [16], "parts": [[0, 8, 8]]}, {}, r"where the whole of x lies"),
+    "a negative shape": ({"shape": [-1], "parts": [[0, 0, -1]]}, {}, r"where the whole of x lies"),
+    "no parts": ({"shape": [16]}, {}, r"is no list of parameters and their parts"),
+    "fewer bytes": (WHOLE, {"x": one([2], [0, 8])}, r"holds 8 bytes of x, where .* 16 float32"),
+    "no bytes": (WHOLE, {}, r"holds 0 bytes of x, where"),
+    "tensors that overlap": (WHOLE, {"x": one([16], [0, 64]), "y": one([16], [0, 64])}, "that share bytes"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_is_no_larger_than_its_bytes(name: str, tmp_path: Path, peak: Callable[[], int]) -> None:
+    (folder := tmp_path / "teacher").mkdir()
+    entry, fields, told = CHECKPOINTS[name]
+    (folder / "layout.json").write_text(json.dumps({"parameters": {"x": entry}}))
+    (folder / "rank_00000.safetensors").write_bytes(header(fields, bytes(64)))
+    (folder / "buffers.safetensors").write_bytes(header({}))
+    intact.mark(tmp_path, intact.digest(tmp_path, intact.files_in(tmp_path)))
+    with pytest.raises(ValueError, match=rf"{told}.*take another checkpoint"):
+        load_teacher(tmp_path)
     assert peak() < 2**24
 
 

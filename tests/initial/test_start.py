@@ -86,6 +86,12 @@ def test_a_run_starts_from_another_run_and_its_heads(which: str, vit_run: Path) 
     assert not start.fit.left and not start.fit.kept
 
 
+def test_a_run_that_does_not_fit_is_not_read(vit_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WEIGHTS, "teacher", lambda folder: pytest.fail(f"{folder} was read"))
+    with pytest.raises(ValueError, match=r"does not fit: \d+ tensors are missing, such as encoder\.dcnv3"):
+        started(vit_run, INTERNIMAGE)
+
+
 @pytest.mark.parametrize("layout", ["plain", "pretraining", "huggingface"])
 def test_internimage_layouts_give_back_every_weight(layout: str, internimage: Towers, tmp_path: Path) -> None:
     plain: dict[str, Tensor] = {}
