@@ -25,6 +25,7 @@ from pretrain.initial.asked import Init
 from pretrain.initial.files import open_weights
 from pretrain.initial.fit import Fit, fill, fit
 from pretrain.initial.layouts import LAYOUTS, detect
+from pretrain.initial.pickles import key_of
 from pretrain.intact import COMPLETE, sha256
 from pretrain.models.backbone import BACKBONES
 from pretrain.models.internimage_config import InternImageConfig
@@ -175,8 +176,8 @@ def choose(content: Mapping[str, Any], init: Init) -> tuple[dict[str, Tensor], s
         )
     if nameless := [name for name in content if not isinstance(name, str)]:
         raise ValueError(
-            f"--init {init.place} has the {type(nameless[0]).__name__} {nameless[0]!r} where the name of a "
-            "tensor belongs: save model.state_dict() alone"
+            f"--init {init.place} has {key_of(nameless[0])} where the name of a tensor belongs: save "
+            "model.state_dict() alone"
         )
     for prefix in WRAPPERS if not any(name.startswith("backbone.net.") for name in content) else ():
         if content and all(name.startswith(prefix) for name in content):

@@ -356,10 +356,30 @@ def test_containers_without_end_and_names_that_are_none_are_told(tmp_path: Path)
         choose(open_weights(tmp_path / "weights.pth").tensors, init)
     for name in (0, 7, ("a",)):
         torch.save({"model": {name: torch.zeros(1)}}, tmp_path / "weights.pth")
-        with pytest.raises(ValueError, match=r"has the (int|tuple) .* where the name of a tensor belongs"):
+        with pytest.raises(
+            ValueError, match=r"has a key of type (int|tuple) where the name of a tensor belongs"
+        ):
             choose(open_weights(tmp_path / "weights.pth").tensors, init)
     with pytest.raises(ValueError, match=r"has model_args \[4\], where arguments by name belong"):
         timm_heads({"architecture": "vit_tiny_patch16_224", "model_args": [4]})
+
+
+def test_a_key_that_is_small_in_the_file_alone_is_not_read(tmp_path: Path, peak: Callable[[], int]) -> None:
+    """Halves that are the same: a hash of the key walks over 2^60 of them, and its words are gigabytes."""
+    shared: Any = ("a" * 2**14,) * 2**14
+    for _ in range(60):
+        shared = (shared, shared)
+    deep: Any = ()
+    for _ in range(200):
+        deep = (deep,)
+    for name in (shared[0], deep, ("a" * 2**19,) * 3):
+        torch.save({"model": [("x", name), torch.zeros(1)]}, tmp_path / "weights.pth")
+        with pytest.raises(ValueError, match=r"holds tuples in one another that would be .*" + SAID):
+            open_weights(tmp_path / "weights.pth")
+    classes = tuple(f"class number {number}" for number in range(20_000))
+    torch.save({"meta": {"CLASSES": classes, 7: ((1, 2), 3)}, "a": torch.zeros(1)}, tmp_path / "weights.pth")
+    assert open_weights(tmp_path / "weights.pth").tensors["meta"]["CLASSES"] == classes
+    assert peak() < 2**26
 
 
 @pytest.fixture
