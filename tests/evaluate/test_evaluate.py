@@ -349,6 +349,18 @@ def test_a_size_of_images_is_not_asked_of_a_run(run_folder: Path) -> None:
         find_subjects(run_folder, ["last"], 64)
 
 
+def test_options_that_would_be_ignored_are_refused(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text("{}")
+    for place, kind in ((run_folder / "checkpoints" / "step_000003", "checkpoint"), (tmp_path, "model")):
+        told = rf"--steps first would be ignored, .* is one {kind}: leave it out, or name the run"
+        with pytest.raises(ValueError, match=told):
+            evaluate([str(place), "--data", str(data), "--steps", "first"])
+    with pytest.raises(
+        ValueError, match=r"--fine-tune-recipe paper would be ignored, .*: add --fine-tune, or"
+    ):
+        evaluate([str(run_folder), "--data", str(data), "--fine-tune-recipe", "paper"])
+
+
 def test_numbers_that_cannot_be_are_refused(run_folder: Path, data: Path) -> None:
     with pytest.raises(ValueError, match=r"--k '5,many' must be whole numbers with commas between"):
         evaluate([str(run_folder), "--data", str(data), "--k", "5,many"])
