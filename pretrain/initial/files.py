@@ -25,6 +25,7 @@ LARGEST_TEXT = 2**22  # bytes of a config.json or an index of files
 MOST_FILES = 512  # that an index may name
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 PIXELS = "preprocessor_config.json"  # of transformers
+KEYS = "keys.json"  # of an export of ours: its format, and where every tensor went
 NAMES = ("model.safetensors", INDEX, "pytorch_model.bin", "internimage.pth")  # in a folder, in this order
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -42,19 +43,27 @@ class Weights:
 def open_weights(path: Path) -> Weights:
     """Of a .safetensors or .pth file, or of a folder that holds one.
 
+    What lies beside a file that is named tells of it in an export of ours, whose folder may hold two of them.
     FileNotFoundError when there is none; ValueError for what is damaged, hostile or of another kind.
     """
     if path.is_dir():
         file = weights_in(path)
-        config, pixels = (
-            read_json(own_file(path, name)) if (path / name).exists() else {} for name in (CONFIG, PIXELS)
-        )
+        config, pixels = _settings(path)
     else:
-        file, config, pixels = regular(path), {}, {}
+        file = regular(path)
+        config, pixels = _settings(path.parent) if (path.parent / KEYS).is_file() else ({}, {})
     if file.name == INDEX:
         tensors, files = _indexed(path, file)
         return Weights(tensors, files, config, pixels)
     return Weights(read_tensors(file), (file,), config, pixels)
+
+
+def _settings(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What config.json and preprocessor_config.json of a folder say."""
+    config, pixels = (
+        read_json(own_file(folder, name)) if (folder / name).exists() else {} for name in (CONFIG, PIXELS)
+    )
+    return config, pixels
 
 
 def weights_in(folder: Path) -> Path:

@@ -18,8 +18,9 @@ from pretrain import intact
 from pretrain.checkpoint import load_teacher
 from pretrain.command import require_place
 from pretrain.initial.asked import Init
+from pretrain.initial.compared import timm_heads
 from pretrain.initial.files import LARGEST_HEADER, open_weights
-from pretrain.initial.start import choose, timm_heads
+from pretrain.initial.start import choose
 
 SAID = (
     r"is not read: take the file from its authors again|name that file itself|no regular file|copy it again"
