@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +26,24 @@ def gpu() -> torch.device:
     if obstacle is not None:
         sys.exit(f"the fused kernels cannot run on this GPU: {obstacle}")
     return torch.device("cuda")
+
+
+def read_record(name: str) -> dict[str, Any]:
+    """What `keep` wrote."""
+    return strict_json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def measured_on(record: Mapping[str, Any], dates: Iterable[str]) -> str:
+    """A sentence: on which days, on what machine and with which torch."""
+    days = sorted({date[:10] for date in dates})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    threads = f"{record['threads']} thread{'s' * (record['threads'] > 1)}"
+    return f"Measured {when} on {record['hardware']}, {threads}, torch {record['versions']['torch']}."
+
+
+def shown(commits: Iterable[str]) -> str:
+    """Commits in short, each once; what follows a hash, as "+changes", stays."""
+    return ", ".join(f"{commit[:7]}{commit[40:]}" for commit in sorted(set(commits)))
 
 
 def keep(name: str, claim: str, device: torch.device, **measured: object) -> None:

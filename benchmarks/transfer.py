@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.record import RESULTS, keep
+from benchmarks.record import RESULTS, keep, measured_on, read_record, shown
 from data_prep.schema import write_atomic
 from pretrain import provenance
 from pretrain.evaluate.asked import Protocols
@@ -68,15 +68,20 @@ def summary(runs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
             "after": [mean(after), stdev(after) if len(after) > 1 else 0.0],
             "is_clear": all(last["interval"][0] > first["interval"][1] for first, last in pairs),
             "commits": sorted({row["commit"] for pair in pairs for row in pair}),
+            "dates": sorted({row["date"] for pair in pairs for row in pair}),
         }
     return found
 
 
-def table(found: dict[str, dict[str, Any]], num_runs: int) -> str:
+def table(record: dict[str, Any]) -> str:
+    """Of what is kept of the runs."""
+    runs = record["runs"]
+    found, seeds = summary(runs), ", ".join(str(run["seed"]) for run in runs)
     lines = [
-        f"Held-out scenes, % (mean and standard deviation of {num_runs} runs); n: images or captions",
-        "that are judged; clear: in every run the 95 % interval after lies above that before;",
-        "commit: of the code that measured.",
+        f"Held-out scenes, % (mean and standard deviation of {len(runs)} runs of {runs[0]['recipe']},",
+        f"{runs[0]['steps']} steps, seeds {seeds}); n: images or captions that are judged; clear: in every run the",
+        "95 % interval after lies above that before; commit: of the code that measured.",
+        measured_on(record, [date for row in found.values() for date in row["dates"]]),
         "",
         "| protocol | n | chance | untrained | pre-trained | clear | commit |",
         "|---|---|---|---|---|---|---|",
@@ -85,8 +90,8 @@ def table(found: dict[str, dict[str, Any]], num_runs: int) -> str:
         cells = [f"{100 * m:.1f} ± {100 * d:.1f}" for m, d in (row["before"], row["after"])]
         clear = "yes" if row["is_clear"] else "no"
         counted = f"{row['n']:,} | {100 * row['chance']:.1f}"
-        commits = ", ".join(f"{commit[:7]}{commit[40:]}" for commit in row["commits"])
-        lines.append(f"| {TITLES[name]} | {counted} | {cells[0]} | {cells[1]} | {clear} | {commits} |")
+        told = [TITLES[name], counted, *cells, clear, shown(row["commits"])]
+        lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -129,7 +134,7 @@ def measured(folder: Path, train: Path, heldout: Path, protocols: Protocols) -> 
 
 def recorded() -> list[dict[str, Any]]:
     """Runs of the record. ValueError where it is of another machine or other versions than these."""
-    record = json.loads((RESULTS / "transfer.json").read_text())
+    record = read_record("transfer")
     here = {
         "hardware": provenance.hardware(best_device()),
         "threads": torch.get_num_threads(),
@@ -182,8 +187,6 @@ def main() -> None:
 def write(runs: list[dict[str, Any]]) -> None:
     """The table on the console, and both files."""
     found = summary(runs)
-    told = table(found, len(runs))
-    print(told, flush=True)
     keep(
         "transfer",
         claim(found, [run["seed"] for run in runs]),
@@ -191,6 +194,8 @@ def write(runs: list[dict[str, Any]]) -> None:
         summary=found,
         runs=runs,
     )
+    told = table(read_record("transfer"))
+    print(told, flush=True)
     write_atomic(RESULTS / "transfer.md", told.encode())
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from pretrain import randomness
 from pretrain.checkpoint.names import WHOSE
-from pretrain.checkpoint.ranges import Files, rank_name
+from pretrain.checkpoint.ranges import NOT_OURS, Files, rank_name
 from pretrain.checkpoint.snapshot import Trainable
 from pretrain.checkpoint.store import Store
 from pretrain.checkpoint.stores import read_json, store_at
@@ -82,14 +83,33 @@ def _whole(folder: Place, whose: str) -> dict[str, Tensor]:
     store = store_at(folder)
     require_whole(store, f"{whose}/")
     files = Files(store)
+    files.require_bytes(whose)
     shapes = {name: entry["shape"] for name, entry in files.layout(whose).items()}
     weights = {name: torch.empty(shape) for name, shape in shapes.items()}
     files.fill(whose, whose, {name: (0, values.view(-1)) for name, values in weights.items()})
-    return weights | load(bytes(store.read(f"{whose}/buffers.safetensors")))
+    return weights | buffers_of(store, whose)
 
 
-def require_whole(store: Store, of: str) -> None:
-    """ValueError unless every byte of the files whose names begin with `of` is as it was written."""
-    problem = store.problem(hashes=True, of=of)
+def shapes_of(files: Files, whose: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the towers' parameters and buffers, of which only the buffers are read."""
+    prefix = PREFIXES[whose]
+    shapes = {name: tuple(entry["shape"]) for name, entry in files.layout(whose).items()}
+    shapes |= {name: tuple(values.shape) for name, values in buffers_of(files.store, whose).items()}
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def buffers_of(store: Store, whose: str) -> dict[str, Tensor]:
+    """By name; ValueError for what is no such file."""
+    try:
+        return load(bytes(store.read(f"{whose}/buffers.safetensors")))
+    except SafetensorError as error:
+        raise ValueError(f"{store}/{whose}/buffers.safetensors is damaged ({error}): {NOT_OURS}") from error
+
+
+def require_whole(store: Store, of: str, *, hashes: bool = True) -> None:
+    """ValueError unless every byte of the files whose names begin with `of` is as it was written; without `hashes`
+    only their sizes are compared.
+    """
+    problem = store.problem(hashes=hashes, of=of)
     if problem is not None:
         raise ValueError(f"checkpoint {store} cannot be used, since {problem}: take another one")

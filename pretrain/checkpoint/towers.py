@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
-from safetensors.torch import load
+from torch import Tensor
 
 from pretrain.checkpoint.ranges import Files
-from pretrain.checkpoint.read import PREFIXES, WEIGHTS, require_whole
+from pretrain.checkpoint.read import PREFIXES, WEIGHTS, buffers_of, require_whole, shapes_of
 from pretrain.checkpoint.stores import store_at
 from pretrain.config import Run
 from pretrain.data.remote import Place
@@ -24,7 +24,8 @@ def load_towers(
 
     Of `parts`, names of modules right in the towers (all of them if None), the weights are read, straight into the
     module; the others are on the meta device, without numbers. Feature norms are folded into the layers before
-    them: what is evaluated and exported has none. ValueError when the checkpoint is not whole, or not of its recipe.
+    them: what is evaluated and exported has none. ValueError when the checkpoint is not whole, or not of its recipe,
+    and for numbers that are not finite, of which everything that is computed says nothing.
     """
     if which not in WEIGHTS:
         raise ValueError(f"which={which!r} is unknown; choose from {sorted(WEIGHTS)}")
@@ -32,30 +33,50 @@ def load_towers(
     run = Run.from_json(store.read("run.json").decode())
     facts = DataFacts.from_json(store.read("facts.json").decode())
     require_whole(store, f"{which}/")
+    files, prefix = Files(store), PREFIXES[which]
+    with torch.device("meta"):
+        _require_same(folder, shapes_of(files, which), Towers(run, facts))
     with undrawn():
-        towers, prefix = Towers(run, facts), PREFIXES[which]
+        towers = Towers(run, facts)
     for name, module in towers.named_children():
         if parts is not None and name not in parts:
             module.to("meta")
-    files, saved = Files(store), load(bytes(store.read(f"{which}/buffers.safetensors")))
+    saved = buffers_of(store, which)
     targets = {f"{prefix}{name}": parameter.detach() for name, parameter in towers.named_parameters()}
+    buffers = {f"{prefix}{name}": buffer for name, buffer in _buffers(towers).items()}
+    real = {name: target for name, target in targets.items() if not target.is_meta}
+    files.fill(which, which, {name: (0, target.view(-1)) for name, target in real.items()})
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(saved[name])
+    _require_finite(folder, real | {name: one for name, one in saved.items() if name in buffers})
+    towers.requires_grad_(False).eval().fold_norms()
+    return run, facts, towers
+
+
+def _buffers(towers: Towers) -> dict[str, Tensor]:
+    """Those that are kept."""
     kept = towers.state_dict().keys()
-    buffers = {f"{prefix}{name}": b for name, b in towers.named_buffers() if name in kept}
-    there = {
-        name: tuple(entry["shape"]) for name, entry in files.layout(which).items() if name.startswith(prefix)
+    return {name: buffer for name, buffer in towers.named_buffers() if name in kept}
+
+
+def _require_same(folder: Place, there: Mapping[str, tuple[int, ...]], towers: Towers) -> None:
+    """ValueError unless a checkpoint has the names and shapes that its recipe builds."""
+    here = {
+        name: tuple(one.shape) for name, one in (dict(towers.named_parameters()) | _buffers(towers)).items()
     }
-    there |= {name: tuple(values.shape) for name, values in saved.items() if name.startswith(prefix)}
-    here = {name: tuple(values.shape) for name, values in (targets | buffers).items()}
     if there != here:
         odd = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
         raise ValueError(
             f"{folder} holds other tensors than its recipe builds: {odd[0]} of {there.get(odd[0])} instead of "
             f"{here.get(odd[0])} ({len(odd)} in all): it was written by another version, take that one"
         )
-    real = {name: target for name, target in targets.items() if not target.is_meta}
-    files.fill(which, which, {name: (0, target.view(-1)) for name, target in real.items()})
-    with torch.no_grad():
-        for name, buffer in buffers.items():
-            buffer.copy_(saved[name])
-    towers.requires_grad_(False).eval().fold_norms()
-    return run, facts, towers
+
+
+def _require_finite(folder: Place, tensors: Mapping[str, Tensor]) -> None:
+    for name, values in tensors.items():
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                f"{folder}: {name} holds other than finite numbers, so that the training has diverged or the "
+                "checkpoint is damaged: name an earlier checkpoint"
+            )

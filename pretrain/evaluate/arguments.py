@@ -14,6 +14,9 @@ from pretrain.evaluate.templates import AUTO, TEMPLATES
 
 DESCRIPTION = "How good are the teacher's features on held-out images, before and after pre-training?"
 
+STEPS = "first,last"  # that are measured of a run
+TUNED_BY = "small"  # the recipe of fine-tuning
+
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m pretrain.evaluate", description=DESCRIPTION)
@@ -23,13 +26,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--train", type=Path, help="data set of the examples, in place of DATA/train")
     parser.add_argument("--heldout", type=Path, help="data set of the tests, in place of DATA/heldout")
-    parser.add_argument(
-        "--steps", default="first,last", help="checkpoints: first, last, numbers (first,last)"
-    )
+    parser.add_argument("--steps", help=f"checkpoints of a run: first, last, numbers ({STEPS})")
     parser.add_argument(
         "--out", type=Path, help="JSON file of the result (RUN/evaluation.json; beside what is no run)"
     )
     parser.add_argument("--image-size", type=int, help="pixels a side, of an exported model (what it tells)")
+    _add_protocols(parser)
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images (0: this one)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by DeepSpeed's launcher
+    return parser.parse_args(arguments)
+
+
+def _add_protocols(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and how."""
     parser.add_argument(
         "--probes",
         default=",".join(DEFAULT),
@@ -47,8 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fine-tune-recipe",
         choices=list(RECIPES),
-        default="small",
-        help="how: for small sets, or the paper's on ImageNet-1k (%(default)s)",
+        help=f"how: for small sets, or the paper's on ImageNet-1k ({TUNED_BY})",
     )
     parser.add_argument(
         "--few-shot",
@@ -73,9 +81,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="held-out images that compete in retrieval, with all of their captions (%(default)s); of more images "
         f"recall is the mean over up to {MOST_GALLERIES} such galleries",
     )
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode images (0: this one)")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by DeepSpeed's launcher
-    return parser.parse_args(arguments)
 
 
 def protocols_of(options: argparse.Namespace) -> Protocols:
@@ -86,9 +91,13 @@ def protocols_of(options: argparse.Namespace) -> Protocols:
         probes = tuple(dict.fromkeys([*probes, *FEW_LABELS]))
     if ALL in probes:
         probes = (ALL,)
-    tuned = None
+    tuned, recipe = None, options.fine_tune_recipe or TUNED_BY
+    if options.fine_tune_recipe is not None and options.fine_tune is None:
+        raise ValueError(
+            f"--fine-tune-recipe {recipe} would be ignored, nothing is fine-tuned: add --fine-tune, or leave it out"
+        )
     if options.fine_tune is not None:
-        tuned = RECIPES[options.fine_tune_recipe]
+        tuned = RECIPES[recipe]
         tuned = replace(tuned, epochs=options.fine_tune) if options.fine_tune else tuned
     return Protocols(
         probes=probes,
@@ -97,7 +106,7 @@ def protocols_of(options: argparse.Namespace) -> Protocols:
         retrieval_images=options.retrieval_images,
         frozen=tuple(name for name in FROZEN if name in named),
         fine_tune=tuned,
-        fine_tune_few=FEW[options.fine_tune_recipe] if tuned is not None and options.few_shot else {},
+        fine_tune_few=FEW[recipe] if tuned is not None and options.few_shot else {},
         workers=options.workers,
     )
 

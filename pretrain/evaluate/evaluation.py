@@ -14,7 +14,7 @@ from pretrain import provenance
 from pretrain.collectives import from_first_rank, on_every_rank, rank
 from pretrain.command import require_place
 from pretrain.evaluate import result
-from pretrain.evaluate.arguments import parse, protocols_of, split_folders
+from pretrain.evaluate.arguments import STEPS, parse, protocols_of, split_folders
 from pretrain.evaluate.asked import Protocols
 from pretrain.evaluate.checkpoints import bring
 from pretrain.evaluate.fine_tune_state import data_settings, remove_states, require_same_trainings
@@ -85,7 +85,9 @@ def prepared(
 ) -> tuple[Protocols, list[Named], Path, dict[str, Path], dict[str, Manifest | Listing]]:
     """What the command line asks for, where it lies, the file of the result, and the data."""
     protocols = protocols_of(options)
-    subjects = find_subjects(options.run, [n.strip() for n in options.steps.split(",")], options.image_size)
+    asked = options.steps and f"--steps {options.steps}"
+    steps = [name.strip() for name in (options.steps or STEPS).split(",")]
+    subjects = find_subjects(options.run, steps, options.image_size, asked=asked)
     out = options.out or result_of(options.run)
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file, such as {out / RESULT}")

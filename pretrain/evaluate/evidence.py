@@ -13,6 +13,7 @@ from torch import Tensor
 from pretrain.collectives import all_rows, sum_over_ranks
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.evaluate import zero_shot
+from pretrain.evaluate.divided import ROWS_AT_ONCE
 from pretrain.evaluate.features import Features
 from pretrain.evaluate.rows import MOST_IMAGES
 from pretrain.evaluate.templates import AUTO
@@ -56,7 +57,31 @@ def outcome_of(measurement: Callable[[], Outcome]) -> Outcome:
     try:
         return measurement()
     except NotMeasured as reason:
-        return Outcome({"accuracy": None, "reason": str(reason)})
+        return unmeasured(str(reason))
+
+
+def unmeasured(reason: str) -> Outcome:
+    return Outcome({"accuracy": None, "reason": reason})
+
+
+def not_finite(evidence: Evidence) -> str:
+    """Why no probe can read the features, where some of them are not finite, as of weights that overflow.
+
+    A comparison with them says nothing, and would pass for a measurement. Alike on all ranks; a collective call.
+    """
+    for which, split in (("training", evidence.train), ("held-out", evidence.heldout)):
+        found = (split.tokens, split.embedding, split.projected, *split.layers.values())
+        is_bad = torch.zeros(len(split.tokens), dtype=torch.bool)
+        for values in found:
+            if values is not None:
+                is_bad |= torch.cat([~rows.isfinite().all(dim=1) for rows in values.split(ROWS_AT_ONCE)])
+        num_bad, num_all = sum_over_ranks(torch.tensor([int(is_bad.sum()), len(is_bad)])).tolist()
+        if num_bad:
+            return (
+                f"the features of {num_bad} of {num_all} {which} images are not finite, which no probe reads: the "
+                "training has diverged, or the checkpoint is damaged; name another one"
+            )
+    return ""
 
 
 def heldout_labels(evidence: Evidence) -> Int[Tensor, " n"]:

@@ -22,8 +22,10 @@ from pretrain.evaluate.evidence import (
     check_trained,
     heldout_labels,
     is_labelled,
+    not_finite,
     of_labelled,
     outcome_of,
+    unmeasured,
 )
 from pretrain.evaluate.features import LAYERS, MASKED, TOKENS
 from pretrain.evaluate.published_texts import NONE
@@ -71,7 +73,7 @@ def _zero_shot(evidence: Evidence) -> Outcome:
     name, templates, names = choose_templates(evidence.templates, evidence.categories)
     images = of_labelled(evidence, "projected")
     vectors_of = partial(zero_shot.class_vectors, encode=encode, embed=evidence.embed, templates=templates)
-    classes = zero_shot.by_all_ranks(vectors_of, names, images.shape[1])
+    classes = _texts(vectors_of, names, images.shape[1])
     predicted = all_rows(zero_shot.classify(images, classes))
     own_labels = evidence.heldout.labels[is_labelled(evidence.heldout)]
     own_top5 = zero_shot.count_top(images, classes, own_labels, 5)
@@ -155,9 +157,20 @@ def _captioned(evidence: Evidence) -> tuple[list[tuple[str, ...]], int, Tensor, 
         images = all_rows(evidence.heldout.projected[rows])[:most]
         captions = [text for texts in owned for text in texts]
         vectors_of = partial(zero_shot.embed_captions, encode=encode, embed=evidence.embed)
-        texts = zero_shot.by_all_ranks(vectors_of, captions, images.shape[1])
+        texts = _texts(vectors_of, captions, images.shape[1])
         evidence.kept["captioned"] = owned, num_captioned, images, texts
     return evidence.kept["captioned"]
+
+
+def _texts(work: Callable[[Sequence[str]], Tensor], texts: Sequence[str], width: int) -> Tensor:
+    """`zero_shot.by_all_ranks`; NotMeasured, on all ranks, for vectors that are not finite."""
+    vectors = zero_shot.by_all_ranks(work, texts, width)
+    if num_bad := int((~vectors.isfinite().all(dim=1)).sum()):
+        raise NotMeasured(
+            f"the vectors of {num_bad} of {len(vectors)} texts are not finite: the training has diverged, or the "
+            "checkpoint is damaged; name another one"
+        )
+    return vectors
 
 
 def _dense(evidence: Evidence) -> Outcome:
@@ -208,11 +221,12 @@ def measure(evidence: Evidence, names: Sequence[str] = DEFAULT) -> dict[str, Out
 
     A collective call: all ranks measure the probes together, in one order, and get the same outcomes.
     """
-    outcomes = {}
+    outcomes, unreadable = {}, not_finite(evidence)
     bar = tqdm(names, desc="probes", unit=" probe", disable=rank() > 0)
     for name in bar:
         bar.set_postfix_str(TITLES[name])
-        outcomes[name] = outcome_of(partial(PROBES[name].measure, evidence))
+        measurement = partial(PROBES[name].measure, evidence)
+        outcomes[name] = unmeasured(unreadable) if unreadable else outcome_of(measurement)
     return outcomes
 
 

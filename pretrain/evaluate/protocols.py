@@ -24,6 +24,7 @@ from pretrain.evaluate.evidence import (
     Outcome,
     heldout_labels,
     is_labelled,
+    not_finite,
     outcome_of,
 )
 from pretrain.evaluate.features import Features, extract
@@ -147,7 +148,7 @@ class _Labelled:
 
 def _labelled(evidence: Evidence, folders: Mapping[str, Path], *, has_states: bool) -> _Labelled:
     """That of all ranks; with what a state tells of the data, if any `has_states`. A collective call."""
-    problem = ""
+    problem = not_finite(evidence)
     try:
         heldout_labels(evidence)
     except NotMeasured as reason:

@@ -15,7 +15,7 @@ from pretrain.collectives import all_rows
 from pretrain.config import Run
 from pretrain.evaluate.accuracy import confusion_counts
 from pretrain.evaluate.divided import division
-from pretrain.evaluate.evidence import Evidence, Outcome, heldout_labels
+from pretrain.evaluate.evidence import Evidence, Outcome, heldout_labels, not_finite
 from pretrain.evaluate.knn import nearest_of_all
 from pretrain.evaluate.rows import TITLES
 from pretrain.evaluate.sets import Listing, sha256_of
@@ -75,10 +75,13 @@ def confusion(step: str, evidence: Evidence, outcomes: Mapping[str, Outcome]) ->
 
 
 def neighbours(step: str, evidence: Evidence) -> dict[str, Any]:
-    """The nearest training images of held-out images spread over the set, by sample numbers of the data sets.
+    """The nearest training images of held-out images spread over the set, by sample numbers of the data sets; of none
+    where features are not finite, to which nothing is near.
 
     A collective call.
     """
+    if not_finite(evidence):
+        return {"checkpoint": step, "feature": "tokens", "queries": []}
     train, heldout = evidence.train, evidence.heldout
     divided = division(len(heldout.index))
     num_queries = min(NUM_QUERIES, divided.total)

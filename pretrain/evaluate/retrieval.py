@@ -105,7 +105,8 @@ def ranks(
         right = matches.rows(start, stop)
         similarity = queries[start:stop] @ candidates.T
         best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        found.append(((similarity >= best) & ~right).sum(dim=1))  # ties count against the match
+        # Ties count against the match, and so does what is no number.
+        found.append((~(similarity < best) & ~right).sum(dim=1))
     return all_rows(torch.cat(found))
 
 

@@ -55,17 +55,27 @@ class Named:
     open: Callable[[], Subject]
 
 
-def find_subjects(place: Path, steps: Sequence[str], size: int | None = None) -> list[Named]:
+def find_subjects(
+    place: Path, steps: Sequence[str], size: int | None = None, *, asked: str | None = None
+) -> list[Named]:
     """What `place` names, each once; `steps` choose among the checkpoints of a run.
 
-    Raises FileNotFoundError and ValueError as `locate`, and for a checkpoint that is not whole.
+    `asked` is the option by which they were asked for, such as "--steps first"; None where nobody did. Raises
+    FileNotFoundError and ValueError as `locate`, for a checkpoint that is not whole, and for steps that were asked of
+    what is no run.
     """
     if size is not None:
         require_pixels(size, "--image-size", "give another number, or leave it out")
     is_model = place.is_file() or (place.is_dir() and is_published(place))
     if size is not None and place.is_dir() and not is_model:
         raise ValueError(f"--image-size {size} is of published models: {place} tells its own, leave it out")
-    if (place / "run.json").is_file() and (place / "teacher").is_dir():
+    is_checkpoint = (place / "run.json").is_file() and (place / "teacher").is_dir()
+    if asked and (is_checkpoint or is_model):
+        raise ValueError(
+            f"{asked} would be ignored, it chooses among the checkpoints of a run, and {place} is one "
+            f"{'checkpoint' if is_checkpoint else 'model'}: leave it out, or name the run"
+        )
+    if is_checkpoint:
         problem = verify(place, hashes=False)
         if problem is not None:
             raise FileNotFoundError(f"{place} cannot be used, since {problem}: name another checkpoint")

@@ -29,10 +29,10 @@ from pretrain.export.keys import Keys
 from pretrain.export.names import FORMATS, NoToolkits
 from pretrain.export.trained import Trained
 from pretrain.full_disk import is_no_room
+from pretrain.initial.files import KEYS
 from pretrain.intact import flush, followed
 from pretrain.models.backbone import BACKBONES
 
-KEYS = "keys.json"
 REMEDY = "free space on that disk or name another --out"
 
 

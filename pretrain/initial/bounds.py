@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as registrations
 
-from pretrain.initial.files import PICKLES, own_file, read_tensors, tensors_in
+from pretrain.initial.files import PICKLES, own_file, read_tensors
+from pretrain.initial.pickles import tensors_in
 
 TIMES = 4  # bytes of a model in float32 / bytes of weights in 8 bits
 SLACK = 2**26  # bytes of what no file holds: masks and tables that are computed, a head of other labels

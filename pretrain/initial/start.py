@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
 from pretrain.checkpoint import PLACE_RECORD, WEIGHTS, checkpoints_of, kept_of, latest
 from pretrain.checkpoint.names import is_step
-from pretrain.checkpoint.stores import store_at
+from pretrain.checkpoint.ranges import Files
+from pretrain.checkpoint.read import require_whole, shapes_of
+from pretrain.checkpoint.stores import read_json, store_at
 from pretrain.config import Run
 from pretrain.data.remote import Place, is_url
 from pretrain.facts import DataFacts
 from pretrain.given_up import given_up_by
 from pretrain.initial.asked import Init
+from pretrain.initial.compared import compare_config, compare_pixels
 from pretrain.initial.files import open_weights
 from pretrain.initial.fit import Fit, fill, fit
-from pretrain.initial.layouts import LAYOUTS, detect
+from pretrain.initial.layouts import detect
+from pretrain.initial.pickles import key_of
 from pretrain.intact import COMPLETE, sha256
-from pretrain.models.backbone import BACKBONES
-from pretrain.models.internimage_config import InternImageConfig
 from pretrain.models.internimage_layouts import CONTAINERS, MOST_NESTED, WRAPPERS
 from pretrain.towers import Towers
 
@@ -82,11 +83,12 @@ def open_start(init: Init, run: Run, facts: DataFacts) -> Start:
 def start_for(init: Init, run: Run, towers: Towers) -> Start:
     """As `open_start`, for towers of the run, which may lie on the meta device."""
     if (folder := own_checkpoint(init.place)) is not None:
-        which = init.which or "teacher"
+        which, layout = init.which or "teacher", "towers of a run"
+        # Before memory is taken for what does not fit.
+        fit(_shapes(folder, which), layout, towers, run.backbone.family, init.heads, f"--init {init.place}")
         state: Mapping[str, Tensor] = WEIGHTS[which](folder)  # ValueError unless the checkpoint is finished
         digest = hashlib.sha256(bytes(store_at(folder).read(COMPLETE))).hexdigest()
-        layout = "towers of a run"
-        config: Mapping[str, Any] = {}
+        config: Mapping[str, Any] = {"run": read_json(folder, "run.json")}
         pixels: Mapping[str, Any] = {}
     else:
         opened = open_weights(Path(init.place))
@@ -97,6 +99,13 @@ def start_for(init: Init, run: Run, towers: Towers) -> Start:
     fitted = fit(state, layout, towers, family, init.heads, place)
     notes = compare_config(config, layout, run, place) + compare_pixels(config, pixels, run)
     return Start(init.place, which, digest, fitted, tuple(notes))
+
+
+def _shapes(folder: Place, which: str) -> dict[str, Tensor]:
+    """The towers of a checkpoint without their numbers; ValueError unless it is finished."""
+    store = store_at(folder)
+    require_whole(store, f"{which}/", hashes=False)
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes_of(Files(store), which).items()}
 
 
 def found(place: Place) -> Place:
@@ -165,8 +174,8 @@ def choose(content: Mapping[str, Any], init: Init) -> tuple[dict[str, Tensor], s
         )
     if nameless := [name for name in content if not isinstance(name, str)]:
         raise ValueError(
-            f"--init {init.place} has the {type(nameless[0]).__name__} {nameless[0]!r} where the name of a "
-            "tensor belongs: save model.state_dict() alone"
+            f"--init {init.place} has {key_of(nameless[0])} where the name of a tensor belongs: save "
+            "model.state_dict() alone"
         )
     for prefix in WRAPPERS if not any(name.startswith("backbone.net.") for name in content) else ():
         if content and all(name.startswith(prefix) for name in content):
@@ -199,62 +208,3 @@ def _momentum_teacher(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith(MOMENTUM_TEACHER)
     }
     return kept | averaged
-
-
-def compare_config(config: Mapping[str, Any], layout: str, run: Run, place: str) -> list[str]:
-    """What a config.json tells that no shape does; ValueError where the same weights would compute otherwise."""
-    size, notes = BACKBONES[run.backbone.family].sizes[run.backbone.size], []
-    differing = []
-    if layout.startswith("Hugging Face ViT"):
-        told = {"num_attention_heads": size.heads, "hidden_act": "gelu", "qkv_bias": True}
-        differing = [(k, config[k], want) for k, want in told.items() if config.get(k, want) != want]
-        if (eps := config.get("layer_norm_eps", 1e-6)) != 1e-6:
-            notes.append(f"its layer_norm_eps is {eps}, ours 1e-06: features differ a little")
-    elif layout == "timm ViT" and (heads := timm_heads(config)) not in (None, size.heads):
-        differing = [("num_heads", heads, size.heads)]
-    elif LAYOUTS[layout].family == "internimage":
-        # Nothing that the backbone computes with.
-        ignored = ("drop_path_rate", "drop_path_type", "layer_scale", "use_clip_projector")
-        told = {f.name: getattr(size, f.name) for f in fields(InternImageConfig) if f.name not in ignored}
-        there = {k: tuple(v) if isinstance(v := config[k], list) else v for k in told if k in config}
-        differing = [(k, v, told[k]) for k, v in there.items() if (v or None) != (told[k] or None)]
-    if differing:
-        words = ", ".join(f"{name} is {there!r}, here {here!r}" for name, there, here in differing)
-        raise ValueError(f"{place} was trained as another model ({words}): choose the backbone that it holds")
-    return notes
-
-
-def compare_pixels(config: Mapping[str, Any], preprocessor: Mapping[str, Any], run: Run) -> list[str]:
-    """How the pixels of timm's config.json or transformers' preprocessor_config.json differ from the run's."""
-    seen = config.get("pretrained_cfg", config)
-    seen = seen if isinstance(seen, Mapping) else {}
-    processor = preprocessor.get("image_processor", preprocessor)  # where one of images and texts was saved
-    processor = processor if isinstance(processor, Mapping) else {}
-    if processor.get("do_normalize") is False:
-        processor = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
-    notes = []
-    for name, ours in (("mean", run.views.mean), ("std", run.views.std)):
-        theirs = processor.get(f"image_{name}", seen.get(name))
-        if isinstance(theirs, list) and theirs != list(ours):
-            notes.append(
-                f"its pixels have {name} {theirs}, this run's {list(ours)}: set --views.{name} to these"
-            )
-    return notes
-
-
-def timm_heads(config: Mapping[str, Any]) -> int | None:
-    """Attention heads of the model that a config.json of timm names; None where it names none; ValueError for what
-    is no such file."""
-    name, arguments = config.get("architecture"), config.get("model_args") or {}
-    if not isinstance(arguments, Mapping):
-        raise ValueError(
-            f"config.json has model_args {arguments!r}, where arguments by name belong: take the file from its "
-            "authors again, or remove the entry"
-        )
-    if not isinstance(name, str) or not timm.is_model(name):
-        return None
-    if isinstance(heads := arguments.get("num_heads"), int):
-        return heads
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    return model.blocks[0].attn.num_heads if hasattr(model, "blocks") else None

@@ -228,7 +228,10 @@ class _Teacher:
             self._say(f"teacher of step {step}")
             folder = record.checkpoints[step]
             sets = (heldout, candidates, many)
-            looks.append(look(step, folder, *sets, teacher.NUM_NEIGHBOURS, record.tokenizer))
+            try:
+                looks.append(look(step, folder, *sets, teacher.NUM_NEIGHBOURS, record.tokenizer))
+            except ValueError as error:  # such as weights that are not finite
+                raise Missing(f"The teacher cannot be opened: {error}") from error
         return _Seen(heldout, candidates, many, looks)
 
 

@@ -26,7 +26,7 @@ from benchmarks import (
     loader_scale,
     transfer,
 )
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, read_record
 from pretrain.kernels.dcnv3 import dcnv3
 from pretrain.models.internimage_block import Block
 from pretrain.models.internimage_config import INTERNIMAGE
@@ -161,8 +161,9 @@ def test_the_scale_of_the_loader_is_measured_on_few_shards_as_on_many(tmp_path: 
 
 
 def test_the_table_of_transfer_is_that_of_its_record() -> None:
-    record = json.loads((RESULTS / "transfer.json").read_text())
-    told = transfer.table(transfer.summary(record["runs"]), len(record["runs"]))
+    record = read_record("transfer")
+    told = transfer.table(record)
+    assert "seeds 0, 1, 2" in told and f"on {record['hardware']}, 1 thread, torch" in told
     assert (RESULTS / "transfer.md").read_text() == told
     assert "| image to caption, R@1 | 2,000 |" in told  # of how many, which recall depends on
 
@@ -185,7 +186,7 @@ def test_transfer_keeps_rows_with_their_commit_where_knn_says_the_same() -> None
         "n": 9,
         "chance": 0.1,
         "commit": "0" * 40 + "+changes",
-        "date": "",
+        "date": "2026-11-01T10:00:00+00:00",
     }
     now = earlier[1] | {step: earlier[1][step] | {"knn": earlier[1][step]["knn"] | {"commit": "new"}, "linear": row}
                         for step in transfer.STEPS}  # fmt: skip
@@ -195,7 +196,8 @@ def test_transfer_keeps_rows_with_their_commit_where_knn_says_the_same() -> None
     was = earlier[0]["last"]["linear"]["commit"]
     told = transfer.summary(found)["linear"]
     assert told["commits"] == sorted({was, row["commit"]})
-    assert f"| 0000000+changes, {was[:7]} |" in transfer.table({"linear": told}, 3)
+    shown = transfer.table(read_record("transfer") | {"runs": found})
+    assert f"| 0000000+changes, {was[:7]} |" in shown and "Measured 2026-11-01 to 20" in shown
 
 
 def test_transfer_joins_no_rows_of_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,12 +220,13 @@ def test_transfer_joins_no_rows_of_another_run_or_other_data() -> None:
 
 
 def test_the_table_of_dense_transfer_is_that_of_its_record() -> None:
-    record = json.loads((RESULTS / "dense_transfer.json").read_text())
-    found = {
-        name: {which: {int(seed): kept for seed, kept in by.items()} for which, by in by_backbone.items()}
-        for name, by_backbone in record["measured"].items()
-    }
+    record = read_record("dense_transfer")
+    found, told = dense_transfer.results_of(record), dense_transfer.table(record)
     assert found.keys() == dense_transfer.CASES.keys()
     assert record["cases"] == {name: asdict(case) for name, case in dense_transfer.CASES.items()}
-    assert (RESULTS / "dense_transfer.md").read_text() == dense_transfer.table(found) + "\n"
+    assert (RESULTS / "dense_transfer.md").read_text() == told
+    assert f"on {record['hardware']}, 1 thread, torch" in told
+    for name, by_backbone in found.items():
+        commit = by_backbone["untrained"][0]["commit"]
+        assert f"| {name} | " in told and f" | 0, 1, 2 | {commit[:7]} |" in told, name
     assert record["claim"] == dense_transfer.claim_of(found)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from pretrain import checkpoint
+from pretrain import checkpoint, intact
 from pretrain.balance import BalanceTracker
 from pretrain.checkpoint.ranges import Slice
 from pretrain.checkpoint.read import STUDENT_PREFIX
@@ -34,6 +34,14 @@ def write_run(
     finally:
         dist.destroy_process_group()
     return out
+
+
+def resealed(step: Path) -> Path:
+    """A checkpoint that was changed, as one whose writer made it so."""
+    intact.mark(
+        step, intact.digest(step, [name for name in intact.files_in(step) if name != intact.COMPLETE])
+    )
+    return step
 
 
 def randomised(towers: Towers) -> Towers:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_prep.schema import Manifest, write_manifest
 from pretrain.checkpoint import load_towers
@@ -32,7 +33,7 @@ from pretrain.facts import DataFacts
 from pretrain.models.backbone import InternImageEncoder
 from pretrain.models.pixels import normalise
 from pretrain.recipes import load
-from tests.evaluate.runs import write_run
+from tests.evaluate.runs import resealed, write_run
 from tests.evaluate.sets import COLORS, write_set
 from tests.fakes import shrink
 from tests.paths import ROOT
@@ -212,6 +213,18 @@ def test_changed_checkpoint_is_refused(run_folder: Path, data: Path, tmp_path: P
         evaluate([str(copy), "--data", str(data), "--steps", "3", "--k", "5"])
 
 
+def test_weights_that_are_not_finite_are_refused(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    """A similarity to NaN is neither larger nor smaller: retrieval would find every caption."""
+    step = tmp_path / "step_000003"
+    shutil.copytree(run_folder / "checkpoints" / "step_000003", step)
+    kept = load_file(file := step / "teacher" / "rank_00000.safetensors")
+    name = next(iter(kept))
+    save_file(kept | {name: kept[name] * torch.inf}, file)
+    told = rf"step_000003: {re.escape(name)} holds other than finite numbers, .*: name an earlier checkpoint"
+    with pytest.raises(ValueError, match=told):
+        evaluate([str(resealed(step)), "--data", str(data)])
+
+
 def test_missing_heldout_is_told(run_folder: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(data / "train", tmp_path / "train")
     with pytest.raises(FileNotFoundError, match=r"heldout is no folder.*--heldout"):
@@ -334,6 +347,18 @@ def test_a_size_of_images_is_not_asked_of_a_run(run_folder: Path) -> None:
         find_subjects(run_folder, ["last"], 5000)
     with pytest.raises(ValueError, match="--image-size 64 is of published models"):
         find_subjects(run_folder, ["last"], 64)
+
+
+def test_options_that_would_be_ignored_are_refused(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text("{}")
+    for place, kind in ((run_folder / "checkpoints" / "step_000003", "checkpoint"), (tmp_path, "model")):
+        told = rf"--steps first would be ignored, .* is one {kind}: leave it out, or name the run"
+        with pytest.raises(ValueError, match=told):
+            evaluate([str(place), "--data", str(data), "--steps", "first"])
+    with pytest.raises(
+        ValueError, match=r"--fine-tune-recipe paper would be ignored, .*: add --fine-tune, or"
+    ):
+        evaluate([str(run_folder), "--data", str(data), "--fine-tune-recipe", "paper"])
 
 
 def test_numbers_that_cannot_be_are_refused(run_folder: Path, data: Path) -> None:

@@ -137,6 +137,19 @@ def short() -> Iterator[None]:
         yield
 
 
+def require_finite_features(evidence: Evidence) -> None:
+    """One image's vector that overflowed leaves no probe a number, on every rank the same reason."""
+    projected = evidence.train.projected.clone()
+    projected[evidence.train.index == 40] = torch.inf
+    broken = replace(evidence, train=replace(evidence.train, projected=projected), kept={})
+    for name, outcome in measure(broken, tuple(PROBES)).items():
+        assert outcome.record["accuracy"] is None and outcome.predicted is None, name
+        assert outcome.record["reason"].startswith(
+            "the features of 1 of 101 training images are not finite"
+        ), name
+    assert result.neighbours("step", broken)["queries"] == []
+
+
 def measured(names: tuple[str, ...] = tuple(PROBES)) -> dict[str, Any]:
     """What probes say of the planted features, and what is trained for them; the same on every rank."""
     evidence = own_evidence()
@@ -161,6 +174,7 @@ def measured(names: tuple[str, ...] = tuple(PROBES)) -> dict[str, Any]:
         "dropped": evidence.train.dropped,
     }
     assert len(set(from_every_rank([json.dumps(told)]))) == 1
+    require_finite_features(evidence)
     return told | {"heads": torch.stack([head.weight for head in learnt]), "logits": logits}
 
 

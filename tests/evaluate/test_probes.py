@@ -117,11 +117,6 @@ def test_linear_probe_of_a_large_set_agrees_with_scikit_learn(
 def test_linear_probe_without_a_solution_is_not_measured(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     train, labels = clusters(300, seed=0)
     monkeypatch.setattr(linear, "MOST_VALUES", most)
-    bad = train.clone()
-    bad[7, 3] = torch.nan
-    for one, other, told in ((bad, train, "1 of 300 training"), (train, bad, "1 of 300 held-out")):
-        with pytest.raises(NotMeasured, match=rf"features of {told} images are not finite"):
-            linear.linear_probe(one, labels, other)
     monkeypatch.setattr(linear, "MAX_ITERATIONS", 2)
     with pytest.raises(NotMeasured, match=r"did not come to its minimum \(.* 2 iteration"):
         linear.linear_probe(train, labels, train)

@@ -17,7 +17,7 @@ from timm.data import ImageNetInfo
 
 from pretrain.evaluate import retrieval, zero_shot
 from pretrain.evaluate.accuracy import CLUSTERED, clustered, wilson
-from pretrain.evaluate.evidence import Evidence
+from pretrain.evaluate.evidence import Evidence, NotMeasured
 from pretrain.evaluate.features import Features
 from pretrain.evaluate.probes import PROBES
 from pretrain.evaluate.rows import MOST_IMAGES
@@ -109,6 +109,19 @@ def test_retrieval_agrees_with_open_clip() -> None:
         assert recall == {str(top): theirs[f"{way}_R@{top}"] for top in retrieval.TOPS}
         assert 0.05 < recall["1"] < recall["10"] < 1
         assert ours[query]["interval"] == list(wilson(round(300 * recall["1"]), 300))  # a caption an image
+
+
+def test_what_is_no_number_is_no_hit() -> None:
+    """Of features, and of captions: a tower of finite weights may overflow."""
+    captions = [(f"thing number {i}",) for i in range(20)]
+    is_match, nothing = retrieval.matches(captions), torch.full((20, 12), torch.nan)
+    assert retrieval.ranks(nothing, torch.ones(20, 12), is_match).tolist() == [19] * 20
+    texts = Texts()
+    texts.table[ord("7")] = torch.nan
+    with pytest.raises(
+        NotMeasured, match="the vectors of 2 of 20 texts are not finite: the training has diverged"
+    ):
+        outcomes_of_retrieval(texts, torch.ones(20, 12), captions)
 
 
 def test_captions_of_one_image_are_no_independent_queries() -> None:

@@ -18,6 +18,7 @@ from pretrain.export.__main__ import export_run, main
 from pretrain.export.formats import EXPORTERS
 from pretrain.export.trained import read_trained
 from pretrain.intact import files_in, sha256
+from tests.evaluate.runs import resealed
 from tests.export.conftest import last
 
 
@@ -151,11 +152,18 @@ def test_a_header_that_is_too_long_is_not_taken_memory_for(vit_run: Path, tmp_pa
     shutil.copytree(vit_run / "checkpoints" / "step_000003", step)
     file = step / "teacher" / "rank_00000.safetensors"
     file.write_bytes(struct.pack("<Q", 2**62) + file.read_bytes()[8:])
-    mark = json.loads((step / "COMPLETE").read_text())
-    mark["files"]["teacher/rank_00000.safetensors"]["sha256"] = sha256(file)
-    (step / "COMPLETE").write_text(json.dumps(mark))
     with pytest.raises(ValueError, match=r"begins with a header of 4611686018427387904 bytes, more than"):
-        load_towers(step)
+        load_towers(resealed(step))
+
+
+def test_facts_that_the_weights_do_not_know_take_no_memory(vit_run: Path, tmp_path: Path) -> None:
+    """An embedding of 10^11 tokens would be 13 TB."""
+    step = tmp_path / "step_000003"
+    shutil.copytree(vit_run / "checkpoints" / "step_000003", step)
+    facts = json.loads((step / "facts.json").read_text())
+    (step / "facts.json").write_text(json.dumps(facts | {"vocab_size": 10**11}))
+    with pytest.raises(ValueError, match=r"holds other tensors than its recipe builds: text\..*100000000000"):
+        load_towers(resealed(step))
 
 
 def test_an_unfinished_checkpoint_is_not_exported(

@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain import intact
+from pretrain.checkpoint import load_teacher
 from pretrain.command import require_place
 from pretrain.initial.asked import Init
+from pretrain.initial.compared import timm_heads
 from pretrain.initial.files import LARGEST_HEADER, open_weights
-from pretrain.initial.start import choose, timm_heads
+from pretrain.initial.start import choose
 
 SAID = (
     r"is not read: take the file from its authors again|name that file itself|no regular file|copy it again"
@@ -53,6 +56,40 @@ def test_hostile_safetensors_header_is_told(name: str, tmp_path: Path, peak: Cal
     (tmp_path / "model.safetensors").write_bytes(SAFETENSORS[name])
     with pytest.raises(ValueError, match=SAID):
         open_weights(tmp_path)
+    assert peak() < 2**24
+
+
+WHOLE = {"shape": [16], "parts": [[0, 0, 16]]}
+CHECKPOINTS = {  # layout, header, what is told
+    "more values than bytes": (
+        {"shape": [2**40], "parts": [[0, 0, 2**40]]},
+        {},
+        r"4,398,046,511,104 bytes of values, where",
+    ),
+    "one rank's bytes twice": (
+        {"shape": [32], "parts": [[0, 0, 16], [0, 16, 16]]},
+        {},
+        r"where the whole of x lies",
+    ),
+    "a part that is missing": ({"shape": [16], "parts": [[0, 8, 8]]}, {}, r"where the whole of x lies"),
+    "a negative shape": ({"shape": [-1], "parts": [[0, 0, -1]]}, {}, r"where the whole of x lies"),
+    "no parts": ({"shape": [16]}, {}, r"is no list of parameters and their parts"),
+    "fewer bytes": (WHOLE, {"x": one([2], [0, 8])}, r"holds 8 bytes of x, where .* 16 float32"),
+    "no bytes": (WHOLE, {}, r"holds 0 bytes of x, where"),
+    "tensors that overlap": (WHOLE, {"x": one([16], [0, 64]), "y": one([16], [0, 64])}, "that share bytes"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_is_no_larger_than_its_bytes(name: str, tmp_path: Path, peak: Callable[[], int]) -> None:
+    (folder := tmp_path / "teacher").mkdir()
+    entry, fields, told = CHECKPOINTS[name]
+    (folder / "layout.json").write_text(json.dumps({"parameters": {"x": entry}}))
+    (folder / "rank_00000.safetensors").write_bytes(header(fields, bytes(64)))
+    (folder / "buffers.safetensors").write_bytes(header({}))
+    intact.mark(tmp_path, intact.digest(tmp_path, intact.files_in(tmp_path)))
+    with pytest.raises(ValueError, match=rf"{told}.*take another checkpoint"):
+        load_teacher(tmp_path)
     assert peak() < 2**24
 
 
@@ -320,10 +357,30 @@ def test_containers_without_end_and_names_that_are_none_are_told(tmp_path: Path)
         choose(open_weights(tmp_path / "weights.pth").tensors, init)
     for name in (0, 7, ("a",)):
         torch.save({"model": {name: torch.zeros(1)}}, tmp_path / "weights.pth")
-        with pytest.raises(ValueError, match=r"has the (int|tuple) .* where the name of a tensor belongs"):
+        with pytest.raises(
+            ValueError, match=r"has a key of type (int|tuple) where the name of a tensor belongs"
+        ):
             choose(open_weights(tmp_path / "weights.pth").tensors, init)
     with pytest.raises(ValueError, match=r"has model_args \[4\], where arguments by name belong"):
         timm_heads({"architecture": "vit_tiny_patch16_224", "model_args": [4]})
+
+
+def test_a_key_that_is_small_in_the_file_alone_is_not_read(tmp_path: Path, peak: Callable[[], int]) -> None:
+    """Halves that are the same: a hash of the key walks over 2^60 of them, and its words are gigabytes."""
+    shared: Any = ("a" * 2**14,) * 2**14
+    for _ in range(60):
+        shared = (shared, shared)
+    deep: Any = ()
+    for _ in range(200):
+        deep = (deep,)
+    for name in (shared[0], deep, ("a" * 2**19,) * 3):
+        torch.save({"model": [("x", name), torch.zeros(1)]}, tmp_path / "weights.pth")
+        with pytest.raises(ValueError, match=r"holds tuples in one another that would be .*" + SAID):
+            open_weights(tmp_path / "weights.pth")
+    classes = tuple(f"class number {number}" for number in range(20_000))
+    torch.save({"meta": {"CLASSES": classes, 7: ((1, 2), 3)}, "a": torch.zeros(1)}, tmp_path / "weights.pth")
+    assert open_weights(tmp_path / "weights.pth").tensors["meta"]["CLASSES"] == classes
+    assert peak() < 2**26
 
 
 @pytest.fixture

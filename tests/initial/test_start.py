@@ -86,6 +86,12 @@ def test_a_run_starts_from_another_run_and_its_heads(which: str, vit_run: Path) 
     assert not start.fit.left and not start.fit.kept
 
 
+def test_a_run_that_does_not_fit_is_not_read(vit_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WEIGHTS, "teacher", lambda folder: pytest.fail(f"{folder} was read"))
+    with pytest.raises(ValueError, match=r"does not fit: \d+ tensors are missing, such as encoder\.dcnv3"):
+        started(vit_run, INTERNIMAGE)
+
+
 @pytest.mark.parametrize("layout", ["plain", "pretraining", "huggingface"])
 def test_internimage_layouts_give_back_every_weight(layout: str, internimage: Towers, tmp_path: Path) -> None:
     plain: dict[str, Tensor] = {}
@@ -284,6 +290,35 @@ def test_pixels_that_the_model_saw_otherwise_are_told(vit: Towers, tmp_path: Pat
     start, _ = started(tmp_path, VIT)
     assert "its pixels have mean [0.5, 0.5, 0.5]" in start.told()[-1]
     assert start.record()["sha256"] and start.record()["layout"] in LAYOUTS
+
+
+def test_what_our_own_weights_tell_of_their_run_is_compared(vit_run: Path, tmp_path: Path) -> None:
+    trained, (mean, std) = last(vit_run), ((0.5, 0.4, 0.3), (0.25, 0.5, 0.2))
+    other = replace(VIT, views=replace(VIT.views, mean=mean, std=std))
+    with torch.device("meta"):
+        towers = Towers(VIT, FACTS)
+
+    def notes(place: Path, run: Run = other) -> tuple[str, ...]:
+        return start_for(init_of(str(place), heads=False), run, towers).notes
+
+    places, told = [vit_run], (f"have mean {list(VIT.views.mean)}", f"have std {list(VIT.views.std)}")
+    for name in ("torchvision", "detectron2", "openmmlab", "safetensors"):
+        (folder := tmp_path / name).mkdir()
+        places += [folder / file for file in EXPORTERS[name].write(trained, folder)]
+        (folder / "keys.json").write_text("{}")
+    for place in places:
+        assert all(one in note for one, note in zip(told, notes(place), strict=True)), place
+        assert notes(place, VIT) == (), place
+    config = json.loads((tmp_path / "detectron2" / "config.json").read_text())
+    config["arguments"]["heads"] = 8
+    (tmp_path / "detectron2" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"another model \(heads is 8, here 4\): choose the backbone"):
+        notes(tmp_path / "detectron2")
+    config = json.loads((tmp_path / "safetensors" / "config.json").read_text())
+    config["run"]["backbone"]["size"] = "vit_l16"
+    (tmp_path / "safetensors" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"another model \(.*heads is 16, here 4\)"):
+        notes(tmp_path / "safetensors")
 
 
 @pytest.mark.parametrize(
