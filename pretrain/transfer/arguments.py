@@ -11,6 +11,7 @@ from pretrain.transfer.formats import FORMATS, MAX_BAD
 from pretrain.transfer.recipes import RECIPES, Detect, Segment, recipe
 
 DESCRIPTION = "What is a run's backbone worth for segmentation and detection?"
+STEP = "last"  # checkpoint of a run, where none is asked for
 RUN = (
     "the --out folder of a pre-training run, one of its checkpoints, or an export to any format but onnx: its folder "
     "or a file of weights in it"
@@ -32,7 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         of.add_argument("--train", type=Path, help="the set that teaches, in place of one in DATA")
         of.add_argument("--heldout", type=Path, help="the set that tests, in place of one in DATA")
         of.add_argument("--recipe", default="small", help=f"one of {sorted(recipes)} (%(default)s)")
-        of.add_argument("--step", default="last", help="checkpoint: first, last or a number (%(default)s)")
+        of.add_argument("--step", help=f"checkpoint of a run: first, last or a number ({STEP})")
         of.add_argument("--frozen", action="store_true", help="train the head alone")
         of.add_argument("--seed", type=int, default=0, help="of head, order and crops (%(default)s)")
         of.add_argument("--train-steps", type=int, help="steps of the training, in place of the recipe's")

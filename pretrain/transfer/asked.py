@@ -1,4 +1,4 @@
-"""What does a command line ask for, and on which data?"""
+"""What does a command line of transfer ask for, and on which data?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pretrain.data.remote import Place
 from pretrain.evaluate.checkpoints import bring, local_of
 from pretrain.evaluate.protocols import best_device
 from pretrain.evaluate.subjects import find_subjects
-from pretrain.transfer.arguments import recipe_of
+from pretrain.transfer.arguments import STEP, recipe_of
 from pretrain.transfer.examples import AnnotatedSet
 from pretrain.transfer.order import share_of
 from pretrain.transfer.places import Named, open_sets
@@ -47,7 +47,8 @@ def prepared(options: argparse.Namespace) -> tuple[Work, Place, tuple[AnnotatedS
     """The work, where its checkpoint lies, and its data."""
     recipe = recipe_of(options)
     share_of(recipe.optimisation)
-    (named,) = find_subjects(options.run, [options.step])
+    asked = options.step and f"--step {options.step}"
+    (named,) = find_subjects(options.run, [options.step or STEP], asked=asked)
     place, step = named.place, local_of(options.run, named.place)
     out = options.out or result_of(options.run, place, f"{options.task}-{options.recipe}-{named.name}")
     require_own(out)

@@ -280,6 +280,12 @@ def test_mistakes_are_told_before_anything_is_done(
         command.run(arguments)
 
 
+def test_a_step_is_not_asked_of_one_checkpoint(runs: dict[str, Path], shards: Path) -> None:
+    (step, *_) = sorted((runs["vit"] / "checkpoints").iterdir())
+    with pytest.raises(ValueError, match=r"--step last would be ignored, .* is one checkpoint: leave it out"):
+        command.run(["segment", str(step), "--data", str(shards), "--step", "last"])
+
+
 def test_a_full_disk_leaves_the_state_before_and_a_torn_one_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
