@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pretrain.collectives import average_gradients, rank, world_size
 from pretrain.evaluate.divided import division, step_rows
+from pretrain.evaluate.fine_tune_recipes import images_of_step
 from pretrain.optim import warm_cosine
 
 HEAD_WIDTHS = (64, 48, 32)  # of the attention, first that divides
@@ -35,9 +36,6 @@ class AttentiveRecipe:
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)  # peaks
     weight_decay: float = 0.01
     seed: int = 0  # of the first weights and the order
-
-    def batch_of(self, num_images: int) -> int:
-        return min(self.batch, num_images, max(num_images // self.batches, 32))
 
 
 class AttentiveProbe(nn.Module):
@@ -78,7 +76,7 @@ def train_attentive(
     groups = [{"params": list(p.parameters()), "peak": rate} for p, rate in zip(probes, rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
     divided = division(len(labels))
-    batch = recipe.batch_of(divided.total)
+    batch = images_of_step(divided.total, recipe.batch, recipe.batches)
     steps = recipe.epochs * (divided.total // batch)
     bar = tqdm(
         step_rows(divided, batch, recipe.epochs, recipe.seed),

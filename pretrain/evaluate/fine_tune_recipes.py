@@ -30,6 +30,11 @@ ADAMW, LARS = "adamw", "lars"
 BASE_BATCH = 1024  # images, at which the paper gives its rate
 
 
+def images_of_step(num_images: int, batch: int, batches: int) -> int:
+    """The batch; of a smaller set so many that an epoch has `batches` steps, as long as they hold 32 images."""
+    return min(batch, num_images, max(num_images // batches, 32))
+
+
 @dataclass(frozen=True)
 class FineTune:
     """The recipe of fine-tuning, or of training a head alone."""
@@ -99,7 +104,7 @@ class FineTune:
 
     def batch_of(self, num_images: int) -> int:
         """Images of a step, even, where the data set has so many."""
-        most = min(self.batch, num_images, max(num_images // self.batches, 32))
+        most = images_of_step(num_images, self.batch, self.batches)
         return most - most % 2
 
     def steps(self, an_epoch: int) -> int:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from pretrain.collectives import average_gradients, rank, world_size
 from pretrain.evaluate.divided import division, moments, step_rows
+from pretrain.evaluate.fine_tune_recipes import images_of_step
 from pretrain.optim import warm_cosine
 
 
@@ -34,9 +35,6 @@ class LinearRecipe:
     lr: float = 3.2  # peak
     momentum: float = 0.9
     seed: int = 0  # of the first weights and the order
-
-    def batch_of(self, num_images: int) -> int:
-        return min(self.batch, num_images, max(num_images // self.batches, 32))
 
 
 PAPER = LinearRecipe()
@@ -90,7 +88,7 @@ def train_heads(
             groups.append({"params": own, "peak": rate, "always_adapt": adapts})
     optimizer = Lars(groups, lr=recipe.lr, momentum=recipe.momentum)
     divided = division(len(labels))
-    batch = recipe.batch_of(divided.total)
+    batch = images_of_step(divided.total, recipe.batch, recipe.batches)
     an_epoch = divided.total // batch
     steps = recipe.epochs * an_epoch
     bar = tqdm(
@@ -105,12 +103,7 @@ def train_heads(
         for group in optimizer.param_groups:
             group["lr"] = warm_cosine(step, steps, recipe.warmup * an_epoch, group["peak"], 0.0)
         targets = labels[rows, None].expand(-1, len(rates)).to(device)
-        loss = torch.zeros((), device=device)
-        for name, (weights, biases, mean, deviation) in stacks.items():
-            standard = ((features[name][rows] - mean) / deviation).to(device)
-            logits = standard @ torch.cat(weights, dim=1) + torch.cat(biases)
-            by_head = logits.unflatten(1, (len(rates), num_categories)).transpose(1, 2)
-            loss = loss + F.cross_entropy(by_head, targets, reduction="sum") / batch
+        loss = sum(_loss(features[name][rows], targets, *stack) / batch for name, stack in stacks.items())
         optimizer.zero_grad()
         (
             loss * world_size()
@@ -122,6 +115,21 @@ def train_heads(
         for name, (weights, biases, mean, deviation) in stacks.items()
         for rate, weight, bias in zip(rates, weights, biases, strict=True)
     ]
+
+
+def _loss(
+    some: Float[Tensor, "b d"],
+    targets: Int[Tensor, "b r"],
+    weights: list[nn.Parameter],
+    biases: list[nn.Parameter],
+    mean: Float[Tensor, " d"],
+    deviation: Float[Tensor, " d"],
+) -> Float[Tensor, ""]:
+    """Sum over images, and over the r heads that read one of their features, of the cross-entropy in nats."""
+    standard = ((some - mean) / deviation).to(targets.device)
+    logits = standard @ torch.cat(weights, dim=1) + torch.cat(biases)
+    by_head = logits.unflatten(1, (len(weights), len(biases[0]))).transpose(1, 2)
+    return F.cross_entropy(by_head, targets, reduction="sum")
 
 
 def selection_split(

@@ -16,6 +16,7 @@ from pretrain.evaluate.accuracy import score
 from pretrain.evaluate.divided import division, share_of_right
 from pretrain.evaluate.evidence import Evidence, NotMeasured, Outcome, heldout_labels, is_labelled
 from pretrain.evaluate.features import Features
+from pretrain.evaluate.fine_tune_recipes import images_of_step
 
 ALL_LAYERS = "all layers"  # name of the last layers' means side by side
 RATES = heads.RATES
@@ -163,4 +164,4 @@ def _cached(features: Features) -> tuple[Tensor, Tensor]:
 
 
 def _told(num_images: int) -> dict[str, Any]:
-    return asdict(heads.PAPER) | {"batch": heads.PAPER.batch_of(num_images)}
+    return asdict(heads.PAPER) | {"batch": images_of_step(num_images, heads.PAPER.batch, heads.PAPER.batches)}

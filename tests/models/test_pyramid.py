@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
+from torch import nn
 
 from pretrain.config import Backbone
+from pretrain.export.remote_code import hubconf
+from pretrain.export.remote_code.simple_pyramid_openmmlab import SimplePyramid
 from pretrain.models.backbone import build_encoder
-from pretrain.models.pyramid import Pyramid
+from pretrain.models.pyramid import Pyramid, SimpleFeaturePyramid
 
 SIZES = {
     "internimage": ("internimage_tiny", (4, 8, 16, 32)),
@@ -68,3 +72,23 @@ def test_the_pyramid_needs_neither_torchvision_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "openmmlab"])
+def test_pyramids_of_exports_compute_as_ours(kind: str) -> None:
+    """On maps so small that the norms' epsilon tells."""
+    ours = SimpleFeaturePyramid(16, 8)
+    maps = 1e-3 * torch.randn(1, 16, 4, 4)
+    if kind == "torchvision":
+        theirs: nn.Module = hubconf.SimplePyramid([16], 8)
+        levels = [nn.ModuleList(pair) for pair in zip(theirs.scales, theirs.outs, strict=True)]
+        found = list(theirs(OrderedDict({"0": maps})).values())
+    else:
+        theirs = SimplePyramid(16, 8)
+        levels, found = list(theirs.levels), theirs([maps])
+    with torch.no_grad():
+        for own, level in zip(ours.levels, levels, strict=True):
+            for mine, its in zip(own.parameters(), level.parameters(), strict=True):
+                mine.copy_(its)
+    for mine, its in zip(ours([maps]), found, strict=False):  # they have one of a coarser grid, too
+        torch.testing.assert_close(mine, its)

@@ -137,6 +137,9 @@ class SimplePyramid(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """Over the channels of [b, c, h, w]."""
 
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6)
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
