@@ -16,7 +16,6 @@ from pretrain.config import Views
 from pretrain.evaluate.published_encoder import (
     CONFIG,
     DEFAULT_SIZE,
-    KEYS,
     Published,
     PublishedEncoder,
     finite_tensors,
@@ -30,7 +29,7 @@ from pretrain.export.names import FORMATS
 from pretrain.export.preprocessor import PREPROCESSOR, read_preprocessor
 from pretrain.initial.blocks import require_no_more_blocks
 from pretrain.initial.bounds import explained_by, require_numbers, require_pixels, require_statistics
-from pretrain.initial.files import own_file, weights_in
+from pretrain.initial.files import KEYS, own_file, weights_in
 from pretrain.models import internimage_layouts as layouts
 from pretrain.models.guides import ENCODERS, open_guide
 from pretrain.models.internimage_config import InternImageConfig

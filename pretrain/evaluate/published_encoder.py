@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from pretrain.config import Views
 from pretrain.initial.bounds import require_pixels
-from pretrain.initial.files import open_weights, own_file, read_json
+from pretrain.initial.files import KEYS, open_weights, own_file, read_json
 from pretrain.initial.one_image import try_image
 
 CONFIG = "config.json"
-KEYS = "keys.json"  # of an export: its format, and how it was proven
 DEFAULT_SIZE = 224  # pixels, where no file tells the size of the images
 
 

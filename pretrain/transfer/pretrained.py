@@ -15,12 +15,12 @@ from pretrain import written
 from pretrain.checkpoint import load_towers
 from pretrain.config import Backbone, Views
 from pretrain.evaluate.checkpoints import weights_of
-from pretrain.evaluate.published_encoder import KEYS, EncoderAlone, finite_tensors, told_by
+from pretrain.evaluate.published_encoder import EncoderAlone, finite_tensors, told_by
 from pretrain.evaluate.subjects import open_model
 from pretrain.export.names import FORMATS, GRAPHS
 from pretrain.export.safetensors_file import WEIGHTS
 from pretrain.initial.bounds import explained_by, require_numbers, require_pixels, require_statistics
-from pretrain.initial.files import own_file
+from pretrain.initial.files import KEYS, own_file
 from pretrain.initial.fit import fill, fit
 from pretrain.initial.layouts import detect
 from pretrain.intact import sha256
