@@ -68,6 +68,12 @@ def decode_files(files: tuple[bytes, ...], device: torch.device) -> list[UInt8[T
     from torchvision.io import ImageReadMode, decode_jpeg
 
     encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in files]
+    if device.type == "cuda":
+        # torchvision allocates its results on this stream and writes them on a private one that waits for nothing:
+        # they may lie where queued kernels still read (https://github.com/pytorch/vision/pull/9606). An event would
+        # not do: the hardware decoder begins before what its stream is to wait for is done
+        # (https://github.com/meta-pytorch/torchcodec/pull/1634).
+        torch.cuda.current_stream(device).synchronize()
     with warnings.catch_warnings():  # it is to move to torchcodec, whose wheels need FFmpeg
         warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
         return decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)

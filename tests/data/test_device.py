@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,33 @@ def test_the_devices_decoder_gives_the_pixels_of_ours(device: str) -> None:
     for content, found in zip(files, decode_files(files, torch.device(device)), strict=True):
         difference = (found.cpu().permute(1, 2, 0).int() - decode_image(content).int()).abs()
         assert float(difference.float().mean()) < 1.5  # chroma may be upsampled in another way
+
+
+def test_the_device_has_done_all_that_was_queued_before_it_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    stream = SimpleNamespace(synchronize=lambda: called.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    def decode(files: list[torch.Tensor], **options: object) -> list[torch.Tensor]:
+        called.append("decoded")
+        return []
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", decode)
+    decode_files((b"a file",), torch.device("cuda"))
+    assert called == ["waited", "decoded"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_decoding_writes_nothing_where_queued_kernels_still_read() -> None:
+    device, files = torch.device("cuda"), (encoded(picture(0, 512, 512), quality=90),) * 8
+    decode_files(files, device)  # its own memory is taken before
+    read = [torch.full((3, 512, 512), 7, dtype=torch.uint8, device=device) for _ in files]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2 * 10**8)  # clock cycles, about a tenth of a second
+    sums = [one.sum(dtype=torch.int64) for one in read]
+    del read  # its blocks are given to the decoder
+    decode_files(files, device)
+    assert [int(one) for one in sums] == [7 * 3 * 512 * 512] * len(files)
 
 
 @pytest.fixture(scope="module")
