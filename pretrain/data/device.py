@@ -37,8 +37,8 @@ def finish(batch: Batch, unfinished: Unfinished, settings: Views, device: torch.
             for which, box in enumerate(batch.boxes[row].tolist()):
                 if box[2]:  # a view that no target needs has a box of zeros
                     views[row, which] = cut_float(image, box, settings.size)
-    changes = unfinished.changes.to(device, non_blocking=True)
-    parts = zip(views.flatten(0, 1).split(AT_ONCE), changes.flatten(0, 1).split(AT_ONCE), strict=True)
+    changes = unfinished.changes.flatten(0, 1)
+    parts = zip(views.flatten(0, 1).split(AT_ONCE), changes.split(AT_ONCE), strict=True)
     changed = torch.cat([change_batch(*part, largest_sigma(settings)) for part in parts])
     return replace(moved, views=changed.view_as(views))
 

@@ -14,8 +14,9 @@ from pretrain.config import Source, Views
 from pretrain.data import device as device_module
 from pretrain.data.colour import Change, change_batch, draw_change, largest_sigma
 from pretrain.data.decode import decode_image, plain_jpeg_size
-from pretrain.data.device import cut_float, decode_files
+from pretrain.data.device import cut_float, decode_files, finish
 from pretrain.data.loader import Loader
+from pretrain.data.sources import open_sources
 from pretrain.data.steps import Steps
 from pretrain.data.views import cut
 from tests.data.delivered import batches
@@ -37,12 +38,20 @@ def test_colours_of_a_batch_are_those_of_each_view(device: str) -> None:
     drawn = [draw_change(STRONG, seed % 2, Random(seed)) for seed in range(64)]
     views = torch.stack([view_of(seed) for seed in range(64)])
     numbers = torch.tensor([change.numbers() for change in drawn])
-    found = change_batch(views.to(device), numbers.to(device), largest_sigma(STRONG)).cpu()
+    found = change_batch(views.to(device), numbers, largest_sigma(STRONG)).cpu()
     expected = torch.stack([recoloured(view, change) for view, change in zip(views, drawn, strict=True)])
     difference = (found.int() - expected.int()).abs()
     # each rounds twice; a blur over all of its reach differs from one cut off at three deviations by 0.3 %
     assert int(difference.max()) <= 2 and float((difference > 0).float().mean()) < 0.05
     assert sum(change.sigma > 0 for change in drawn) > 10 and sum(change.solarize for change in drawn) > 10
+
+
+def test_the_host_waits_for_no_number_of_the_device(folders: dict[str, Path]) -> None:
+    run = small_run(data={"names": Source("category")}, views=replace(STRONG, on_device="colours"))
+    delivery = Steps(run, open_sources(run, {"names": folders["names"]}, None), 0, 1)[0]
+    # a tensor of this device has no numbers: to read one raises
+    finished = finish(delivery.batch, delivery.unfinished, run.views, torch.device("meta"))
+    assert finished.views.is_meta and finished.views.shape == delivery.batch.views.shape
 
 
 def test_a_change_of_nothing_changes_nothing() -> None:
