@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,6 +18,9 @@ from pretrain.data.colour import change_batch, largest_sigma
 from pretrain.data.decode import decode_image
 
 AT_ONCE = 128  # views whose colours change together: in float32 they take several times their memory
+# Of every GPU of CUDA: bytes that a block of threads shares unless it asks for more; threads of a warp.
+SHARED_BYTES, WARP = 48 * 1024, 32
+FLOAT_BYTES = 4
 
 
 class Unfinished(NamedTuple):
@@ -77,6 +81,16 @@ def decode_files(files: tuple[bytes, ...], device: torch.device) -> list[UInt8[T
     with warnings.catch_warnings():  # it is to move to torchcodec, whose wheels need FFmpeg
         warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
         return decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+
+
+def can_cut(height: int, width: int, size: int) -> bool:
+    """Whether `cut_float` takes any crop of an image so large on a GPU, whose blocks of threads share little memory.
+
+    Source: torch's aten/src/ATen/native/cuda/UpSampleBilinear2d.cu, upsample_gen2d_aa_out_cuda_template, for a block
+    of one row; the weights of a bicubic filter reach two of the resized pixels to each side.
+    """
+    across, down = (1 + 2 * math.ceil(2 * max(side / size, 1)) for side in (width, height))
+    return FLOAT_BYTES * (WARP * across + (WARP + 1) * down) <= SHARED_BYTES
 
 
 def cut_float(image: UInt8[Tensor, "3 h w"], box: list[float], size: int) -> UInt8[Tensor, "3 s s"]:

@@ -14,7 +14,7 @@ from pretrain.config import Source, Views
 from pretrain.data import device as device_module
 from pretrain.data.colour import Change, change_batch, draw_change, largest_sigma
 from pretrain.data.decode import decode_image, plain_jpeg_size
-from pretrain.data.device import cut_float, decode_files, finish
+from pretrain.data.device import can_cut, cut_float, decode_files, finish
 from pretrain.data.loader import Loader
 from pretrain.data.sources import open_sources
 from pretrain.data.steps import Steps
@@ -134,6 +134,31 @@ def test_what_is_no_plain_jpeg_is_left_to_the_worker() -> None:
     turned = jpeg[:2] + b"\xff\xe1\x00\x10Exif\0\0" + bytes(8) + jpeg[2:]
     for content in (encoded(picture(0), "PNG"), jpeg[:-20], turned, b"", b"\xff\xd8\xff\xd9"):
         assert plain_jpeg_size(content) is None
+
+
+def test_an_image_that_the_device_cannot_cut_is_left_to_the_worker(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # bytes of a block: 4 x (32 x columns + 33 x rows) below the filter, of 49,152
+    assert can_cut(8192, 8192, 175) and not can_cut(8192, 8192, 174)  # 189 of each; 191 of each
+    assert can_cut(16, 16 * 94, 16) and not can_cut(16 * 94, 16, 16)  # 377 columns and 5 rows; the reverse
+    assert can_cut(8192, 8192, 224) and can_cut(40, 52, 16) and can_cut(1, 1, 224)
+    run = small_run(data={"names": Source("category")})
+    run = replace(run, views=replace(run.views, on_device="all"))
+    steps = Steps(run, open_sources(run, {"names": folders["names"]}, None), 0, 1)
+    assert len(steps[0].unfinished.files) == run.batch and not steps[0].batch.views.any()
+    monkeypatch.setattr(device_module, "SHARED_BYTES", 0)
+    assert not steps[0].unfinished.files and steps[0].batch.views[:, 0].flatten(1).any(1).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("height", "width"), [(8192, 8192), (64, 8192), (8192, 64)])
+def test_a_gpu_cuts_what_is_left_to_it(height: int, width: int) -> None:
+    size = next(size for size in range(1, 9999) if can_cut(height, width, size))
+    image = torch.zeros(3, height, width, dtype=torch.uint8, device="cuda")
+    assert cut_float(image, [0.0, 0.0, float(height), float(width), 0.0], size).shape == (3, size, size)
+    with pytest.raises(RuntimeError, match="Too much shared memory"):
+        cut_float(image, [0.0, 0.0, float(height), float(width), 0.0], size - 1)
 
 
 def refusing(refused: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
