@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,6 +22,8 @@ AT_ONCE = 128  # views whose colours change together: in float32 they take sever
 # Of every GPU of CUDA: bytes that a block of threads shares unless it asks for more; threads of a warp.
 SHARED_BYTES, WARP = 48 * 1024, 32
 FLOAT_BYTES = 4
+# What torch says without memory, on a GPU and on the CPU; 5 is nvJPEG's NVJPEG_STATUS_ALLOCATOR_FAILURE.
+NO_ROOM = re.compile(r"out of memory|can't allocate memory|Failed to [\w ]+: 5\b")
 
 
 class Unfinished(NamedTuple):
@@ -68,7 +71,10 @@ def _decoded_alone(content: bytes, device: torch.device) -> UInt8[Tensor, "3 h w
 
 
 def decode_files(files: tuple[bytes, ...], device: torch.device) -> list[UInt8[Tensor, "3 h w"]]:
-    """RGB pixels of JPEG files, by nvJPEG on a GPU and libjpeg-turbo without."""
+    """RGB pixels of JPEG files, by nvJPEG on a GPU and libjpeg-turbo without.
+
+    RuntimeError for a file that it refuses; OutOfMemoryError, a RuntimeError too, when the device has no room.
+    """
     from torchvision.io import ImageReadMode, decode_jpeg
 
     encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in files]
@@ -80,7 +86,12 @@ def decode_files(files: tuple[bytes, ...], device: torch.device) -> list[UInt8[T
         torch.cuda.current_stream(device).synchronize()
     with warnings.catch_warnings():  # it is to move to torchcodec, whose wheels need FFmpeg
         warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
-        return decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+        try:
+            return decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+        except RuntimeError as error:  # torchvision hands on nothing of any error but its words
+            if NO_ROOM.search(str(error)):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
 
 
 def can_cut(height: int, width: int, size: int) -> bool:

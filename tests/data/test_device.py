@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -209,10 +210,49 @@ def test_a_file_that_no_decoder_takes_is_replaced(tmp_path: Path, monkeypatch: p
     assert here.dropped == there.dropped and sum(there.dropped.values()) == 1
 
 
-def test_a_device_without_memory_is_no_file_that_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    def decode(files: tuple[bytes, ...], device: torch.device) -> list[torch.Tensor]:
-        raise torch.OutOfMemoryError("no memory left")
+# What `decode_jpegs_cuda` of torchvision 0.29 says, its own "Error while decoding" around the words of what failed.
+DECODING = "decode_jpegs_cuda, /vision/csrc/io/image/cuda/decode_jpegs_cuda.cpp:9, Error while decoding JPEG images: "
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 GiB is"
+SAID_OF_MEMORY = [
+    f'{DECODING}{FULL}. (originally from torch_call_dispatcher( "aten::empty", "memory_format", '
+    "stack.data(), TORCH_ABI_VERSION) API call failed at /include/torch/csrc/stable/ops.h, line 632)",
+    f"{DECODING}decode_images, /vision/decode_jpegs_cuda.cpp:470, Failed to decode batch: 5",
+]
+SAID_OF_A_FILE = f"{DECODING}prepare_buffers, /vision/decode_jpegs_cuda.cpp:350, Failed to get image info: "
 
-    monkeypatch.setattr(device_module, "decode_files", decode)
-    with pytest.raises(torch.OutOfMemoryError):
-        device_module._decoded((b"",), torch.device("cpu"))
+
+@pytest.mark.parametrize("said", SAID_OF_MEMORY)
+def test_a_gpu_without_memory_is_no_file_that_it_refuses(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(files: list[torch.Tensor], **options: object) -> list[torch.Tensor]:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", decode)
+    with pytest.raises(torch.OutOfMemoryError, match="Error while decoding JPEG images"):
+        device_module._decoded((b"a file",), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("status", ["3", "10", "55"])  # a bad file; an incomplete one; none of nvJPEG's
+def test_a_file_that_a_gpu_refuses_is_no_lack_of_memory(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(files: list[torch.Tensor], **options: object) -> list[torch.Tensor]:
+        raise RuntimeError(SAID_OF_A_FILE + status)
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", decode)
+    with pytest.warns(UserWarning, match="the device does not decode a file"):
+        (image,) = device_module._decoded((encoded(picture(0), quality=90),), torch.device("cpu"))
+    assert image.shape == (3, 40, 52)
+
+
+def test_a_decoder_that_really_finds_no_memory_says_so() -> None:
+    """A file whose header promises 12.9 GB, where the process may take one more."""
+    content = bytearray(encoded(picture(0), quality=90))
+    at = content.index(b"\xff\xc0")  # the frame: its length, 8 bits, height and width
+    content[at + 5 : at + 9] = (65_500).to_bytes(2) * 2
+    decode_files((encoded(picture(0), quality=90),), torch.device("cpu"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, hard))
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="can't allocate memory"):
+            device_module._decoded((bytes(content),), torch.device("cpu"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
