@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.record import keep  # noqa: E402
 from data_prep.schema import Manifest  # noqa: E402
+from pretrain.data.drop_list import Record, records  # noqa: E402
 from pretrain.data.order import SourceOrder  # noqa: E402
 from tests.data.s3 import Store, s3_store  # noqa: E402
 
@@ -123,9 +124,8 @@ def build(folder: Path) -> dict[str, Path]:
     return places
 
 
-def dropped(out: Path) -> list[dict[str, Any]]:
-    files = sorted(out.glob("dropped-rank_*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+def dropped(out: Path) -> list[Record]:
+    return [record for file in sorted(out.glob("dropped-rank_*.jsonl")) for record in records(file)]
 
 
 def shard_of_the_third_window(folder: Path, source: int) -> str:
@@ -210,12 +210,14 @@ def loss_drill(place: Path, data: dict[str, Path], *, is_open: bool) -> dict[str
     Training(again, copies, 1, environment, window).finish()
     straight, resumed = losses(out), losses(again)
     late = range(STEPS - SAVE_EVERY + 1, STEPS + 1)
-    bad = {(one["source"], one["shard"]) for one in dropped(out)}
+    listed = [record.sample for record in dropped(out) if record.sample is not None]
+    counted = sum(sum(record.causes().values()) for record in dropped(out))
+    bad = {(sample.source, sample.shard) for sample in listed}
     return {
         "is_equal": all(straight[step] == resumed[step] for step in late),
         "counted": log(out)[-1]["dropped"],
-        "listed": len(dropped(out)),
-        "counts_are_the_list": sum(log(out)[-1]["dropped"].values()) == len(dropped(out)),
+        "listed": len(listed),
+        "counts_are_the_list": sum(log(out)[-1]["dropped"].values()) == counted,
         "of_both_lost_shards_alone": bad == set(lost.items()),
     }
 
