@@ -7,6 +7,7 @@ import importlib.machinery
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import warnings
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from benchmarks import (
     dense_transfer,
     export_huge,
     internimage_h_gpu,
+    loader_drill,
     loader_scale,
     loader_wait,
     transfer,
@@ -168,6 +170,14 @@ def test_a_worker_is_measured_with_the_views_that_the_plan_compares_it_by() -> N
     run, measured = loader_wait.measured_run(), json.loads((RESULTS / "loader.json").read_text())
     assert run.views == load("m3i.vit_b16").views and run.views.size == measured["view"] == MEASURED_VIEW
     assert 1 + sum(run.objective.needs_other_view()) / run.objective.input.mixed == MEASURED_VIEWS
+
+
+def test_the_slow_disk_of_the_drill_counts_the_reads_that_it_made_late(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(loader_drill.SLOW_READS)
+    program = f"import os; file = os.open({__file__!r}, 0); found = [os.pread(file, 3, 0) for _ in range(4)]"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "SLOW_READS": str(tmp_path / "reads")}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    assert (tmp_path / "reads").stat().st_size == 4
 
 
 def test_the_table_of_transfer_is_that_of_its_record() -> None:
