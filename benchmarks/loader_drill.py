@@ -2,17 +2,23 @@
 
     python benchmarks/loader_drill.py
 
-Real trainings of a shrunken m3i.demo, each a process of `pretrain/main.py` with two workers, against one that nothing
-disturbs:
+Real trainings of a shrunken m3i.demo, each a process of `pretrain/main.py` with two workers. Losses are compared bit
+for bit.
+
+With those of a training that nothing disturbs, all steps:
 
 - store: data on S3 (a server on the loopback) that refuses 25 % of all requests and lets 5 % wait for 2 s; a worker
   is killed, then the trainer, which goes on with another number of workers;
-- disk: every read of the data takes 20 ms longer;
-- loss: one shard is deleted and one truncated while training, which no worker has opened; the trainer is killed and
-  goes on;
+- disk: every read of the data takes 20 ms longer; the reads that did are counted.
+
+Lost shards change the samples of a training, from a step on that depends on how far the workers are ahead. What it
+goes on with is compared with itself: the steps after the last checkpoint of one that lost shards and was let run to
+its end, with the same steps of one that begins at that checkpoint, with one worker:
+
+- loss: one shard is deleted and one truncated while training, which no worker has opened;
 - open: the same of shards that the workers have open.
 
-Losses are compared bit for bit. Writes benchmarks/results/loader_drill.json.
+Writes benchmarks/results/loader_drill.json.
 """
 
 from __future__ import annotations
@@ -37,6 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.record import keep  # noqa: E402
 from data_prep.schema import Manifest  # noqa: E402
+from pretrain.data.drop_list import Record, records  # noqa: E402
 from pretrain.data.order import SourceOrder  # noqa: E402
 from tests.data.s3 import Store, s3_store  # noqa: E402
 
@@ -46,9 +53,10 @@ SHRUNKEN = f"""--steps {STEPS} --save_every {SAVE_EVERY} --log_every 1 --optim.w
     --max_bad 0.9 --data.captioned.weight 4""".split()
 SLOW_READS = """
 import os, time
-read = os.pread
+read, told = os.pread, os.open(os.environ["SLOW_READS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 def slow(*place):
     time.sleep(0.02)
+    os.write(told, b".")
     return read(*place)
 os.pread = slow
 """
@@ -123,9 +131,8 @@ def build(folder: Path) -> dict[str, Path]:
     return places
 
 
-def dropped(out: Path) -> list[dict[str, Any]]:
-    files = sorted(out.glob("dropped-rank_*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+def dropped(out: Path) -> list[Record]:
+    return [record for file in sorted(out.glob("dropped-rank_*.jsonl")) for record in records(file)]
 
 
 def shard_of_the_third_window(folder: Path, source: int) -> str:
@@ -162,9 +169,10 @@ def disk_drill(place: Path, data: dict[str, Path]) -> dict[str, Any]:
     (place / "slow").mkdir()
     (place / "slow" / "sitecustomize.py").write_text(SLOW_READS)
     places = {name: str(folder) for name, folder in data.items()}
-    environment = {"M3I_CACHE": str(place / "cache"), "PYTHONPATH": str(place / "slow")}
+    told = place / "slow" / "reads"  # of all processes, a byte each
+    environment = {"M3I_CACHE": str(place / "cache"), "PYTHONPATH": str(told.parent), "SLOW_READS": str(told)}
     Training(place / "disk", places, 2, environment).finish()
-    return {"dropped": len(dropped(place / "disk"))}
+    return {"dropped": len(dropped(place / "disk")), "slow_reads": told.stat().st_size}
 
 
 def open_shard(training: Training, folder: Path) -> str:
@@ -182,7 +190,7 @@ def open_shard(training: Training, folder: Path) -> str:
 
 
 def loss_drill(place: Path, data: dict[str, Path], *, is_open: bool) -> dict[str, Any]:
-    """Compares with itself: when the loss is seen depends on how far the workers are ahead."""
+    """Compares with itself, as the head of this file says."""
     # Where all shards make one window, those that are open are needed to the end.
     name, window = ("open", SHARDS) if is_open else ("loss", WINDOW)
     copies = {
@@ -210,12 +218,14 @@ def loss_drill(place: Path, data: dict[str, Path], *, is_open: bool) -> dict[str
     Training(again, copies, 1, environment, window).finish()
     straight, resumed = losses(out), losses(again)
     late = range(STEPS - SAVE_EVERY + 1, STEPS + 1)
-    bad = {(one["source"], one["shard"]) for one in dropped(out)}
+    listed = [record.sample for record in dropped(out) if record.sample is not None]
+    counted = sum(sum(record.causes().values()) for record in dropped(out))
+    bad = {(sample.source, sample.shard) for sample in listed}
     return {
         "is_equal": all(straight[step] == resumed[step] for step in late),
         "counted": log(out)[-1]["dropped"],
-        "listed": len(dropped(out)),
-        "counts_are_the_list": sum(log(out)[-1]["dropped"].values()) == len(dropped(out)),
+        "listed": len(listed),
+        "counts_are_the_list": sum(log(out)[-1]["dropped"].values()) == counted,
         "of_both_lost_shards_alone": bad == set(lost.items()),
     }
 
@@ -248,8 +258,8 @@ def main() -> None:
     found["open"] = timed(lambda: loss_drill(place, data, is_open=True), place / "open", expected)
     keep(
         "loader_drill",
-        "goal, reached or not: a failing store, slow reads, killed processes and lost shards change no loss and are "
-        "counted right",
+        "goal, reached or not: a failing store, slow reads and killed processes change no loss, a run that lost "
+        "shards goes on from its checkpoint as it did without being stopped, and lost samples are counted right",
         torch.device("cpu"),
         steps=STEPS,
         drills=found,

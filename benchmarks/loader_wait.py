@@ -4,8 +4,10 @@
 
 A trainer whose steps take `surplus` times as long as the loader took to make the last batches (asleep, as a CPU is
 while a GPU works; the pace follows the loader, because machines are shared), and one whose steps all take
-`surplus` times the mean of the loader's batches just before, which a machine that slows down makes wait. A data set
-of few photos makes it pass many ends of epochs. Writes benchmarks/results/loader_wait.json.
+`surplus` times the mean of the loader's batches just before, which a machine that slows down makes wait. Images are
+340 x 256 JPEG files and get two views of the recipe `m3i.vit_b16` at 224 px, as in benchmarks/loader.py: M3I itself
+would make the second one of every other image alone. A data set of few photos makes it pass many ends of epochs.
+Writes benchmarks/results/loader_wait.json.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.loader import build  # noqa: E402
+from benchmarks.loader import SIDES, build  # noqa: E402
 from benchmarks.record import keep  # noqa: E402
 from data_prep.headers import MAX_PIXELS, MAX_WEBP_PIXELS  # noqa: E402
 from pretrain.config import Run, Source  # noqa: E402
@@ -39,12 +41,21 @@ from pretrain.data.decode import ORIENTATION_TAG  # noqa: E402
 from pretrain.data.loader import Loader  # noqa: E402
 from pretrain.data.measure import peak_bytes_of  # noqa: E402
 from pretrain.objectives import OBJECTIVES  # noqa: E402
+from pretrain.recipes import load  # noqa: E402
 from tests.data.sets import write_set  # noqa: E402
 
 BATCH = 32
+FILES = "340 x 256"  # pixels of the photos
 LARGE = 256  # images a step, for the memory of a worker
 FREE, WARM, PACED = 40, 15, 280  # steps: without pause, until the workers are ahead again, measured
 RECENT = 4  # batches whose making says how fast the loader is now
+
+
+def measured_run() -> Run:
+    """Images with two views of the recipe that benchmarks/loader.py measures, with a mask and a category each."""
+    recipe = load("m3i.vit_b16")
+    objective, data = OBJECTIVES["m3i_without_mixing"], {"photos": Source("category")}
+    return Run(name="wait", objective=objective, data=data, views=recipe.views, batch=BATCH, steps=10**6)
 
 
 def work(loader: Loader) -> float:
@@ -115,10 +126,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    objective, data = OBJECTIVES["m3i"], {"photos": Source("category")}
-    run = Run(name="wait", objective=objective, data=data, batch=BATCH, steps=10**6)
+    run = measured_run()
     with tempfile.TemporaryDirectory() as place:
-        folder, _ = build(Path(place), 340, 256, options.images)
+        folder, _ = build(Path(place), *SIDES[FILES], options.images)
         loader = Loader(run, {"photos": folder}, None, rank=0, world=1, workers=options.workers)
         with closing(loader):
             follow(loader, WARM, 0.0, 0.0)
@@ -147,6 +157,9 @@ def main() -> None:
         "many images",
         torch.device("cpu"),
         workers=options.workers,
+        files=FILES,
+        view=run.views.size,
+        views_an_image=1 + sum(run.objective.needs_other_view()) / run.objective.input.mixed,
         steps=PACED,
         surplus=options.surplus,
         images_a_second_without_pause=round(BATCH / free, 1),

@@ -21,7 +21,7 @@ from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_first_rank, on_every_rank, rank, world_size
 from pretrain.compiled import check_compile, compile_blocks
 from pretrain.config import Run
-from pretrain.data import drops
+from pretrain.data import drop_list
 from pretrain.data.loader import Loader
 from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_folder
@@ -124,7 +124,7 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
         check_compile(run.backbone.family, describe(started.config)["stage"])
     tokenizer = tokenizer_folder(run, paths.data, paths.tokenizer)
     guide = read_guide(run, paths.guide)
-    dropped = drops.file_of(paths.out, rank(), world_size())
+    dropped = drop_list.file_of(paths.out, rank(), world_size())
     load = partial(open_loader, run, paths, tokenizer, started.device, dropped_to=dropped)
     loader = held.enter_context(closing(load(first_step, skipped)))
     facts = with_guide(loader.facts, guide)

@@ -16,6 +16,7 @@ from data_prep.schema import Manifest
 
 WHOLE_SHARD = -1  # index of a drop that concerns all of its shard
 FIELDS = ("source", "shard", "index", "reason", "message")
+AGAIN = "again"  # in a line that counts samples that others name
 NOTHING = "nothing is wrong with it now: it was out of reach, or has been mended since"
 
 
@@ -49,6 +50,8 @@ def read_drops(paths: Sequence[str]) -> list[dict]:
             raise FileNotFoundError(f"{path} is missing: name a list of a run, dropped-rank_00000.jsonl")
         for number, line in enumerate(place.read(name).decode("utf-8", "replace").splitlines(), 1):
             record = _record(line)
+            if record is not None and AGAIN in record:
+                continue
             if record is None:
                 raise ValueError(
                     f"{path} line {number} is {line[:80]!r}, it must be an object with {list(FIELDS)}: name a list"
@@ -64,7 +67,9 @@ def _record(line: str) -> dict | None:
     except ValueError:
         return None
     kinds = dict.fromkeys(FIELDS, str) | {"index": int}
-    is_good = isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in kinds.items())
+    if not isinstance(record, dict):
+        return None
+    is_good = AGAIN in record or all(type(record.get(name)) is kind for name, kind in kinds.items())
     return record if is_good else None
 
 

@@ -5,7 +5,7 @@ python -m pretrain.data NAME=DIR [NAME=DIR ...] --recipe RECIPE [--images N] [--
 
 One DIR alone stands for every source of the recipe. Prints the sources and their shares, the time of every stage of
 the training loader and what it had to replace; writes the same and the run's first inputs, with boxes, masks and
-labels, to FILE.html, and a line for every replaced sample to FILE.dropped.jsonl. Data with more broken samples than
+labels, to FILE.html, and a list of the replaced samples to FILE.dropped.jsonl. Data with more broken samples than
 training goes on with is looked at like any other; where no image can be made of it, the page says so and the exit
 code is 1. A shard that is missing, truncated or changed is an error before, as at the start of training.
 """

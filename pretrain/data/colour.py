@@ -133,19 +133,23 @@ def change_batch(
 ) -> UInt8[Tensor, "n 3 s s"]:
     """The same as `change_colours`, to one level, of many views at once on any device.
 
-    `changes` are `Change.numbers()` of each view, none of which blurs by more than `largest_sigma` pixels.
+    `changes`, on the CPU, are `Change.numbers()` of each view, none of which blurs by more than `largest_sigma`
+    pixels.
     """
     from kornia.filters import gaussian_blur2d  # takes a second; a worker does without
 
     levels = views.float()
     # By numbers of Python: a tensor of them would make the host wait for the device.
     luma = sum(weight * mean for weight, mean in zip(LUMA, levels.mean(dim=(2, 3)).unbind(1), strict=True))
-    matrix, pull, sigma, is_solarized = changes.split([9, 1, 1, 1], dim=1)
+    parts = [9, 1, 1, 1]
+    _, _, sigmas, _ = changes.split(parts, dim=1)
+    matrix, pull, sigma, is_solarized = changes.to(views.device, non_blocking=True).split(parts, dim=1)
     flat = torch.baddbmm((pull * luma[:, None])[..., None], matrix.view(-1, 3, 3), levels.flatten(2))
     levels = flat.clamp(0, 255).round().view_as(levels)
     if largest_sigma:
         taps = 2 * reach(largest_sigma, views.shape[-1]) + 1
-        blurred = gaussian_blur2d(levels, taps, sigma.clamp(min=1e-3).expand(-1, 2), border_type="reflect")
+        # From the CPU: kornia looks whether they are positive, and the host would wait for the device's.
+        blurred = gaussian_blur2d(levels, taps, sigmas.clamp(min=1e-3).expand(-1, 2), border_type="reflect")
         levels = torch.where(sigma[..., None, None] > 0, blurred.round(), levels)
     inverted = torch.minimum(levels, 255 - levels)
     return torch.where(is_solarized[..., None, None] > 0, inverted, levels).to(torch.uint8)

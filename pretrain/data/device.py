@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,6 +19,11 @@ from pretrain.data.colour import change_batch, largest_sigma
 from pretrain.data.decode import decode_image
 
 AT_ONCE = 128  # views whose colours change together: in float32 they take several times their memory
+# Of every GPU of CUDA: bytes that a block of threads shares unless it asks for more; threads of a warp.
+SHARED_BYTES, WARP = 48 * 1024, 32
+FLOAT_BYTES = 4
+# What torch says without memory, on a GPU and on the CPU; 5 is nvJPEG's NVJPEG_STATUS_ALLOCATOR_FAILURE.
+NO_ROOM = re.compile(r"out of memory|can't allocate memory|Failed to [\w ]+: 5\b")
 
 
 class Unfinished(NamedTuple):
@@ -37,8 +44,8 @@ def finish(batch: Batch, unfinished: Unfinished, settings: Views, device: torch.
             for which, box in enumerate(batch.boxes[row].tolist()):
                 if box[2]:  # a view that no target needs has a box of zeros
                     views[row, which] = cut_float(image, box, settings.size)
-    changes = unfinished.changes.to(device, non_blocking=True)
-    parts = zip(views.flatten(0, 1).split(AT_ONCE), changes.flatten(0, 1).split(AT_ONCE), strict=True)
+    changes = unfinished.changes.flatten(0, 1)
+    parts = zip(views.flatten(0, 1).split(AT_ONCE), changes.split(AT_ONCE), strict=True)
     changed = torch.cat([change_batch(*part, largest_sigma(settings)) for part in parts])
     return replace(moved, views=changed.view_as(views))
 
@@ -64,13 +71,37 @@ def _decoded_alone(content: bytes, device: torch.device) -> UInt8[Tensor, "3 h w
 
 
 def decode_files(files: tuple[bytes, ...], device: torch.device) -> list[UInt8[Tensor, "3 h w"]]:
-    """RGB pixels of JPEG files, by nvJPEG on a GPU and libjpeg-turbo without."""
+    """RGB pixels of JPEG files, by nvJPEG on a GPU and libjpeg-turbo without.
+
+    RuntimeError for a file that it refuses; OutOfMemoryError, a RuntimeError too, when the device has no room.
+    """
     from torchvision.io import ImageReadMode, decode_jpeg
 
     encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in files]
+    if device.type == "cuda":
+        # torchvision allocates its results on this stream and writes them on a private one that waits for nothing:
+        # they may lie where queued kernels still read (https://github.com/pytorch/vision/pull/9606). An event would
+        # not do: the hardware decoder begins before what its stream is to wait for is done
+        # (https://github.com/meta-pytorch/torchcodec/pull/1634).
+        torch.cuda.current_stream(device).synchronize()
     with warnings.catch_warnings():  # it is to move to torchcodec, whose wheels need FFmpeg
         warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
-        return decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+        try:
+            return decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+        except RuntimeError as error:  # torchvision hands on nothing of any error but its words
+            if NO_ROOM.search(str(error)):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
+
+
+def can_cut(height: int, width: int, size: int) -> bool:
+    """Whether `cut_float` takes any crop of an image so large on a GPU, whose blocks of threads share little memory.
+
+    Source: torch's aten/src/ATen/native/cuda/UpSampleBilinear2d.cu, upsample_gen2d_aa_out_cuda_template, for a block
+    of one row; the weights of a bicubic filter reach two of the resized pixels to each side.
+    """
+    across, down = (1 + 2 * math.ceil(2 * max(side / size, 1)) for side in (width, height))
+    return FLOAT_BYTES * (WARP * across + (WARP + 1) * down) <= SHARED_BYTES
 
 
 def cut_float(image: UInt8[Tensor, "3 h w"], box: list[float], size: int) -> UInt8[Tensor, "3 s s"]:

@@ -39,8 +39,8 @@ class Loader:
     (seed, position) alone decides sample, augmentation and mask: the global batch is the same for any number
     of ranks and workers, and a run resumes by its step and by the numbers of the batches that it left out.
     `workers` = 0 works in this process, more prefetch two batches each; what the recipe leaves to the device is done
-    on `device` as a batch is taken, and batches lie there then. Every bad sample becomes a line of JSON in
-    `dropped_to`, if that is given. At construction everything that can be wrong with recipe, folders and labels
+    on `device` as a batch is taken, and batches lie there then. Every bad sample is listed once in `dropped_to`,
+    if that is given (drop_list.py). At construction everything that can be wrong with recipe, folders and labels
     raises ValueError or FileNotFoundError; while iterating, more bad samples than run.max_bad raise DataError.
     Workers that die are replaced with a warning, and nothing is lost; too many deaths raise DataError.
     """
@@ -86,7 +86,7 @@ class Loader:
         opened = {source.name: source.shards for source in sources.opened}
         manifests = {name: shards.manifest for name, shards in opened.items()}
         self._drops = Drops(
-            dropped_to, start_step, manifests, lambda source, shard: opened[source].is_whole(shard)
+            dropped_to, start_step, manifests, lambda source, shard: opened[source].is_whole(shard), rank
         )
         self._is_begun = False
         self.num_captions = self.num_tokens = 0  # delivered on this rank

@@ -18,7 +18,7 @@ from pretrain.config import Run
 from pretrain.data.batch import MOST_TAGS, NO_TAG, Batch
 from pretrain.data.colour import Change
 from pretrain.data.decode import decode_image, plain_jpeg_size
-from pretrain.data.device import Unfinished
+from pretrain.data.device import Unfinished, can_cut
 from pretrain.data.faults import BadSample, DataError, Dropped
 from pretrain.data.mask import draw_mask
 from pretrain.data.order import Order, Pick
@@ -185,7 +185,7 @@ class Steps:
             tags = self._tags(source, members)
             tokens = self._tokens(source, members, position)
         with self._during("decode"):
-            left = plain_jpeg_size(encoded) if run.views.on_device == "all" else None
+            left = self._left_to_device(encoded)
             image = None if left else decode_image(encoded)
             height, width = left or image.shape[:2]
         num_views = 1 + self._needs_other[position % run.objective.input.mixed]
@@ -206,6 +206,11 @@ class Steps:
             "has_tags": torch.tensor(source.gives_tags),
         }
         return _Row(fields, changes, encoded if left else None, tokens.is_cut)
+
+    def _left_to_device(self, encoded: bytes) -> tuple[int, int] | None:
+        """Height and width of a file that the device decodes and cuts."""
+        size = plain_jpeg_size(encoded) if self.run.views.on_device == "all" else None
+        return size if size is not None and can_cut(*size, self.run.views.size) else None
 
     def _tags(self, source: OpenSource, members: Mapping[str, bytes]) -> Int[Tensor, " most"]:
         """Tags that are sure enough, the most confident first; as wide for every sample of the run."""

@@ -11,14 +11,20 @@ from pretrain.plan.plan import Plan, Planned, tell_setting
 from pretrain.plan.scaling import weak_scaling
 from pretrain.plan.step_time import ASSUMPTIONS
 
-# Images that one core reads, decodes and cuts in a second, by what the training device does of it: measured on 340 x
-# 256 JPEG files and 224 px, two views an image (benchmarks/results/loader.json).
+# What a loader was measured with: JPEG files of 340 x 256 pixels, so many views an image of that side in pixels.
+MEASURED_VIEWS, MEASURED_VIEW = 2, 224
+# Images that one core reads, decodes and cuts in a second, by what the training device does of it
+# (benchmarks/results/loader.json).
 CUT_A_CORE = {"none": 716.0, "colours": 864.0, "all": 11098.0}
-# Those of a worker of a running loader on the same files, which makes masks and labels too, and shares its batches
-# (loader_wait.json, the slower of two spans); seconds an image that this takes, whatever is left to the device.
+# Those of a worker of a running loader on the same files and views, which makes masks and labels too, and shares its
+# batches (loader_wait.json, the slower of two spans); seconds an image that this takes, whatever the device makes.
 IMAGES_A_WORKER = 495.0
 BESIDE = 1 / IMAGES_A_WORKER - 1 / CUT_A_CORE["none"]
 IMAGES_A_CORE = {name: 1 / (1 / rate + BESIDE) for name, rate in CUT_A_CORE.items()}
+OF_LOADER = (
+    f"loaders make as many images a core as of {MEASURED_VIEWS} views of {MEASURED_VIEW} px from JPEG files of 340 x "
+    "256 pixels, measured on one AMD EPYC: fewer and smaller views take less time, larger files more"
+)
 GB = 1e9
 
 
@@ -32,7 +38,7 @@ def tell(plan: Plan, recipe: str, overrides: list[str], price: float | None) -> 
         _traffic(plan, best),
         _budget(plan, best, price),
         _scaling(plan, best),
-        "Assumed:\n" + "\n".join(f"- {line}" for line in ASSUMPTIONS),
+        "Assumed:\n" + "\n".join(f"- {line}" for line in (*ASSUMPTIONS, OF_LOADER)),
         "Command:\n" + command(plan, best, recipe, overrides),
     ]
     return "\n\n".join(sections)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import resource
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.schema import Manifest, Shard
 from pretrain.config import Mixing, Run, Source
 from pretrain.data.batch import Batch
-from pretrain.data.drops import NAME, Drops, file_of
+from pretrain.data.drop_list import NAME, file_of, records
+from pretrain.data.drops import Drops
 from pretrain.data.faults import DataError, Dropped, beyond_chance, check_bad_share
 from pretrain.data.loader import Loader
 from tests.data.delivered import assert_same, batches, joined
@@ -61,7 +65,8 @@ def test_a_bad_sample_is_replaced_and_counted_by_reason(tmp_path: Path, workers:
     loader.close()
 
 
-def test_what_was_dropped_is_told_once_whatever_the_kills_and_ranks(tmp_path: Path) -> None:
+def test_what_was_dropped_is_listed_once_and_counted_whatever_the_kills_and_ranks(tmp_path: Path) -> None:
+    """Of two passes and a half over 200 samples."""
     broken = {**sample(0, has_text=False), "jpg": b"\xff\xd8 broken"}
     folder = spoilt(tmp_path, dict.fromkeys(range(0, 200, 10), broken))
     run = small_run(data={"spoilt": Source("category")}, batch=20, max_bad=1.0)
@@ -78,13 +83,21 @@ def test_what_was_dropped_is_told_once_whatever_the_kills_and_ranks(tmp_path: Pa
             total |= {kind: total.get(kind, 0) + count for kind, count in loader.dropped.items()}
         return total
 
-    ranks(2, 0, 7)  # killed, and begun again at step 5 by five ranks, at step 8 by one
-    ranks(5, 5, 8)
-    assert sum(ranks(1, 8, 10).values()) == 20
+    straight = ranks(1, 0, 25)
+    (tmp_path / "dropped-rank_00000.jsonl").unlink()
+    assert 40 < sum(straight.values()) < 60
+    ranks(2, 0, 14)  # killed, and begun again at step 11 by five ranks, at step 16 by two, at step 20 by one
+    ranks(5, 11, 16)
+    ranks(2, 16, 22)
+    assert ranks(1, 20, 25) == straight
     assert [path.name for path in tmp_path.glob("dropped-*")] == ["dropped-rank_00000.jsonl"]
-    lines = [json.loads(line) for line in (tmp_path / "dropped-rank_00000.jsonl").read_text().splitlines()]
-    assert len(lines) == 20 == len({(line["shard"], line["index"]) for line in lines})
-    assert {line["step"] for line in lines} <= set(range(10))
+    told = list(records(tmp_path / "dropped-rank_00000.jsonl"))
+    listed = [record for record in told if record.sample is not None]
+    assert len(listed) == 20 == len({record.sample[:3] for record in listed})
+    assert {record.step for record in listed} <= set(range(10))
+    again = [record for record in told if record.sample is None]
+    assert sum(sum(record.again.values()) for record in again) == sum(straight.values()) - 20
+    assert {record.step for record in again} <= set(range(10, 25))
     # A start that was killed after it took over a list, and before it removed that, begins again.
     content = (tmp_path / "dropped-rank_00000.jsonl").read_bytes()
     (tmp_path / "dropped-rank_00003.jsonl").write_bytes(b"".join(content.splitlines(keepends=True)[5:9]))
@@ -97,10 +110,12 @@ def test_a_list_that_was_taken_over_counts_once_whatever_ranks_come_then(
     tmp_path: Path, worlds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for rank in range(4):
-        lines = [
-            {"step": step, **Dropped("names", "a.tar", rank, "corrupt", "")._asdict()} for step in range(3)
-        ]
-        (tmp_path / NAME.format(rank)).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        drops = Drops(tmp_path / NAME.format(rank), 0, {}, rank=rank)
+        drops.begin()
+        for step in range(3):  # at each a sample of this rank, and one that every rank meets
+            samples = [Dropped("names", "a.tar", index, "corrupt", "") for index in (rank, 9)]
+            drops.add(step, samples)
+        drops.close()
     with monkeypatch.context() as killed:  # it has written its own list, and has removed none
 
         def kill(path: Path) -> None:
@@ -112,8 +127,13 @@ def test_a_list_that_was_taken_over_counts_once_whatever_ranks_come_then(
     for world in worlds[1:]:
         for rank in range(world):
             file_of(tmp_path, rank, world)
-    told = [line for path in tmp_path.glob("dropped-*") for line in path.read_text().splitlines()]
-    assert len(told) == 12 == len(set(told)) and all(path.suffix == ".jsonl" for path in tmp_path.iterdir())
+    lists = [list(records(path)) for path in tmp_path.iterdir()]
+    for listed in lists:
+        named = [record.sample.index for record in listed if record.sample is not None]
+        assert len(named) == len(set(named))
+    counts = Drops(file_of(tmp_path, 0, 1), 3, {}).counts
+    assert counts == {"names: corrupt": 24}
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_resume_on_more_ranks_is_judged_by_what_it_reads_itself(tmp_path: Path) -> None:
@@ -128,7 +148,7 @@ def test_a_resume_on_more_ranks_is_judged_by_what_it_reads_itself(tmp_path: Path
         loader.close()
         told = sum(loader.dropped.values())
         assert told == 20 if world == 1 else told > 20  # the old ones are told on
-    assert len(log.read_text().splitlines()) == told
+    assert sum(sum(record.causes().values()) for record in records(log)) == told
 
 
 def test_a_resume_on_data_that_became_bad_stops(tmp_path: Path) -> None:
@@ -139,6 +159,56 @@ def test_a_resume_on_data_that_became_bad_stops(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"of the \d+ samples read so far are bad"):
         list(islice(loader, 3))
     loader.close()
+
+
+def test_a_lost_shard_is_listed_once_in_little_memory(tmp_path: Path) -> None:
+    """Four passes over a shard of 2,000 samples, of a batch of 100 each, and a resume."""
+    manifest = replace(
+        Manifest.read(good_set(tmp_path / "set", (1,), has_text=False)),
+        num_samples=2000,
+        shards=(Shard("000000.tar", 2000, 512, "0" * 64),),
+    )
+    log, message = tmp_path / "dropped.jsonl", "a path and what the file system said of it " * 3
+    lost = [Dropped("names", "000000.tar", index, "missing_shard", message) for index in range(2000)]
+
+    def opened(step: int) -> Drops:
+        drops = Drops(log, step, {"names": manifest})
+        drops.begin()
+        return drops
+
+    drops = opened(0)
+    for step in range(80):
+        first = 100 * step % 2000
+        drops.add(step, lost[first : first + 100])
+    drops.close()
+    assert drops.counts == {"names: missing_shard": 8000}
+    assert len(log.read_text().splitlines()) == 2000 + 60  # samples, and steps that met them again
+    Drops(log, 70, {"names": manifest})  # what a first reading leaves elsewhere is no part of the list
+    tracemalloc.start()
+    resumed = opened(70)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert resumed.counts == {"names: missing_shard": 7000} and held < 2000 * 20  # bytes
+    for step in range(70, 80):
+        resumed.add(step, lost[100 * step % 2000 :][:100])
+    resumed.close()
+    assert len(log.read_text().splitlines()) == 2000 + 60 and resumed.counts == drops.counts
+
+
+def test_a_shard_that_samples_listed_before_tell_to_be_lost_is_lost_after_a_resume(tmp_path: Path) -> None:
+    manifest = Manifest.read(good_set(tmp_path / "set", (2, 8), has_text=False))
+    log = tmp_path / "dropped.jsonl"
+    drops = Drops(log, 0, {"names": manifest})
+    drops.begin()
+    drops.add(1, [Dropped("names", "000000.tar", 1, "corrupt", "")])
+    drops.add(2, [Dropped("names", "000000.tar", 1, "missing_shard", "")])
+    for loaded in (drops, Drops(log, 3, {"names": manifest})):
+        assert loaded.counts == {"names: corrupt": 1, "names: missing_shard": 1}
+        with pytest.raises(
+            DataError, match=r"1 of 2 shards of source 'names' are lost \(000000.tar; .* 2 of 10"
+        ):
+            loaded.check(1000, 0.1)
+    Drops(log, 2, {"names": manifest}).check(1000, 0.1)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from data_prep.places import place_of
 from data_prep.samples import json_bytes
 from data_prep.schema import parse_manifest, write_manifest
 from data_prep.sources.scenes import Scenes, draw_scene
+from pretrain.data.drop_list import Cause, Record
 from tests.data_prep.malformed_images import TOO_LARGE
 from tests.data_prep.pictures import encoded, picture
 
@@ -269,9 +270,11 @@ def test_samples_that_training_left_out_are_judged_one_by_one(folder, tmp_path, 
         {**common, "step": 4, "shard": "000001.tar", "index": -1, "reason": "changed_shard"},
         {**common, "step": 5, "shard": "000007.tar", "index": 1, "reason": "timeout"},
         {**common, "step": 6, "shard": "000000.tar", "index": 99, "reason": "timeout"},
+        Record(7, 0, None, {Cause("scenes", "", "timeout"): 2}),  # of samples that were listed before
     ]
     path = tmp_path / "dropped-rank_00000.jsonl"
-    path.write_text("".join(json.dumps(drop) + "\n" for drop in drops))
+    lines = [drop.text() if isinstance(drop, Record) else json.dumps(drop) + "\n" for drop in drops]
+    path.write_text("".join(lines))
     found = tmp_path / "verdicts.json"
     assert main(["check", str(folder), "--dropped", str(path), "--json", str(found)]) == 1
     verdicts = json.loads(found.read_text())["verdicts"]

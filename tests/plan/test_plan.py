@@ -63,6 +63,7 @@ def test_the_printed_command_starts_the_planned_run(tmp_path: Path):
     plan = replace(plan, run=replace(plan.run, name="a run; $HOME"))
     overrides = ["--batch", "4096", "--name", plan.run.name]
     told = tell(plan, "m3i.vit_b16", overrides, price=2.0)
+    assert "images a core as of 2 views of 224 px from JPEG files of 340 x 256 pixels" in told
     text = told.split("Command:\n")[1].replace("\\\n", " ")
     printed = shlex.split(text.replace("DIR", str(tmp_path)))
     run, paths = parse(printed[printed.index("pretrain/main.py") + 1 :])
