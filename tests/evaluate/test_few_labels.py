@@ -89,8 +89,8 @@ def test_few_shot_with_fine_tune_means_recipes_of_few_labels(recipe: str) -> Non
 def test_a_single_image_of_a_single_category_is_no_reason_to_end(
     step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [*COLORS][1:]:
-        monkeypatch.delitem(COLORS, name)
+    (name, color), *_ = COLORS.items()
+    monkeypatch.setattr("tests.evaluate.sets.COLORS", {name: color})
     for seed, split in enumerate(("train", "heldout")):
         write_set(tmp_path / split, split, 6, text=False, seed=seed)
     monkeypatch.setattr(protocols_module, "fine_tune", lambda *_, **__: pytest.fail("trained"))
