@@ -24,6 +24,7 @@ SCHEMA_VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")  # of the first member of a sample
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
+WHOLE_SHARD = -1  # where an index of a sample is told: all of the shard
 TAR_BLOCK = 512  # bytes; every tar header starts at a multiple of it
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")

@@ -12,9 +12,8 @@ from data_prep.doctor.members import read_sample
 from data_prep.doctor.verify import verify_sample
 from data_prep.places import Place
 from data_prep.rows.inputs import split_path
-from data_prep.schema import Manifest
+from data_prep.schema import WHOLE_SHARD, Manifest
 
-WHOLE_SHARD = -1  # index of a drop that concerns all of its shard
 FIELDS = ("source", "shard", "index", "reason", "message")
 AGAIN = "again"  # in a line that counts samples that others name
 NOTHING = "nothing is wrong with it now: it was out of reach, or has been mended since"

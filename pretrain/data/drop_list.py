@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.schema import write_atomic
-from pretrain.data.faults import OF_SHARDS, WHOLE_SHARD, Dropped
+from data_prep.schema import WHOLE_SHARD, write_atomic
+from pretrain.data.faults import OF_SHARDS, Dropped
 
 NAME = "dropped-rank_{:05d}.jsonl"  # in the folder of a run
 TAKEN = ".taken_by_"  # ends, with a rank's number, the name of a list that this rank takes over

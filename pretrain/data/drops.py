@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from data_prep.schema import Manifest
+from data_prep.schema import WHOLE_SHARD, Manifest
 from pretrain.appended import Appended
 from pretrain.data.drop_list import Cause, Named, Record, records
-from pretrain.data.faults import OF_SHARDS, WHOLE_SHARD, DataError, Dropped, beyond_chance, check_bad_share
+from pretrain.data.faults import OF_SHARDS, DataError, Dropped, beyond_chance, check_bad_share
 
 
 class Drops:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-WHOLE_SHARD = -1
+from data_prep.schema import WHOLE_SHARD
+
 MIN_READS = 100  # the limit on bad samples is taken over at least this many reads
 A_FEW = 3  # bad samples beyond what chance explains
 OF_TRAINING = "run `python -m data_prep check` on the data sets and build them again, or raise max_bad"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from data_prep.schema import Shard
+from data_prep.schema import WHOLE_SHARD, Shard
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.device import finish
 from pretrain.data.drops import Drops
-from pretrain.data.faults import WHOLE_SHARD, BadSample, DataError, Dropped
+from pretrain.data.faults import BadSample, DataError, Dropped
 from pretrain.data.left_out import after_kept, next_kept
 from pretrain.data.remote import Place
 from pretrain.data.room import MOST_KEPT

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 from data_prep.schema import Manifest, fill_prompt
 from pretrain.config import Mixing, Source, Views
@@ -66,70 +64,6 @@ def test_a_sample_is_found_by_its_position(folders: dict[str, Path]) -> None:
         assert found["key"] == f"{int(shard.removesuffix('.tar')):06d}_{index:06d}"
         assert (found["source"] == "names") == (category != NO_CATEGORY)
     loader.close()
-
-
-QUICK = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking would start processes for an hour
-SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than cores
-@settings(
-    max_examples=12, deadline=None, phases=QUICK, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    sizes=st.tuples(SIZES, SIZES),
-    worlds=st.tuples(st.integers(1, 8), st.integers(1, 8)),
-    workers=st.tuples(st.integers(0, 4), st.integers(0, 4)),
-    weights=st.tuples(st.floats(0.2, 5), st.floats(0.2, 5)),
-    mixing=st.builds(
-        Mixing,
-        by=st.sampled_from(["weight", "size"]),
-        temperature=st.sampled_from([1.0, 3.0]),
-        pairs=st.sampled_from(["any", "same"]),
-        window=st.integers(1, 3),
-    )
-    | st.builds(Mixing, pairs=st.just("other"), window=st.integers(1, 3)),
-    stop=st.integers(0, 3),
-)
-def test_another_number_of_ranks_and_workers_goes_on_with_the_same_sequence(
-    tmp_path_factory: pytest.TempPathFactory,
-    folders: dict[str, Path],
-    sizes: tuple[list[int], list[int]],
-    worlds: tuple[int, int],
-    workers: tuple[int, int],
-    weights: tuple[float, float],
-    mixing: Mixing,
-    stop: int,
-) -> None:
-    """Pixels, boxes, masks and tokens bit for bit, of any data, at any step and however sources are mixed."""
-    root = tmp_path_factory.mktemp("drawn")
-    drawn = {
-        "names": good_set(root / "names", sizes[0], has_text=False),
-        "talk": good_set(root / "talk", sizes[1], has_category=False),
-    }
-    tokenizer = folders["talk"] / "tokenizer"
-    if mixing.pairs == "other":  # of two sources, which must give half each
-        weights = (1.0, 1.0)
-    data = {"names": Source("category", weights[0]), "talk": Source("text", weights[1])}
-    run = small_run(batch=2 * worlds[0] * worlds[1], mixing=mixing, data=data)
-    straight = batches(run, drawn, 4, tokenizer=tokenizer)
-    for world, some, steps in zip(worlds, workers, (range(stop), range(stop, 4)), strict=True):
-        ranks = [
-            # processes for the last rank alone, to make few of them
-            batches(
-                run,
-                drawn,
-                len(steps),
-                tokenizer=tokenizer,
-                rank=rank,
-                world=world,
-                start_step=steps.start,
-                workers=some if rank == world - 1 else 0,
-            )
-            for rank in range(world)
-        ]
-        for step in steps:
-            assert_same(straight[step], joined([rank[step - steps.start] for rank in ranks]))
 
 
 @pytest.mark.parametrize("pairs", ["same", "other"])

@@ -28,11 +28,17 @@ def image_of(seed: int, height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(picture(seed, height, width).copy())
 
 
+def grained(seed: int, height: int, width: int, grain: int) -> np.ndarray:
+    """A picture with so much noise, in levels, of which nothing is clipped: without antialiasing it stays."""
+    noise = np.random.RandomState(seed).randint(-grain, grain + 1, (height, width, 3))
+    return (picture(seed, height, width) // 4 + 96 + noise).astype(np.uint8)
+
+
 def test_resize_agrees_with_pillow() -> None:
-    image = image_of(0, 150, 200)
-    pillow = np.asarray(Image.fromarray(image.numpy()).resize((64, 64), Image.Resampling.BICUBIC))
-    difference = np.abs(resize(image, 64, 64).permute(1, 2, 0).numpy().astype(int) - pillow)
-    assert difference.max() <= 6 and difference.mean() < 0.1
+    image = grained(0, 150, 200, 90)
+    pillow = np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC))
+    difference = np.abs(resize(torch.from_numpy(image), 64, 64).permute(1, 2, 0).numpy().astype(int) - pillow)
+    assert difference.max() <= 6 and difference.mean() < 0.05
 
 
 def by_pillow(image: Image.Image, drawn: DrawnView, size: int) -> np.ndarray:
@@ -52,13 +58,13 @@ def test_whole_views_agree_with_pillow() -> None:
     settings = Views(size=96, jitter=(0.4, 0.4, 0.2, 0.0), blur_sigma=(0.5, 4.0))
     seen = []
     for seed in range(30):
-        image = picture(seed, 150, 200) // 2 + 50  # few levels are clipped, where the order of changes counts
+        image = grained(seed, 150, 200, 8)  # few levels are clipped, where the order of changes counts
         drawn = draw_views(150, 200, settings, Random(seed))
         views, _ = make_views(torch.from_numpy(image), drawn, 96)
         for view, one in zip(views, drawn, strict=True):
             expected = by_pillow(Image.fromarray(image), one, 96).astype(int)
             difference = np.abs(view.permute(1, 2, 0).numpy() - expected)
-            # Pillow cuts to whole levels after each change: means of at most 1.6 and single ones of 6 measured
+            # Pillow cuts to whole levels after each change: means of at most 1.6 and single ones of 7 measured
             assert difference.mean() < 2 and difference.max() <= 8
             seen.append(
                 (one.is_flipped, one.change.is_recoloured, one.change.sigma > 0, one.change.solarize > 0)
