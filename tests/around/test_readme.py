@@ -126,5 +126,6 @@ def test_what_the_toolkits_made_of_exported_files_is_what_was_measured() -> None
 
 
 def test_the_table_of_dense_transfer_is_the_one_that_was_measured() -> None:
-    table = (ROOT / "benchmarks" / "results" / "dense_transfer.md").read_text()
-    assert " ".join(table.split()) in README
+    kept = (ROOT / "benchmarks" / "results" / "dense_transfer.md").read_text()
+    table = kept[kept.index("\n|") :]
+    assert table.count("\n") > 2 and " ".join(table.split()) in README
