@@ -43,7 +43,7 @@ from tests.evaluate.sets import COLORS, write_set
 from tests.fakes import shrink
 from tests.memory import little_memory
 
-PROBES = ["--probes", "knn,linear,dense"]
+PROBES = ["--probes", "knn,linear,dense,knn_embedding,classifier"]
 
 
 def rows_of(place: Path, data: Path, out: Path, *options: str) -> dict[str, Any]:
@@ -98,6 +98,8 @@ def test_exports_are_measured_like_their_runs(
         for row in ("knn", "linear", "dense"):
             assert found[row]["accuracy"] == pytest.approx(expected[row]["accuracy"], abs=2e-3), (name, row)
         assert 0 <= found["fine_tune"]["accuracy"] <= 1
+        for row in ("knn_embedding", "classifier"):
+            assert "a run itself, or its export --to safetensors, brings" in found[row]["reason"], row
     result = json.loads((tmp_path / "timm.json").read_text())
     assert list(result["checkpoints"]) == ["timm"] and result["image_size"] == 64
     file = tmp_path / "internimage" / "internimage.pth"
