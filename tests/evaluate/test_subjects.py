@@ -351,6 +351,13 @@ def test_exports_that_are_not_evaluated_say_which_are(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"opset": 20}')
 
 
+def test_a_graph_without_its_settings_says_that_they_are_missing(tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text('{"format": "onnx"}')
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing, .*: export the run again"):
+        open_published(tmp_path)
+
+
 def test_what_an_export_tells_of_its_backbone_is_judged(tmp_path: Path) -> None:
     run = shrink(load("m3i.vit_b16"))
     torch.manual_seed(0)
