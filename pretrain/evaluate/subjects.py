@@ -102,7 +102,7 @@ def open_checkpoint(step: Path) -> Subject:
 
 def open_model(place: Path, size: int | None) -> Subject:
     folder = place if place.is_dir() else place.parent
-    if (folder / WEIGHTS).is_file():
+    if (folder / WEIGHTS).exists():
         return _open_towers(folder, place if place.is_file() else own_file(folder, WEIGHTS), size)
     found = open_published(place, size)
     base = load("m3i.vit_b16")
