@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import threading
@@ -74,7 +75,7 @@ class Build:
         if self.options.part and not self._build_share(collections, places):
             return
         self._build_whole(collections, places)
-        print(f"next: python -m data_prep check {out}")
+        print(f"next: python -m data_prep check {shlex.quote(str(out))}")
 
     def _build_whole(self, collections: list[Collection], places: list[Place]) -> None:
         teacher: Place | None = None

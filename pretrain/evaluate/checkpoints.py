@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pretrain.checkpoint import folder_in, kept_of, step_of, steps_in
 from pretrain.checkpoint.fetch import fetched
 from pretrain.checkpoint.names import step_name
 from pretrain.checkpoint.stores import store_at
-from pretrain.collectives import from_every_rank, from_first_rank, on_every_rank
+from pretrain.collectives import from_every_rank, from_first_rank, on_every_rank, rank
 from pretrain.data.remote import Place
 from pretrain.given_up import given_up_by
 from pretrain.intact import COMPLETE, identity
@@ -51,9 +52,9 @@ def locate(run_folder: Path, name: str) -> Place:
     """Where the checkpoint "first" (step 0, before any training), "last" (the newest whole one) or a step lies.
 
     The last is the newest that was written to its end, but for those from which the run has gone back to an older one
-    (pretrain/given_up.py), which are told; where it is damaged, no older one passes for it. They are looked for where
-    the run kept them. Raises FileNotFoundError (no run, no such checkpoint, or not whole) and ValueError (no such
-    name).
+    (pretrain/given_up.py); both those and newer ones without an end are told. Where it is damaged, no older one
+    passes for it. They are looked for where the run kept them. Raises FileNotFoundError (no run, no such checkpoint,
+    or not whole) and ValueError (no such name).
     """
     if not run_folder.is_dir():
         raise FileNotFoundError(f"{run_folder} is no folder: name the --out folder of a pre-training run")
@@ -79,7 +80,10 @@ def locate(run_folder: Path, name: str) -> Place:
         step = max(good)  # an older one in its place would pass for it
     else:
         step = 0 if name == "first" else int(name)
-    return _whole(place, step)
+    found = _whole(place, step)
+    if name == "last" and rank() == 0:
+        _tell_unfinished(place, steps, step)
+    return found
 
 
 def weights_of(step: Path) -> str:
@@ -93,6 +97,18 @@ def unlike(evaluation: Mapping[str, Any], step: Path) -> str:
     if weights == weights_of(step):
         return ""
     return UNTOLD if weights is None else f"is of another {step.name}"
+
+
+def _tell_unfinished(place: Place, steps: Collection[int], used: int) -> None:
+    """One line on newer checkpoints than the one that is used, if there are some without an end."""
+    newer = (step for step in sorted(steps) if step > used)
+    if names := ", ".join(step_name(step) for step in newer if not _is_finished(folder_in(place, step))):
+        print(
+            f"{names} in {place}: passed over, since there is no {COMPLETE} (still being written, never finished, or "
+            f"not copied whole); {step_name(used)} is used",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _is_finished(folder: Place) -> bool:

@@ -41,6 +41,7 @@ class Evidence:
     device: torch.device = CPU  # of probes that are trained step by step
     retrieval_images: int = MOST_IMAGES  # that compete, at most
     without_text: str = ""  # why nothing makes tokens, where that is known
+    without_heads: str = ""  # why there is no embedding or category head, where not the run is the reason
     kept: dict[str, Any] = field(default_factory=dict)  # what one probe leaves for another
 
 
@@ -103,4 +104,4 @@ def is_labelled(split: Features) -> Tensor:
 
 def check_trained(evidence: Evidence, feature: str) -> None:
     if getattr(evidence.heldout, feature) is None:
-        raise NotMeasured(f"the run's targets train no {feature}")
+        raise NotMeasured(evidence.without_heads or f"the run's targets train no {feature}")

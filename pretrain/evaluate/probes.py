@@ -89,7 +89,7 @@ def _zero_shot(evidence: Evidence) -> Outcome:
 def _classifier(evidence: Evidence) -> Outcome:
     """The run's own category head: only where the data set has the categories that it was trained on."""
     if not evidence.facts.categories:
-        raise NotMeasured("the run has no categories")
+        raise NotMeasured(evidence.without_heads or "the run has no categories")
     labels = heldout_labels(evidence)
     if set(evidence.facts.categories) != set(evidence.categories):
         odd = sorted(set(evidence.facts.categories) ^ set(evidence.categories))

@@ -129,6 +129,7 @@ def _probed(
         templates=protocols.templates,
         encode=subject.encode,
         without_text=subject.without_text,
+        without_heads=subject.without_heads,
         embed=embed_with(towers, device),
         device=device,
         retrieval_images=protocols.retrieval_images,

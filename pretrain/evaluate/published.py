@@ -112,7 +112,7 @@ def _open_internimage(place: Path, config: Mapping[str, Any], size: int | None) 
         file = place
     elif is_of_transformers:
         file = weights_in(place)
-    elif not (file := place / PLAIN_FILE).is_file():
+    elif not (file := place / PLAIN_FILE).exists():
         raise FileNotFoundError(
             f"{file} is missing: name a folder of `python -m pretrain.export --to internimage`"
         )

@@ -50,8 +50,10 @@ def open_graph_of(place: Path, config: Mapping[str, Any], size: int | None) -> P
     folder = place if place.is_dir() else place.parent
     if place.is_file() and place.suffix != SUFFIX:
         raise ValueError(f"{place} is no graph, though its folder is of one: name {folder}")
-    if place.is_dir() and not (folder / GRAPH).is_file():
+    if place.is_dir() and not (folder / GRAPH).exists():
         raise FileNotFoundError(f"{folder / GRAPH} is missing: {AGAIN}")
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder / CONFIG} is missing, which tells of the graph: {AGAIN}")
     mean, std = require_statistics(config.get("image_mean"), config.get("image_std"), folder / CONFIG)
     side = size or require_pixels(config.get("trained_size"), folder / CONFIG, AGAIN)
     _require_multiple(side, config.get("multiple_of"), "--image-size" if size else "trained_size", folder)

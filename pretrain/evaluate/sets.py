@@ -18,6 +18,8 @@ from pretrain.evaluate.splits import SPLITS
 
 # Suffix of a file -> name of the image in a sample.
 SUFFIXES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+# Folders beside a folder of images that say what these show.
+MASKS = ("masks", "annotations")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Listing:
 class ClassFolders:
     """Samples FOLDER/CLASS/.../IMAGE by number, sorted; as ShardFolder, with the category in `cls`.
 
-    FileNotFoundError without class folders, ValueError when one holds no image.
+    FileNotFoundError without class folders, ValueError when one holds no image, or when they are no classes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -147,7 +149,23 @@ def _has_folders(folder: Path) -> bool:
 
 def _samples(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     names, number = find_classes(folder)
+    _require_classes(folder, names)
     try:
         return make_dataset(folder, number, extensions=tuple(SUFFIXES)), tuple(names)
     except FileNotFoundError as error:  # torchvision's, of classes without images
         raise ValueError(f"{folder}: {error}: add images or remove the folders") from error
+
+
+def _require_classes(folder: Path, names: list[str]) -> None:
+    """ValueError where the folders are a set with masks or boxes: in which of them an image lies is no class."""
+    found = {name.lower(): name for name in names}
+    masks = next((found[name] for name in MASKS if name in found), None)
+    if masks is None:
+        return
+    is_of_boxes = any(path.suffix == ".json" for path in (folder / masks).iterdir())
+    if is_of_boxes or "images" in found:
+        raise ValueError(
+            f"{folder} holds the folders {names[:5]}, and a folder {masks!r} beside images is no class, but says "
+            f"what they show: measure by `python -m pretrain.transfer {'detect' if is_of_boxes else 'segment'} RUN "
+            "--data DIR`, or rename the folders if they are classes"
+        )

@@ -29,6 +29,11 @@ from pretrain.models.undrawn import undrawn
 from pretrain.recipes import load
 from pretrain.towers import Towers
 
+ENCODER_ALONE = (
+    "of this model only the encoder is read: a run itself, or its export --to safetensors, brings embedding and "
+    "category head, where its targets train them"
+)
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -40,6 +45,7 @@ class Subject:
     towers: nn.Module  # Towers or EncoderAlone, float32, eval mode, on the CPU
     encode: Encode | None  # captions to tokens; None without text
     without_text: str = ""  # why it has none, where that is known
+    without_heads: str = ""  # why no embedding or category head of it is read, where that is known
     note: str = ""  # which features are measured, where they are not those that pre-training reads
     weights: str | None = (
         None  # SHA-256 of the teacher of a checkpoint, which its name does not tell from others
@@ -96,7 +102,7 @@ def open_checkpoint(step: Path) -> Subject:
 
 def open_model(place: Path, size: int | None) -> Subject:
     folder = place if place.is_dir() else place.parent
-    if (folder / WEIGHTS).is_file():
+    if (folder / WEIGHTS).exists():
         return _open_towers(folder, place if place.is_file() else own_file(folder, WEIGHTS), size)
     found = open_published(place, size)
     base = load("m3i.vit_b16")
@@ -109,8 +115,10 @@ def open_model(place: Path, size: int | None) -> Subject:
             raise NoTexts(NONE)
         texts = open_texts(found.guide)
     except NoTexts as reason:
-        return Subject(place.name, run, facts, EncoderAlone(found.encoder), None, str(reason), found.note)
-    return Subject(place.name, run, facts, EncoderWithTexts(found.encoder, texts.tower), texts.encode)
+        alone = EncoderAlone(found.encoder)
+        return Subject(place.name, run, facts, alone, None, str(reason), ENCODER_ALONE, found.note)
+    both = EncoderWithTexts(found.encoder, texts.tower)
+    return Subject(place.name, run, facts, both, texts.encode, without_heads=ENCODER_ALONE)
 
 
 def _open_towers(folder: Path, file: Path, size: int | None) -> Subject:

@@ -73,7 +73,15 @@ def weights_in(folder: Path) -> Path:
             return own_file(folder, name)
     found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", *PICKLES))
     if not found:
-        raise FileNotFoundError(f"{folder} holds no weights: there must be one of {', '.join(NAMES)}")
+        if any(path.suffix == ".onnx" for path in folder.iterdir()):
+            raise FileNotFoundError(
+                f"{folder} holds an export to onnx, whose graph is not read for its weights: name the run's "
+                "checkpoint, or its export to another format"
+            )
+        raise FileNotFoundError(
+            f"{folder} holds no weights: there must be one of {', '.join(NAMES)}, or one file of another name that "
+            f"ends in .safetensors, {', '.join(PICKLES)}, such as towers.safetensors or backbone.pth of an export"
+        )
     if len(found) > 1:
         raise ValueError(f"{folder} holds {len(found)} files of weights, {found[:5]}: name one of them")
     return own_file(folder, found[0])

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain.transfer.formats import FORMATS, MAX_BAD
+from pretrain.transfer.formats import FEW, FORMATS, MAX_BAD
 from pretrain.transfer.recipes import RECIPES, Detect, Segment, recipe
 
 DESCRIPTION = "What is a run's backbone worth for segmentation and detection?"
@@ -15,6 +15,10 @@ STEP = "last"  # checkpoint of a run, where none is asked for
 RUN = (
     "the --out folder of a pre-training run, one of its checkpoints, or an export to any format but onnx: its folder "
     "or a file of weights in it"
+)
+BAD = (
+    f"share of images or annotations that may be unusable, of fewer than {FEW} as of {FEW} (%(default)s: one is let "
+    "through in any case)"
 )
 OUT = (
     "folder of result and state (RUN/transfer/TASK-RECIPE-STEP; beside a checkpoint or an export "
@@ -43,9 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         )
         of.add_argument("--out", type=Path, help=OUT)
         of.add_argument("--workers", type=int, default=0, help="processes that read images (0: this one)")
-        of.add_argument(
-            "--max-bad", type=float, default=MAX_BAD, help="share that may be unusable (%(default)s)"
-        )
+        of.add_argument("--max-bad", type=float, default=MAX_BAD, help=BAD)
         if task == "detect":
             of.add_argument("--images", type=Path, help="folder of the images that a .json file names")
     return parser.parse_args(arguments)

@@ -8,7 +8,8 @@ from reprlib import repr as brief
 from typing import Any
 
 from pretrain.data.faults import BadSample
-from pretrain.transfer.examples import FEW, Drops
+from pretrain.transfer.examples import Drops
+from pretrain.transfer.formats import FEW
 from pretrain.transfer.outlines import FAR, are_real
 
 LEAST_SIDE = 1.0  # pixels of a box inside its image

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample, beyond_chance
+from pretrain.transfer.formats import FEW
 
 IGNORED = 255  # number of pixels that are neither taught nor judged
 LOOKED_AT = 200  # examples of a set that are read before anything is trained
-FEW = 100  # the share is taken over at least this many
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Drops:
         self.first.setdefault(reason, message)
 
     def require_few(self, what: str, total: int, limit: float) -> None:
-        """ValueError when more than a share of `limit` of `total` is left out."""
+        """ValueError when more than a share of `limit` of `total`, or of FEW where those are more, is left out."""
         num_bad = sum(self.counts.values())
         allowed = int(limit * max(total, FEW))
         if num_bad <= allowed:

@@ -7,3 +7,4 @@ FORMATS = {
     "detect": "shards with masks (manifest.json), or annotations in COCO's format (a .json file)",
 }
 MAX_BAD = 0.01  # share of annotations or images that may be left out, unless told otherwise
+FEW = 100  # of fewer the share is taken as of so many

@@ -14,6 +14,7 @@ from tqdm import tqdm
 DRAWS = 100  # bootstrap samples
 NORMAL_95 = 1.96  # standard deviations to each side of 95 %
 SEED = 0  # of the bootstrap: one set of detections has one interval
+FEWEST = 2  # images that differ, without which nothing tells how sure a score is
 PATIENCE = 2.0  # seconds before a bar is shown
 AT_ONCE = 2**22  # numbers of an array over draws and detections
 ALL = -1  # in place of the number of a copy
@@ -21,14 +22,14 @@ Matches = Mapping[int, Mapping[str, Any]]  # of one category: place of an image 
 
 
 def interval_of(judge: COCOeval, matches: Sequence[Matches], told: float | None) -> list[float] | None:
-    """95 % interval of the AP that was told: two bounds in [0, 1], or None without an AP.
+    """95 % interval of the AP that was told: two bounds in [0, 1], or None without an AP, and of a single image.
 
     `matches` are those of all areas by category. 1.96 standard deviations of AP, over DRAWS samples of the images
     with replacement, to both sides: percentiles of such samples lie too high, since AP rises where images come twice.
     """
-    if told is None:
-        return None
     num_images, generator = len(judge.params.imgIds), np.random.default_rng(SEED)
+    if told is None or num_images < FEWEST:
+        return None
     times = np.stack(
         [
             np.bincount(generator.integers(num_images, size=num_images), minlength=num_images)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_prep.schema import MANIFEST_NAME
 from pretrain.evaluate.apart import require_apart
+from pretrain.evaluate.sets import MASKS
 from pretrain.transfer.coco import CocoSet
 from pretrain.transfer.examples import AnnotatedSet, look_at
 from pretrain.transfer.formats import FORMATS
@@ -17,7 +18,6 @@ SPLITS = {
     "train": ("train", "train2017", "training"),
     "heldout": ("heldout", "val", "val2017", "validation", "test"),
 }
-MASKS = ("masks", "annotations")
 
 
 @dataclass(frozen=True)

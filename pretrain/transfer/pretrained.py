@@ -50,7 +50,7 @@ def open_pretrained(place: Path) -> Pretrained:
         run, _, towers = load_towers(place, parts=("encoder",))
         return Pretrained(run.backbone, run.views, towers.encoder, weights_of(place))
     folder = place if place.is_dir() else place.parent
-    if (folder / WEIGHTS).is_file():
+    if (folder / WEIGHTS).exists():
         subject, file = open_model(place, None), folder / WEIGHTS if place.is_dir() else place
         return Pretrained(subject.run.backbone, subject.run.views, subject.towers.encoder, sha256(file))
     told = told_by(folder, KEYS)
@@ -103,7 +103,7 @@ def _file_of(place: Path, told: Mapping[str, Any]) -> Path:
         raise ValueError(
             f"{place} is none of the files of weights of its export: name {list(files)}, or {folder}"
         )
-    if not (folder / name).is_file():
+    if not (folder / name).exists():
         raise FileNotFoundError(f"{folder / name} is missing: copy the export again, or {REMEDY}")
     return own_file(folder, name)
 

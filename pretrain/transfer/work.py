@@ -236,8 +236,7 @@ def table(result: dict[str, Any]) -> str:
         if row["accuracy"] is None:
             lines.append(f"not measured: {row.get('reason', 'nothing of the kind in the held-out set')}")
             continue
-        low, high = row["interval"]
-        lines.append(
-            f"{row['metric']:10} {100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {row['n']} images"
-        )
+        bounds = [f"{100 * bound:.1f}" for bound in row["interval"] or ()]
+        sure = f"[{', '.join(bounds)}]" if bounds else "(no interval)"
+        lines.append(f"{row['metric']:10} {100 * row['accuracy']:.1f} {sure} of {row['n']} images")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import os
 import re
+import shlex
 from dataclasses import replace
 from functools import partial
 
@@ -74,8 +75,9 @@ def test_a_limit_builds_the_first_items_and_is_part_of_the_settings(tmp_path):
 
 
 def test_the_end_tells_the_next_command(tmp_path, capsys):
-    assert main([*COMMAND, "--workers", "1", "--out", str(tmp_path / "d")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"next: python -m data_prep check {tmp_path / 'd'}"
+    assert main([*COMMAND, "--workers", "1", "--out", str(tmp_path / "my d")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("next: ") and shlex.split(last)[-2:] == ["check", str(tmp_path / "my d")]
 
 
 def test_a_log_shows_shards_rate_reasons_and_eta_in_one_line(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -21,7 +22,7 @@ from pretrain.data.shards import ShardFolder
 from pretrain.evaluate.__main__ import main
 from pretrain.evaluate.evaluation import evaluate
 from pretrain.evaluate.published import open_published
-from pretrain.evaluate.subjects import find_subjects
+from pretrain.evaluate.subjects import find_subjects, open_model
 from pretrain.export import (
     detectron2_file,
     huggingface_internimage,
@@ -43,7 +44,7 @@ from tests.evaluate.sets import COLORS, write_set
 from tests.fakes import shrink
 from tests.memory import little_memory
 
-PROBES = ["--probes", "knn,linear,dense"]
+PROBES = ["--probes", "knn,linear,dense,knn_embedding,classifier"]
 
 
 def rows_of(place: Path, data: Path, out: Path, *options: str) -> dict[str, Any]:
@@ -98,6 +99,8 @@ def test_exports_are_measured_like_their_runs(
         for row in ("knn", "linear", "dense"):
             assert found[row]["accuracy"] == pytest.approx(expected[row]["accuracy"], abs=2e-3), (name, row)
         assert 0 <= found["fine_tune"]["accuracy"] <= 1
+        for row in ("knn_embedding", "classifier"):
+            assert "a run itself, or its export --to safetensors, brings" in found[row]["reason"], row
     result = json.loads((tmp_path / "timm.json").read_text())
     assert list(result["checkpoints"]) == ["timm"] and result["image_size"] == 64
     file = tmp_path / "internimage" / "internimage.pth"
@@ -347,6 +350,31 @@ def test_exports_that_are_not_evaluated_say_which_are(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=told.format("caffe", "is not evaluated here")):
             find_subjects(tmp_path, [])[0].open()
         (tmp_path / "config.json").write_text('{"opset": 20}')
+
+
+def test_a_graph_without_its_settings_says_that_they_are_missing(tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text('{"format": "onnx"}')
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing, .*: export the run again"):
+        open_published(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("towers.safetensors", {}),
+        ("internimage.pth", {"channels": 16}),
+        (
+            "model.onnx",
+            {"multiple_of": 32, "trained_size": 64, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        ),
+    ],
+)
+def test_weights_that_are_no_regular_file_are_told(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"{name} is no regular file"):
+        open_model(tmp_path, None)
 
 
 def test_what_an_export_tells_of_its_backbone_is_judged(tmp_path: Path) -> None:

@@ -117,13 +117,18 @@ def test_own_checkpoints_that_the_record_does_not_mean_are_told(
     assert find_checkpoint(moved, "last") == moved / "checkpoints" / "step_000003"
 
 
-def test_the_newest_checkpoint_is_no_older_one_when_it_is_damaged(vit_run: Path, tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_no_older_one_when_it_is_damaged(
+    vit_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = kept_at(tmp_path / "run", tmp_path / "kept")
     shutil.copytree(vit_run / "checkpoints", tmp_path / "kept")
     newest = tmp_path / "kept" / "step_000003"
     shutil.copytree(newest, tmp_path / "kept" / "step_000004")
     (tmp_path / "kept" / "step_000004" / "COMPLETE").unlink()  # it is being written
+    assert find_checkpoint(run, "3") == newest and not capsys.readouterr().err
     assert find_checkpoint(run, "last") == newest
+    told = capsys.readouterr().err
+    assert "step_000004 in " in told and "still being written" in told and "step_000003 is used" in told
     (newest / "facts.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"facts\.json has 2 bytes .* whole ones, steps \[0\]"):
         find_checkpoint(run, "last")

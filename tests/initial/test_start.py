@@ -278,7 +278,14 @@ def test_questions_without_an_answer_are_refused(vit: Towers, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"--init-heads would be ignored"):
         init_of(None, heads=True)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"holds no weights: there must be one of model\.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no weights: .* one of model\.safetensors.* \.pth, .*backbone\.pth"
+    ):
+        started(tmp_path / "empty", VIT)
+    (tmp_path / "empty" / "model.onnx").touch()
+    with pytest.raises(
+        FileNotFoundError, match=r"an export to onnx, whose graph is not read .*another format"
+    ):
         started(tmp_path / "empty", VIT)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -47,6 +48,20 @@ def built(pretrained: Pretrained) -> Segmenter:
     model = Segmenter(pretrained, tiny("segment", "small"), 3)
     load_trunk(model, pretrained.encoder, is_frozen=False)
     return model.eval()
+
+
+@pytest.mark.parametrize("name", ["towers.safetensors", "model.safetensors"])
+def test_weights_that_are_no_regular_file_are_told(name: str, tmp_path: Path) -> None:
+    told = {
+        "format": "timm",
+        "backbone": {"family": "vit", "size": "vit_b16", "token_width": 8},
+        "views": {"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3},
+        "files": {name: {}},
+    }
+    (tmp_path / "keys.json").write_text(json.dumps(told))
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} is no regular file"):
+        open_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pycocotools.cocoeval import COCOeval
 
 from pretrain.transfer import average_precision as average_precision_file
@@ -15,6 +16,8 @@ from pretrain.transfer.average_precision import average_precision, truth_of
 from pretrain.transfer.examples import Federation
 from pretrain.transfer.federated import accumulated, federated_precision
 from pretrain.transfer.interval import Matches, precisions
+from pretrain.transfer.segment import score
+from pretrain.transfer.work import table
 
 IMAGES = range(1, 31)
 SIZES = dict.fromkeys(IMAGES, (100, 100))
@@ -96,6 +99,17 @@ def test_precisions_of_all_draws_at_once_are_those_of_one_after_the_other(
     )
     federated_precision(truth_of(SIZES, truth, NAMES), known, found, "bbox")
     assert compared == [20, 20]
+
+
+def test_a_single_image_has_no_interval() -> None:
+    truth, found = ([one for one in of if one["image_id"] == 7] for of in set_of(3, 3))
+    boxes = average_precision(truth_of({7: (100, 100)}, truth, NAMES), found, "bbox")
+    regions = score(torch.tensor([[[3, 1], [4, 1], [3, 2]]]), ("ant", "bee"))
+    for row in (boxes, regions):
+        assert row["n"] == 1 and row["accuracy"] is not None and row["interval"] is None
+    assert table({"scores": {"bbox": boxes, "mask": regions}}).count("(no interval) of 1 images") == 2
+    two = score(torch.tensor([[[3, 1], [4, 1], [3, 2]], [[1, 4], [3, 4], [1, 6]]]), ("ant", "bee"))
+    assert len(two["interval"]) == 2 and "(no" not in table({"scores": two})
 
 
 def test_draws_that_ask_for_nothing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,11 @@ from pycocotools import mask as rle
 from pretrain.data.faults import BadSample
 from pretrain.evaluate.masks import read_numbers
 from pretrain.transfer import examples
+from pretrain.transfer.arguments import parse
 from pretrain.transfer.coco import CocoSet, outline_of
 from pretrain.transfer.detect import things_of
+from pretrain.transfer.examples import Drops
+from pretrain.transfer.formats import MAX_BAD
 from pretrain.transfer.mask_folder import MaskFolder, MaskPlaces
 from pretrain.transfer.masked_shards import MaskedShards
 from pretrain.transfer.outlines import check_outline, runs_of
@@ -394,6 +397,20 @@ def test_masks_that_name_nothing_are_told_before_the_training(
     )  # of a larger set some are read, and one bad one may be chance
     Image.new("L", (8, 6), 255).save(places.masks / "a.png")
     open_sets("segment", Named(tmp_path), 0.001)
+
+
+def test_of_few_images_one_may_be_unusable_as_the_help_says(capsys: pytest.CaptureFixture[str]) -> None:
+    drops = Drops({"bad_mask": 1}, {"bad_mask": "a.png"})
+    drops.require_few("images", 2, MAX_BAD)
+    drops.add("bad_mask", "b.png")
+    for total in (2, 199):
+        with pytest.raises(ValueError, match=rf"2 of {total} .* allows 1:"):
+            drops.require_few("images", total, MAX_BAD)
+    with pytest.raises(SystemExit):
+        parse(["segment", "--help"])
+    assert "of fewer than 100 as of 100 (0.01: one is let through in any case)" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_things_of_shards_are_what_their_masks_show(shards: Path) -> None:
