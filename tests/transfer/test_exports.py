@@ -119,6 +119,24 @@ def test_a_bit_that_changed_since_the_export_is_told_by_every_reader(
     assert open_weights(file).tensors
 
 
+@pytest.mark.parametrize("name", ["huggingface", "safetensors"])
+def test_pixels_that_two_files_of_an_export_tell_otherwise_are_refused(
+    name: str, exports: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(exports["vit", name], folder)
+    keys = told(folder)
+    rounded = [one + 1e-8 for one in keys["views"]["std"]]
+    for std in (rounded, [0.5, 0.4, 0.3]):
+        (folder / KEYS).write_text(json.dumps(keys | {"views": keys["views"] | {"std": std}}))
+        if std == rounded:
+            open_model(folder, None)
+    with pytest.raises(
+        ValueError, match=r"pixels of std .* keys.json \(0.5, 0.4, 0.3\): .*copy the export again"
+    ):
+        open_model(folder, None)
+
+
 def told(folder: Path) -> dict[str, Any]:
     return json.loads((folder / KEYS).read_text())
 
