@@ -17,6 +17,7 @@ from pretrain.evaluate.protocols import best_device
 from pretrain.evaluate.subjects import find_subjects
 from pretrain.transfer.arguments import STEP, recipe_of
 from pretrain.transfer.examples import AnnotatedSet
+from pretrain.transfer.memory import within_memory
 from pretrain.transfer.order import share_of
 from pretrain.transfer.places import Named, open_sets
 from pretrain.transfer.training import Machine
@@ -36,7 +37,8 @@ def transferred(options: argparse.Namespace) -> dict[str, Any] | None:
     machine = Machine(best_device(), options.workers, options.max_bad)
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device)
-    result = transfer(work, train_set, heldout, machine)
+    with within_memory(work.recipe, work.name, machine.device):
+        result = transfer(work, train_set, heldout, machine)
     if result is not None:
         print("\n".join([table(result), *left_out(result["dropped"])]))
         print(f"written to {work.out / RESULT}")
