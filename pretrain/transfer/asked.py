@@ -17,6 +17,7 @@ from pretrain.evaluate.protocols import best_device
 from pretrain.evaluate.subjects import find_subjects
 from pretrain.transfer.arguments import STEP, recipe_of
 from pretrain.transfer.examples import AnnotatedSet
+from pretrain.transfer.lvis import require_federation
 from pretrain.transfer.memory import within_memory
 from pretrain.transfer.order import share_of
 from pretrain.transfer.places import Named, open_sets
@@ -57,7 +58,9 @@ def prepared(options: argparse.Namespace) -> tuple[Work, Place, tuple[AnnotatedS
     require_place("--out", out / RESULT)
     named = Named(options.data, options.train, options.heldout, getattr(options, "images", None))
     work = Work(step, recipe, options.recipe, out, options.frozen, options.seed)
-    return work, place, open_sets(options.task, named, options.max_bad)
+    sets = open_sets(options.task, named, options.max_bad)
+    require_federation(options.recipe, recipe, sets)
+    return work, place, sets
 
 
 def result_of(asked: Path, place: Place, name: str) -> Path:
