@@ -20,6 +20,7 @@ from pretrain.evaluate.published_encoder import (
     PublishedEncoder,
     finite_tensors,
     proven_size,
+    require_same_pixels,
     told_by,
 )
 from pretrain.evaluate.published_internimage import open_internimage
@@ -52,9 +53,16 @@ def open_published(place: Path, size: int | None = None) -> Published:
     """The encoder of an export or a published model at `place`, a folder or the file in it; float32, on the CPU.
 
     No code of the folder is run, nothing is fetched. `size` of the images in pixels; what the files tell if left
-    out. ValueError for a folder of no known kind and for weights that do not fit, FileNotFoundError without files.
+    out. ValueError for a folder of no known kind, for weights that do not fit and for an export whose files tell of
+    different pixels, FileNotFoundError without files.
     """
     folder = place if place.is_dir() else place.parent
+    found = _opened(place, folder, size)
+    require_same_pixels(folder, found.views)
+    return found
+
+
+def _opened(place: Path, folder: Path, size: int | None) -> Published:
     config = told_by(folder, CONFIG)
     told = told_by(folder, KEYS)
     _require_served(folder, told.get("format"), config)

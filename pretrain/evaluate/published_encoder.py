@@ -13,12 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretrain.config import Views
-from pretrain.initial.bounds import require_pixels
+from pretrain.initial.bounds import require_pixels, require_statistics
 from pretrain.initial.files import KEYS, open_weights, own_file, read_json
 from pretrain.initial.one_image import try_image
 
 CONFIG = "config.json"
 DEFAULT_SIZE = 224  # pixels, where no file tells the size of the images
+ROUNDING = 1e-6  # of pixels in [0, 1]: as far as float32 may move what two files tell
 
 
 class PublishedEncoder(nn.Module):
@@ -87,6 +88,20 @@ def proven_size(folder: Path) -> int:
     """The smallest size at which the export was proven: that of the run's views."""
     proof = told_by(folder, KEYS).get("proof", [])
     return min((agreement["size"] for agreement in proof if "size" in agreement), default=DEFAULT_SIZE)
+
+
+def require_same_pixels(folder: Path, views: Views) -> None:
+    """ValueError where an export's keys.json tells of another mean or std than the file that images are made by."""
+    told = told_by(folder, KEYS).get("views")
+    if not isinstance(told, Mapping) or not told.keys() >= {"mean", "std"}:
+        return  # of before, or of others
+    exported = require_statistics(told["mean"], told["std"], folder / KEYS)
+    for name, trained, found in zip(("mean", "std"), exported, (views.mean, views.std), strict=True):
+        if any(abs(one - other) > ROUNDING for one, other in zip(trained, found, strict=True)):
+            raise ValueError(
+                f"{folder} tells pixels of {name} {found}, and its {KEYS} {trained}: both must be those of the "
+                f"training; copy the export again, or take the views out of {KEYS} if you changed them yourself"
+            )
 
 
 def told_by(folder: Path, name: str) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from pretrain.evaluate.published_encoder import CONFIG, Published, PublishedEnco
 from pretrain.export.names import NotProven
 from pretrain.export.onnx_graph import GRAPH, open_graph
 from pretrain.initial.bounds import MOST_PIXELS, require_pixels, require_statistics
-from pretrain.initial.files import NOT_READ, own_file, regular
+from pretrain.initial.files import NOT_READ, digest_of, own_file, regular, require_as_exported
 from pretrain.initial.one_image import MOST_BYTES
-from pretrain.intact import sha256
 from pretrain.limited_memory import at_most, data_bytes
 from pretrain.models.pooling import prepend_mean
 
@@ -89,6 +88,8 @@ class _Graph(nn.Module):
         super().__init__()
         self.file = file
         weights = _files_of_weights(file)
+        for one in (file, *weights):
+            require_as_exported(one)
         num_bytes, threads = sum(one.stat().st_size for one in weights), torch.get_num_threads() * STACK
         most = MOST_BYTES + 2 * num_bytes + threads  # weights lie there once more where they are transposed
         before = data_bytes()
@@ -110,7 +111,7 @@ class _Graph(nn.Module):
             )
         self.shape: torch.Size | None = None  # of what one image gives
         # By which a head's interrupted training knows its encoder, that has no weights of torch.
-        digest = hashlib.sha256("".join(sha256(one) for one in (file, *weights)).encode()).digest()
+        digest = hashlib.sha256("".join(digest_of(one) for one in (file, *weights)).encode()).digest()
         self.register_buffer("digest", torch.frombuffer(bytearray(digest), dtype=torch.uint8))
 
     def forward(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n d"]:

@@ -17,7 +17,7 @@ from pretrain.data.remote import Place
 from pretrain.data.text import Captions
 from pretrain.evaluate.checkpoints import local_of, locate, weights_of
 from pretrain.evaluate.published import is_published, open_published
-from pretrain.evaluate.published_encoder import CONFIG, EncoderAlone, finite_tensors
+from pretrain.evaluate.published_encoder import CONFIG, EncoderAlone, finite_tensors, require_same_pixels
 from pretrain.evaluate.published_texts import NONE, EncoderWithTexts, NoTexts, open_texts
 from pretrain.evaluate.zero_shot import Encode
 from pretrain.export.safetensors_file import TOKENIZER, WEIGHTS
@@ -142,6 +142,7 @@ def _open_towers(folder: Path, file: Path, size: int | None) -> Subject:
         raise ValueError(
             f"{WEIGHTS} of {folder} does not fit its {CONFIG} ({error!r}): export it again"
         ) from error
+    require_same_pixels(folder, run.views)
     return Subject(folder.name, run, facts, towers, _encode_of(folder / TOKENIZER, run, facts))
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,8 +29,8 @@ from pretrain.export.keys import Keys
 from pretrain.export.names import FORMATS, NoToolkits
 from pretrain.export.trained import Trained
 from pretrain.full_disk import is_no_room
-from pretrain.initial.files import KEYS
-from pretrain.intact import flush, followed
+from pretrain.initial.files import KEYS, SHA256
+from pretrain.intact import flush, followed, sha256
 from pretrain.models.backbone import BACKBONES
 
 REMEDY = "free space on that disk or name another --out"
@@ -185,6 +185,7 @@ def export(trained: Trained, name: str, folder: Path, python: str = sys.executab
             "files": {file: told.record() for file, told in keys.items()},
             "proof": [asdict(agreement) for agreement in proof],
             "unproven": unproven,
+            SHA256: _digests(partial, keys),
         }
         (partial / KEYS).write_text(json.dumps(record, indent=1) + "\n")
         (partial / "README.md").write_text(
@@ -199,6 +200,13 @@ def export(trained: Trained, name: str, folder: Path, python: str = sys.executab
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Exported(folder, keys, proof, unproven)
+
+
+def _digests(folder: Path, files: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the files of weights, and of what lies beside one under its name, as a graph's weights do."""
+    names = tuple(files)
+    found = sorted(path for path in folder.iterdir() if path.is_file() and path.name.startswith(names))
+    return {path.name: sha256(path) for path in found}
 
 
 def _prove(exporter: Exporter, trained: Trained, folder: Path, python: str) -> tuple[list[Agreement], str]:

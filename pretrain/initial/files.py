@@ -12,6 +12,7 @@ import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from pretrain.checkpoint.ranges import HEADER, LARGEST_HEADER
 from pretrain.initial.pickles import NOT_READ, read_pickle
+from pretrain.intact import sha256
 
 LARGEST_TEXT = 2**22  # bytes of a config.json or an index of files
 MOST_FILES = 512  # that an index may name
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 PIXELS = "preprocessor_config.json"  # of transformers
 KEYS = "keys.json"  # of an export of ours: its format, and where every tensor went
+SHA256 = "sha256"  # in it: of every file of weights, by name
 NAMES = ("model.safetensors", INDEX, "pytorch_model.bin", "internimage.pth")  # in a folder, in this order
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -119,15 +122,47 @@ def regular(path: Path) -> Path:
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
-    """What one file holds, left on the disk until it is used."""
+    """What one file holds, left on the disk until it is used; of an export of ours it is what was written."""
     if path.suffix in PICKLES:
-        return read_pickle(path)
-    if path.suffix == ".safetensors" or not path.suffix:  # blobs of a cache have none
-        return _read_safetensors(path)
-    raise ValueError(
-        f"{path} ends in {path.suffix!r}, which is no file of weights: give .safetensors or one of "
-        f"{', '.join(PICKLES)}"
-    )
+        tensors = read_pickle(path)
+    elif path.suffix == ".safetensors" or not path.suffix:  # blobs of a cache have none
+        tensors = _read_safetensors(path)
+    else:
+        raise ValueError(
+            f"{path} ends in {path.suffix!r}, which is no file of weights: give .safetensors or one of "
+            f"{', '.join(PICKLES)}"
+        )
+    require_as_exported(path)
+    return tensors
+
+
+def require_as_exported(file: Path) -> None:
+    """ValueError for a file of weights whose bytes are others than those that its export has proven.
+
+    Its folder's keys.json tells them; without it, and of exports of before, nothing is compared. A file is read once
+    more for it, which takes seconds of one of 4 GB.
+    """
+    if not (file.parent / KEYS).is_file():
+        return
+    digests = read_json(own_file(file.parent, KEYS)).get(SHA256, {})
+    if not isinstance(digests, Mapping):
+        raise ValueError(f"{file.parent / KEYS} has {SHA256} {digests!r}, no digests by file: copy it again")
+    if file.name in digests and digest_of(file) != (told := digests[file.name]):
+        raise ValueError(
+            f"{file} has SHA-256 {digest_of(file)[:12]}, {KEYS} beside it tells {str(told)[:12]}: its bytes are not "
+            f"those that were exported; copy the export again, or remove {KEYS} if you changed the weights yourself"
+        )
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file's bytes, which are read once while it stays as it is."""
+    found = file.stat()
+    return _digest(file.resolve(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@lru_cache(maxsize=MOST_FILES)
+def _digest(file: Path, *state: int) -> str:
+    return sha256(file)
 
 
 def header_length(path: Path, num_bytes: int, first: bytes) -> int:

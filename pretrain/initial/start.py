@@ -22,11 +22,11 @@ from pretrain.facts import DataFacts
 from pretrain.given_up import given_up_by
 from pretrain.initial.asked import Init
 from pretrain.initial.compared import compare_config, compare_pixels
-from pretrain.initial.files import open_weights
+from pretrain.initial.files import digest_of, open_weights
 from pretrain.initial.fit import Fit, fill, fit
 from pretrain.initial.layouts import detect
 from pretrain.initial.pickles import key_of
-from pretrain.intact import COMPLETE, sha256
+from pretrain.intact import COMPLETE
 from pretrain.models.internimage_layouts import CONTAINERS, MOST_NESTED, WRAPPERS
 from pretrain.towers import Towers
 
@@ -152,7 +152,7 @@ def _newest(out: Path) -> Place:
 
 def hash_of(files: tuple[Path, ...]) -> str:
     """SHA-256 of one file, or of those of several."""
-    digests = [sha256(file) for file in files]
+    digests = [digest_of(file) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pretrain.config import Run
 from pretrain.data.room import MOST_KEPT
+from pretrain.free_memory import available, control_groups
 from pretrain.preflight.check import Here
 from pretrain.preflight.told import FAILED, WARNING, Judged, Problem, Told, size, span
 
@@ -166,20 +167,6 @@ def look_at_processors(here: Here) -> dict[str, float]:
     return {"cores": usable_cores(), "workers": here.paths.workers if here.paths else 0}
 
 
-def control_groups(own: str | None = None, root: Path = Path("/sys/fs/cgroup")) -> list[Path]:
-    """Folders of this process' control group (version 2) and of those above it, each of which limits it.
-
-    `own` is /proc/self/cgroup: Slurm's steps and systemd's services lie deep, a container sees its own as `root`.
-    """
-    if own is None:
-        own = Path("/proc/self/cgroup").read_text()
-    path = next((line.removeprefix("0::/") for line in own.splitlines() if line.startswith("0::/")), "")
-    inside = Path(path)
-    if ".." in inside.parts or not (root / inside).is_dir():  # another name space than that of the mount
-        inside = Path()
-    return [root / above for above in (inside, *inside.parents)] if inside.parts else [root]
-
-
 def usable_cores(groups: Sequence[Path] | None = None) -> float:
     """Cores that this process may use: of its affinity, or of a control group's quota if that is less."""
     cores = float(len(os.sched_getaffinity(0)))
@@ -213,18 +200,6 @@ def look_at_memory(here: Here) -> dict[str, float]:
         "available": available(Path("/proc/meminfo").read_text(), control_groups()),
         "wanted": here.ranks.local_size * (own + workers * WORKER_BYTES),
     }
-
-
-def available(meminfo: str, groups: Sequence[Path]) -> int:
-    """Bytes that processes here may still take: of the machine, or of a control group of theirs if that is less."""
-    found = dict(line.split(":", 1) for line in meminfo.splitlines() if ":" in line)
-    free = int(found["MemAvailable"].split()[0]) * 1024
-    for group in groups:
-        limit, used = group / "memory.max", group / "memory.current"
-        if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-            cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            free = min(free, int(text) - int(used.read_text()) + int(cached.get("inactive_file", 0)))
-    return free
 
 
 def judge_memory(told: Sequence[Told], here: Here) -> Judged:

@@ -17,6 +17,8 @@ from pretrain.evaluate.protocols import best_device
 from pretrain.evaluate.subjects import find_subjects
 from pretrain.transfer.arguments import STEP, recipe_of
 from pretrain.transfer.examples import AnnotatedSet
+from pretrain.transfer.lvis import require_federation
+from pretrain.transfer.memory import within_memory
 from pretrain.transfer.order import share_of
 from pretrain.transfer.places import Named, open_sets
 from pretrain.transfer.training import Machine
@@ -36,7 +38,8 @@ def transferred(options: argparse.Namespace) -> dict[str, Any] | None:
     machine = Machine(best_device(), options.workers, options.max_bad)
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device)
-    result = transfer(work, train_set, heldout, machine)
+    with within_memory(work.recipe, work.name, machine.device):
+        result = transfer(work, train_set, heldout, machine)
     if result is not None:
         print("\n".join([table(result), *left_out(result["dropped"])]))
         print(f"written to {work.out / RESULT}")
@@ -55,7 +58,9 @@ def prepared(options: argparse.Namespace) -> tuple[Work, Place, tuple[AnnotatedS
     require_place("--out", out / RESULT)
     named = Named(options.data, options.train, options.heldout, getattr(options, "images", None))
     work = Work(step, recipe, options.recipe, out, options.frozen, options.seed)
-    return work, place, open_sets(options.task, named, options.max_bad)
+    sets = open_sets(options.task, named, options.max_bad)
+    require_federation(options.recipe, recipe, sets)
+    return work, place, sets
 
 
 def result_of(asked: Path, place: Place, name: str) -> Path:

@@ -7,11 +7,13 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
-from pretrain.transfer.examples import Federation
+from pretrain.transfer.examples import AnnotatedSet, Federation
+from pretrain.transfer.recipes import Detect, Segment
 
 FREQUENCIES = ("r", "c", "f")
 NEGATIVE, NOT_EXHAUSTIVE = "neg_category_ids", "not_exhaustive_category_ids"  # of an image
 FREQUENCY = "frequency"  # of a category
+FEDERATED = "federated"  # of a recipe's options: categories that a step judges
 FORMAT = "https://www.lvisdataset.org/dataset"
 
 Entry = Mapping[str, Any]
@@ -27,6 +29,17 @@ def federation_of(path: Path, images: Iterable[Entry], categories: Iterable[Entr
         {image["id"]: _categories(path, image, NOT_EXHAUSTIVE) for image in images},
         {category["id"]: _frequency(path, category) for category in categories},
     )
+
+
+def require_federation(name: str, recipe: Segment | Detect, sets: Iterable[AnnotatedSet]) -> None:
+    """ValueError where a recipe judges categories as LVIS does, and a set tells nothing of those that are absent."""
+    is_federated = isinstance(recipe, Detect) and bool(recipe.options.get(FEDERATED))
+    if lacking := [one.place for one in sets if is_federated and one.federation is None]:
+        raise ValueError(
+            f"--recipe {name} is of LVIS's categories, of which most are unknown in an image, and {lacking[0]} has "
+            f"{NEGATIVE} and {NOT_EXHAUSTIVE} of no image: each image must tell both, and each category its "
+            f"{FREQUENCY}, see {FORMAT}; name files of LVIS, or take a recipe of COCO, such as coco or small"
+        )
 
 
 def _categories(path: Path, image: Entry, name: str) -> frozenset[int]:

@@ -21,6 +21,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from pretrain.transfer.backbone import PyramidBackbone, pyramid_config
 from pretrain.transfer.examples import AnnotatedSet, shown_in
 from pretrain.transfer.federated_heads import FederatedHeads, image_counts
+from pretrain.transfer.lvis import FEDERATED
 from pretrain.transfer.pretrained import Pretrained
 from pretrain.transfer.recipes import Detect
 from pretrain.transfer.things import Shown, Things
@@ -68,7 +69,7 @@ class MaskRCNNHead(nn.Module):
         norm = LayerNorm2d if options.pop("has_norms", False) else None
         box_shape, box_layers = (width, ROI_SIZE, ROI_SIZE), [width] * options.pop("box_layers", 0)
         mask_layers = [width] * options.pop("mask_layers", MASK_LAYERS)
-        rpn_layers, federated = options.pop("rpn_layers", 1), options.pop("federated", 0)
+        rpn_layers, federated = options.pop("rpn_layers", 1), options.pop(FEDERATED, 0)
         roi = {"featmap_names": maps.names, "sampling_ratio": 2}
         shared: dict[str, Any] = {
             "min_size": recipe.size,

@@ -20,10 +20,9 @@ from pretrain.evaluate.subjects import open_model
 from pretrain.export.names import FORMATS, GRAPHS
 from pretrain.export.safetensors_file import WEIGHTS
 from pretrain.initial.bounds import explained_by, require_numbers, require_pixels, require_statistics
-from pretrain.initial.files import KEYS, own_file
+from pretrain.initial.files import KEYS, digest_of, own_file
 from pretrain.initial.fit import fill, fit
 from pretrain.initial.layouts import detect
-from pretrain.intact import sha256
 from pretrain.models.backbone import build_encoder
 from pretrain.models.undrawn import undrawn
 
@@ -52,12 +51,12 @@ def open_pretrained(place: Path) -> Pretrained:
     folder = place if place.is_dir() else place.parent
     if (folder / WEIGHTS).exists():
         subject, file = open_model(place, None), folder / WEIGHTS if place.is_dir() else place
-        return Pretrained(subject.run.backbone, subject.run.views, subject.towers.encoder, sha256(file))
+        return Pretrained(subject.run.backbone, subject.run.views, subject.towers.encoder, digest_of(file))
     told = told_by(folder, KEYS)
     _require_trainable(place, told.get("format"))
     backbone, views = _described(told, folder / KEYS)
     file = _file_of(place, told)
-    return Pretrained(backbone, views, _encoder(file, backbone, views.size), sha256(file))
+    return Pretrained(backbone, views, _encoder(file, backbone, views.size), digest_of(file))
 
 
 def _require_trainable(place: Path, name: Any) -> None:

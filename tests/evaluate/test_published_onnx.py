@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,22 @@ def test_a_config_that_does_not_fit_its_graph_is_told(
 ) -> None:
     write(tmp_path, **config)
     with pytest.raises(ValueError, match=told):
+        open_published(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_bytes_other_than_those_that_were_exported_are_refused(name: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    digest = sha256((tmp_path / name).read_bytes()).hexdigest()
+    (tmp_path / "keys.json").write_text(json.dumps({"format": "onnx", "sha256": {name: digest}}))
+    open_published(tmp_path)
+    if name == "model.onnx":
+        write(tmp_path, followed("Relu", ["before"]))
+    else:
+        (tmp_path / name).write_bytes(bytes(WEIGHT.nbytes))
+    with pytest.raises(
+        ValueError, match=rf"{name} has SHA-256 .*, keys.json .*{digest[:12]}.*copy the export"
+    ):
         open_published(tmp_path)
 
 

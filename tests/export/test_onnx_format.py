@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import onnx
@@ -56,6 +57,14 @@ def test_the_graph_is_sound_and_says_what_it_takes(exported: Exported) -> None:
     assert {node.domain for node in graph.node} == {""}  # no operator of anybody's own
     weights = {one.name for one in graph.initializer}
     assert set(exported.keys["model.onnx"].written.values()) <= weights
+
+
+def test_keys_tell_the_bytes_of_the_graph_and_of_its_weights(exported: Exported) -> None:
+    digests = json.loads((exported.folder / "keys.json").read_text())["sha256"]
+    assert digests == {
+        name: sha256((exported.folder / name).read_bytes()).hexdigest()
+        for name in ("model.onnx", "model.onnx.data")
+    }
 
 
 def test_the_towers_let_their_weights_go_where_no_format_follows(exported: Exported, vit_run: Path) -> None:

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from pretrain.evaluate.checkpoints import find_checkpoint
+from pretrain.evaluate.subjects import open_model
 from pretrain.export import formats
-from pretrain.export.formats import KEYS
 from pretrain.export.names import GRAPHS
 from pretrain.export.trained import read_trained
+from pretrain.initial.files import KEYS, SHA256, open_weights
+from pretrain.models.guides import open_guide
 from pretrain.transfer import __main__ as command
 from pretrain.transfer.backbone import load_trunk
 from pretrain.transfer.pretrained import Pretrained, open_pretrained
@@ -111,14 +113,56 @@ def test_the_command_learns_from_an_export_as_from_its_run_and_writes_beside_it(
     assert re.search(r"state of a transfer with weights=.*name another --out", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    "name", ["detectron2", "huggingface", "openmmlab", "safetensors", "timm", "torchvision"]
+)
+def test_a_bit_that_changed_since_the_export_is_told_by_every_reader(
+    name: str, exports: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(exports["vit", name], folder)
+    file = folder / next(iter(told(folder)["files"]))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    readers = [open_pretrained, open_weights, lambda place: open_model(place, None)]
+    message = rf"{file.name} has SHA-256 \w{{12}}, keys.json .* tells \w{{12}}: .*; copy the export again, or remove"
+    for read in (*readers, open_guide) if name == "huggingface" else readers:
+        with pytest.raises(ValueError, match=message):
+            read(folder if name != "openmmlab" or read == open_pretrained else file)
+    (folder / KEYS).unlink()
+    assert open_weights(file).tensors
+
+
+@pytest.mark.parametrize("name", ["huggingface", "safetensors"])
+def test_pixels_that_two_files_of_an_export_tell_otherwise_are_refused(
+    name: str, exports: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(exports["vit", name], folder)
+    keys = told(folder)
+    rounded = [one + 1e-8 for one in keys["views"]["std"]]
+    for std in (rounded, [0.5, 0.4, 0.3]):
+        (folder / KEYS).write_text(json.dumps(keys | {"views": keys["views"] | {"std": std}}))
+        if std == rounded:
+            open_model(folder, None)
+    with pytest.raises(
+        ValueError, match=r"pixels of std .* keys.json \(0.5, 0.4, 0.3\): .*copy the export again"
+    ):
+        open_model(folder, None)
+
+
 def told(folder: Path) -> dict[str, Any]:
     return json.loads((folder / KEYS).read_text())
 
 
 def spoil(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Other weights, as one whose writer tells no digests."""
     content = torch.load(file, weights_only=True)
     change(next(iter(content.values())))
     torch.save(content, file)
+    keys = told(file.parent)
+    (file.parent / KEYS).write_text(json.dumps({name: keys[name] for name in keys if name != SHA256}))
 
 
 def without(tensors: dict[str, torch.Tensor]) -> None:

@@ -23,6 +23,7 @@ from pretrain.data.faults import BadSample
 from pretrain.evaluate.masks import read_numbers
 from pretrain.transfer import examples
 from pretrain.transfer.arguments import parse
+from pretrain.transfer.asked import prepared
 from pretrain.transfer.coco import CocoSet, outline_of
 from pretrain.transfer.detect import things_of
 from pretrain.transfer.examples import Drops
@@ -287,6 +288,22 @@ def test_a_file_that_has_the_fields_of_lvis_in_part_is_refused(
     change(coco, as_lvis)
     with pytest.raises(ValueError, match=message):
         CocoSet(change(coco, edit), coco / "images", 0.0)
+
+
+def test_the_recipe_of_lvis_wants_the_fields_of_lvis(
+    runs: dict[str, Path], coco: Path, tmp_path: Path
+) -> None:
+    words = [str(runs["vit"]), "--data", str(coco), "--out", str(tmp_path / "out")]
+    lvis, plain = (parse(["detect", *words, "--recipe", name]) for name in ("lvis", "coco"))
+    told = r"--recipe lvis is of LVIS's .*{} has neg_category_ids and .* of no image.*: .*recipe of COCO, such as"
+    with pytest.raises(ValueError, match=told.format("instances_train.json")):
+        prepared(lvis)
+    prepared(plain)
+    change(coco, as_lvis)
+    with pytest.raises(ValueError, match=told.format("instances_val.json")):
+        prepared(lvis)
+    change(coco, as_lvis, "val")
+    assert all(one.federation for one in prepared(lvis)[2])
 
 
 def mask_places(root: Path) -> MaskPlaces:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.export.__main__ import main as export_main
 from pretrain.training_state import States
 from pretrain.transfer import __main__ as command
-from pretrain.transfer import training
+from pretrain.transfer import memory, training
 from pretrain.transfer.arguments import parse
 from pretrain.transfer.asked import prepared
 from pretrain.transfer.backbone import load_trunk
@@ -329,3 +330,43 @@ def test_a_resumed_training_tells_what_it_left_out_before(tmp_path: Path) -> Non
     resumed = Drops(**states.load(model, optimizer)[1]["drops"])
     with pytest.raises(ValueError, match=r"unreadable 1, first: a\.png: nothing"):
         resumed.require_few("examples", 4, 0.0)
+
+
+def test_a_recipe_that_no_memory_suffices_for_is_told(
+    runs: dict[str, Path], shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    huge = replace(tiny("detect", "small"), size=8192)
+    monkeypatch.setitem(RECIPES["detect"], "coco", lambda: huge)
+    monkeypatch.setattr(memory, "available", lambda *_: 2**29)
+    assert command.main(["detect", str(runs["vit"]), "--data", str(shards), "--recipe", "coco"]) == 1
+    assert re.search(
+        r"error: --recipe coco shows 2 images of 8192 x 8192 pixels a step on this rank, and 0.5 GiB of memory were "
+        r"free for it on cpu.*: choose a smaller recipe, such as small, .*more ranks or more memory, or a GPU",
+        capsys.readouterr().err,
+    )
+
+
+def test_a_gpu_that_has_no_memory_left_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**34, 2**36))
+    told = (
+        r"lvis shows 64 images of 1024 x 1024 .* 16.0 GiB .* on cuda:1.*more ranks, or a GPU of more memory"
+    )
+    with (
+        pytest.raises(ValueError, match=told),
+        memory.within_memory(recipe("detect", "lvis"), "lvis", torch.device("cuda", 1)),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_ranks_of_a_host_share_its_memory_and_without_it_nothing_is_limited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda *_: 2**34)
+    alone = memory.free_for_this_rank()
+    for name, value in {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert alone is not None and 2**33 < alone < 2**34 and memory.free_for_this_rank() == alone // 4
+    monkeypatch.setattr(memory, "available", lambda *_: Path("/nowhere").read_text())
+    assert memory.free_for_this_rank() is None
+    with memory.within_memory(recipe("detect", "small"), "small", torch.device("cpu")):
+        assert torch.zeros(2**20).sum() == 0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor, nn
 
-from pretrain.intact import sha256
+from pretrain.initial.files import digest_of
 from pretrain.models.pixels import normalise
 
 RUN_BYTES = 64 * 2**20  # of the cosines of tokens and codes that exist at once
@@ -109,5 +109,5 @@ def nearest_codes(
 
 def fingerprint(folder: Path, files: Iterable[str]) -> str:
     """SHA-256 over the names and contents of files: a guide with other weights or pixels has another one."""
-    lines = [f"{name} {sha256(folder / name)}\n" for name in sorted(files)]
+    lines = [f"{name} {digest_of(folder / name)}\n" for name in sorted(files)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
