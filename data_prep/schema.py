@@ -22,6 +22,10 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")  # of the first member of a sample
+MASK_FOLDERS = (
+    "masks",
+    "annotations",
+)  # beside images/, of a set that says what each of its images shows where
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 WHOLE_SHARD = -1  # where an index of a sample is told: all of the shard

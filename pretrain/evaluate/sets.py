@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchvision.datasets.folder import find_classes, make_dataset
 
-from data_prep.schema import MANIFEST_NAME, Manifest, sha256_file
+from data_prep.schema import MANIFEST_NAME, MASK_FOLDERS, Manifest, sha256_file
 from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
 from pretrain.evaluate.apart import require_apart, resolved
@@ -18,8 +18,6 @@ from pretrain.evaluate.splits import SPLITS
 
 # Suffix of a file -> name of the image in a sample.
 SUFFIXES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
-# Folders beside a folder of images that say what these show.
-MASKS = ("masks", "annotations")
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def _samples(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
 def _require_classes(folder: Path, names: list[str]) -> None:
     """ValueError where the folders are a set with masks or boxes: in which of them an image lies is no class."""
     found = {name.lower(): name for name in names}
-    masks = next((found[name] for name in MASKS if name in found), None)
+    masks = next((found[name] for name in MASK_FOLDERS if name in found), None)
     if masks is None:
         return
     is_of_boxes = any(path.suffix == ".json" for path in (folder / masks).iterdir())

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.schema import MANIFEST_NAME
+from data_prep.schema import MANIFEST_NAME, MASK_FOLDERS
 from pretrain.evaluate.apart import require_apart
-from pretrain.evaluate.sets import MASKS
 from pretrain.transfer.coco import CocoSet
 from pretrain.transfer.examples import AnnotatedSet, look_at
 from pretrain.transfer.formats import FORMATS
@@ -82,7 +81,7 @@ def _open(task: str, path: Path, images: Path | None, max_bad: float) -> Annotat
 
 def _mask_places(path: Path) -> MaskPlaces | None:
     """PATH/images beside PATH/masks; or PATH = ROOT/images/SPLIT beside ROOT/masks/SPLIT, as in ADE20k."""
-    for name in MASKS:
+    for name in MASK_FOLDERS:
         if (path / "images").is_dir() and (path / name).is_dir():
             classes = path / "classes.txt"
             return MaskPlaces(

@@ -356,6 +356,15 @@ def test_prompts_without_class_folders_or_beside_a_table_are_refused(tmp_path):
         Folder(str(source), prompts=("{}",)).collections()
 
 
+def test_images_beside_their_masks_are_no_two_classes(tmp_path):
+    jpeg = _encoded("JPEG")
+    source = _write(tmp_path, {"images/1.jpg": jpeg, "masks/1.png": _encoded("PNG")})
+    with pytest.raises(
+        ValueError, match=r"has images in 'images' and 'masks', .* name the folder of the images"
+    ):
+        Folder(str(source)).collections()
+
+
 def test_classes_tsv_gives_the_numbers_and_must_name_every_class(tmp_path):
     jpeg = _encoded("JPEG")
     source = _write(
