@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from importlib.machinery import SourceFileLoader
+from random import Random
 from types import CodeType
 from unittest.mock import patch
 
 from beartype import BeartypeConf, beartype
+from beartype._check.code import codemain
 from jaxtyping import _import_hook, install_import_hook
 
 # An int is welcome where a float is asked for, as PEP 484 has it.
@@ -20,7 +22,11 @@ def check_packages(*names: str) -> None:
     jaxtyping has compiled files of its own for as long as a module runs, and so for all that the module imports:
     torch, transformers and the rest were compiled anew, half of the time that collecting tests took. Here it has them
     for that module alone.
+
+    beartype looks at one item of a list, which it draws from Python's global generator. A thread whose calls are
+    checked would change what another one, which has just seeded that generator, draws from it. Here it has its own.
     """
+    codemain.getrandbits = Random(0).getrandbits
 
     class Loader(_import_hook._JaxtypingLoader):
         def get_code(self, fullname: str) -> CodeType | None:

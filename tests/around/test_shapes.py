@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
+from pretrain.evaluate.fine_tune_order import own_pairs
 from pretrain.evaluate.regions import iou
 from tests.paths import ROOT
 
@@ -16,6 +18,12 @@ from tests.paths import ROOT
 def test_a_wrong_shape_is_noticed():
     with pytest.raises(TypeCheckError):
         iou(torch.zeros(2, 4))  # intersection, union and truth are 3
+
+
+def test_checks_draw_nothing_from_the_global_generator():
+    state = random.getstate()
+    own_pairs([3, 1, 4, 1])
+    assert random.getstate() == state
 
 
 def test_what_a_checked_package_imports_keeps_its_own_compiled_file():
