@@ -26,6 +26,7 @@ NO_NAME = "ParamValidationError"  # of boto: a request that no store can take, n
 SET_KEYS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 A_URL = "name a folder or a URL that fsspec knows, such as s3://bucket/folder"
 OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
+CHANCE = random.SystemRandom()  # Python's global generator is for those who have seeded it
 _MD5 = re.compile(r"[0-9a-f]{32}")
 T = TypeVar("T")
 
@@ -68,7 +69,7 @@ def patiently(url: str, work: Callable[[Any, str], T]) -> T:
                     f"{url} has failed for {failing:.0f} seconds, at last with {error!r}; a store may fail for "
                     f"{PATIENCE:g} seconds: run the same command again when it answers, what is finished stays"
                 ) from error
-        time.sleep(random.uniform(pause / 2, pause))  # many processes must not come back all at once
+        time.sleep(CHANCE.uniform(pause / 2, pause))  # many processes must not come back all at once
         pause = min(2 * pause, LONGEST_PAUSE)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import queue
-import random
 import socket
 import threading
 import time
@@ -13,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from data_prep.stores import NO_KEYS, NO_NAME, SET_KEYS, misnamed
+from data_prep.stores import CHANCE, NO_KEYS, NO_NAME, SET_KEYS, misnamed
 
 FIRST_PAUSE = 0.1  # seconds before an attempt is repeated; doubled each time
 LONGEST_PAUSE = 30.0  # seconds
@@ -87,7 +86,7 @@ def patiently(
             if attempt is not None and isinstance(error, TimeoutError):
                 attempt *= 2
         # Of many processes not all at once; and no longer than it may fail, for one last attempt then.
-        stopped.wait(min(random.uniform(pause / 2, pause), seconds - failing))
+        stopped.wait(min(CHANCE.uniform(pause / 2, pause), seconds - failing))
         pause = min(2 * pause, longest)
 
 

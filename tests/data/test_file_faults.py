@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 import time
 from collections import Counter
@@ -296,8 +297,10 @@ def test_a_pause_does_not_outlast_the_time_that_a_store_may_fail(monkeypatch: py
         attempts.append(time.monotonic())
         raise OSError(errno.EIO, "Input/output error")
 
+    state = random.getstate()
     with pytest.raises(retries.GaveUp, match=r"has failed for 0.2 seconds"):
         retries.patiently(work, "a file", 0.2)
+    assert random.getstate() == state  # a thread that asks a store changes nothing that another one draws
     assert 0.2 <= attempts[-1] - attempts[0] < 10 and len(attempts) > 1
 
 
