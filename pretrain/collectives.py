@@ -114,20 +114,24 @@ def from_every_rank(own: Sequence[T], device: torch.device | str = "cpu") -> lis
     return [one for part in parts for one in part]
 
 
-def on_every_rank(work: Callable[[], T], device: torch.device | str = "cpu") -> T:
-    """What `work` returns on this rank; an OSError or ValueError on one of them ends it on all, with its message.
+def on_every_rank(
+    work: Callable[[], T],
+    device: torch.device | str = "cpu",
+    errors: type[Exception] | tuple[type[Exception], ...] = (OSError, ValueError),
+) -> T:
+    """What `work` returns on this rank; an error of these kinds on one of them is raised by all.
 
     A collective call, as from_every_rank. An error of one rank alone would leave the others waiting for it.
     """
     try:
         outcome, problem = work(), None
-    except (OSError, ValueError) as error:
+    except errors as error:
         outcome, problem = None, error
-    told = from_every_rank([] if problem is None else [str(problem)], device)
-    if problem is not None and told[0] == str(problem):
+    told = from_every_rank([] if problem is None else [sendable(problem)], device)
+    if problem is not None and str(told[0]) == str(problem):
         raise problem
     if told:
-        raise ValueError(told[0]) from problem
+        raise told[0] from problem
     return outcome
 
 

@@ -22,6 +22,7 @@ from pretrain.checkpoint import (
     steps_in,
 )
 from pretrain.config import Guard, Run
+from pretrain.data.faults import DataAway, NobodyThere
 from pretrain.data.remote import Place, is_url
 from pretrain.evidence import Journal, Rewind
 from pretrain.exits import Postponed
@@ -57,6 +58,20 @@ def reaching(paths: Paths) -> Iterator[None]:
             "nothing of them is lost; mend the place if it does not recover by itself, the same command goes on from "
             "there, as a job script that goes on after 75 does"
         ) from error
+
+
+@contextmanager
+def reading(folder: Place | None) -> Iterator[None]:
+    """Around a run from the checkpoint in `folder`, if any: Postponed where the place of its data is away.
+
+    An address where nobody listens, and that has served neither this machine nor the run, is more likely a mistake.
+    """
+    try:
+        yield
+    except DataAway as error:
+        if isinstance(error, NobodyThere) and folder is None:
+            raise
+        raise Postponed(f"{error}; a job script that goes on after 75 starts it again") from error
 
 
 def require_mounted(paths: Paths) -> None:

@@ -22,6 +22,7 @@ from pretrain.collectives import from_first_rank, on_every_rank, rank, world_siz
 from pretrain.compiled import check_compile, compile_blocks
 from pretrain.config import Run
 from pretrain.data import drop_list
+from pretrain.data.faults import DataAway
 from pretrain.data.loader import Loader
 from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_folder
@@ -117,16 +118,18 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
     with resume.reaching(paths):
         folder = from_first_rank(lambda: _left_at(paths, journal))
         skipped = from_first_rank(lambda: resume.batches_left_out(folder, journal))
+    held.enter_context(resume.reading(folder))
     first_step = 0 if folder is None else step_of(folder)
     window = Window(paths.profile, paths.out, first_step, run.steps)
     held.callback(window.close)
     if paths.compile:
         check_compile(run.backbone.family, describe(started.config)["stage"])
-    tokenizer = tokenizer_folder(run, paths.data, paths.tokenizer)
+    read = partial(on_every_rank, device=started.device, errors=DataAway)  # no rank waits for another
+    tokenizer = read(lambda: tokenizer_folder(run, paths.data, paths.tokenizer))
     guide = read_guide(run, paths.guide)
     dropped = drop_list.file_of(paths.out, rank(), world_size())
     load = partial(open_loader, run, paths, tokenizer, started.device, dropped_to=dropped)
-    loader = held.enter_context(closing(load(first_step, skipped)))
+    loader = read(lambda: held.enter_context(closing(load(first_step, skipped))))
     facts = with_guide(loader.facts, guide)
     start, facts = beginning(run, paths, facts, folder)  # None where the run goes on
     if folder is not None:  # refuses another recipe before minutes of building
@@ -145,8 +148,7 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
     job = Job(run, paths, engine, saver, journal, started.signals, started.watchdog, window, check)
     speed = speed_of(run, facts, engine)
     spent = Spent(world_size(), paths.price, gpu_hours, started.begun)
-    compiled = ", compiled blocks" if paths.compile else ""
-    made = f"{started.machine}, {engine.chosen}{compiled}"
+    made = f"{started.machine}, {engine.chosen}{', compiled blocks' if paths.compile else ''}"
     without = left_out(run, facts)
     trackers = [TRACKERS[name](paths.out, run) for name in paths.trackers if rank() == 0]
     for tracker in trackers:
@@ -169,7 +171,7 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
         if folder is None:
             return
         loader.close()
-        loader = held.enter_context(closing(load(step_of(folder), engine.guard.left_out)))
+        loader = read(lambda: held.enter_context(closing(load(step_of(folder), engine.guard.left_out))))  # noqa: B023
 
 
 def _check(run: Run, paths: Paths, facts: DataFacts, tokenizer: Path | None) -> TeacherCheck | None:

@@ -49,6 +49,14 @@ class DataError(ValueError):
     """The data as a whole cannot be trained on."""
 
 
+class DataAway(DataError):
+    """The place of the data fails now, and may serve later."""
+
+
+class NobodyThere(DataAway):
+    """Nobody takes connections at an address that never served this machine: it may be a wrong one."""
+
+
 def exactly(limit: float, num_reads: int) -> float:
     """Bad samples that one judge of all samples allows."""
     return limit * max(num_reads, MIN_READS)

@@ -14,7 +14,7 @@ from typing import TypeVar
 from data_prep.schema import MANIFEST_NAME, Shard
 from pretrain.data.cache import CACHE_FOLDER
 from pretrain.data.damage import OF_DAMAGE, can_be_read_elsewhere
-from pretrain.data.faults import BadSample, DataError
+from pretrain.data.faults import BadSample, DataAway, DataError
 from pretrain.data.records import offsets_of
 from pretrain.data.remote import PATIENCE, RemoteFolder
 from pretrain.retries import OF_NAMES, GaveUp, patiently
@@ -30,7 +30,7 @@ class OpenShards:
     """Files of the shards in a folder, or of their copies where `remote` has them; the `most` used last stay open.
 
     A file system that fails is no property of the data: the file is opened and read again, since its handle may be
-    stale, for PATIENCE seconds; then DataError. One place that fails while others of its file can be read makes a
+    stale, for PATIENCE seconds; then DataAway. One place that fails while others of its file can be read makes a
     BadSample `unreadable`; of a copy, another copy.
     """
 
@@ -177,12 +177,12 @@ def _is_removed(descriptor: int) -> bool:
 
 
 def of_file(work: Callable[[], T], path: Path, seconds: float, remedy: str = ANOTHER_COPY) -> T:
-    """What `work` gives of a file, done again while its file system fails; then DataError."""
+    """What `work` gives of a file, done again while its file system fails; then DataAway."""
     try:
         return patiently(work, str(path), seconds, final=(ValueError,), longest=LONGEST_PAUSE)
     except PermissionError as error:
         raise DataError(f"{path} may not be read: {error}; mend the access and start again") from error
     except GaveUp as error:
-        raise DataError(
+        raise DataAway(
             f"{error.strerror}: start again when it can be read, {remedy}; nothing is lost"
         ) from error

@@ -19,7 +19,7 @@ import fsspec
 from data_prep.schema import MANIFEST_NAME, Shard, write_atomic
 from data_prep.stores import A_URL
 from pretrain.data.cache import CACHE_GIB, PARTIAL, Cache, lock_of
-from pretrain.data.faults import BadSample, DataError
+from pretrain.data.faults import BadSample, DataAway, DataError, NobodyThere
 from pretrain.retries import GaveUp, patiently, refusal
 
 PIECE = 2**24  # bytes, of one request; what fails is asked for again, not the whole shard
@@ -56,7 +56,7 @@ def place_of(text: str) -> Place:
 class RemoteFolder:
     """A data set behind a URL: `folder` holds copies of its small files, `open` gives a shard.
 
-    A store that fails is asked again, with growing pauses, for PATIENCE seconds; then DataError. What the store says
+    A store that fails is asked again, with growing pauses, for PATIENCE seconds; then DataAway. What the store says
     is missing raises FileNotFoundError.
     """
 
@@ -85,7 +85,10 @@ class RemoteFolder:
         self._forget()
 
     def copy_manifest(self) -> None:
-        """Fetches manifest.json, at every start: it decides what is current. FileNotFoundError without one."""
+        """Fetches manifest.json, at every start: it decides what is current.
+
+        FileNotFoundError without one, DataAway where the store fails, NobodyThere where it may be a wrong address.
+        """
         is_known, begun = (self.folder / MANIFEST_NAME).exists(), time.monotonic()
 
         def ask(fs: Any, path: str) -> bytes:
@@ -96,7 +99,7 @@ class RemoteFolder:
                 is_early = time.monotonic() - begun < (PATIENCE_AT_START if is_known else REFUSED_AT_START)
                 if not refused or is_early:
                     raise
-                raise DataError(
+                raise (DataAway if is_known else NobodyThere)(
                     f"{self.url} cannot be read, nobody takes connections there ({refused}): mend the address, of S3 "
                     "that in AWS_ENDPOINT_URL, or start the server, and start again"
                 ) from error
@@ -313,6 +316,6 @@ class RemoteFolder:
         except PermissionError as error:
             raise DataError(f"{told} may not be read: {error}; mend the access and start again") from error
         except GaveUp as error:
-            raise DataError(
+            raise DataAway(
                 f"{error.strerror}: start again when the store answers, nothing is lost"
             ) from error

@@ -18,7 +18,7 @@ from data_prep.schema import (
     sha256_file,
 )
 from pretrain.data.cache import Cache
-from pretrain.data.faults import BadSample, DataError
+from pretrain.data.faults import BadSample, DataAway, DataError
 from pretrain.data.open_shards import OpenShards, of_file
 from pretrain.data.records import read_members
 from pretrain.data.remote import PATIENCE_AT_START, Place, RemoteFolder, is_url
@@ -35,7 +35,7 @@ class ShardFolder:
     sha256 too; both raise FileNotFoundError and ValueError that name the shard. Shards behind a URL are copied when
     they are first read, and hashed then. Afterwards a sample that cannot be used raises BadSample, of its shard
     `missing_shard`, `truncated_shard`, `changed_shard` or `broken_index`, of itself `broken_record` or `unreadable`;
-    a file system that fails raises DataError in the end, see `OpenShards`.
+    a file system that fails raises DataAway in the end, see `OpenShards`.
     """
 
     def __init__(
@@ -97,9 +97,7 @@ class ShardFolder:
                 try:
                     self._require(shard)
                 except (FileNotFoundError, ValueError) as error:
-                    if isinstance(error, DataError):  # is it this shard alone, or the whole file system?
-                        of_file((self.folder / MANIFEST_NAME).stat, self.folder, PATIENCE_AT_START)
-                    yield error
+                    yield self._of_shard(error) if isinstance(error, DataAway) else error
         elif (
             shards[:1] == self.manifest.shards[:1]
         ):  # one listing tells all: of many ranks the first asks for it
@@ -134,7 +132,12 @@ class ShardFolder:
             try:
                 of_file(partial(verified.check, shard), self.folder / shard.name, PATIENCE_AT_START)
             except ValueError as error:
-                yield shard, error
+                yield shard, self._of_shard(error) if isinstance(error, DataAway) else error
+
+    def _of_shard(self, error: DataAway) -> DataError:
+        """The error of a shard that is damaged, alone; DataAway where the whole file system fails."""
+        of_file((self.folder / MANIFEST_NAME).stat, self.folder, PATIENCE_AT_START)
+        return DataError(str(error))
 
     def _require(self, shard: Shard) -> None:
         of_file(lambda: require_shard(self.folder, shard), self.folder / shard.name, PATIENCE_AT_START)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pretrain.clock import Clock
-from pretrain.collapse import Collapse, alarm, measure, replay
+from pretrain.collapse import Collapse, alarm, measure, replay, too_short
 from pretrain.collectives import rank, world_size
 from pretrain.config import Run
 from pretrain.monitor.console import Unbroken, block, line
@@ -76,6 +76,8 @@ class Monitor:
         self._spent.keep(out, self.say)
         self._log = open_log(out / LOG, kept, self.say)
         self._tell(list(self._watch.collapsed.values()))  # before the checkpoint from which the run goes on
+        if untold := too_short(run):
+            self.say(f"collapse of features: {untold}")
 
     def __enter__(self) -> Monitor:
         return self

@@ -8,13 +8,19 @@ from typing import Any
 
 import fsspec
 
-from pretrain.data.remote import Place
+from pretrain.data.faults import DataAway
+from pretrain.data.remote import PATIENCE_AT_START, Place, is_url
 from pretrain.preflight.check import Here
+from pretrain.preflight.storage import ANSWERS
 from pretrain.preflight.told import WARNING, Judged, Problem, Told, differences, size
+from pretrain.retries import GaveUp, patiently, within
 
 MOST_LOOKED_AT = 256  # shards of a data set whose size every node compares
 HEADER = 512  # bytes, of the first member of a tar file
 MAGIC = slice(257, 262)  # of POSIX.1-1988, b"ustar"
+DATA_RULE = (
+    "the same manifests on all nodes, all shards there, a batch of samples and a shard for each worker"
+)
 MASTERS, MOMENTS, AVERAGE = (
     4,
     8,
@@ -64,9 +70,22 @@ def judge_recipe(told: Sequence[Told], here: Here) -> Judged:
 
 
 def look_at_data(here: Here) -> dict[str, Any] | None:
-    """SHA-256 of each source's manifest by name, its shards and samples; errors of the loader as it raises them."""
+    """`sources`: SHA-256 of the manifest of each by name, its shards and samples; errors as the loader raises them.
+
+    `fails` where a store is away: training asks it again, and ends with a code to start again.
+    """
     if here.run is None or here.paths is None:
         return None
+    try:
+        if not any(map(is_url, here.paths.data.values())):
+            return {"sources": _look_at_sources(here)}
+        return {"sources": within(ANSWERS * here.options.check_seconds, lambda: _look_at_sources(here))}
+    except (DataAway, GaveUp, TimeoutError) as error:
+        return {"fails": str(error)}
+
+
+def _look_at_sources(here: Here) -> dict[str, Any]:
+    assert here.run is not None and here.paths is not None, "data is checked where there is some"
     from pretrain.data.sources import open_sources, tokenizer_folder
     from pretrain.data.steps import run_order
 
@@ -92,7 +111,9 @@ def _require_tar(place: Place, name: str) -> None:
             header = file.read(HEADER)
     else:
         fs, root = fsspec.url_to_fs(place, use_listings_cache=False)
-        header = fs.cat_file(f"{root}/{name}", start=0, end=HEADER)
+        header = patiently(
+            lambda: fs.cat_file(f"{root}/{name}", start=0, end=HEADER), f"{place}/{name}", PATIENCE_AT_START
+        )
     if header[MAGIC] != b"ustar":
         raise ValueError(
             f"{place}/{name} does not begin as a tar file: copy it again or build the data set again"
@@ -101,8 +122,19 @@ def _require_tar(place: Place, name: str) -> None:
 
 def judge_data(told: Sequence[Told], here: Here) -> Judged:
     assert here.run is not None, "data is checked where there is some"
+    fails = [
+        Problem(one.place, one.value["fails"], "training asks it once more", status=WARNING)
+        for one in told
+        if "fails" in one.value
+    ]
+    told = [Told(one.place, one.value["sources"]) for one in told if "sources" in one.value]
+    if not told:
+        return Judged("fails now", DATA_RULE, fails)
     flat = [Told(one.place, {name: of["manifest"] for name, of in one.value.items()}) for one in told]
-    problems = differences(flat, "manifest of ", "copy the same build of the data set to every node")
+    problems = [
+        *fails,
+        *differences(flat, "manifest of ", "copy the same build of the data set to every node"),
+    ]
     sources = told[0].value
     for name, of in sources.items():
         if of["samples"] < here.run.batch:
@@ -128,5 +160,4 @@ def judge_data(told: Sequence[Told], here: Here) -> Judged:
     value = ", ".join(
         f"{name}: {of['samples']} samples in {of['shards']} shards" for name, of in sources.items()
     )
-    rule = "the same manifests on all nodes, all shards there, a batch of samples and a shard for each worker"
-    return Judged(value, rule, problems)
+    return Judged(value, DATA_RULE, problems)

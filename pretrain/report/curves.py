@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from pretrain.collapse import can_collapse, scales
+from pretrain.collapse import can_collapse, judged_after, scales
 from pretrain.config import Run
 from pretrain.objective import LABELS, Target
 from pretrain.report.record import Record
@@ -196,13 +196,15 @@ def _schedules(record: Record) -> Iterator[Chart]:
 
 def _collapse(record: Record, quantity: str) -> Iterator[Chart]:
     """One quantity of every target of which it was measured, with its best value and its limit."""
+    after = judged_after(record.run)
     for name in record.names("collapse"):
-        *_, last = record.measured(name).values()
+        *_, (step, last) = record.measured(name).items()
         levels = [NOTHING_SHARED]
         if scale := scales(last).get(quantity):
             levels = [Level(BEST[quantity], scale.best)]
             if can_collapse(record.run, name):
-                levels.append(Level("collapsed below", scale.limit))
+                limit = "collapsed below" if step > after else f"limit after step {after:,}"
+                levels.append(Level(limit, scale.limit))
         sizes = "codes" if quantity == "code_entropy" else "width"
         unit = f"{sizes} {last.get(sizes, 0):,}, {last['rows']:,} images"
         lines = {name: (("collapse", name, quantity), colour_of(name, record))}

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pretrain.collapse import can_collapse, judged_after, replay, scales
+from pretrain.collapse import STEPS_IN_A_ROW, can_collapse, judged_after, replay, scales, too_short
 from pretrain.config import Run
 from pretrain.report.accuracy import headline
 from pretrain.report.record import Record
@@ -164,7 +164,7 @@ def _collapse(record: Record) -> Verdict:
     told = []
     for name in names:
         judged = [v for step, v in record.measured(name).items() if watch.judges(name, step)]
-        if judged:
+        if len(judged) >= STEPS_IN_A_ROW:
             lowest = (
                 f"{quantity.replace('_', ' ')} {significant(min(v[quantity] for v in judged))} "
                 f"(limit {significant(scale.limit)})"
@@ -172,7 +172,8 @@ def _collapse(record: Record) -> Verdict:
             )
             told.append(f"{name} {', '.join(lowest)}")
     if not told:
-        return Verdict(None, "Collapse", f"nothing is logged after step {judged_after(record.run):,} yet")
+        after = f"fewer than {STEPS_IN_A_ROW} steps are logged after step {judged_after(record.run):,} yet"
+        return Verdict(None, "Collapse", too_short(record.run) or after)
     return Verdict(True, "No collapse", f"lowest after the warm-up: {'; '.join(told)}")
 
 

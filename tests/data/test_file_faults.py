@@ -21,7 +21,7 @@ from pretrain.config import Source
 from pretrain.data import open_shards, shards
 from pretrain.data.batch import Batch
 from pretrain.data.cache import cache_folder
-from pretrain.data.faults import BadSample, DataError
+from pretrain.data.faults import BadSample, DataAway, DataError
 from pretrain.data.loader import Loader
 from pretrain.data.records import read_members
 from pretrain.data.shards import ShardFolder
@@ -149,7 +149,7 @@ def test_a_file_system_that_stays_away_ends_the_run_and_a_restart_is_exact(
         broken.setattr(open_shards, "PATIENCE", 0.2)
         broken.setattr(open_shards, "DAMAGED_FOR", 0.0)
         with pytest.raises(
-            DataError,
+            DataAway,
             match=r"0000\d\d.tar has failed for 0.2 seconds.*start again when it can be read, or copy it again",
         ):
             list(loader)
@@ -163,7 +163,7 @@ def test_a_file_system_that_stays_away_ends_the_run_and_a_restart_is_exact(
 def test_a_folder_that_is_not_mounted_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, away = ShardFolder(folder), folder.with_name("away")
     folder.rename(away)
-    told = pytest.raises(DataError, match=r"names has no manifest.json any more: is it mounted\?")
+    told = pytest.raises(DataAway, match=r"names has no manifest.json any more: is it mounted\?")
     with told, monkeypatch.context() as hurried:
         hurried.setattr(open_shards, "PATIENCE", 0.1)
         opened.sample(0)
@@ -365,8 +365,10 @@ def test_what_a_rank_may_not_read_ends_the_run(folder: Path, monkeypatch: pytest
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "pread", refuse)
-    with pytest.raises(DataError, match=r"000000.tar may not be read: .*Permission denied; mend the access"):
+    told = r"000000.tar may not be read: .*Permission denied; mend the access"
+    with pytest.raises(DataError, match=told) as caught:
         opened.sample(0)
+    assert not isinstance(caught.value, DataAway), "no other start will do"
 
 
 def test_a_start_waits_for_its_file_system_and_tells_a_damaged_shard(
@@ -390,8 +392,16 @@ def test_a_start_waits_for_its_file_system_and_tells_a_damaged_shard(
     monkeypatch.setattr("pretrain.data.verified._sha256", hashed)
     monkeypatch.setattr(shards, "PATIENCE_AT_START", 0.1)
     assert not list(opened.changed(range(3)))  # at a resume its sample tells
-    with pytest.raises(DataError, match=r"000000.tar has failed for 0.1 seconds.*copy it again"):
+    with pytest.raises(DataError, match=r"000000.tar has failed for 0.1 seconds.*copy it again") as caught:
         opened.verify(range(3))
+    assert not isinstance(caught.value, DataAway), "no other start will do"
+
+    def stat(path: Path, **_: object) -> os.stat_result:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(DataAway, match=r"names has failed for 0.1 seconds"):
+        list(opened.problems())
 
 
 def header_of(size: bytes) -> bytes:

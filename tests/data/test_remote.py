@@ -19,7 +19,7 @@ from data_prep.schema import Shard
 from pretrain.config import Mixing, Source
 from pretrain.data import remote, sources
 from pretrain.data.cache import Cache, cache_folder, lock_of
-from pretrain.data.faults import BadSample, DataError
+from pretrain.data.faults import BadSample, DataAway, DataError, NobodyThere
 from pretrain.data.loader import Loader
 from pretrain.data.remote import RemoteFolder, is_url
 from pretrain.data.shards import ShardFolder
@@ -276,8 +276,9 @@ def test_a_store_without_keys_is_not_asked_again(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     told = r"manifest.json may not be read: .*nobody.*: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET"
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=told) as caught:
         ShardFolder(urls["names"])
+    assert not isinstance(caught.value, DataAway), "no other start will do"
     for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     connections.clear_instance_cache()
@@ -299,7 +300,7 @@ def test_a_store_that_takes_a_question_and_never_answers_ends_the_start_soon(
     monkeypatch.setattr(remote, "PATIENCE_AT_START", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/set"
-        with pytest.raises(DataError, match=r"has failed for 0.5 seconds, .*no answer within 0.5 seconds"):
+        with pytest.raises(DataAway, match=r"has failed for 0.5 seconds, .*no answer within 0.5 seconds"):
             ShardFolder(url)
 
 
@@ -315,7 +316,7 @@ def test_an_address_where_nobody_listens_is_told_soon_and_in_plain_words(
     told = (
         rf"/set cannot be read, nobody takes connections there \(.*{reason}\): mend the address, .*and start"
     )
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(NobodyThere, match=told):
         ShardFolder(url.format(port=free_port))
 
 
@@ -328,8 +329,9 @@ def test_an_address_that_served_before_is_waited_for(
     opened.folder.mkdir(parents=True)
     (opened.folder / "manifest.json").write_text("{}")
     begun = time.monotonic()
-    with pytest.raises(DataError, match=r"nobody takes connections there \(Connection refused\)"):
+    with pytest.raises(DataAway, match=r"nobody takes connections there \(Connection refused\)") as caught:
         opened.copy_manifest()
+    assert not isinstance(caught.value, NobodyThere)
     assert time.monotonic() - begun >= 0.5
 
 
@@ -388,7 +390,7 @@ def test_a_store_that_fails_ends_the_start_soon(
     monkeypatch.setattr(remote, "PATIENCE_AT_START", 0.1)
     monkeypatch.setattr(RemoteFolder, "_connect", lambda self: (Broken(), "bucket"))
     with pytest.raises(
-        DataError, match=r"manifest.json has failed for 0.1 seconds, .*no route.*nothing is lost"
+        DataAway, match=r"manifest.json has failed for 0.1 seconds, .*no route.*nothing is lost"
     ):
         ShardFolder(urls["names"])
 

@@ -54,6 +54,7 @@ from tests.engine.drill_faults import (  # noqa: E402
     both,
     broken,
     count_calls,
+    data_refused,
     fill,
     free,
     in_batch,
@@ -529,6 +530,14 @@ def _apart(work: Callable[[], Any]) -> Any:
         return json.loads(told.read())
 
 
+def data_away(drill: Drill) -> dict[str, Any]:
+    """The data of rank 1 alone cannot be had when a run goes on, then they can."""
+    shutil.copytree(drill.folder / "straight", drill.folder / "away")
+    shutil.rmtree(checkpoint_folder(drill.folder / "away", STEPS))
+    away = {1: data_refused("http://127.0.0.1:9/set")}
+    return {"ends": [drill.start("away", away), drill.start("away")], **drill.outcome("away")}
+
+
 def truncated(drill: Drill) -> dict[str, Any]:
     """The newest checkpoint of the undisturbed run has lost half of a file, the one before its name."""
     shutil.copytree(drill.folder / "straight", drill.folder / "truncated")
@@ -560,6 +569,7 @@ SCENARIOS: dict[str, Callable[[Drill], dict[str, Any]]] = {
     "full_tmpfs": full_tmpfs,
     "full_out": full_out,
     "s3_refuses": s3_refuses,
+    "data_away": data_away,
     "truncated": truncated,
 }
 

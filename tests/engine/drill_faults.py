@@ -21,6 +21,7 @@ import pretrain.train
 from data_prep import stores as builders_stores
 from pretrain import resume
 from pretrain.checkpoint import stores
+from pretrain.data import remote
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
 from tests.paths import ROOT
@@ -231,6 +232,22 @@ def at_the_start(number: int) -> Fault:
             return own(*arguments)
 
         pretrain.train.resolve_config = changed
+
+    return install
+
+
+def data_refused(url: str) -> Fault:
+    """The rank's data lie at an address where nobody takes connections."""
+
+    def install() -> None:
+        remote.REFUSED_AT_START = 0.1
+        own = pretrain.train.open_loader
+
+        def changed(run: Any, paths: Any, *arguments: Any, **options: Any) -> Loader:
+            away = dataclasses.replace(paths, data=dict.fromkeys(paths.data, url))
+            return own(run, away, *arguments, **options)
+
+        pretrain.train.open_loader = changed
 
     return install
 

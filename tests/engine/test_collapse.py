@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pretrain import collapse
 from pretrain.collapse import (
+    FEWEST_STEPS,
     Seen,
     Watch,
     agreement,
@@ -25,7 +27,9 @@ from pretrain.collapse import (
     entropy,
     measure,
     replay,
+    too_short,
 )
+from pretrain.config import Run, Teacher
 from pretrain.objectives import OBJECTIVES
 from tests.engine.launch import together
 from tests.engine.toy import toy_run
@@ -175,55 +179,93 @@ def test_a_value_below_its_limit_is_found(change: dict[str, float], low: set[str
     assert set(collapse.below_limit(SPREAD | change)) == low
 
 
-def steps_told(run, measured: list[dict[str, float]]) -> list[tuple[int, int]]:
-    """(step at which a collapse is told, step since which it lasts) when these are logged from step 1 on."""
+def long_run(**changes: Any) -> Run:
+    """One that is judged after its first FEWEST_STEPS steps."""
+    return toy_run(steps=2 * FEWEST_STEPS, **changes)
+
+
+def steps_told(
+    run: Run, measured: list[dict[str, float]], begun: int = FEWEST_STEPS
+) -> list[tuple[int, int]]:
+    """(step at which a collapse is told, step since which it lasts) when these are logged after `begun` steps, both
+    counted from there."""
     watch = Watch(run)
-    told = [(step, watch.after(step, {"dense": values})) for step, values in enumerate(measured, start=1)]
-    return [(step, found.since) for step, new in told for found in new]
+    told = [
+        (step, watch.after(begun + step, {"dense": values})) for step, values in enumerate(measured, start=1)
+    ]
+    return [(step, found.since - begun) for step, new in told for found in new]
 
 
-def test_three_low_values_in_a_row_after_the_warmup_are_a_collapse_told_once() -> None:
-    run = toy_run(steps=40)  # a warm-up of 2 steps, 5 % of the steps as well
-    assert steps_told(run, [FLAT] * 9) == [(5, 3)]
+def test_three_low_values_in_a_row_after_the_beginning_are_a_collapse_told_once() -> None:
+    run = long_run()
+    assert steps_told(run, [FLAT] * 9, begun=FEWEST_STEPS - 2) == [(5, 3)]
     assert steps_told(run, [SPREAD] * 9) == []
-    assert steps_told(run, [FLAT] * 4 + [SPREAD] + [FLAT] * 4 + [SPREAD] + [FLAT] * 4) == [(8, 6)]
-    assert steps_told(run, [SPREAD, SPREAD, FLAT, FLAT, SPREAD, FLAT, FLAT, SPREAD]) == []
-    assert steps_told(toy_run(steps=100), [FLAT] * 9) == [(8, 6)]  # 5 % of the steps are 5
-    assert steps_told(replace(run, optim=replace(run.optim, warmup=6)), [FLAT] * 9) == [(9, 7)]
+    assert steps_told(run, [FLAT] * 4 + [SPREAD] + [FLAT] * 4 + [SPREAD] + [FLAT] * 4) == [(3, 1)]
+    assert steps_told(run, [FLAT, FLAT, SPREAD, FLAT, FLAT, SPREAD]) == []
+
+
+def test_the_beginning_ends_when_student_and_teacher_have_had_the_time_to_learn() -> None:
+    run = long_run()
+    warm = replace(run.optim, warmup=150)
+    for longer, begun in (
+        (replace(run, steps=100 * FEWEST_STEPS), 5 * FEWEST_STEPS),  # 5 % of the steps
+        (replace(run, optim=warm), 160),  # and the ten steps that a teacher of momentum 0.9 averages
+        (replace(run, steps=400, teacher=Teacher(0.995, 1.0)), 202),
+    ):
+        assert steps_told(longer, [FLAT] * 9, begun - 2) == [(5, 3)]
+    assert steps_told(replace(run, teacher=Teacher(1.0, 1.0)), [FLAT] * 100) == []  # it never moves
+
+
+@pytest.mark.parametrize("steps", [10, 30, FEWEST_STEPS + 2])
+def test_a_short_run_is_told_to_be_too_short_and_never_collapsed(steps: int) -> None:
+    run = toy_run(steps=steps)
+    assert steps_told(run, [FLAT] * steps, begun=0) == []
+    told = "too short to tell: low values count after step 100, and of {} fewer than 3 that are logged come later"
+    assert too_short(run) == told.format(steps)
+
+
+def test_a_run_is_long_enough_when_three_steps_are_logged_after_its_beginning() -> None:
+    assert too_short(toy_run(steps=FEWEST_STEPS + 3)) == ""
+    sparse = toy_run(steps=2 * FEWEST_STEPS, log_every=50)
+    assert too_short(sparse) and not too_short(replace(sparse, steps=5 * FEWEST_STEPS // 2))
 
 
 def test_a_target_recovers_by_three_good_values_in_a_row_and_may_collapse_again() -> None:
-    run = toy_run(steps=40)
-    watch = Watch(run)
+    watch = Watch(long_run())
     held = []
-    for step, values in enumerate([FLAT] * 5 + [SPREAD, SPREAD, FLAT] + [SPREAD] * 3 + [FLAT] * 3, start=1):
-        watch.after(step, {"dense": values})
+    measured = [FLAT] * 3 + [SPREAD, SPREAD, FLAT] + [SPREAD] * 3 + [FLAT] * 3
+    for step, values in enumerate(measured, start=1):
+        watch.after(FEWEST_STEPS + step, {"dense": values})
         held.append((bool(watch.collapsed), watch.recovered))
-    assert [step for step, (is_held, _) in enumerate(held, start=1) if is_held] == [5, 6, 7, 8, 9, 10, 14]
-    assert [step for step, (_, recovered) in enumerate(held, start=1) if recovered == ["dense"]] == [11]
+    assert [step for step, (is_held, _) in enumerate(held, start=1) if is_held] == [3, 4, 5, 6, 7, 8, 12]
+    assert [step for step, (_, recovered) in enumerate(held, start=1) if recovered == ["dense"]] == [9]
 
 
 def test_what_training_does_not_change_cannot_collapse() -> None:
-    guided = toy_run(objective=OBJECTIVES["mvp"])
+    guided = long_run(objective=OBJECTIVES["mvp"])
     (name,) = (name for name, target in guided.objective.targets.items() if target.encoder == "frozen")
     watch = Watch(guided)
-    for step in range(1, 10):
+    for step in range(FEWEST_STEPS + 1, FEWEST_STEPS + 4):
         watch.after(step, {name: FLAT, "embedding": FLAT})
     assert list(watch.collapsed) == ["embedding"]
 
 
+def logged(*steps: int) -> list[dict[str, Any]]:
+    """Lines of a log whose features are flat, these many steps after the beginning."""
+    return [{"step": FEWEST_STEPS + step, "collapse": {"dense": FLAT}} for step in steps]
+
+
 def test_a_log_tells_what_its_run_was_told() -> None:
-    records = [{"step": step, "collapse": {"dense": FLAT}} for step in range(1, 10)] + [{"step": 10}]
-    assert str(replay(toy_run(), records).collapsed["dense"]) == (
-        "target dense: std 0.004, limit 0.0312, since step 3"
+    records = [*logged(*range(-8, 9)), {"step": FEWEST_STEPS + 9}]
+    assert str(replay(long_run(), records).collapsed["dense"]) == (
+        "target dense: std 0.004, limit 0.0312, since step 101"
     )
-    assert replay(toy_run(), records[:4]).collapsed == {}
+    assert replay(long_run(), logged(-1, 0, 1, 2)).collapsed == {}
 
 
 def test_the_alarm_names_target_value_limit_and_remedy() -> None:
-    watch = replay(toy_run(), [{"step": step, "collapse": {"dense": FLAT}} for step in range(1, 6)])
-    told = alarm(watch.collapsed.values())
-    assert "COLLAPSE: target dense: std 0.004, limit 0.0312, since step 3" in told
+    told = alarm(replay(long_run(), logged(1, 2, 3)).collapsed.values())
+    assert "COLLAPSE: target dense: std 0.004, limit 0.0312, since step 101" in told
     for remedy in ("text", "backbone.token_norm=batch", "pool.norm=batch", "teacher.momentum", "uniformity"):
         assert remedy in told
     assert told.startswith("!!!") and told.endswith("!!!") and told.count("what to do") == 1

@@ -11,8 +11,8 @@ import pytest
 import torch.distributed as dist
 
 from data_prep.claim import ClaimLost
-from pretrain.collectives import from_first_rank, rank, sendable
-from pretrain.data.faults import BadSample, DataError
+from pretrain.collectives import from_first_rank, on_every_rank, rank, sendable
+from pretrain.data.faults import BadSample, DataAway, DataError, NobodyThere
 from pretrain.evaluate.features import NoneReadable
 from pretrain.lock import Busy
 from pretrain.preflight.meeting import NotMet
@@ -44,6 +44,17 @@ def _failed_in_a_library() -> None:
     raise OfALibrary(503, detail="slow down")
 
 
+def _away() -> str:
+    if rank() == 1:
+        raise DataAway("the store of rank 1 is away")
+    return "opened"
+
+
+def _gave_up_on_rank_1() -> None:
+    if rank() == 1:
+        _gave_up()
+
+
 def _on_rank(index: int, world: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=index, world_size=world)
@@ -54,18 +65,26 @@ def _on_rank(index: int, world: int, port: int, folder: str) -> None:
             from_first_rank(fails)
         except (OSError, ValueError) as error:
             told.append(f"{type(error).__name__} {error}")
+    for errors, work in (((OSError, ValueError), _away), (DataAway, _away), (OSError, _gave_up_on_rank_1)):
+        try:
+            on_every_rank(work, errors=errors)
+        except (OSError, ValueError) as error:
+            told.append(f"{type(error).__name__} {error}")
     Path(folder, str(index)).write_text("; ".join([heard, *told]))
     dist.destroy_process_group()
 
 
+OF_RANK_1 = "; ".join(
+    [*["DataAway the store of rank 1 is away"] * 2, "GaveUp [Errno 5] the store has failed"]
+)
 TOLD = "whole; ValueError the folder is taken; GaveUp [Errno 5] the store has failed; "
 
 
-def test_result_and_error_of_the_first_rank_reach_all(tmp_path: Path, free_port: int) -> None:
+def test_result_and_error_of_a_rank_reach_all(tmp_path: Path, free_port: int) -> None:
     together(_on_rank, 2, free_port, str(tmp_path), world=2)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "0": f"{TOLD}OfALibrary 503: slow down",
-        "1": f"{TOLD}OSError 503: slow down",
+        "0": f"{TOLD}OfALibrary 503: slow down; {OF_RANK_1}",
+        "1": f"{TOLD}OSError 503: slow down; {OF_RANK_1}",
     }
 
 
@@ -81,6 +100,7 @@ def test_alone_the_error_is_raised_as_it_is() -> None:
         BadSample("no_image", "the sample has none"),
         NoneReadable("no picture can be seen", Counter({"truncated": 3})),
         DataError("too many"),
+        NobodyThere("refused"),
         ClaimLost("was taken over"),
         Busy("another writes"),
         NotMet("one is missing"),

@@ -214,6 +214,15 @@ def test_a_store_that_refuses_is_told_and_the_run_goes_on(drill: dict[str, Any])
     assert _is_like(found, drill["undisturbed"]["straight"])
 
 
+def test_data_that_are_away_from_a_rank_end_all_at_once_with_the_code_to_start_again(
+    drill: dict[str, Any],
+) -> None:
+    found = drill["data_away"]
+    assert _codes(found) == [[PREEMPTED] * 2, [FINISHED] * 2]
+    assert found["ends"][0]["output"].count("error: http://127.0.0.1:9/set cannot be read, nobody takes") == 1
+    assert _is_like(found, drill["undisturbed"]["straight"])
+
+
 def test_a_truncated_checkpoint_is_passed_over(drill: dict[str, Any]) -> None:
     found = drill["truncated"]
     assert _codes(found) == [[FINISHED] * 2]

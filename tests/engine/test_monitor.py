@@ -44,8 +44,9 @@ def _engine(step: int) -> Any:
     )
 
 
-def _monitor(out: Path, first_step: int, log_every: int = 1, **more: Any) -> Monitor:
-    return Monitor(out, toy_run(log_every=log_every), first_step, Clock(torch.device("cpu")), **more)
+def _monitor(out: Path, first_step: int, log_every: int = 1, steps: int = 10, **more: Any) -> Monitor:
+    run = toy_run(log_every=log_every, steps=steps)
+    return Monitor(out, run, first_step, Clock(torch.device("cpu")), **more)
 
 
 def test_a_teacher_that_cannot_be_measured_is_told_loudly(
@@ -152,37 +153,37 @@ def test_wandb_draws_over_our_step_so_that_a_run_that_has_gone_back_loses_nothin
 
 def _collapse_from(out: Path, first_step: int, until: int, seen: Seen) -> None:
     nats = {"dense": torch.tensor(1.0)}
-    with _monitor(out, first_step) as monitor:
+    with _monitor(out, first_step, steps=200) as monitor:
         for step in range(first_step + 1, until + 1):
             monitor.after_step(_engine(step), ToyLosses(nats["dense"], nats, {"dense": seen}), {}, {}, {})
 
 
 def test_a_collapse_is_told_once_when_it_is_clear_and_again_at_the_end(tmp_path: Path, capsys: Any) -> None:
-    _collapse_from(tmp_path, 0, 8, FLAT)
+    _collapse_from(tmp_path, 98, 106, FLAT)
     told = capsys.readouterr().out
     value = _lines(tmp_path)[4]["collapse"]["dense"]["std"]
-    line = f"COLLAPSE: target dense: std {value:.3g}, limit 0.177, since step 3\nwhat to do: predict labels"
+    line = f"COLLAPSE: target dense: std {value:.3g}, limit 0.177, since step 101\nwhat to do: predict labels"
     assert told.count("COLLAPSE") == told.count(line) == 2
     clear, end = told.index(line), told.rindex(line)
     assert (
-        told.index("step 5/10") < clear < told.index("step 6/10")
-    )  # three logged steps after a warm-up of two
-    assert told.index("step 8/10") < end
+        told.index("step 103/200") < clear < told.index("step 104/200")
+    )  # three logged steps after the beginning
+    assert told.index("step 106/200") < end
     assert [line.get("collapsed") for line in _lines(tmp_path)] == [None] * 4 + [["dense"]] * 4
 
 
 def test_spread_features_raise_no_alarm(tmp_path: Path, capsys: Any) -> None:
-    _collapse_from(tmp_path, 0, 8, SPREAD)
+    _collapse_from(tmp_path, 98, 106, SPREAD)
     assert "COLLAPSE" not in capsys.readouterr().out
     assert not any("collapsed" in line for line in _lines(tmp_path))
 
 
 def test_a_resume_remembers_a_collapse_and_the_steps_that_lead_to_one(tmp_path: Path, capsys: Any) -> None:
-    _collapse_from(tmp_path, 0, 4, FLAT)
+    _collapse_from(tmp_path, 98, 102, FLAT)
     assert "COLLAPSE" not in capsys.readouterr().out
-    _collapse_from(tmp_path, 4, 5, FLAT)
-    assert "since step 3" in capsys.readouterr().out
-    _collapse_from(tmp_path, 5, 6, SPREAD)
+    _collapse_from(tmp_path, 102, 103, FLAT)
+    assert "since step 101" in capsys.readouterr().out
+    _collapse_from(tmp_path, 103, 104, SPREAD)
     assert capsys.readouterr().out.count("COLLAPSE") == 2  # at the start and at the end
     assert _lines(tmp_path)[-1]["collapsed"] == ["dense"]
 
@@ -196,11 +197,23 @@ def test_trackers_are_told_what_the_log_is_and_alerted_of_a_collapse(tmp_path: P
         close=lambda: None,
     )
     nats = {"dense": torch.tensor(1.0)}
-    with _monitor(tmp_path, 0, trackers=[fake]) as monitor:
-        for step in range(1, 6):
+    with _monitor(tmp_path, 98, steps=200, trackers=[fake]) as monitor:
+        for step in range(99, 104):
             monitor.after_step(_engine(step), ToyLosses(nats["dense"], nats, {"dense": FLAT}), {}, {}, {})
         assert len(alerts) == 1 and "target dense" in alerts[0]
-    assert len(logged) == 6 and logged[0] == "after 0"
+    assert len(logged) == 6 and logged[0] == "after 98"
+
+
+def test_a_short_run_is_told_to_be_too_short_for_a_verdict_and_not_collapsed(
+    tmp_path: Path, capsys: Any
+) -> None:
+    nats = {"dense": torch.tensor(1.0)}
+    with _monitor(tmp_path, 0, steps=20) as monitor:
+        for step in range(1, 21):
+            monitor.after_step(_engine(step), ToyLosses(nats["dense"], nats, {"dense": FLAT}), {}, {}, {})
+    told = capsys.readouterr().out
+    assert "COLLAPSE" not in told and not any("collapsed" in line for line in _lines(tmp_path))
+    assert told.count("collapse of features: too short to tell: low values count after step 100") == 1
 
 
 def test_inner_parts_are_not_counted_in_outer_ones(monkeypatch: pytest.MonkeyPatch) -> None:

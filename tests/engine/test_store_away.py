@@ -16,9 +16,10 @@ import pretrain.train
 from data_prep import places
 from pretrain import main
 from pretrain.checkpoint import PLACE_RECORD, record_place
+from pretrain.data.faults import BadSample, DataAway, DataError, NobodyThere
 from pretrain.exits import FAILED, PREEMPTED, Postponed
 from pretrain.paths import Paths
-from pretrain.resume import reaching
+from pretrain.resume import reaching, reading
 from pretrain.retries import GaveUp
 from tests.engine.toy import toy_run
 
@@ -53,6 +54,34 @@ def test_a_mistake_stays_an_error(tmp_path: Path, place: str, error: OSError) ->
     known(tmp_path, "s3://bucket/run")
     with pytest.raises(type(error)), reaching(Paths({}, tmp_path, tmp_path, checkpoints=place)):
         raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "folder"),
+    [
+        (DataAway("s3://bucket/set fails"), None),
+        (DataAway("s3://bucket/set fails"), Path("step_000003")),
+        (NobodyThere("s3://bucket/set refuses"), Path("step_000003")),  # which an earlier start has read
+    ],
+)
+def test_data_that_are_away_are_waited_for(error: DataAway, folder: Path | None) -> None:
+    with pytest.raises(Postponed, match=rf"^{error}; a job script .* after 75 .*again$"), reading(folder):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "folder"),
+    [
+        (NobodyThere("refuses"), None),  # it may be a wrong address
+        (DataError("may not be read"), Path("step_000003")),
+        (FileNotFoundError("manifest.json is missing"), Path("step_000003")),
+        (BadSample("missing_shard", "is missing"), None),
+    ],
+)
+def test_what_no_other_start_mends_in_the_data_stays_an_error(error: Exception, folder: Path | None) -> None:
+    with pytest.raises(type(error)) as caught, reading(folder):
+        raise error
+    assert caught.value is error
 
 
 def test_a_store_that_fails_while_a_start_claims_it_is_waited_for_unless_it_is_new(

@@ -30,7 +30,9 @@ GPU = {"name": "H100", "uuid": "", "seen": 1, "used": GIB, "total": 80 * GIB, "f
 TIMES = [[0.0, 1.0], [2.0, 2.01]]
 CLOCK = {"times": TIMES, "steps_back": 0, "share": 1.0}
 LOST = {"0": "10.0.0.1: refused", "1": "10.0.0.2: refused"}
-DATA = {"a": {"manifest": "1" * 64, "shards": 9, "samples": 1000}}
+SET = {"manifest": "1" * 64, "shards": 9, "samples": 1000}
+DATA = {"sources": {"a": SET}}
+OTHER_DATA = {"sources": {"a": SET | {"manifest": "2" * 64}}}
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ CASES = [
     Case("disk", {"--out": 50 * GIB}, {"--out": GIB // 2}, "512 MiB free for --out"),
     Case("disk", {"--out": 50 * GIB}, {"--out": 12 * GIB}, "12.0 GiB free for --out", WARNING),
     Case("shared_folder", {"--out": 0.1}, {"--out": None}, "a file of the first node in --out is not seen here"),
-    Case("data", DATA, {"a": DATA["a"] | {"manifest": "2" * 64}}, "manifest of a=222222222222, 2 of 3 have 1111"),
+    Case("data", DATA, OTHER_DATA, "manifest of a=222222222222, 2 of 3 have 1111"),
 ]  # fmt: skip
 ONE_ERROR = ("recipe", "store")  # fail by the error that looking raises
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from data_prep import places
 from pretrain.checkpoint import PLACE_RECORD, record_place
+from pretrain.data import remote
 from pretrain.preflight import check, gpus, machine, network, recipe, same, storage
 from pretrain.preflight.check import Check, look_at_all
 from pretrain.preflight.clocks import judge_clock, offset
@@ -266,7 +268,7 @@ def test_a_store_that_an_earlier_start_used_and_that_fails_now_is_warned_of(
 def test_data_is_read_and_a_shard_that_is_cut_is_told(tmp_path: Path) -> None:
     data = good_set(tmp_path / "data", (3, 4), has_text=False)
     here = alone(three_nodes(tmp_path, data={"labelled": data, "captioned": data}))
-    found = recipe.look_at_data(here)
+    found = recipe.look_at_data(here)["sources"]
     assert found["labelled"] == found["captioned"]
     assert (found["labelled"]["shards"], found["labelled"]["samples"]) == (2, 7)
     content = (data / "000000.tar").read_bytes()
@@ -278,10 +280,32 @@ def test_data_is_read_and_a_shard_that_is_cut_is_told(tmp_path: Path) -> None:
         recipe.look_at_data(here)
 
 
+def test_a_store_of_data_that_fails_now_is_warned_of_and_a_mistake_fails(
+    tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "REFUSED_AT_START", 0.0)
+    away = f"http://127.0.0.1:{free_port}/set"
+    here = alone(three_nodes(tmp_path, data={"labelled": away, "captioned": away}))
+    fails = recipe.look_at_data(here)
+    small = {name: {"manifest": "1", "shards": 200, "samples": 700} for name in here.paths.data}
+    judged = recipe.judge_data(told({"sources": small}, fails), here)
+    (problem,) = judged.problems
+    assert problem.value.startswith(f"{away} cannot be read, nobody takes connections there")
+    assert problem.status == WARNING and "labelled: 700 samples in 200 shards" in judged.value
+    assert recipe.judge_data(told(fails), here).value == "fails now"
+    monkeypatch.setattr(recipe, "_look_at_sources", lambda here: time.sleep(5))
+    here.options = dataclasses.replace(here.options, check_seconds=0.1)
+    assert "no answer" in recipe.look_at_data(here)["fails"]
+    monkeypatch.undo()
+    missing = f"file://{tmp_path}/missing"
+    with pytest.raises(FileNotFoundError, match="is missing: name the URL"):
+        recipe.look_at_data(alone(three_nodes(tmp_path, data={"labelled": missing, "captioned": missing})))
+
+
 def test_a_small_data_set_is_warned_of(tmp_path: Path) -> None:
     here = three_nodes(tmp_path)
     small = {"labelled": {"manifest": "1", "shards": 2, "samples": 7}}
-    problems = recipe.judge_data(told(small, small, small), here).problems
+    problems = recipe.judge_data(told(*[{"sources": small}] * 3), here).problems
     assert [problem.value for problem in problems] == [
         "labelled has 7 samples, the batch 64",
         "labelled has 2 shards, 3 processes read it",

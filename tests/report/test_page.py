@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pretrain.collapse import FEWEST_STEPS
 from pretrain.data.shards import ShardFolder
 from pretrain.report import provenance
 from pretrain.report.__main__ import main
@@ -264,15 +265,24 @@ def test_curves_hold_every_measure_of_every_target(run_folder: Path, page: tuple
         "Entropy of the codes",
     ):
         assert f"<h3>{title}</h3>" in text
-    for level, count in {"collapsed below": 9, "spread, 1/√width": 4, "even use": 1, "constant": 2}.items():
+    for level, count in {
+        "limit after step 100": 9,
+        "spread, 1/√width": 4,
+        "even use": 1,
+        "constant": 2,
+    }.items():
         assert text.count(f">{level}</text>") == count, level
 
 
-def changed_log(run_folder: Path, out: Path, change: Callable[[dict[str, Any]], None]) -> Record:
-    """The run with a change in each line of its log, and without an evaluation."""
-    shutil.copy(run_folder / "recipe.json", out)
+def changed_log(
+    run_folder: Path, out: Path, change: Callable[[dict[str, Any]], None], steps: int = 3, begun: int = 0
+) -> Record:
+    """The run with a change in each line of its log, without an evaluation, as one of so many steps after others."""
+    run = json.loads((run_folder / "recipe.json").read_text())
+    (out / "recipe.json").write_text(json.dumps(run | {"steps": steps}))
     lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     for line in lines:
+        line["step"] += begun
         change(line)
     (out / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return read_record(out, {})
@@ -283,21 +293,41 @@ def test_verdict_fails_on_collapse_and_rising_loss(run_folder: Path, tmp_path: P
         line["collapse"]["image_same"]["std"] = 0.001
         line["nats"]["text"] = line["step"]
 
-    told = {verdict.claim: verdict for verdict in verdicts(changed_log(run_folder, tmp_path, change))}
+    record = changed_log(run_folder, tmp_path, change, steps=140, begun=FEWEST_STEPS)
+    told = {verdict.claim: verdict for verdict in verdicts(record)}
     found = told["Collapsed: image_same"]
     assert found.holds is False
-    assert found.evidence == "target image_same: std 0.001, limit 0.0442, since step 2"
+    assert found.evidence == "target image_same: std 0.001, limit 0.0442, since step 101"
     assert told["1 of 4 losses did not fall"].holds is False
     assert told["Evaluation"].holds is None
     text, _ = read(main([str(tmp_path)]))
     assert "<strong>Collapsed: image_same</strong>" in text
+    assert ">collapsed below</text>" in text and ">limit after step" not in text
 
 
-def test_verdict_of_spread_features_names_the_lowest_values_and_their_limits(run_folder: Path) -> None:
-    told = {verdict.claim: verdict for verdict in verdicts(read_record(run_folder, {}))}
+def test_a_run_that_is_too_short_to_tell_has_no_verdict_on_collapse(run_folder: Path, tmp_path: Path) -> None:
+    record = changed_log(run_folder, tmp_path, lambda line: line["collapse"]["image_same"].update(std=0.001))
+    (told,) = [v for v in verdicts(record) if v.claim == "Collapse"]
+    assert told.holds is None
+    assert told.evidence.startswith("too short to tell: low values count after step 100, and of 3 fewer")
+    text, _ = read(main([str(tmp_path)]))
+    assert ">limit after step 100</text>" in text and ">collapsed below" not in text
+
+
+def test_a_run_that_has_just_begun_has_no_verdict_on_collapse_yet(run_folder: Path, tmp_path: Path) -> None:
+    record = changed_log(run_folder, tmp_path, lambda line: None, steps=1000, begun=FEWEST_STEPS - 38)
+    (told,) = [v for v in verdicts(record) if v.claim == "Collapse"]
+    assert told.holds is None and told.evidence == "fewer than 3 steps are logged after step 100 yet"
+
+
+def test_verdict_of_spread_features_names_the_lowest_values_and_their_limits(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    record = changed_log(run_folder, tmp_path, lambda line: None, steps=140, begun=FEWEST_STEPS)
+    told = {verdict.claim: verdict for verdict in verdicts(record)}
     assert told["No collapse"].holds is True
     assert (
-        "image_same std 0.065 (limit 0.0442), effective rank 30.4 (limit 3.15)"
+        "image_same std 0.065 (limit 0.0442), effective rank 30.2 (limit 3.15)"
         in told["No collapse"].evidence
     )
     assert "code entropy 2.1 (limit 0.347)" in told["No collapse"].evidence
