@@ -236,6 +236,24 @@ def test_a_local_job_that_is_asked_to_stop_asks_its_ranks_and_gives_their_code(
     assert job.wait(20) == PREEMPTED
 
 
+@pytest.mark.parametrize(("code", "starts"), [(0, ["preflight", "main"]), (2, ["preflight"])])
+def test_machines_are_checked_together_before_they_train(
+    tmp_path: Path, code: int, starts: list[str]
+) -> None:
+    checked = f"echo $* >>{tmp_path}/starts; [[ $* != *--module* ]] || {{ exit {code}; }}"
+    _write_stubs(tmp_path, f"echo PYTHONPATH=$PYTHONPATH >>{tmp_path}/starts; {checked}")
+    node = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500", "RANKS": "1"}
+    given = ["--recipe", "m3i.demo"]
+    ended = run_script("jobs/local/pretrain.sh", *given, ENV=str(tmp_path), PREFLIGHT="1", **node)
+    assert ended.returncode == code, ended.stderr
+    found = (tmp_path / "starts").read_text().splitlines()
+    ends = {"preflight": "--module pretrain.preflight", "main": f"{ROOT}/pretrain/main.py"}
+    assert [line.partition("--node_rank 1 ")[2] for line in found[1::2]] == [
+        f"{ends[start]} --recipe m3i.demo" for start in starts
+    ]
+    assert found[0].startswith(f"PYTHONPATH={ROOT}")  # where the launcher finds the module
+
+
 @pytest.mark.parametrize(
     ("visible", "slots", "include"),
     [

@@ -110,7 +110,8 @@ def _as_pods(hosts: TwoHosts, scenes: Path, out: Path, env: dict[str, str], fold
         "NODES": "2",
         "RANKS": "1",
         "RECIPE": recipe,
-    } | PREFLIGHT
+        "PREFLIGHT": "0",  # the start by a hostfile passes through it; here it would start six processes more
+    }
     given |= {"DATA": " ".join(sources[:2]), "ARGUMENTS": " ".join(sources[2:]), "OUT": str(out)} | env
     pods = []
     for index, name in enumerate(NAMES):
