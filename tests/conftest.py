@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import socket
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | Non
             return TOGETHER[0] if file.endswith(TOGETHER) else file
 
     return Scheduling(config, log)
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Each process of pytest-xdist begins with another share of the files: what one has compiled the others find."""
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if worker is None or session.config.args_source is pytest.Config.ArgsSource.ARGS:
+        return
+    files = sorted(HERE.rglob("test_*.py"))
+    first = int(worker.removeprefix("gw")) * len(files) // count
+    for file in files[first:] + files[:first]:
+        with suppress(Exception, pytest.skip.Exception):  # told when it is collected
+            import_module(".".join(file.relative_to(HERE.parent).with_suffix("").parts))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
