@@ -133,18 +133,16 @@ def _evaluated(record: Record) -> list[Verdict]:
     verdicts = []
     for move in found:
         after, before = move.after, move.before
-        interval = f"95{TIE}% interval {100 * after.low:.1f} to {percent(after.high)}"
-        end = f"chance {percent(move.chance)}; {interval}"
+        is_sure, told = None, "no interval, so that nothing tells how sure it is"
+        if after.interval is not None:
+            low, high = after.interval
+            is_sure, told = low > move.chance, f"95{TIE}% interval {100 * low:.1f} to {percent(high)}"
+        end = f"chance {percent(move.chance)}; {told}"
         if before is None:
-            verdicts.append(
-                Verdict(
-                    after.low > move.chance,
-                    f"{move.title}: {percent(after.accuracy)}",
-                    f"one checkpoint only; {end}",
-                )
-            )
+            claim = f"{move.title}: {percent(after.accuracy)}"
+            verdicts.append(Verdict(is_sure, claim, f"one checkpoint only; {end}"))
             continue
-        better = after.accuracy > before.accuracy and after.low > move.chance
+        better = is_sure if after.accuracy > before.accuracy else False
         claim = f"{move.title}: {percent(before.accuracy)} → {percent(after.accuracy)}"
         verdicts.append(Verdict(better, claim, end))
     return verdicts

@@ -17,6 +17,7 @@ import pytest
 from pretrain.data.shards import ShardFolder
 from pretrain.report import provenance
 from pretrain.report.__main__ import main
+from pretrain.report.accuracy import accuracies
 from pretrain.report.header import verdicts
 from pretrain.report.page import _accuracies, heldout_folder
 from pretrain.report.record import Record, read_record
@@ -276,6 +277,20 @@ def changed_log(run_folder: Path, out: Path, change: Callable[[dict[str, Any]], 
         change(line)
     (out / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return read_record(out, {})
+
+
+def test_no_interval_is_no_verdict(run_folder: Path) -> None:
+    """Of a single held-out image."""
+    record = read_record(run_folder, {})
+    for before, holds in ((0.2, None), (0.9, False)):
+        rows = [{"dense": {"accuracy": value, "chance": 0.1, "interval": None}} for value in (before, 0.6)]
+        one = replace(
+            record, evaluation={"checkpoints": dict(zip(("step_000000", "step_000001"), rows, strict=True))}
+        )
+        told = verdicts(one)[0]
+        assert told.holds is holds and "no interval, so that nothing tells" in told.evidence
+        shown = accuracies(one).text
+        assert "whisker" not in shown and "60.0" in shown and shown.count(" no interval") == 2
 
 
 def test_verdict_fails_on_collapse_and_rising_loss(run_folder: Path, tmp_path: Path) -> None:
