@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.schema import MANIFEST_NAME, MASK_FOLDERS
+from data_prep.masks import MASK_FOLDERS
+from data_prep.schema import MANIFEST_NAME
 from pretrain.command import no_folder
 from pretrain.evaluate.apart import require_apart
 from pretrain.transfer.coco import CocoSet
