@@ -346,6 +346,32 @@ def test_a_recipe_that_no_memory_suffices_for_is_told(
     )
 
 
+@pytest.mark.parametrize("word", ["create", "execute"])
+def test_what_onednn_cannot_do_is_lack_of_memory_where_memory_is_short(
+    word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda *_: 2**29)
+    error, held = RuntimeError(f"could not {word} a primitive"), []
+
+    def fails_with(taken: int) -> None:
+        with memory.within_memory(recipe("detect", "small"), "small", torch.device("cpu")):
+            held.append(torch.empty(taken, dtype=torch.uint8))
+            raise error
+
+    room = memory.free_for_this_rank()
+    with pytest.raises(
+        ValueError, match=r"0.5 GiB of memory were free .*primitive\): choose a smaller recipe"
+    ):
+        fails_with(room - 2**25)
+    with pytest.raises(RuntimeError) as told:
+        fails_with(room // 2)
+    assert told.value is error
+    monkeypatch.setattr(memory, "free_for_this_rank", lambda: None)  # and no limit
+    with pytest.raises(RuntimeError) as told:
+        fails_with(2**20)
+    assert told.value is error
+
+
 def test_a_gpu_that_has_no_memory_left_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**34, 2**36))
     told = (
