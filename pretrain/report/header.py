@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from pretrain.collapse import can_collapse, judged_after, replay, scales
 from pretrain.config import Run
+from pretrain.logged import is_of_gpus
 from pretrain.report.accuracy import headline
 from pretrain.report.record import Record
 from pretrain.visualize.markup import Child, Html, element
@@ -63,7 +64,7 @@ def _facts(record: Record) -> list[tuple[str, Child]]:
     _, shares = record.series("mfu")
     if shares := [share for share in shares if math.isfinite(share)]:
         facts.append(("model FLOP/s utilisation", percent(statistics.median(shares))))
-    if "gpu_hours" in last:
+    if "gpu_hours" in last and is_of_gpus(last):
         facts.append(("GPU-hours", significant(last["gpu_hours"])))
     state = record.state
     if hardware := state.get("hardware") or record.evaluation.get("hardware"):

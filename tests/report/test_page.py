@@ -18,7 +18,7 @@ from pretrain.data.shards import ShardFolder
 from pretrain.report import provenance
 from pretrain.report.__main__ import main
 from pretrain.report.accuracy import accuracies
-from pretrain.report.header import verdicts
+from pretrain.report.header import header, verdicts
 from pretrain.report.page import _accuracies, heldout_folder
 from pretrain.report.record import Record, read_record
 from pretrain.report.teacher import NUM_NEIGHBOURS
@@ -291,6 +291,14 @@ def test_no_interval_is_no_verdict(run_folder: Path) -> None:
         assert told.holds is holds and "no interval, so that nothing tells" in told.evidence
         shown = accuracies(one).text
         assert "whisker" not in shown and "60.0" in shown and shown.count(" no interval") == 2
+
+
+def test_hours_are_those_of_gpus_where_there_are_some(run_folder: Path) -> None:
+    record = read_record(run_folder, {})
+    for more, is_told in (({}, False), ({"memory_bytes": {"allocated": 2**30, "host": 2**30}}, True)):
+        last = record.log[-1] | {"gpu_hours": 3.25} | more
+        told = header(replace(record, log=(*record.log[:-1], last)), "a run").text
+        assert ("GPU-hours" in told) == is_told == ("3.25" in told)
 
 
 def test_verdict_fails_on_collapse_and_rising_loss(run_folder: Path, tmp_path: Path) -> None:
