@@ -4,8 +4,8 @@ A data set is a folder: `manifest.json`, shards `000000.tar`, `000001.tar`, ... 
 `000000.tar.idx`, and `tokenizer/` when its samples have captions. A sample is a run of adjacent tar members
 that share a key, image first: `<key>.{jpg,png,webp}` [+ `.txt` caption, UTF-8] [+ `.cls` category number, ASCII]
 [+ `.mask.png` instance numbers, 0 = background] + `.json`, whose `tags` are [[name, confidence in [0, 1]], ...]
-with names of the manifest's `tags`. Standard library only: training imports this file and `index.py`, by which an
-index is read, and nothing else of `data_prep`.
+with names of the manifest's `tags`. Standard library only: training imports this file, `masks.py` and `index.py`,
+by which an index is read.
 """
 
 from __future__ import annotations
@@ -22,10 +22,6 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")  # of the first member of a sample
-MASK_FOLDERS = (
-    "masks",
-    "annotations",
-)  # beside images/, of a set that says what each of its images shows where
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 WHOLE_SHARD = -1  # where an index of a sample is told: all of the shard

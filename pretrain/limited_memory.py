@@ -9,13 +9,16 @@ from pathlib import Path
 
 
 @contextmanager
-def at_most(more: int) -> Iterator[None]:
-    """Within it the process gets no more than that many bytes beside those that it has: what asks for more fails."""
+def at_most(more: int) -> Iterator[int]:
+    """Within it the process gets no more than that many bytes beside those that it has: what asks for more fails.
+
+    It is given the limit, in bytes as `data_bytes` counts them.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limits = [data_bytes() + more, *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
     try:
-        yield
+        yield min(limits)
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 

@@ -18,10 +18,11 @@ import tyro
 
 from data_prep.images import check_image
 from data_prep.limits import BadImage, Limits
+from data_prep.masks import IMAGES, MASK_FOLDERS, images_and_masks
 from data_prep.places import Place, place_of
 from data_prep.rows.inputs import is_folder
 from data_prep.samples import Collection, Dropped, Made, Sample
-from data_prep.schema import MASK_FOLDERS, fill_prompt
+from data_prep.schema import fill_prompt
 from data_prep.sources.captions_table import clean_caption, read_table
 from data_prep.sources.listing import FileRef, files_of, is_file, is_image_name, unreadable
 
@@ -150,10 +151,13 @@ def _list_split(root: Place) -> _Listing:
             f"{root} mixes class folders and loose images such as {loose!r}: move them into a class folder"
         )
     kinds = {kind.lower(): kind for kind, _, _ in images if kind is not None}
-    masks = next((kinds[name] for name in MASK_FOLDERS if name in kinds), None)
-    if masks is not None and "images" in kinds:
+    masks = next((kinds[name] for name in MASK_FOLDERS if name in kinds and IMAGES in kinds), None)
+    found = images_and_masks({name.rpartition("/")[0] for _, name, _ in images})
+    if found is None and masks is not None:  # apart from each other
+        found = kinds[IMAGES], masks
+    if found is not None:
         raise ValueError(
-            f"{root} has images in {kinds['images']!r} and {masks!r}, where each folder is a class, but these are "
+            f"{root} has images in {found[0]!r} and {found[1]!r}, where each folder is a class, but these are "
             "images and their masks: name the folder of the images alone, or rename the folders if they are classes"
         )
     return _Listing(root, images, None, ".")

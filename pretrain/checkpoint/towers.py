@@ -7,12 +7,13 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.ranges import Files
+from pretrain.checkpoint.ranges import NOT_OURS, Files
 from pretrain.checkpoint.read import PREFIXES, WEIGHTS, buffers_of, require_whole, shapes_of
 from pretrain.checkpoint.stores import store_at
 from pretrain.config import Run
 from pretrain.data.remote import Place
 from pretrain.facts import DataFacts
+from pretrain.initial.bounds import explained_by
 from pretrain.models.undrawn import undrawn
 from pretrain.towers import Towers
 
@@ -34,8 +35,8 @@ def load_towers(
     facts = DataFacts.from_json(store.read("facts.json").decode())
     require_whole(store, f"{which}/")
     files, prefix = Files(store), PREFIXES[which]
-    with torch.device("meta"):
-        _require_same(folder, shapes_of(files, which), Towers(run, facts))
+    files.require_bytes(which)
+    _require_same(folder, shapes_of(files, which), run, facts)
     with undrawn():
         towers = Towers(run, facts)
     for name, module in towers.named_children():
@@ -60,8 +61,19 @@ def _buffers(towers: Towers) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in towers.named_buffers() if name in kept}
 
 
-def _require_same(folder: Place, there: Mapping[str, tuple[int, ...]], towers: Towers) -> None:
-    """ValueError unless a checkpoint has the names and shapes that its recipe builds."""
+def _require_same(folder: Place, there: Mapping[str, tuple[int, ...]], run: Run, facts: DataFacts) -> None:
+    """ValueError unless a checkpoint has the names and shapes that its recipe builds.
+
+    A recipe may name a million layers: its modules are built on the meta device, and as far as `there` explains them.
+    """
+    try:
+        with torch.device("meta"):
+            tensors = {name: torch.empty(shape) for name, shape in there.items()}
+            with explained_by(tensors, folder):
+                towers = Towers(run, facts)
+    except (RuntimeError, TypeError) as error:  # torch's, of numbers that are too large for it
+        told = str(error).partition("\n")[0]
+        raise ValueError(f"the recipe of {folder} describes no model ({told}): {NOT_OURS}") from error
     here = {
         name: tuple(one.shape) for name, one in (dict(towers.named_parameters()) | _buffers(towers)).items()
     }

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from pretrain.command import no_folder
 from pretrain.evaluate.asked import Protocols
 from pretrain.evaluate.fine_tune_recipes import FEW, FROZEN, RECIPES
 from pretrain.evaluate.rows import ALL, DEFAULT, FEW_LABELS, MOST_GALLERIES, MOST_IMAGES, SHARES, SLOW
@@ -131,7 +132,7 @@ def split_folders(data: Path | None, train: Path | None, heldout: Path | None) -
         if not named[split].is_dir():
             also = f" (nor is one of {', '.join(FOLDERS[split][1:])})" if split == "heldout" else ""
             raise FileNotFoundError(
-                f"{named[split]} is no folder{also}: `python -m data_prep build` writes train/ and heldout/, "
+                f"{no_folder(named[split])}{also}: `python -m data_prep build` writes train/ and heldout/, "
                 f"or name a data set by --{split}"
             )
     if named["train"].resolve() == named["heldout"].resolve():

@@ -12,6 +12,7 @@ from pretrain.checkpoint.fetch import fetched
 from pretrain.checkpoint.names import step_name
 from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_every_rank, from_first_rank, on_every_rank, rank
+from pretrain.command import no_folder
 from pretrain.data.remote import Place
 from pretrain.given_up import given_up_by
 from pretrain.intact import COMPLETE, identity
@@ -57,7 +58,7 @@ def locate(run_folder: Path, name: str) -> Place:
     or not whole) and ValueError (no such name).
     """
     if not run_folder.is_dir():
-        raise FileNotFoundError(f"{run_folder} is no folder: name the --out folder of a pre-training run")
+        raise FileNotFoundError(f"{no_folder(run_folder)}: name the --out folder of a pre-training run")
     if name not in ("first", "last") and not name.isdecimal():
         raise ValueError(
             f"step {name!r} is unknown; choose from ['first', 'last'] or give a number such as 400"

@@ -26,6 +26,7 @@ from pretrain.data.faults import BadSample, DataError
 from pretrain.data.text import Captions
 from pretrain.evaluate import knn, zero_shot
 from pretrain.evaluate.accuracy import score
+from pretrain.evaluate.evidence import NotMeasured, Outcome, outcome_of
 from pretrain.evaluate.features import Pictures
 from pretrain.evaluate.sets import read_manifests
 from pretrain.evaluate.splits import SPLITS, found_in
@@ -38,6 +39,8 @@ from pretrain.towers import EMBEDDED
 MOST_IMAGES = {"train": 2000, "heldout": 500}  # spread evenly over the data sets
 IMAGES_AT_ONCE = 64
 K = 20  # neighbours, fewer where there are fewer images
+DIVERGED = ", which nothing is told by: the training has diverged, go back to an earlier checkpoint"
+Seen = Mapping[str, Mapping[str, Tensor]]  # what `TeacherCheck.features` gives, by split
 
 
 @runtime_checkable
@@ -82,7 +85,7 @@ class TeacherCheck:
         """Rows of the result by protocol, as `python -m pretrain.evaluate` gives them; none but on the first rank.
 
         `dropped` of a row counts what could not be read; its accuracy is None, with a `reason`, where the data allow
-        none. A collective call.
+        none or the teacher's numbers are not finite. A collective call.
         """
         dropped: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
         try:
@@ -107,15 +110,27 @@ class TeacherCheck:
         classes = None if self._captions is None else self._classes(engine)
         if rank() > 0:
             return {}
-        train, heldout = (seen[split] for split in SPLITS)
-        num_categories, rows = len(self.categories), {}
-        k = min(K, len(train["labels"]))
-        predicted = knn.votes(train["tokens"], train["labels"], heldout["tokens"], [k], num_categories)[k]
-        rows["knn"] = score(predicted, heldout["labels"], num_categories) | {"k": k}
+        rows = {"knn": outcome_of(lambda: self._knn(seen)).record}
         if classes is not None:
-            predicted = zero_shot.classify(heldout["projected"], classes)
-            rows["zero_shot"] = score(predicted, heldout["labels"], num_categories)
+            rows["zero_shot"] = outcome_of(lambda: self._zero_shot(seen, classes)).record
         return rows
+
+    def _knn(self, seen: Seen) -> Outcome:
+        _require_finite(seen)
+        train, heldout = (seen[split] for split in SPLITS)
+        k, num_categories = min(K, len(train["labels"])), len(self.categories)
+        predicted = knn.votes(train["tokens"], train["labels"], heldout["tokens"], [k], num_categories)[k]
+        return Outcome(score(predicted, heldout["labels"], num_categories) | {"k": k})
+
+    def _zero_shot(self, seen: Seen, classes: Float[Tensor, "k e"]) -> Outcome:
+        _require_finite(seen)
+        if num_bad := _num_bad(classes):
+            raise NotMeasured(
+                f"the vectors of {num_bad} of {len(classes)} categories are not finite{DIVERGED}"
+            )
+        heldout = seen["heldout"]
+        predicted = zero_shot.classify(heldout["projected"], classes)
+        return Outcome(score(predicted, heldout["labels"], len(self.categories)))
 
     def features(self, engine: Taught, split: str) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Mean tokens [n, d], with text also image vectors [n, e], and labels [n] of the labelled readable images;
@@ -168,6 +183,20 @@ class TeacherCheck:
 
         _, templates, names = choose_templates(AUTO, self.categories)
         return zero_shot.class_vectors(names, self._captions.encode, embed, templates)
+
+
+def _require_finite(seen: Seen) -> None:
+    """NotMeasured for features, of any kind, that nothing can be compared with, as `not_finite` of an evidence."""
+    for split, values in seen.items():
+        bad = [_num_bad(values[name]) for name in ("tokens", "projected") if name in values]
+        if num_bad := max(bad):
+            raise NotMeasured(
+                f"the features of {num_bad} of {len(values['labels'])} {split} images are not finite{DIVERGED}"
+            )
+
+
+def _num_bad(vectors: Float[Tensor, "n d"]) -> int:
+    return int((~vectors.isfinite().all(dim=1)).sum())
 
 
 def _require_label(pictures: Pictures, num_images: int, most: int) -> None:

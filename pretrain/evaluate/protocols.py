@@ -53,8 +53,9 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Rows of the result by name, fit for JSON, of the checkpoint folder `step`; nothing is printed or written.
 
-    A row holds `accuracy` (of "dense" the mean IoU), its 95 % `interval`, `chance` and `n`, or the accuracy None
-    and a `reason`; "fine_tune" is there when the protocols ask for it, "dropped" counts the samples left out.
+    A row holds `accuracy` (of "dense" the mean IoU), its 95 % `interval` (None of a single image), `chance` and
+    `n`, or the accuracy None and a `reason`; "fine_tune" is there when the protocols ask for it, "dropped" counts
+    the samples left out.
     `device` is the first GPU, or the CPU without one, if left out. Raises what `read_manifests` and `load_towers` do.
     """
     folders = {"train": train, "heldout": heldout}

@@ -12,6 +12,7 @@ from torch import Tensor
 GROUND = 0  # class of the pixels that belong to no thing
 DRAWS = 1000  # bootstrap samples of the interval
 SEED = 0  # of the bootstrap: one set of counts has one interval
+FEWEST = 2  # images that differ, without which nothing tells how sure a score is
 
 
 def count_pixels(
@@ -39,20 +40,17 @@ def score_regions(
     """Mean IoU over the classes that are predicted or true somewhere, with a bootstrap interval over images.
 
     Pixels are summed over the images before the division, as usual. The 95 % interval is that of the percentiles
-    of DRAWS samples of n images with replacement. `chance` and `majority` both say class `everywhere` everywhere.
+    of DRAWS samples of n images with replacement; of a single image there is none, and `no_interval` says why.
+    `chance` and `majority` both say class `everywhere` everywhere.
     """
     n = len(counts)
     exact = counts.double()
     total = exact.sum(0)
-    weights = torch.randint(n, (DRAWS, n), generator=torch.Generator().manual_seed(SEED))
-    weights = torch.zeros(DRAWS, n).scatter_add_(1, weights, torch.ones(DRAWS, n)).double()
-    drawn = (weights @ exact.flatten(1)).unflatten(1, exact.shape[1:])
-    interval = iou(drawn).nanmean(-1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     constant = _one_class(total, everywhere)
     return {
         "accuracy": float(iou(total).nanmean()),
         "metric": "mIoU",
-        "interval": interval.tolist(),
+        **_interval(exact),
         "n": n,
         "pixel_accuracy": float(total[0].sum() / total[2].sum()),
         "chance": constant,
@@ -61,6 +59,18 @@ def score_regions(
             name: value for name, value in zip(names, iou(total).tolist(), strict=True) if value == value
         },
     }
+
+
+def _interval(counts: Float[Tensor, "n 3 k"]) -> dict[str, Any]:
+    n = len(counts)
+    if n < FEWEST:
+        why = f"no interval, which takes {FEWEST} images or more, and {n} was tested on"
+        return {"interval": None, "no_interval": why}
+    weights = torch.randint(n, (DRAWS, n), generator=torch.Generator().manual_seed(SEED))
+    weights = torch.zeros(DRAWS, n).scatter_add_(1, weights, torch.ones(DRAWS, n)).double()
+    drawn = (weights @ counts.flatten(1)).unflatten(1, counts.shape[1:])
+    bounds = iou(drawn).nanmean(-1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return {"interval": bounds.tolist()}
 
 
 def _one_class(total: Float[Tensor, "3 k"], said: int) -> float:

@@ -197,13 +197,13 @@ def require_measured(result: Mapping[str, Any], out: Path) -> None:
 def _cell(row: Mapping[str, Any]) -> str:
     if row["accuracy"] is None:
         return "-"
-    low, high = row["interval"]
-    return f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    bounds = ", ".join(f"{100 * bound:.1f}" for bound in row["interval"] or ())
+    return f"{100 * row['accuracy']:.1f}" + f" [{bounds}]" * bool(bounds)
 
 
 def _others(row: Mapping[str, Any]) -> str:
     """What a row holds beside its headline: other numbers of neighbours, recall among more, in per cent."""
-    told = []
+    told = [row["no_interval"]] if "no_interval" in row else []
     for sign, name in (("k = ", "by_k"), ("R@", "recall")):
         for number, other in list(row.get(name, {}).items())[1:]:
             told.append(f"{sign}{number} {_percent(other['accuracy'])}" + _why(other))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torchvision.datasets.folder import find_classes, make_dataset
 
-from data_prep.schema import MANIFEST_NAME, MASK_FOLDERS, Manifest, sha256_file
+from data_prep.masks import IMAGES, MASK_FOLDERS, images_and_masks
+from data_prep.schema import MANIFEST_NAME, Manifest, sha256_file
 from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
 from pretrain.evaluate.apart import require_apart, resolved
@@ -149,9 +150,16 @@ def _samples(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     names, number = find_classes(folder)
     _require_classes(folder, names)
     try:
-        return make_dataset(folder, number, extensions=tuple(SUFFIXES)), tuple(names)
+        samples = make_dataset(folder, number, extensions=tuple(SUFFIXES))
     except FileNotFoundError as error:  # torchvision's, of classes without images
         raise ValueError(f"{folder}: {error}: add images or remove the folders") from error
+    inside = {os.path.dirname(path) for path, _ in samples}
+    if found := images_and_masks({os.path.relpath(path, folder) for path in inside}):
+        raise ValueError(
+            f"{folder} has images in {found[0]!r} and masks in {found[1]!r}, which would be measured as "
+            "images: take the masks out of the folders of the classes, or rename what is no folder of masks"
+        )
+    return samples, tuple(names)
 
 
 def _require_classes(folder: Path, names: list[str]) -> None:
@@ -161,7 +169,7 @@ def _require_classes(folder: Path, names: list[str]) -> None:
     if masks is None:
         return
     is_of_boxes = any(path.suffix == ".json" for path in (folder / masks).iterdir())
-    if is_of_boxes or "images" in found:
+    if is_of_boxes or IMAGES in found:
         raise ValueError(
             f"{folder} holds the folders {names[:5]}, and a folder {masks!r} beside images is no class, but says "
             f"what they show: measure by `python -m pretrain.transfer {'detect' if is_of_boxes else 'segment'} RUN "

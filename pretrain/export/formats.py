@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -170,11 +170,16 @@ def export(trained: Trained, name: str, folder: Path, python: str = sys.executab
     In all these cases `folder` is as it was.
     """
     exporter, folder = choose(name, trained.run), followed(folder)
-    check_target(folder, name, exporter.num_copies * trained.num_bytes)
+    with only_if_written([folder]):
+        check_target(folder, name, exporter.num_copies * trained.num_bytes)
+        return _written(exporter, trained, name, folder, python)
+
+
+def _written(exporter: Exporter, trained: Trained, name: str, folder: Path, python: str) -> Exported:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         keys = exporter.write(trained, partial)
         with _being_flushed(partial):
             proof, unproven = _prove(exporter, trained, partial, python)
@@ -200,6 +205,19 @@ def export(trained: Trained, name: str, folder: Path, python: str = sys.executab
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Exported(folder, keys, proof, unproven)
+
+
+@contextmanager
+def only_if_written(folders: Iterable[Path]) -> Iterator[None]:
+    """Where it fails, the folders above `folders` that were not there before are removed again if they are empty."""
+    above = {parent for folder in folders for parent in followed(folder).parents if not parent.exists()}
+    try:
+        yield
+    except BaseException:
+        for parent in sorted(above, key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):
+                parent.rmdir()  # refuses what is not empty
+        raise
 
 
 def _digests(folder: Path, files: Iterable[str]) -> dict[str, str]:
@@ -264,6 +282,11 @@ def publish(partial: Path, folder: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
     if folder.exists():
         os.rename(folder, earlier)
-    os.rename(partial, folder)
+    try:
+        os.rename(partial, folder)
+    except OSError:  # a name takes room too
+        if earlier.exists():
+            os.rename(earlier, folder)
+        raise
     flush(folder.parent)
     shutil.rmtree(earlier, ignore_errors=True)

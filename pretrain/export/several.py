@@ -14,7 +14,15 @@ from pretrain.command import require_place
 from pretrain.config import Run
 from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.export.agreement import summary
-from pretrain.export.formats import Exported, Exporter, check_target, choose, export, fitting
+from pretrain.export.formats import (
+    Exported,
+    Exporter,
+    check_target,
+    choose,
+    export,
+    fitting,
+    only_if_written,
+)
 from pretrain.export.names import ALL, NotProven
 from pretrain.export.toolkits import missing_toolkit, require_toolkits
 from pretrain.export.trained import Trained, read_trained
@@ -33,6 +41,14 @@ def export_all(options: argparse.Namespace) -> list[Exported]:
     chosen = dict(sorted(chosen.items(), key=lambda one: one[1].lets_go))
     folders = {name: _folder(options, name, is_alone=len(chosen) == 1) for name in chosen}
     _check_python(options.python, chosen, run)
+    with only_if_written(folders.values()):
+        return _export_each(options, step_folder, chosen, folders)
+
+
+def _export_each(
+    options: argparse.Namespace, step_folder: Path, chosen: dict[str, Exporter], folders: dict[str, Path]
+) -> list[Exported]:
+    """One after the other, of weights that are read once."""
     for name, folder in folders.items():
         require_place("--out", folder)
         check_target(folder, name, 0)

@@ -20,7 +20,8 @@ since the line before, the rest is of the step; a field that a run has nothing f
     slowest                       rank, host and own seconds, where one takes clearly longer than the others
     memory_bytes                  allocated and reserved on the GPU, and of the process on the host: most of any rank
     eta_seconds                   that remain at the pace of the last steps
-    gpu_hours, gpu_hours_left     ranks x hours of all starts so far, also of what was undone; those that remain
+    gpu_hours, gpu_hours_left     ranks x hours of all starts so far, also of what was undone; those that remain;
+                                  without GPUs told here alone, not on console and page
     cost, cost_left               the same times --price
     dropped, captions             counts of the loader, over all ranks
     epochs                        passes over each source so far

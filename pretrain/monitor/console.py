@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from pretrain.config import Run
+from pretrain.logged import is_of_gpus
 from pretrain.visualize.numbers import TIE, duration
 
 
@@ -60,8 +61,9 @@ def block(record: Mapping[str, Any]) -> str:
             f"{target}: {_numbers(of_source)}"
             for target, of_source in record.get("nats_by_source", {}).items()
         ),
-        "GPU-hours": f"{record['gpu_hours']:.4g}, {record['gpu_hours_left']:.4g} to go",
     }
+    if is_of_gpus(record):
+        rows["GPU-hours"] = f"{record['gpu_hours']:.4g}, {record['gpu_hours_left']:.4g} to go"
     if "cost" in record:
         rows["cost"] = f"{record['cost']:.4g}, {record['cost_left']:.4g} to go"
     if slow := record.get("slowest"):

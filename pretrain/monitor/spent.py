@@ -44,7 +44,7 @@ class Spent:
             write_text(out / SPENT, json.dumps({"gpu_hours": self._so_far()}))
         except OSError as error:  # the next line of the log tells more
             say(
-                f"the GPU-hours so far found no room in {out / SPENT} ({error}): should the run be killed before the "
+                f"the hours so far found no room in {out / SPENT} ({error}): should the run be killed before the "
                 "next line of its log, it forgets those of the steps that are undone now; free space there"
             )
 

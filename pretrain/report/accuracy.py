@@ -45,8 +45,8 @@ def headline(record: Record) -> list[Move]:
 def _measure(row: Mapping[str, Any] | None) -> Measure | None:
     if not isinstance(row, Mapping) or row.get("accuracy") is None:
         return None
-    low, high = row.get("interval") or (row["accuracy"], row["accuracy"])
-    return Measure(float(row["accuracy"]), float(low), float(high))
+    interval = row.get("interval")
+    return Measure(float(row["accuracy"]), (float(interval[0]), float(interval[1])) if interval else None)
 
 
 def accuracies(record: Record) -> Html | None:
@@ -74,7 +74,10 @@ def accuracies(record: Record) -> Html | None:
 
 
 def _cell(measure: Measure) -> Html:
-    interval = element("small", f" [{100 * measure.low:.1f}, {100 * measure.high:.1f}]")
+    if measure.interval is None:
+        return element("span", percent(measure.accuracy), element("small", " no interval"))
+    low, high = measure.interval
+    interval = element("small", f" [{100 * low:.1f}, {100 * high:.1f}]")
     return element("span", percent(measure.accuracy), interval)
 
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from pretrain.collapse import STEPS_IN_A_ROW, can_collapse, judged_after, replay, scales, too_short
 from pretrain.config import Run
+from pretrain.logged import is_of_gpus
 from pretrain.report.accuracy import headline
 from pretrain.report.record import Record
 from pretrain.visualize.markup import Child, Html, element
@@ -63,7 +64,7 @@ def _facts(record: Record) -> list[tuple[str, Child]]:
     _, shares = record.series("mfu")
     if shares := [share for share in shares if math.isfinite(share)]:
         facts.append(("model FLOP/s utilisation", percent(statistics.median(shares))))
-    if "gpu_hours" in last:
+    if "gpu_hours" in last and is_of_gpus(last):
         facts.append(("GPU-hours", significant(last["gpu_hours"])))
     state = record.state
     if hardware := state.get("hardware") or record.evaluation.get("hardware"):
@@ -133,18 +134,16 @@ def _evaluated(record: Record) -> list[Verdict]:
     verdicts = []
     for move in found:
         after, before = move.after, move.before
-        interval = f"95{TIE}% interval {100 * after.low:.1f} to {percent(after.high)}"
-        end = f"chance {percent(move.chance)}; {interval}"
+        is_sure, told = None, "no interval, so that nothing tells how sure it is"
+        if after.interval is not None:
+            low, high = after.interval
+            is_sure, told = low > move.chance, f"95{TIE}% interval {100 * low:.1f} to {percent(high)}"
+        end = f"chance {percent(move.chance)}; {told}"
         if before is None:
-            verdicts.append(
-                Verdict(
-                    after.low > move.chance,
-                    f"{move.title}: {percent(after.accuracy)}",
-                    f"one checkpoint only; {end}",
-                )
-            )
+            claim = f"{move.title}: {percent(after.accuracy)}"
+            verdicts.append(Verdict(is_sure, claim, f"one checkpoint only; {end}"))
             continue
-        better = after.accuracy > before.accuracy and after.low > move.chance
+        better = is_sure if after.accuracy > before.accuracy else False
         claim = f"{move.title}: {percent(before.accuracy)} → {percent(after.accuracy)}"
         verdicts.append(Verdict(better, claim, end))
     return verdicts

@@ -21,8 +21,8 @@ BAD = (
     "through in any case)"
 )
 OUT = (
-    "folder of result and state (RUN/transfer/TASK-RECIPE-STEP; beside a checkpoint or an export "
-    "RUN.transfer/TASK-RECIPE-NAME)"
+    "folder of result and state (RUN/transfer/TASK-RECIPE-STEP, also of RUN/checkpoints/STEP; beside a checkpoint "
+    "elsewhere or an export RUN.transfer/TASK-RECIPE-NAME)"
 )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from pretrain.checkpoint.names import checkpoints_of
+from pretrain.checkpoint.store import STEP_NAME
 from pretrain.collectives import on_every_rank, rank
 from pretrain.command import require_place
 from pretrain.data.remote import Place
@@ -64,11 +66,15 @@ def prepared(options: argparse.Namespace) -> tuple[Work, Place, tuple[AnnotatedS
 
 
 def result_of(asked: Path, place: Place, name: str) -> Path:
-    """Where the result lies if no other place is named: in a run, beside a checkpoint or an export.
+    """Where the result lies if no other place is named: in a run, also of one of its checkpoints; beside another
+    checkpoint or an export.
 
     An export that is made again takes the place of its whole folder.
     """
     if place != asked:
         return asked / "transfer" / name
-    folder = asked if asked.is_dir() else asked.parent
-    return Path(f"{os.path.abspath(folder)}.transfer", name)
+    folder = Path(os.path.abspath(asked if asked.is_dir() else asked.parent))
+    run = folder.parent.parent
+    if STEP_NAME.fullmatch(folder.name) and folder.parent == checkpoints_of(run):
+        return run / "transfer" / name
+    return Path(f"{folder}.transfer", name)

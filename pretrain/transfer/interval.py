@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float, Int
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+from pretrain.evaluate.regions import FEWEST
+
 DRAWS = 100  # bootstrap samples
 NORMAL_95 = 1.96  # standard deviations to each side of 95 %
 SEED = 0  # of the bootstrap: one set of detections has one interval
-FEWEST = 2  # images that differ, without which nothing tells how sure a score is
 PATIENCE = 2.0  # seconds before a bar is shown
 AT_ONCE = 2**22  # numbers of an array over draws and detections
 ALL = -1  # in place of the number of a copy

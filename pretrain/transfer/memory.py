@@ -9,14 +9,17 @@ from pathlib import Path
 import torch
 
 from pretrain.free_memory import available, control_groups
-from pretrain.limited_memory import at_most
+from pretrain.limited_memory import at_most, data_bytes
 from pretrain.preflight.ranks import ranks_of
 from pretrain.transfer.order import share_of
 from pretrain.transfer.recipes import Detect, Segment
 
 MARGIN = 1 / 16  # of the memory that is available: for what else runs here, and what readers' processes add
-# What torch, oneDNN and the C++ library say of it on a CPU, in errors that have no class of their own.
-WORDS = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a primitive")
+# What torch and the C++ library say of it on a CPU, in errors that have no class of their own.
+WORDS = ("can't allocate memory", "out of memory", "bad_alloc")
+# What oneDNN says of it, and of much else: it fails so within 10 MiB of a limit.
+ONEDNN = ("could not create a primitive", "could not execute a primitive")
+NEAR = 2**26, 1 / 16  # bytes, or the share of all that was free: what is freed on the way from such a failure
 
 
 @contextmanager
@@ -28,11 +31,13 @@ def within_memory(recipe: Segment | Detect, name: str, device: torch.device) -> 
     """
     is_cpu = device.type == "cpu"
     room = free_for_this_rank() if is_cpu else torch.cuda.mem_get_info(device)[0]
+    limit = None
     try:
-        with at_most(room) if is_cpu and room is not None else nullcontext():
+        with at_most(room) if is_cpu and room is not None else nullcontext() as limit:
             yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        is_near = limit is not None and limit - data_bytes() <= max(NEAR[0], NEAR[1] * room)
+        if not is_out_of_memory(error, is_near=is_near):
             raise
         there = "unknown bytes" if room is None else f"{room / 2**30:.1f} GiB"
         others = " or more memory, or a GPU" if is_cpu else ", or a GPU of more memory"
@@ -53,7 +58,10 @@ def free_for_this_rank() -> int | None:
     return max(int(free * (1 - MARGIN)) // ranks_of().local_size, 0)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Does an error say that there is no memory left, of the host or of a device?"""
+def is_out_of_memory(error: BaseException, *, is_near: bool) -> bool:
+    """Does an error say that there is no memory left, of the host or of a device? `is_near` is a limit of the host's,
+    without which oneDNN's words have another reason.
+    """
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or any(word in str(error) for word in WORDS)
+    words = WORDS + ONEDNN if is_near else WORDS
+    return isinstance(error, kinds) or any(word in str(error) for word in words)

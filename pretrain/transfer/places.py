@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.schema import MANIFEST_NAME, MASK_FOLDERS
+from data_prep.masks import MASK_FOLDERS
+from data_prep.schema import MANIFEST_NAME
+from pretrain.command import no_folder
 from pretrain.evaluate.apart import require_apart
 from pretrain.transfer.coco import CocoSet
 from pretrain.transfer.examples import AnnotatedSet, look_at
@@ -51,7 +53,7 @@ def open_sets(task: str, named: Named, max_bad: float) -> tuple[AnnotatedSet, An
 def _find(task: str, data: Path, split: str) -> Path:
     """Where a folder of two sets holds one of them."""
     if not data.is_dir():
-        raise FileNotFoundError(f"--data {data} is no folder: name one with {FORMATS[task]} for each split")
+        raise FileNotFoundError(f"--data {no_folder(data)}: name one with {FORMATS[task]} for each split")
     candidates = [data / name for name in SPLITS[split]]
     if task == "detect":
         names = ("instances_{}.json", "{}.json", "lvis_v1_{}.json")

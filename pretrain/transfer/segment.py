@@ -20,7 +20,6 @@ from pretrain.evaluate.regions import count_pixels, score_regions
 from pretrain.models.pixels import normalise
 from pretrain.transfer.backbone import pyramid_config
 from pretrain.transfer.examples import IGNORED, AnnotatedSet, Example
-from pretrain.transfer.interval import FEWEST
 from pretrain.transfer.pretrained import Pretrained
 from pretrain.transfer.recipes import Segment
 
@@ -127,8 +126,7 @@ def count(
 
 def score(counts: Int[Tensor, "n 3 k"], names: tuple[str, ...]) -> dict[str, Any]:
     """Mean IoU over the classes with its bootstrap interval (see `score_regions`), None of a single image."""
-    found = score_regions(counts, names, everywhere=int(counts[:, 2].sum(0).argmax()))
-    return found if len(counts) >= FEWEST else found | {"interval": None}
+    return score_regions(counts, names, everywhere=int(counts[:, 2].sum(0).argmax()))
 
 
 def predict(model: Segmenter, image: UInt8[Tensor, "3 h w"], size: int) -> Int[Tensor, "h w"]:

@@ -18,8 +18,12 @@ class Measure:
     """Accuracy of one checkpoint by one probe, all in [0, 1]."""
 
     accuracy: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None = None  # None where nothing tells how sure it is
+
+    @property
+    def high(self) -> float:
+        """The largest value to be shown."""
+        return self.accuracy if self.interval is None else self.interval[1]
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,16 @@ def _row(move: Move, y: float, length: float) -> list[Html]:
     if move.before:
         start = LEFT + move.before.accuracy * length
         parts.append(element("line", x1=start, x2=end, y1=y, y2=y, class_="path"))
-        parts.append(_whisker(move.before, y, length, "before"))
+        parts += _whisker(move.before, y, length, "before")
         parts.append(element("circle", cx=start, cy=y, r=5, class_="before"))
-    parts.append(_whisker(move.after, y, length, "after"))
+    parts += _whisker(move.after, y, length, "after")
     parts.append(element("circle", cx=end, cy=y, r=6, class_="after"))
     return parts
 
 
-def _whisker(measure: Measure, y: float, length: float, class_: str) -> Html:
-    low, high = LEFT + measure.low * length, LEFT + measure.high * length
+def _whisker(measure: Measure, y: float, length: float, class_: str) -> list[Html]:
+    if measure.interval is None:
+        return []
+    low, high = (LEFT + bound * length for bound in measure.interval)
     ends = f"M{low:.1f} {y - 5:.1f}v10M{high:.1f} {y - 5:.1f}v10M{low:.1f} {y:.1f}H{high:.1f}"
-    return element("path", d=ends, class_=f"whisker {class_}")
+    return [element("path", d=ends, class_=f"whisker {class_}")]

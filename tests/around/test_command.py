@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,12 @@ from pathlib import Path
 import pytest
 
 from pretrain.command import exit_code, exit_code_of_words, require_place
+from pretrain.evaluate.arguments import split_folders
+from pretrain.evaluate.subjects import find_subjects
 from pretrain.exits import FAILED, INTERRUPTED
+from pretrain.export.__main__ import main as export
 from pretrain.transfer import __main__ as transfer
+from pretrain.transfer.places import Named, open_sets
 from tests.paths import ROOT
 
 
@@ -94,6 +100,31 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == FAILED and done.stderr.startswith(f"error: {message}"), done.stderr
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("pipe", "a pipe"),
+    ("socket", "a socket"),
+    ("/dev/null", "a device"),
+    ("link", "a link that leads nowhere"),
+])  # fmt: skip
+def test_what_is_no_folder_is_told_as_what_it_is(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    os.mkfifo("pipe")
+    Path("link").symlink_to("nowhere")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("socket")
+    told = f"{name} is no folder, but {kind}: "
+    with pytest.raises(FileNotFoundError, match=f"^{told}name the --out folder"):  # of evaluate and transfer
+        find_subjects(Path(name), ["last"])
+    assert export([name, "--to", "timm"]) == FAILED
+    assert capsys.readouterr().err.startswith(f"error: {told}name the --out folder")
+    with pytest.raises(FileNotFoundError, match=told):
+        split_folders(None, Path(name), tmp_path)
+    with pytest.raises(FileNotFoundError, match=told):
+        open_sets("segment", Named(data=Path(name)), 0.0)
 
 
 def test_a_place_that_takes_no_file_is_refused_before_the_work(tmp_path: Path) -> None:

@@ -356,12 +356,21 @@ def test_prompts_without_class_folders_or_beside_a_table_are_refused(tmp_path):
         Folder(str(source), prompts=("{}",)).collections()
 
 
-def test_images_beside_their_masks_are_no_two_classes(tmp_path):
-    jpeg = _encoded("JPEG")
-    source = _write(tmp_path, {"images/1.jpg": jpeg, "masks/1.png": _encoded("PNG")})
-    with pytest.raises(
-        ValueError, match=r"has images in 'images' and 'masks', .* name the folder of the images"
-    ):
+@pytest.mark.parametrize(("images", "masks", "told"), [
+    ("images", "masks", "'images' and 'masks'"),
+    ("images/train", "masks/train", "'images' and 'masks'"),
+    ("images/a", "images/b", None),
+    ("a/images/cat", "b/masks/dog", None),
+    ("a/images", "b/masks", "'images' and 'masks'"),
+    ("ade/Images/training", "ade/annotations/training", "'ade/Images' and 'ade/annotations'"),
+    ("photographs/cat", "masks/cat", None),
+])  # fmt: skip
+def test_images_beside_their_masks_are_no_classes(tmp_path, images, masks, told):
+    source = _write(tmp_path, {f"{images}/1.jpg": _encoded("JPEG"), f"{masks}/1.png": _encoded("PNG")})
+    if told is None:
+        assert Folder(str(source)).collections()
+        return
+    with pytest.raises(ValueError, match=rf"has images in {told}, .* name the folder of the images"):
         Folder(str(source)).collections()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -19,6 +20,7 @@ from pretrain.balance import BalanceTracker
 from pretrain.clock import PARTS, Clock
 from pretrain.collapse import Seen
 from pretrain.monitor import LOG, Monitor
+from pretrain.monitor.console import block
 from pretrain.monitor.ranks import Sources, nats_by_source, slowest
 from pretrain.monitor.speed import Speed, measured_peak, peak_of
 from pretrain.monitor.spent import Spent, spent_before
@@ -110,6 +112,14 @@ def test_a_logged_step_holds_what_report_and_reader_need(tmp_path: Path) -> None
     assert sum(lines[-1]["seconds"].values()) == pytest.approx(lines[-1]["step_seconds"])
     assert lines[-1]["collapse"]["dense"].keys() == {"std", "effective_rank", "rows", "width"}
     assert lines[-1]["collapse"]["dense"]["width"] == 8
+
+
+def test_hours_are_told_as_those_of_gpus_where_there_are_some(tmp_path: Path) -> None:
+    _follow(tmp_path, 0, 1)
+    (record,) = _lines(tmp_path)
+    assert record["gpu_hours"] > 0 and "GPU" not in block(record) and "cost" in block(record)
+    on_gpus = record | {"memory_bytes": {"allocated": 2**30, "reserved": 2**30, "host": 2**30}}
+    assert re.search(r"GPU-hours: .*, .* to go", block(on_gpus))
 
 
 def test_a_resume_cuts_what_came_after_its_step(tmp_path: Path) -> None:

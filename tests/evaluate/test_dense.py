@@ -23,6 +23,7 @@ from pretrain.evaluate.features import Pictures, extract
 from pretrain.evaluate.masks import read_mask
 from pretrain.evaluate.protocols import evaluate_checkpoint
 from pretrain.evaluate.regions import count_pixels, score_regions
+from pretrain.evaluate.result import table
 from tests.evaluate.sets import COLORS, write_set
 
 KINDS = ("ant", "bee")
@@ -85,6 +86,15 @@ def test_interval_is_the_spread_of_resampled_images() -> None:
     slack = 0.1 * (row["interval"][1] - row["interval"][0])
     assert row["interval"] == pytest.approx(np.quantile(values, [0.025, 0.975]).tolist(), abs=slack)
     assert row == score_regions(counts, NAMES)  # seeded
+
+
+def test_a_single_image_has_no_interval_and_the_table_says_why() -> None:
+    told = "no interval, which takes 2 images or more, and 1 was tested on"
+    row, two = (score_regions(count_pixels(bands(n, 0), bands(n, 1), 3), NAMES) for n in (1, 2))
+    assert row["interval"] is None and row["n"] == 1 and row["no_interval"] == told
+    assert len(two["interval"]) == 2 and "no_interval" not in two
+    *_, cells, note = table({"checkpoints": {"step_1": {"dense": row}}}).splitlines()
+    assert cells.endswith(f" {100 * row['accuracy']:.1f}") and note == f"dense probe, mIoU, step_1: {told}"
 
 
 def test_features_that_are_the_class_give_one() -> None:

@@ -154,6 +154,37 @@ def test_a_set_that_is_damaged_between_two_looks_is_told_and_ends_nothing(data: 
     assert row["dropped"] == {"train": {}, "heldout": {"truncated_shard": 20}}
 
 
+def test_features_that_are_not_finite_are_no_measurement(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = TeacherCheck(RUN, FACTS_OF_COLORS, data, None)
+    sound = check(MeanColor())["knn"]
+
+    def diverged(images: torch.Tensor, kinds: tuple[str, ...], summary: bool) -> dict:
+        told = images.mean(dim=(2, 3))[:, None].clone()
+        told[:: len(told) - 1] = float("nan")  # two of a batch
+        return {"dense": told, "projected": told[:, 0]}
+
+    teacher = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"), ask_teacher=diverged)
+    row = check(teacher)["knn"]
+    assert row["accuracy"] is None and row.keys() == {"accuracy", "reason", "dropped"}
+    assert row["reason"].startswith(
+        "the features of 2 of 40 train images are not finite, which nothing is told"
+    )
+    assert check(MeanColor())["knn"] == sound
+    check._captions = SimpleNamespace(encode=None)
+    classes = torch.eye(3)[:2].clone()
+    monkeypatch.setattr(check, "_classes", lambda engine: classes)
+    assert {one["reason"] for one in check(teacher).values()} == {row["reason"]}
+    teacher.ask_teacher = lambda images, *_: {
+        "dense": (m := images.mean(dim=(2, 3)))[:, None],
+        "projected": m,
+    }
+    assert all(one["accuracy"] is not None for one in check(teacher).values())
+    classes[1] = float("inf")
+    rows = check(teacher)
+    assert rows["knn"] == sound and rows["zero_shot"]["accuracy"] is None
+    assert rows["zero_shot"]["reason"].startswith("the vectors of 1 of 2 categories are not finite")
+
+
 def test_a_fault_of_the_model_is_no_fault_of_the_data(data: Path) -> None:
     check = TeacherCheck(RUN, FACTS_OF_COLORS, data, None)
     broken = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"), ask_teacher=lambda *_: int("x"))

@@ -33,6 +33,18 @@ def test_images_beside_masks_or_boxes_are_no_classes(
         read_manifests(splits)
 
 
+def test_masks_inside_of_a_class_are_no_images_of_it(tmp_path: Path) -> None:
+    for name in ("ant/images/1/a.png", "ant/Masks/1/a.png", "bee/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(
+        ValueError, match=r"images in 'ant/images' and masks in 'ant/Masks', .*: take the masks"
+    ):
+        read_set(tmp_path)
+    (tmp_path / "ant" / "Masks").rename(tmp_path / "ant" / "hats")
+    assert read_set(tmp_path).num_samples == 3
+
+
 @pytest.mark.parametrize("names", [("images", "drawings"), ("masks", "hats"), ("annotations", "letters")])
 def test_a_class_may_bear_one_of_these_names(names: tuple[str, ...], tmp_path: Path) -> None:
     for name in names:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from pretrain.checkpoint import PLACE_RECORD, load_towers, record_place
 from pretrain.checkpoint.fetch import fetched
@@ -167,7 +168,41 @@ def test_facts_that_the_weights_do_not_know_take_no_memory(vit_run: Path, tmp_pa
     shutil.copytree(vit_run / "checkpoints" / "step_000003", step)
     facts = json.loads((step / "facts.json").read_text())
     (step / "facts.json").write_text(json.dumps(facts | {"vocab_size": 10**11}))
-    with pytest.raises(ValueError, match=r"holds other tensors than its recipe builds: text\..*100000000000"):
+    with pytest.raises(
+        ValueError, match=r"describes a model of .* tensors, .* MiB and more, where its weights are"
+    ):
+        load_towers(resealed(step))
+
+
+@pytest.mark.parametrize(("changed", "told"), [
+    ({"layers": 3_000}, r"a model of .* tensors, .* MiB and more, where its weights are .* take both"),
+    ({"width": 2**60}, r"the recipe of .* describes no model .* take another checkpoint"),
+    ({"ffn": 10**30}, r"the recipe of .* describes no model .* take another checkpoint"),
+])  # fmt: skip
+def test_a_recipe_is_built_as_far_as_the_weights_explain_it(
+    vit_run: Path, tmp_path: Path, changed: dict[str, int], told: str
+) -> None:
+    step = tmp_path / "step_000003"
+    shutil.copytree(vit_run / "checkpoints" / "step_000003", step)
+    recipe = json.loads((step / "run.json").read_text())
+    (step / "run.json").write_text(json.dumps(recipe | {"text": recipe["text"] | changed}))
+    names: list[str] = []
+    counting = register_module_module_registration_hook(lambda module, name, child: names.append(name))
+    try:
+        with pytest.raises(ValueError, match=told):
+            load_towers(resealed(step))
+    finally:
+        counting.remove()
+    assert len(names) < 10_000  # of 60,000
+
+
+def test_a_layout_of_more_than_the_files_takes_no_memory(vit_run: Path, tmp_path: Path) -> None:
+    step = tmp_path / "step_000003"
+    shutil.copytree(vit_run / "checkpoints" / "step_000003", step)
+    layout = json.loads((step / "teacher" / "layout.json").read_text())
+    layout["parameters"]["more"] = {"shape": [2**40], "parts": [[0, 0, 2**40]]}
+    (step / "teacher" / "layout.json").write_text(json.dumps(layout))
+    with pytest.raises(ValueError, match=r"layout.json tells of .* bytes of values, where its files have"):
         load_towers(resealed(step))
 
 

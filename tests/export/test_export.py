@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -347,6 +350,33 @@ def test_a_disk_that_is_full_in_the_middle_is_told_and_the_export_before_stays(
     ):
         export(trained, name, folder)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "keys.json"]
+
+
+@pytest.mark.parametrize("step", ["mkdir", "write_text", "rename"])  # of the folder, of keys.json, at the end
+def test_an_export_that_fails_leaves_nothing_and_takes_nothing(
+    step: str,
+    vit_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(path: str | Path, *rest: object, **named: object) -> None:
+        if ".partial" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return plain(path, *rest, **named)
+
+    owner = os if step == "rename" else Path
+    plain = getattr(owner, step)
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "keys.json").write_text(json.dumps({"format": "timm"}))
+    monkeypatch.setattr(owner, step, full)
+    for out in ("new/above/timm", "there"):
+        assert main([str(vit_run), "--to", "timm", "--out", str(tmp_path / out)]) == 1
+        assert re.search(r"error: no space is left for .*: free space on that disk", capsys.readouterr().err)
+    with pytest.raises(OSError, match="no space is left"):
+        export(last(vit_run), "timm", tmp_path / "new" / "timm")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["keys.json", "there"]
 
 
 def test_damaged_evaluation_is_told(vit_run: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from pretrain.collapse import FEWEST_STEPS
 from pretrain.data.shards import ShardFolder
 from pretrain.report import provenance
 from pretrain.report.__main__ import main
-from pretrain.report.header import verdicts
+from pretrain.report.accuracy import accuracies
+from pretrain.report.header import header, verdicts
 from pretrain.report.page import _accuracies, heldout_folder
 from pretrain.report.record import Record, read_record
 from pretrain.report.teacher import NUM_NEIGHBOURS
@@ -286,6 +287,28 @@ def changed_log(
         change(line)
     (out / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return read_record(out, {})
+
+
+def test_no_interval_is_no_verdict(run_folder: Path) -> None:
+    """Of a single held-out image."""
+    record = read_record(run_folder, {})
+    for before, holds in ((0.2, None), (0.9, False)):
+        rows = [{"dense": {"accuracy": value, "chance": 0.1, "interval": None}} for value in (before, 0.6)]
+        one = replace(
+            record, evaluation={"checkpoints": dict(zip(("step_000000", "step_000001"), rows, strict=True))}
+        )
+        told = verdicts(one)[0]
+        assert told.holds is holds and "no interval, so that nothing tells" in told.evidence
+        shown = accuracies(one).text
+        assert "whisker" not in shown and "60.0" in shown and shown.count(" no interval") == 2
+
+
+def test_hours_are_those_of_gpus_where_there_are_some(run_folder: Path) -> None:
+    record = read_record(run_folder, {})
+    for more, is_told in (({}, False), ({"memory_bytes": {"allocated": 2**30, "host": 2**30}}, True)):
+        last = record.log[-1] | {"gpu_hours": 3.25} | more
+        told = header(replace(record, log=(*record.log[:-1], last)), "a run").text
+        assert ("GPU-hours" in told) == is_told == ("3.25" in told)
 
 
 def test_verdict_fails_on_collapse_and_rising_loss(run_folder: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_ticks_are_round_and_inside() -> None:
 
 
 def test_dumbbell_places_accuracies_in_order() -> None:
-    made = dumbbells([Move("knn", 0.05, Measure(0.1, 0.08, 0.12), Measure(0.6, 0.55, 0.65))]).text
+    made = dumbbells([Move("knn", 0.05, Measure(0.1, (0.08, 0.12)), Measure(0.6, (0.55, 0.65)))]).text
     before, after = (
         float(re.search(rf'cx="([\d.]+)"[^>]*class="{name}"', made)[1]) for name in ("before", "after")
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from pretrain.training_state import States
 from pretrain.transfer import __main__ as command
 from pretrain.transfer import memory, training
 from pretrain.transfer.arguments import parse
-from pretrain.transfer.asked import prepared
+from pretrain.transfer.asked import prepared, result_of
 from pretrain.transfer.backbone import load_trunk
 from pretrain.transfer.examples import Drops
 from pretrain.transfer.order import Draws
@@ -28,7 +29,7 @@ from pretrain.transfer.pretrained import open_pretrained
 from pretrain.transfer.rates import Layered, rate
 from pretrain.transfer.recipes import RECIPES, Detect, Optimisation, recipe
 from pretrain.transfer.training import STATE, Machine
-from pretrain.transfer.work import TASKS, Work, require_own, transfer
+from pretrain.transfer.work import RESULT, TASKS, Work, require_own, transfer
 
 # pycocotools (https://github.com/ppwwyyxx/cocoapi) hands arrays to numpy in a way that is to end.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -224,6 +225,32 @@ def test_a_checkpoint_and_its_export_learn_as_the_run(
     assert all(torch.equal(first[key], other[key]) for other in others for key in first)
 
 
+def test_a_checkpoint_in_its_run_has_its_result_there_and_goes_on_as_the_run_does(
+    runs: dict[str, Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, alone = tmp_path / "run", tmp_path / "step_000000"
+    shutil.copytree(runs["vit"], run)
+    step = find_checkpoint(run, "last")
+    assert step.name == alone.name
+    shutil.copytree(step, alone)
+    small = tiny("segment", "small")
+    monkeypatch.setitem(RECIPES["segment"], "small", lambda: small)
+    before = sorted((run / "checkpoints").iterdir())
+    rest = ["--data", str(shards), "--frozen"]
+    assert command.main(["segment", str(step), *rest]) == 0
+    made = run / "transfer" / "segment-small-step_000000"
+    (made / RESULT).unlink()
+    assert sorted((run / "checkpoints").iterdir()) == before
+    state = (made / STATE).stat().st_mtime_ns
+    assert command.main(["segment", str(run), *rest]) == 0  # of the same checkpoint: it goes on
+    assert (made / RESULT).is_file() and (made / STATE).stat().st_mtime_ns == state
+    assert command.main(["segment", str(step), *rest, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / RESULT).is_file()
+    monkeypatch.chdir(step)
+    assert result_of(Path(), Path(), "x") == run / "transfer" / "x"
+    assert result_of(alone, alone, "x") == tmp_path / "step_000000.transfer" / "x"
+
+
 @pytest.mark.parametrize("names", [["manifest.json", "000000.tar"], ["result.json"]], ids=["data", "others'"])
 def test_a_folder_of_other_files_is_no_place_for_a_transfer(
     names: list[str], runs: dict[str, Path], shards: Path, tmp_path: Path
@@ -344,6 +371,32 @@ def test_a_recipe_that_no_memory_suffices_for_is_told(
         r"free for it on cpu.*: choose a smaller recipe, such as small, .*more ranks or more memory, or a GPU",
         capsys.readouterr().err,
     )
+
+
+@pytest.mark.parametrize("word", ["create", "execute"])
+def test_what_onednn_cannot_do_is_lack_of_memory_where_memory_is_short(
+    word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda *_: 2**29)
+    error, held = RuntimeError(f"could not {word} a primitive"), []
+
+    def fails_with(taken: int) -> None:
+        with memory.within_memory(recipe("detect", "small"), "small", torch.device("cpu")):
+            held.append(torch.empty(taken, dtype=torch.uint8))
+            raise error
+
+    room = memory.free_for_this_rank()
+    with pytest.raises(
+        ValueError, match=r"0.5 GiB of memory were free .*primitive\): choose a smaller recipe"
+    ):
+        fails_with(room - 2**25)
+    with pytest.raises(RuntimeError) as told:
+        fails_with(room // 2)
+    assert told.value is error
+    monkeypatch.setattr(memory, "free_for_this_rank", lambda: None)  # and no limit
+    with pytest.raises(RuntimeError) as told:
+        fails_with(2**20)
+    assert told.value is error
 
 
 def test_a_gpu_that_has_no_memory_left_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
