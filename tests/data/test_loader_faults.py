@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.schema import Manifest, Shard
+from data_prep.schema import SAMPLE_BYTES, Manifest, Shard
 from pretrain.config import Mixing, Run, Source
 from pretrain.data.batch import Batch
 from pretrain.data.drop_list import NAME, file_of, records
@@ -167,7 +167,7 @@ def test_a_lost_shard_is_listed_once_in_little_memory(tmp_path: Path) -> None:
     manifest = replace(
         Manifest.read(good_set(tmp_path / "set", (1,), has_text=False)),
         num_samples=800,
-        shards=(Shard("000000.tar", 800, 512, "0" * 64),),
+        shards=(Shard("000000.tar", 800, 800 * SAMPLE_BYTES, "0" * 64),),
     )
     log, message = tmp_path / "dropped.jsonl", "a path and what the file system said of it " * 3
     lost = [Dropped("names", "000000.tar", index, "missing_shard", message) for index in range(800)]
