@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data_prep.schema import WHOLE_SHARD, Shard
+from data_prep.schema import WHOLE_SHARD
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.device import finish
@@ -21,7 +21,7 @@ from pretrain.data.room import MOST_KEPT
 from pretrain.data.shards import ShardFolder
 from pretrain.data.sources import Sources, open_sources
 from pretrain.data.steps import STAGES, Delivery, Steps
-from pretrain.data.verified import Verifier
+from pretrain.data.verified import Verifier, Watched
 from pretrain.data.workers import Made
 from pretrain.facts import DataFacts
 
@@ -66,7 +66,7 @@ class Loader:
         start_step = after_kept(start_step, self._left_out)
         ours = slice(rank, None, world)  # each rank looks at its part of the shards
         sources = open_sources(run, folders, tokenizer, slice(0) if start_step else ours)
-        later, self._changed = _verified(sources, ours, is_resumed=bool(start_step))
+        later, hashed, self._changed = _verified(sources, ours, is_resumed=bool(start_step))
         captions = sources.captions
         sha256 = {f"data.{source.name}": source.shards.sha256 for source in sources.opened}
         if captions is not None:
@@ -82,7 +82,7 @@ class Loader:
         if workers:
             _tell_of_memory(run, world, workers)
         self._device = device
-        self._verifier = Verifier(later, VERIFY_RATE / world)
+        self._verifier = Verifier(later, VERIFY_RATE / world, hashed)
         opened = {source.name: source.shards for source in sources.opened}
         manifests = {name: shards.manifest for name, shards in opened.items()}
         self._drops = Drops(
@@ -217,17 +217,17 @@ class Loader:
 
 def _verified(
     sources: Sources, ours: slice, is_resumed: bool
-) -> tuple[list[tuple[Path, str, Shard]], list[Dropped]]:
-    """Looks at our shards, as a start must: those that are to be hashed later, and those that changed.
+) -> tuple[list[Watched], list[Watched], list[Dropped]]:
+    """Looks at our shards, as a start must: those that are to be hashed later, that were, and that changed.
 
     A run that begins raises what is wrong with a shard; one that goes on warns of it.
     """
-    later, changed = [], []
+    later, hashed, changed = [], [], []
     for source in sources.opened:
         shards = source.shards
         problems: list[Exception] = list(shards.problems(ours)) if is_resumed else []  # else all are there
         if not shards.is_remote:  # hashed as it is copied
-            now, rest = _when_hashed(shards, ours)
+            (now, rest), found = _when_hashed(shards, ours), []
             if not is_resumed:
                 shards.verify(now)
             else:
@@ -237,9 +237,12 @@ def _verified(
                     for shard, error in found
                 ]
                 problems += [error for _, error in found]
-            later += [(shards.folder, source.name, shards.manifest.shards[number]) for number in rest]
+            every = shards.manifest.shards
+            told = [shard for shard, _ in found]
+            later += [(shards.folder, source.name, every[number]) for number in rest]
+            hashed += [(shards.folder, source.name, every[n]) for n in now if every[n] not in told]
         _tell(problems)
-    return later, changed
+    return later, hashed, changed
 
 
 def _when_hashed(shards: ShardFolder, ours: slice) -> tuple[range, range]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import resource
+import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -414,4 +415,30 @@ def test_a_shard_that_rots_during_training_is_told_and_listed(
         while "names: changed_shard" not in loader.dropped:
             next(loader)
     assert '"shard": "000001.tar", "index": -1, "reason": "changed_shard"' in log.read_text()
+    loader.close()
+
+
+def test_a_shard_that_is_replaced_with_its_index_during_training_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = good_set(tmp_path / "names", has_text=False)
+    monkeypatch.setattr("pretrain.data.verified.LOOK_AGAIN", 0.05)
+    run = small_run(data={"names": Source("category")}, max_bad=0.5)
+    log = tmp_path / "dropped.jsonl"
+    loader = Loader(run, {"names": folder}, None, rank=0, world=1, dropped_to=log)
+    next(loader)
+    content = bytearray((folder / "000001.tar").read_bytes())
+    content[1500] ^= 1
+    (folder / "other").write_bytes(content)
+    (folder / "other").replace(folder / "000001.tar")
+    with pytest.warns(
+        UserWarning, match=r"000001.tar has sha256 .*\(its samples are used as they are\)"
+    ) as told:
+        while "names: changed_shard" not in loader.dropped:
+            next(loader)
+        until = time.monotonic() + 0.5  # many looks
+        while time.monotonic() < until:
+            next(loader)
+    assert len(told) == 1 and loader.dropped == {"names: changed_shard": 1}
+    assert log.read_text().count("changed_shard") == 1
     loader.close()
