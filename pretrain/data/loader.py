@@ -27,9 +27,8 @@ from pretrain.facts import DataFacts
 
 VERIFIED_BYTES = 2 * 2**30  # data sets up to this size are hashed at start, of larger ones the first shard
 VERIFY_RATE = 2**28  # bytes a second that all ranks together hash of the rest, while they train
-# Bytes of views that a worker keeps room for, of the 1.5 GiB that it may take: the rest is for an image of the most
-# pixels that decoders take.
-MOST_BATCHES = 0.5 * 2**30
+WORKER_BYTES = 1.5 * 2**30  # that a worker may take without a word
+BESIDE_BATCHES = 1.2 * 2**30  # bytes of that: its program, and an image of the most pixels that decoders take
 MOST_UNTAGGED = 64  # images without any tag before that is told
 
 
@@ -253,12 +252,14 @@ def _when_hashed(shards: ShardFolder, ours: slice) -> tuple[range, range]:
 
 
 def _tell_of_memory(run: Run, world: int, workers: int) -> None:
-    """Warns of batches that take a worker beyond what is promised of it, beside the 0.6 GiB of its program."""
+    """Warns of batches that may take a worker beyond what is promised of it."""
     held = run.images_per_rank(world) * 6 * run.views.size**2
-    if MOST_KEPT * held > MOST_BATCHES:
+    taken = BESIDE_BATCHES + MOST_KEPT * held
+    if taken > WORKER_BYTES:
         warnings.warn(
-            f"each of {workers} workers keeps room for {MOST_KEPT} batches of {held / 2**30:.1f} GiB: where that is "
-            "too much, share the batch among more ranks, or lower --workers",
+            f"each of {workers} workers may take {taken / 2**30:.2f} GiB, with room for {MOST_KEPT} batches of "
+            f"{held / 2**30:.2f} and for the largest image: where that is too much, share the batch among more "
+            "ranks, or lower --workers",
             stacklevel=3,
         )
 
