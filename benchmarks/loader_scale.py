@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.record import keep  # noqa: E402
-from data_prep.schema import Manifest, Shard, write_manifest  # noqa: E402
+from data_prep.schema import SAMPLE_BYTES, Manifest, Shard, write_manifest  # noqa: E402
 from pretrain.config import Run, Source  # noqa: E402
 from pretrain.data.loader import Loader  # noqa: E402
 from pretrain.data.order import Order  # noqa: E402
@@ -35,18 +35,18 @@ from pretrain.data.sources import open_sources  # noqa: E402
 from pretrain.data.steps import run_order  # noqa: E402
 from pretrain.objectives import OBJECTIVES  # noqa: E402
 
-SHARD_BYTES = 2**23
 FOUND = 20_000  # positions that are looked up
 START = "--start"  # what the script says to the process that it times
 
 
 def write_set(folder: Path, shards: int, samples: int) -> None:
     """A manifest of so many shards of so many samples each, and empty files."""
-    digest = hashlib.sha256(bytes(SHARD_BYTES)).hexdigest()
-    recorded = tuple(Shard(f"{number:06d}.tar", samples, SHARD_BYTES, digest) for number in range(shards))
+    size = samples * SAMPLE_BYTES
+    digest = hashlib.sha256(bytes(size)).hexdigest()
+    recorded = tuple(Shard(f"{number:06d}.tar", samples, size, digest) for number in range(shards))
     for shard in recorded:
         with (folder / shard.name).open("wb") as file:
-            file.truncate(SHARD_BYTES)
+            file.truncate(size)
     categories = ("one", "two")
     total = shards * samples
     write_manifest(folder, Manifest("laion", "train", categories, total, False, True, recorded))

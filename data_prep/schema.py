@@ -26,6 +26,9 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 WHOLE_SHARD = -1  # where an index of a sample is told: all of the shard
 TAR_BLOCK = 512  # bytes; every tar header starts at a multiple of it
+SAMPLE_BYTES = (
+    2 * TAR_BLOCK
+)  # of a shard, which a sample takes at least: the header of its image, and a block of it
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -54,6 +57,11 @@ class Shard:
         if not _is_count(self.num_bytes) or self.num_bytes % TAR_BLOCK or not self.num_bytes:
             raise ValueError(
                 f"{self.name}: num_bytes={self.num_bytes!r} must be a positive multiple of {TAR_BLOCK}"
+            )
+        if self.num_samples * SAMPLE_BYTES > self.num_bytes:
+            raise ValueError(
+                f"{self.name}: num_samples={self.num_samples} must be at most {self.num_bytes // SAMPLE_BYTES}: each "
+                f"takes {SAMPLE_BYTES} of its {self.num_bytes} bytes or more"
             )
         if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
             raise ValueError(f"{self.name}: sha256={self.sha256!r} must be 64 lower-case hexadecimal digits")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data_prep.schema import WHOLE_SHARD, Shard
+from data_prep.schema import WHOLE_SHARD
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.device import finish
@@ -21,15 +21,14 @@ from pretrain.data.room import MOST_KEPT
 from pretrain.data.shards import ShardFolder
 from pretrain.data.sources import Sources, open_sources
 from pretrain.data.steps import STAGES, Delivery, Steps
-from pretrain.data.verified import Verifier
+from pretrain.data.verified import Verifier, Watched
 from pretrain.data.workers import Made
 from pretrain.facts import DataFacts
 
 VERIFIED_BYTES = 2 * 2**30  # data sets up to this size are hashed at start, of larger ones the first shard
 VERIFY_RATE = 2**28  # bytes a second that all ranks together hash of the rest, while they train
-# Bytes of views that a worker keeps room for, of the 1.5 GiB that it may take: the rest is for an image of the most
-# pixels that decoders take.
-MOST_BATCHES = 0.5 * 2**30
+WORKER_BYTES = 1.5 * 2**30  # that a worker may take without a word
+BESIDE_BATCHES = 1.2 * 2**30  # bytes of that: its program, and an image of the most pixels that decoders take
 MOST_UNTAGGED = 64  # images without any tag before that is told
 
 
@@ -66,7 +65,7 @@ class Loader:
         start_step = after_kept(start_step, self._left_out)
         ours = slice(rank, None, world)  # each rank looks at its part of the shards
         sources = open_sources(run, folders, tokenizer, slice(0) if start_step else ours)
-        later, self._changed = _verified(sources, ours, is_resumed=bool(start_step))
+        later, hashed, self._changed = _verified(sources, ours, is_resumed=bool(start_step))
         captions = sources.captions
         sha256 = {f"data.{source.name}": source.shards.sha256 for source in sources.opened}
         if captions is not None:
@@ -82,7 +81,7 @@ class Loader:
         if workers:
             _tell_of_memory(run, world, workers)
         self._device = device
-        self._verifier = Verifier(later, VERIFY_RATE / world)
+        self._verifier = Verifier(later, VERIFY_RATE / world, hashed)
         opened = {source.name: source.shards for source in sources.opened}
         manifests = {name: shards.manifest for name, shards in opened.items()}
         self._drops = Drops(
@@ -217,17 +216,17 @@ class Loader:
 
 def _verified(
     sources: Sources, ours: slice, is_resumed: bool
-) -> tuple[list[tuple[Path, str, Shard]], list[Dropped]]:
-    """Looks at our shards, as a start must: those that are to be hashed later, and those that changed.
+) -> tuple[list[Watched], list[Watched], list[Dropped]]:
+    """Looks at our shards, as a start must: those that are to be hashed later, that were, and that changed.
 
     A run that begins raises what is wrong with a shard; one that goes on warns of it.
     """
-    later, changed = [], []
+    later, hashed, changed = [], [], []
     for source in sources.opened:
         shards = source.shards
         problems: list[Exception] = list(shards.problems(ours)) if is_resumed else []  # else all are there
         if not shards.is_remote:  # hashed as it is copied
-            now, rest = _when_hashed(shards, ours)
+            (now, rest), found = _when_hashed(shards, ours), []
             if not is_resumed:
                 shards.verify(now)
             else:
@@ -237,9 +236,12 @@ def _verified(
                     for shard, error in found
                 ]
                 problems += [error for _, error in found]
-            later += [(shards.folder, source.name, shards.manifest.shards[number]) for number in rest]
+            every = shards.manifest.shards
+            told = [shard for shard, _ in found]
+            later += [(shards.folder, source.name, every[number]) for number in rest]
+            hashed += [(shards.folder, source.name, every[n]) for n in now if every[n] not in told]
         _tell(problems)
-    return later, changed
+    return later, hashed, changed
 
 
 def _when_hashed(shards: ShardFolder, ours: slice) -> tuple[range, range]:
@@ -250,12 +252,14 @@ def _when_hashed(shards: ShardFolder, ours: slice) -> tuple[range, range]:
 
 
 def _tell_of_memory(run: Run, world: int, workers: int) -> None:
-    """Warns of batches that take a worker beyond what is promised of it, beside the 0.6 GiB of its program."""
+    """Warns of batches that may take a worker beyond what is promised of it."""
     held = run.images_per_rank(world) * 6 * run.views.size**2
-    if MOST_KEPT * held > MOST_BATCHES:
+    taken = BESIDE_BATCHES + MOST_KEPT * held
+    if taken > WORKER_BYTES:
         warnings.warn(
-            f"each of {workers} workers keeps room for {MOST_KEPT} batches of {held / 2**30:.1f} GiB: where that is "
-            "too much, share the batch among more ranks, or lower --workers",
+            f"each of {workers} workers may take {taken / 2**30:.2f} GiB, with room for {MOST_KEPT} batches of "
+            f"{held / 2**30:.2f} and for the largest image: where that is too much, share the batch among more "
+            "ranks, or lower --workers",
             stacklevel=3,
         )
 

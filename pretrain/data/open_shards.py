@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_prep.schema import MANIFEST_NAME, Shard
-from pretrain.data.cache import CACHE_FOLDER
+from pretrain.data.cache import CACHE_FOLDER, is_at
 from pretrain.data.damage import OF_DAMAGE, can_be_read_elsewhere
 from pretrain.data.faults import BadSample, DataAway, DataError
 from pretrain.data.records import offsets_of
@@ -72,6 +72,12 @@ class OpenShards:
     def close(self) -> None:
         for shard in list(self._open):
             self._close(shard)
+
+    def close_removed(self) -> None:
+        """Closes copies that the cache removed: the disk has them back only then."""
+        for shard, (descriptor, _) in list(self._open.items()):
+            if self._remote is not None and not is_at(descriptor, self.path(shard)):
+                self._close(shard)
 
     def _close(self, shard: int) -> None:
         with contextlib.suppress(KeyError, OSError):  # it was only read: what fails here loses nothing
@@ -155,10 +161,8 @@ class OpenShards:
 
     def _descriptor(self, number: int) -> int:
         if self._remote is not None:
-            for other, (opened, _) in list(self._open.items()):
-                if _is_removed(opened):  # from the cache: the disk has it back only now
-                    self._close(other)
-            return self._remote.open(self._shards[number])
+            self.close_removed()
+            return self._remote.open(self._shards[number], self.close_removed)
         try:
             return os.open(self.path(number), os.O_RDONLY)
         except OSError as error:

@@ -18,7 +18,7 @@ import fsspec
 
 from data_prep.schema import MANIFEST_NAME, Shard, write_atomic
 from data_prep.stores import A_URL
-from pretrain.data.cache import CACHE_GIB, PARTIAL, Cache, lock_of
+from pretrain.data.cache import CACHE_GIB, PARTIAL, Cache, Full, lock_of
 from pretrain.data.faults import BadSample, DataAway, DataError, NobodyThere
 from pretrain.retries import GaveUp, patiently, refusal
 
@@ -28,6 +28,7 @@ PATIENCE_AT_START = 20.0  # seconds: a wrong address or key is told soon
 REFUSED_AT_START = 3.0  # seconds that nobody may take connections at an address that never served from here
 ATTEMPT = 60.0  # seconds that one request may take, the next one twice as long
 NOT_YET = 0.1  # seconds between two looks at what other processes do
+FULL = (errno.ENOSPC, errno.EDQUOT)
 AHEAD = 4  # shards that one process copies at once before they are needed
 
 Place = Path | str  # a folder, or a URL that fsspec opens
@@ -149,18 +150,15 @@ class RemoteFolder:
         """Is there a copy of a shard?"""
         return self.cache.path_of(shard).exists()
 
-    def open(self, shard: Shard) -> int:
-        """Descriptor of the copy of a shard, which is made if there is none.
+    def open(self, shard: Shard, release: Callable[[], None]) -> int:
+        """Descriptor of the copy of a shard, made if there is none; `release` closes removed copies meanwhile.
 
         Raises BadSample `missing_shard`, `truncated_shard` or `changed_shard`, and DataError.
         """
-        path = self.cache.path_of(shard)
         while True:
-            self._fetch(shard, wait=True)
+            self._fetch(shard, release)
             with contextlib.suppress(FileNotFoundError):  # removed since, to make room
-                descriptor = os.open(path, os.O_RDONLY)
-                os.utime(descriptor)  # it was used now
-                return descriptor
+                return self.cache.open(shard)
 
     def remove(self, shard: Shard) -> None:
         """The copy of a shard is no good: the next `open` makes another."""
@@ -192,66 +190,89 @@ class RemoteFolder:
             with contextlib.suppress(queue.Empty):
                 shard = self._queue.get(timeout=1.0)
                 with contextlib.suppress(BadSample, DataError, OSError):  # told when it is read
-                    if not self._fetch(shard, wait=False) and self.cache.path_of(shard) in self._needed:
+                    if not self._fetch(shard) and self.cache.path_of(shard) in self._needed:
                         self._closed.wait(NOT_YET)
                         self._queue.put(shard)  # another process is at it: see later that it is there
                         continue
                 self._asked.discard(shard.sha256)
 
-    def _fetch(self, shard: Shard, wait: bool) -> bool:
-        """Makes sure of the copy of a shard; without `wait` only if nobody else is about to and there is room."""
+    def _fetch(self, shard: Shard, release: Callable[[], None] | None = None) -> bool:
+        """Makes sure of the copy of a shard; without `release` only if nobody else is about to and there is room."""
         path = self.cache.path_of(shard)
         if shard.sha256 in self._bad:
             raise BadSample(*self._bad[shard.sha256])
         if path.exists():
             return True
-        with self.cache.locked(lock_of(shard.sha256), wait) as is_ours:
+        with self.cache.locked(lock_of(shard.sha256), wait=release is not None) as is_ours:
             if not is_ours or path.exists():
                 return path.exists()
             try:
-                return self._copy(shard, path, wait)
+                return self._copy(shard, path, release)
             except BadSample as error:
                 self._bad[shard.sha256] = (error.reason, str(error))
                 raise
 
-    def _copy(self, shard: Shard, path: Path, wait: bool) -> bool:
+    def _copy(self, shard: Shard, path: Path, release: Callable[[], None] | None) -> bool:
         partial = path.with_suffix(PARTIAL)
+        full_until, pause = None, NOT_YET
         try:
             self._patiently(shard.name, lambda fs, path: self._require_size(fs, path, shard))
-            if not self._reserve(partial, shard.num_bytes, wait):
-                return False
-            found = self._copy_pieces(shard, partial)
-            if found != shard.sha256:  # on the way, or there?
-                found = self._copy_pieces(shard, partial)
-            if found != shard.sha256:
-                raise BadSample(
-                    "changed_shard",
-                    f"{self.url}/{shard.name} has sha256 {found}, the manifest says {shard.sha256}",
-                )
-            partial.replace(path)
-            return True
+            while self._reserve(partial, shard.num_bytes, release, is_full=full_until is not None):
+                try:
+                    self._copy_whole(shard, partial)
+                except OSError as error:
+                    if error.errno not in FULL or release is None:
+                        raise
+                    full_until = full_until or time.monotonic() + PATIENCE
+                    if time.monotonic() > full_until:
+                        raise DataError(
+                            f"{partial.parent} is full ({error}), no copy is left that may go: make room there or "
+                            f"lower {CACHE_GIB}"
+                        ) from error
+                    self._closed.wait(pause)
+                    pause = min(2 * pause, PATIENCE / 10)
+                else:
+                    partial.replace(path)
+                    return True
+            return False
         except FileNotFoundError as error:
             raise BadSample("missing_shard", f"{self.url}/{shard.name} is missing") from error
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise DataError(f"{partial.parent} is full: make room there or lower {CACHE_GIB}") from error
         finally:
             partial.unlink(missing_ok=True)
 
-    def _reserve(self, partial: Path, num_bytes: int, wait: bool) -> bool:
-        """Room in the cache; with `wait` it may become free within PATIENCE, else DataError."""
+    def _copy_whole(self, shard: Shard, partial: Path) -> None:
+        """BadSample where what was copied twice is not the shard of the manifest."""
+        found = self._copy_pieces(shard, partial)
+        if found != shard.sha256:  # on the way, or there?
+            found = self._copy_pieces(shard, partial)
+        if found != shard.sha256:
+            raise BadSample(
+                "changed_shard",
+                f"{self.url}/{shard.name} has sha256 {found}, the manifest says {shard.sha256}",
+            )
+
+    def _reserve(
+        self,
+        partial: Path,
+        num_bytes: int,
+        release: Callable[[], None] | None,
+        is_full: bool,
+    ) -> bool:
+        """Room in the cache; with `release` it may become free within PATIENCE, else DataError."""
         until = time.monotonic() + PATIENCE
-        while not self.cache.reserve(partial, num_bytes):
-            if not wait:
-                return False
-            if time.monotonic() > until:
-                raise DataError(
-                    f"{partial.parent} is full of shards that are being written, {CACHE_GIB} allows "
-                    f"{self.cache.max_bytes / 2**30:.3g} GiB: raise it"
-                )
-            self._closed.wait(NOT_YET)
-        return True
+        while True:
+            try:
+                self.cache.reserve(partial, num_bytes, is_full=is_full)
+            except Full as full:
+                if release is None:
+                    return False
+                if time.monotonic() > until:
+                    raise DataError(str(full)) from full
+                is_full = False  # what was removed is told as free once it is closed
+                release()
+                self._closed.wait(NOT_YET)
+            else:
+                return True
 
     def _require_size(self, fs: Any, path: str, shard: Shard) -> None:
         size = fs.info(path)["size"]

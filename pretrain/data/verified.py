@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pretrain.data.cache import cache_folder
 
 THREAD = "m3i-verifier"
 CHUNK = 2**20  # bytes hashed between two looks at the clock
+LOOK_AGAIN = 600.0  # seconds between two looks at when shards changed
 
 
 class Verified:
@@ -73,28 +75,56 @@ def _sha256(path: Path, bytes_a_second: float, stop: threading.Event) -> str | N
     return hashed.hexdigest()
 
 
-class Verifier:
-    """Hashes shards beside the training, at most so many bytes a second; `changed` grows by what is found."""
+Watched = tuple[Path, str, Shard]  # folder, source, shard
 
-    def __init__(self, shards: Sequence[tuple[Path, str, Shard]], bytes_a_second: float) -> None:
+
+class Verifier:
+    """Hashes shards beside the training, at most so many bytes a second, then what changes of them or of `hashed`.
+
+    `changed` grows by what is found, each shard once.
+    """
+
+    def __init__(
+        self, shards: Sequence[Watched], bytes_a_second: float, hashed: Sequence[Watched] = ()
+    ) -> None:
         self.changed: list[tuple[str, Shard, str]] = []  # source, shard, what is wrong
-        self._shards, self._rate, self._stop = shards, bytes_a_second, threading.Event()
-        if shards:
+        self._shards, self._hashed = shards, hashed
+        self._rate, self._stop = bytes_a_second, threading.Event()
+        self._opened: dict[Path, Verified] = {}
+        self._since: dict[
+            tuple[str, str], int
+        ] = {}  # source, shard -> when it had changed that was looked at
+        self._told: set[tuple[str, str]] = set()
+        if shards or hashed:
             threading.Thread(target=self._run, name=THREAD, daemon=True).start()
 
     def _run(self) -> None:
-        opened: dict[Path, Verified] = {}
-        for folder, source, shard in self._shards:
-            try:
-                if folder not in opened:
-                    opened[folder] = Verified(folder)
-                opened[folder].check(shard, self._rate, self._stop)
-            except ValueError as error:
-                self.changed.append((source, shard, str(error)))
-            except OSError:  # what is missing or cannot be read is told when a sample of it is
-                continue
-            if self._stop.is_set():
+        shards = self._shards
+        while True:
+            for one in shards:
+                with contextlib.suppress(
+                    OSError
+                ):  # what is missing or cannot be read is told of a sample of it
+                    self._look(*one)
+                if self._stop.is_set():
+                    return
+            if self._stop.wait(LOOK_AGAIN):
                 return
+            shards = [*self._shards, *self._hashed]
+
+    def _look(self, folder: Path, source: str, shard: Shard) -> None:
+        place, stat = (source, shard.name), os.stat(f"{folder}/{shard.name}")
+        is_whole = stat.st_size == shard.num_bytes  # else it is being copied, or its size is told
+        if place in self._told or not is_whole or self._since.get(place) == stat.st_mtime_ns:
+            return
+        if folder not in self._opened:
+            self._opened[folder] = Verified(folder)
+        try:
+            self._opened[folder].check(shard, self._rate, self._stop)
+        except ValueError as error:
+            self.changed.append((source, shard, str(error)))
+            self._told.add(place)
+        self._since[place] = stat.st_mtime_ns
 
     def close(self) -> None:
         self._stop.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import resource
+import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.schema import Manifest, Shard
+from data_prep.schema import SAMPLE_BYTES, Manifest, Shard
 from pretrain.config import Mixing, Run, Source
 from pretrain.data.batch import Batch
 from pretrain.data.drop_list import NAME, file_of, records
@@ -167,7 +168,7 @@ def test_a_lost_shard_is_listed_once_in_little_memory(tmp_path: Path) -> None:
     manifest = replace(
         Manifest.read(good_set(tmp_path / "set", (1,), has_text=False)),
         num_samples=800,
-        shards=(Shard("000000.tar", 800, 512, "0" * 64),),
+        shards=(Shard("000000.tar", 800, 800 * SAMPLE_BYTES, "0" * 64),),
     )
     log, message = tmp_path / "dropped.jsonl", "a path and what the file system said of it " * 3
     lost = [Dropped("names", "000000.tar", index, "missing_shard", message) for index in range(800)]
@@ -414,4 +415,30 @@ def test_a_shard_that_rots_during_training_is_told_and_listed(
         while "names: changed_shard" not in loader.dropped:
             next(loader)
     assert '"shard": "000001.tar", "index": -1, "reason": "changed_shard"' in log.read_text()
+    loader.close()
+
+
+def test_a_shard_that_is_replaced_with_its_index_during_training_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = good_set(tmp_path / "names", has_text=False)
+    monkeypatch.setattr("pretrain.data.verified.LOOK_AGAIN", 0.05)
+    run = small_run(data={"names": Source("category")}, max_bad=0.5)
+    log = tmp_path / "dropped.jsonl"
+    loader = Loader(run, {"names": folder}, None, rank=0, world=1, dropped_to=log)
+    next(loader)
+    content = bytearray((folder / "000001.tar").read_bytes())
+    content[1500] ^= 1
+    (folder / "other").write_bytes(content)
+    (folder / "other").replace(folder / "000001.tar")
+    with pytest.warns(
+        UserWarning, match=r"000001.tar has sha256 .*\(its samples are used as they are\)"
+    ) as told:
+        while "names: changed_shard" not in loader.dropped:
+            next(loader)
+        until = time.monotonic() + 0.5  # many looks
+        while time.monotonic() < until:
+            next(loader)
+    assert len(told) == 1 and loader.dropped == {"names: changed_shard": 1}
+    assert log.read_text().count("changed_shard") == 1
     loader.close()

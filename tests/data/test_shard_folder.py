@@ -218,8 +218,9 @@ def test_without_a_place_to_remember_shards_are_hashed_each_time(
 def test_a_slow_check_takes_its_time_and_ends_when_told(tmp_path: Path) -> None:
     folder = good_set(tmp_path / "set")
     manifest = ShardFolder(folder).manifest
+    before = threading.enumerate()
     verifier = verified.Verifier([(folder, "set", shard) for shard in manifest.shards], bytes_a_second=1e-3)
-    (thread,) = [thread for thread in threading.enumerate() if thread.name == verified.THREAD]
+    (thread,) = [thread for thread in threading.enumerate() if thread not in before]
     verifier.close()
     thread.join(timeout=10)
     assert not thread.is_alive() and not verifier.changed

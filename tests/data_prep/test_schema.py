@@ -11,10 +11,18 @@ from dataclasses import replace
 import pytest
 
 from data_prep.index import index_bytes, index_path, read_index
-from data_prep.schema import Manifest, Shard, fill_prompt, tags_of, write_atomic, write_manifest
+from data_prep.schema import (
+    Manifest,
+    Shard,
+    fill_prompt,
+    parse_manifest,
+    tags_of,
+    write_atomic,
+    write_manifest,
+)
 from tests.paths import ROOT
 
-SHARD = Shard("000000.tar", 2, 1024, "0" * 64)
+SHARD = Shard("000000.tar", 2, 2048, "0" * 64)
 MANIFEST = Manifest(
     "toys", "train", ("cat", "dog"), 2, False, True, (SHARD,), {"corrupt": 1}, {"seed": 0}, ("pet", "cat")
 )
@@ -22,15 +30,15 @@ MANIFEST = Manifest(
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "000000.tar").write_bytes(bytes(1024))
-    index_path(tmp_path / "000000.tar").write_bytes(index_bytes([0, 512, 1024]))
+    (tmp_path / "000000.tar").write_bytes(bytes(2048))
+    index_path(tmp_path / "000000.tar").write_bytes(index_bytes([0, 1024, 2048]))
     write_manifest(tmp_path, MANIFEST)
     return tmp_path
 
 
 def test_what_was_written_is_read_back(folder):
     assert Manifest.read(folder) == MANIFEST
-    assert read_index(folder / "000000.tar").tolist() == [0, 512, 1024]
+    assert read_index(folder / "000000.tar").tolist() == [0, 1024, 2048]
 
 
 def test_counts_of_items_are_read_back_and_a_manifest_without_them_stays_as_it_was(folder):
@@ -62,7 +70,7 @@ def test_counts_of_items_are_read_back_and_a_manifest_without_them_stays_as_it_w
         ("tags", ["cat", "pet", "cat"], "names a tag twice"),
         (
             "shards",
-            [{"name": "../evil.tar", "num_samples": 2, "num_bytes": 1024, "sha256": "0" * 64}],
+            [{"name": "../evil.tar", "num_samples": 2, "num_bytes": 2048, "sha256": "0" * 64}],
             "must match",
         ),
         ("extra", 1, "unknown to schema"),
@@ -73,6 +81,18 @@ def test_a_contradictory_manifest_is_refused(folder, field, value, message):
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     with pytest.raises(ValueError, match=message):
         Manifest.read(folder)
+
+
+@pytest.mark.parametrize("num_samples", [3, 10**9, 10**18, 10**19])
+def test_more_samples_than_the_bytes_of_a_shard_can_hold_are_refused(folder, num_samples):
+    path = folder / "manifest.json"
+    record = json.loads(path.read_text())
+    record["shards"][0]["num_samples"] = record["num_samples"] = num_samples
+    path.write_text(json.dumps(record))
+    for read in (Manifest.read, parse_manifest):
+        told = f"is not a manifest: 000000.tar: num_samples={num_samples} must be at most 2: each .* again"
+        with pytest.raises(ValueError, match=told):
+            read(folder)
 
 
 def test_a_manifest_from_before_there_were_tags_is_one_without_tags(folder):
@@ -129,7 +149,7 @@ def test_a_missing_manifest_names_the_remedy(tmp_path):
 
 def test_a_missing_or_short_shard_is_refused(folder):
     (folder / "000000.tar").write_bytes(bytes(512))
-    with pytest.raises(ValueError, match="has 512 bytes, the manifest says 1024"):
+    with pytest.raises(ValueError, match="has 512 bytes, the manifest says 2048"):
         Manifest.read(folder)
     (folder / "000000.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"000000\.tar is missing"):

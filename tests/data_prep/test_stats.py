@@ -12,7 +12,7 @@ import pytest
 from data_prep.__main__ import main
 from data_prep.doctor.published import beside_papers, table
 from data_prep.places import place_of
-from data_prep.schema import Manifest, Shard
+from data_prep.schema import SAMPLE_BYTES, Manifest, Shard
 from tests.data_prep.pictures import Item, built, encoded, picture
 
 NUM = 7
@@ -128,7 +128,7 @@ def test_several_processes_tell_what_one_tells(folder, tmp_path):
 
 
 def test_counts_stand_beside_those_of_the_papers():
-    shard = Shard("000000.tar", 124_000, 512, "0" * 64)
+    shard = Shard("000000.tar", 124_000, 124_000 * SAMPLE_BYTES, "0" * 64)
     kinds = [
         ("cc12m", "train"),
         ("mine", "train"),
