@@ -12,9 +12,8 @@ import struct
 import warnings
 from dataclasses import dataclass
 
-import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_prep.headers import (
     ARITHMETIC,
@@ -33,10 +32,12 @@ from data_prep.pixels import (
     as_png,
     grey,
     is_transparent,
+    orientation_of,
     perceptual_hash,
     plain,
     size_for,
     smaller,
+    turned,
 )
 
 KEPT = {
@@ -52,7 +53,6 @@ CONVERTED = {
     "TIFF": "png",
     "AVIF": "jpg",
 }  # -> what it is stored as
-EXIF_ORIENTATION = 0x0112
 PLAIN = ("YCbCr", "Gray", "RGB")  # colours of a JPEG that everybody reads alike, as libjpeg-turbo calls them
 MAX_SCANS = 100  # of a JPEG: usual are 1, progressive 10, and each costs a pass over the picture
 DAMAGED = (
@@ -158,7 +158,7 @@ def _plain_jpeg(content: bytes, head: JpegHead) -> _Jpeg | None:
 
 
 def _jpeg_of(image: Image.Image) -> _Jpeg:
-    return _Jpeg(image.size, image.mode, _orientation(image))
+    return _Jpeg(image.size, image.mode, orientation_of(image))
 
 
 def _jpeg(content: bytes, head: JpegHead, header: _Jpeg, limits: Limits) -> Checked:
@@ -198,11 +198,7 @@ def _jpeg_pixels(content: bytes, header: _Jpeg, limits: Limits) -> Pixels:
     space = "GRAY" if header.mode == "L" else "RGB"
     pixels = simplejpeg.decode_jpeg(content, space, min_height=least, min_width=least, min_factor=factor)
     pixels = pixels[..., 0] if space == "GRAY" else pixels
-    if header.orientation == 1:
-        return pixels
-    upright = Image.fromarray(pixels)
-    upright.getexif()[EXIF_ORIENTATION] = header.orientation
-    return np.asarray(ImageOps.exif_transpose(upright))
+    return turned(pixels, header.orientation)
 
 
 def _other(content: bytes, image: Image.Image, limits: Limits) -> Checked:
@@ -224,7 +220,7 @@ def _other(content: bytes, image: Image.Image, limits: Limits) -> Checked:
         image.load()
         changes = _changes(
             image.size,
-            _orientation(image),
+            orientation_of(image),
             limits,
             needed + ["first_frame"] * is_moving + ["alpha"] * is_transparent(image),
         )
@@ -244,18 +240,9 @@ def _other(content: bytes, image: Image.Image, limits: Limits) -> Checked:
 
 def _changes(size: tuple[int, int], orientation: int, limits: Limits, needed: list[str]) -> list[str]:
     """Why an image must be encoded again; empty when it need not."""
-    turned = ["turned"] if orientation != 1 else []
+    upright = ["turned"] if orientation != 1 else []
     resized = ["resized"] if size_for(*size, limits.short_side) != size else []
-    return needed + turned + resized
-
-
-def _orientation(image: Image.Image) -> int:
-    """How EXIF says that the picture is turned, 1 to 8; 1 also where EXIF is damaged: it is no pixel."""
-    try:
-        turn = image.getexif().get(EXIF_ORIENTATION, 1)
-    except DAMAGED:
-        return 1
-    return turn if turn in range(1, 9) else 1
+    return needed + upright + resized
 
 
 def _depth(content: bytes, image: Image.Image) -> int:

@@ -7,12 +7,14 @@ Colour profiles (ICC) are never applied: the numbers of a pixel stay what they w
 from __future__ import annotations
 
 import io
+import warnings
+from collections.abc import Callable
 
 import cv2
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 JPEG_QUALITY = 95  # of images that had to be encoded again
 TRANSPARENT = ("LA", "PA", "RGBA", "La", "RGBa")  # Pillow's modes
@@ -20,6 +22,17 @@ BLUR = 0.45  # pixels of the new picture; 0.4 and 0.5 are further from Lanczos
 LEAST_BLUR = 0.2  # pixels; less changes nothing
 HASH_SIDE = 32  # pixels, side of the picture that the perceptual hash sees
 HASH_BITS = 8  # low frequencies a side
+EXIF_ORIENTATION = 0x0112  # tag
+# EXIF orientation -> how to turn the stored pixels upright; by OpenCV, since Pillow would hold them three times more.
+TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: cv2.flip(pixels, 1),
+    3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
+    4: lambda pixels: cv2.flip(pixels, 0),
+    5: cv2.transpose,
+    6: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE),
+    7: lambda pixels: cv2.flip(cv2.transpose(pixels), -1),
+    8: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE),
+}
 
 Pixels = UInt8[np.ndarray, "_ _"] | UInt8[np.ndarray, "_ _ 3"]  # grey, or RGB
 
@@ -32,12 +45,33 @@ def is_transparent(image: Image.Image) -> bool:
     return alpha.getchannel("A" if "A" in alpha.getbands() else "a").getextrema()[0] < 255
 
 
+def orientation_of(image: Image.Image) -> int:
+    """How EXIF says that a picture is turned, 1 to 8; 1 also where EXIF is damaged: it is no pixel."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the same damage, half of which Pillow tells so
+            turn = image.getexif().get(EXIF_ORIENTATION, 1)
+    except MemoryError:
+        raise
+    except Exception:  # what Pillow raises there is not listed anywhere
+        return 1
+    return int(turn) if turn in range(1, 9) else 1
+
+
+def turned(pixels: Pixels, orientation: int) -> Pixels:
+    """The stored pixels of a picture as EXIF wants them shown, which says 1 to 8."""
+    return pixels if orientation == 1 else TURNED[orientation](pixels)
+
+
 def plain(image: Image.Image) -> Pixels:
     """The pixels of a loaded image: upright, 8 bits, grey or RGB, transparent ones on white.
 
     Raises ValueError for colours that have no such form: 32 bits a channel, CIE Lab.
     """
-    image = ImageOps.exif_transpose(image)
+    return turned(_stored_plain(image), orientation_of(image))
+
+
+def _stored_plain(image: Image.Image) -> Pixels:
     if image.mode.startswith("I;16"):
         return (np.asarray(image).astype(np.float32) / 257 + 0.5).astype(np.uint8)
     if image.mode in ("I", "F", "LAB"):

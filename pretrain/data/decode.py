@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import cv2
 import numpy as np
 import simplejpeg
 import torch
@@ -16,21 +15,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from data_prep.headers import MAX_PIXELS, MAX_WEBP_PIXELS, webp_size
+from data_prep.pixels import orientation_of, turned
 from pretrain.data.faults import BadSample
 
 PART = 2**22  # pixels that Pillow converts at once
 APP1, START_OF_SCAN = b"\xe1", b"\xda"  # markers of JPEG segments, after 0xff
-ORIENTATION_TAG = 0x0112  # EXIF
-# EXIF orientation -> how to turn the stored pixels upright; by OpenCV, since Pillow would hold them three times more.
-TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: lambda pixels: cv2.flip(pixels, 1),
-    3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
-    4: lambda pixels: cv2.flip(pixels, 0),
-    5: cv2.transpose,
-    6: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE),
-    7: lambda pixels: cv2.flip(cv2.transpose(pixels), -1),
-    8: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE),
-}
 FORMATS = (
     "JPEG",
     "PNG",
@@ -43,6 +32,7 @@ TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 def decode_image(content: bytes) -> UInt8[Tensor, "h w 3"]:
     """RGB pixels of a JPEG, PNG or WebP file, upright, transparency on white, 16 bits scaled to 8.
 
+    EXIF that is damaged turns nothing, as when data sets are built: it is no pixel.
     Strict: raises BadSample with reason `not_an_image`, `truncated`, `corrupt` or `too_large` (more than
     MAX_PIXELS, of WebP MAX_WEBP_PIXELS) where other decoders deliver a grey rest or fill the memory.
     """
@@ -79,14 +69,8 @@ def _decode_jpeg(content: bytes) -> np.ndarray:
         raise _bad(error) from error
     if not _has_exif(content):
         return pixels
-    with Image.open(io.BytesIO(content)) as image:
-        return _upright(pixels, image)
-
-
-def _upright(pixels: UInt8[np.ndarray, "h w 3"], image: Image.Image) -> np.ndarray:
-    """The pixels of an image as its EXIF wants them shown."""
-    turn = TURNED.get(image.getexif().get(ORIENTATION_TAG, 1))
-    return pixels if turn is None else turn(pixels)
+    with _damage_of_pillow():
+        return turned(pixels, orientation_of(_opened(content)))
 
 
 def _has_exif(content: bytes) -> bool:
@@ -109,23 +93,34 @@ def _has_exif(content: bytes) -> bool:
 
 
 def _decode_with_pillow(content: bytes) -> np.ndarray:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size is stricter
-            if (size := webp_size(content)) is not None:  # Pillow takes memory for one as it opens it
-                _check_size(*size, MAX_WEBP_PIXELS)
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
+    with _damage_of_pillow():
+        if (size := webp_size(content)) is not None:  # Pillow takes memory for one as it opens it
+            _check_size(*size, MAX_WEBP_PIXELS)
+        image = _opened(content)
         _check_size(*image.size)
         image.load()
-        return _upright(_rgb_of(image), image)
+        return turned(_rgb_of(image), orientation_of(image))
+
+
+def _opened(content: bytes) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes, where _check_size is stricter, and of metadata
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+
+
+@contextmanager
+def _damage_of_pillow() -> Iterator[None]:
+    """What Pillow raises in here is BadSample: it is not listed anywhere, and no one file may end a run."""
+    try:
+        yield
+    except (BadSample, MemoryError):  # too little memory is no fault of the file
+        raise
     except UnidentifiedImageError as error:
         raise BadSample("not_an_image", "the first bytes are of no JPEG, PNG or WebP file") from error
     except Image.DecompressionBombError as error:
         raise BadSample("too_large", str(error)) from error
-    except BadSample:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError) as error:
-        raise _bad(error) from error  # what Pillow's readers raise on damaged files
+    except Exception as error:
+        raise _bad(error) from error
 
 
 def _rgb_of(image: Image.Image) -> np.ndarray:

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from pretrain.data.faults import BadSample
 
-LETTERS = 64  # of a caption that are read for each token that is wanted, a word or two dozen
+LETTERS = 64  # of a caption that are read at first for each token that is wanted, a word or two dozen
+MOST_LETTERS = 2**16  # of a caption that are read at all
 
 
 class Tokens(NamedTuple):
@@ -48,16 +49,29 @@ class Captions:
         return numbers, is_real
 
     def tokens(self, caption: str) -> Tokens:
-        """The same, and whether the caption is longer. What lies far behind the cut is not read: a text of megabytes
-        would take seconds and as many hundreds of megabytes. Of a word of thousands of letters that is cut there, the
-        tokenizer may make something else than of the whole."""
+        """The same, and whether the caption is longer. At most MOST_LETTERS letters of it are read (or LETTERS a
+        token, where those are more), since a text of megabytes would take a minute and most of a gigabyte; the rest
+        counts as cut, however few tokens those letters give. Of fewer, as many as it takes for the tokens of the
+        whole."""
         reach = LETTERS * self.length
+        most = min(max(MOST_LETTERS, reach), len(caption))
         encoding = self._tokenizer.encode(caption[:reach])
-        while not encoding.overflowing and reach < len(caption):  # blanks, or words of any length
-            reach *= 2
+        while reach < most and not _ends_before_last_word(encoding):  # blanks, or words of any length
+            reach = min(2 * reach, most)
             encoding = self._tokenizer.encode(caption[:reach])
+        is_cut = bool(encoding.overflowing) or len(caption.rstrip()) > reach
         mask = torch.tensor(encoding.attention_mask, dtype=torch.bool)
-        return Tokens(torch.tensor(encoding.ids), mask, bool(encoding.overflowing))
+        return Tokens(torch.tensor(encoding.ids), mask, is_cut)
+
+
+def _ends_before_last_word(encoding: Encoding) -> bool:
+    """Whether the last word of a text, which may go on in the whole, gives none of the tokens that are kept."""
+    return bool(encoding.overflowing) and _last_word(encoding.overflowing[-1]) != _last_word(encoding)
+
+
+def _last_word(encoding: Encoding) -> int:
+    """Its number in the text; special tokens are of none."""
+    return max((word for word in encoding.word_ids if word is not None), default=-1)
 
 
 def captions_of(members: Mapping[str, bytes]) -> list[str]:

@@ -224,10 +224,10 @@ def keep_memory() -> None:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread, an allocator that keeps its memory (page faults cost as much as decoding), and an end by the
-    trainer alone: torch's own watchdog sees only the fork server, which outlives a trainer that was killed."""
+    """One thread (torch's DataLoader sees to torch's own), an allocator that keeps its memory (page faults cost as
+    much as decoding), and an end by the trainer alone: torch's own watchdog sees only the fork server, which outlives
+    a trainer that was killed."""
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-    torch.set_num_threads(1)
     cv2.setNumThreads(1)
     keep_memory()
     for end in (_end_with_trainer, _end_when_told):

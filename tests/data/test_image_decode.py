@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
 import zlib
 
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.doctor.perceptual import grey_of
+from data_prep.images import check_image
+from data_prep.limits import Limits
 from pretrain.data import decode
 from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample
@@ -87,6 +91,44 @@ def test_exif_orientation_is_applied(form: str, orientation: int) -> None:
     bright = found[-8:, :] if bottom else found[:8, :]
     bright = bright[:, -8:] if right else bright[:, :8]
     assert bright.mean() > 240 and found.mean() < 60
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif",
+    [b"XXXXXXXXXX", b"II", b"II*\0", b"II*\0\xff\xff\xff\xff", bytes(8), b"II*\0\x08\0\0\0\x01\0\x12\x01"],
+)
+def test_damaged_exif_turns_nothing_as_when_data_sets_are_built(form: str, exif: bytes) -> None:
+    # A JPEG with a density: of one without, Pillow reads EXIF as it opens the file, and swallows the damage.
+    options = {"lossless": True} if form == "WEBP" else {"dpi": (72, 72)}
+    content = encoded(picture(2), form, exif=b"Exif\0\0" + exif, **options)
+    assert np.array_equal(decode_image(content), decode_image(encoded(picture(2), form, **options)))
+    assert check_image(content, Limits()).content == content
+    assert grey_of(content).shape == (40, 52)  # of the doctor, who looks for near copies
+
+
+def test_whatever_bytes_change_a_file_is_decoded_or_refused() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "of a camera"
+    image = Image.fromarray(picture(0))
+    whole = [
+        saved(image, "JPEG", exif=exif, dpi=(72, 72)),
+        saved(image.convert("CMYK"), "JPEG", exif=exif, dpi=(72, 72)),
+        saved(image, "PNG", exif=exif),
+        saved(image.convert("P"), "PNG", transparency=3),
+        saved(image, "WEBP", exif=exif),
+    ]
+    draw, outcomes = random.Random(0), {True: 0, False: 0}
+    for _ in range(2000):
+        content = bytearray(draw.choice(whole))
+        for _ in range(draw.choice([1, 2, 10])):  # most in the header
+            at = draw.randrange(min(len(content), draw.choice([60, 400, len(content)])))
+            content[at : at + draw.choice([0, 1, 1, 9])] = draw.randbytes(draw.choice([1, 1, 1, 9]))
+        try:
+            outcomes[decode_image(bytes(content)).ndim == 3] += 1
+        except BadSample:
+            outcomes[False] += 1
+    assert min(outcomes.values()) > 100
 
 
 def test_exif_is_found_behind_other_segments_and_only_as_a_segment() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import select
-import time
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -129,19 +128,6 @@ def test_captions_longer_than_the_text_are_counted(folders: dict[str, Path]) -> 
     assert bool((uncut.token_mask.sum(1) > 10).any()) and int(batch.token_mask.sum(1).max()) == 10
     loader.close()
     long.close()
-
-
-def test_a_vast_caption_is_read_as_far_as_it_is_shown(folders: dict[str, Path]) -> None:
-    captions = Captions(folders["talk"] / "tokenizer", 8)
-    words = "a green bird in the old tree beside a river of stones and nothing else " * 40
-    whole = captions._tokenizer.encode(words)  # the tokenizer's own cut
-    for text in (words, words * 500, " " * 5000 + words):
-        began = time.process_time()
-        found = captions.tokens(text)
-        assert found.numbers.tolist() == whole.ids and found.is_cut
-        assert time.process_time() - began < 0.5
-    short = captions.tokens("a bird" + " " * 5000)
-    assert not short.is_cut and short.numbers.tolist() == captions.tokens("a bird").numbers.tolist()
 
 
 def test_a_batch_is_held_once_and_a_large_one_is_told(folders: dict[str, Path]) -> None:

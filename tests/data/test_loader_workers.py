@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
+import json
 import multiprocessing
 import os
 import pickle
@@ -12,13 +15,20 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
+import cv2
 import numpy as np
 import pytest
+import torch
 
 from pretrain.config import Source, Views
+from pretrain.data import workers
 from pretrain.data.faults import DataError
 from pretrain.data.loader import Loader
+from pretrain.data.steps import Steps
+from pretrain.data.workers import Made
 from tests.data.delivered import assert_same, batches
 from tests.data.sets import encoded, small_run, write_set
 from tests.paths import ROOT
@@ -131,6 +141,42 @@ def test_a_worker_that_is_killed_while_it_sends_large_files_is_replaced(tmp_path
         os.kill(loader._made._deliveries._workers[0].pid, signal.SIGKILL)
         list(islice(loader, 6))
     loader.close()
+
+
+class TellingOfItsProcess(Steps):
+    """Makes no batch."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []  # of mallopt: a setting, its value, and 1 where that was taken
+
+    def __reduce__(self) -> tuple:
+        return _arrived, ()
+
+    def make(self, step: int, rooms: object = None) -> NoReturn:
+        threads = [torch.get_num_threads(), cv2.getNumThreads()]
+        raise DataError(json.dumps([*threads, gc.get_freeze_count() > 0, sorted(self.asked)]))
+
+
+def _arrived() -> TellingOfItsProcess:
+    """In a worker, before that is set up."""
+    steps, mallopt = TellingOfItsProcess(), ctypes.CDLL(None).mallopt
+
+    def recorded(*setting: int) -> None:
+        steps.asked.append([*setting, mallopt(*setting)])
+
+    workers.ctypes = SimpleNamespace(CDLL=lambda name: SimpleNamespace(mallopt=recorded))
+    return steps
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_a_worker_has_one_thread_and_keeps_its_memory() -> None:
+    made = Made(TellingOfItsProcess(), 1, 0)
+    with pytest.raises(DataError) as told:
+        next(made)
+    made.close()
+    *threads, has_frozen, asked = json.loads(str(told.value))
+    assert threads == [1, 1] and has_frozen
+    assert asked == [[-3, 2**25, 1], [-1, 2**28, 1]], "M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, both taken"
 
 
 def test_what_is_wrong_with_the_data_is_told_without_a_workers_traceback(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""Are a caption's tokens those of the whole caption, however long it is, and does it cost little?"""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from data_prep.tokenizer import train_tokenizer
+from pretrain.data.text import LETTERS, MOST_LETTERS, Captions
+from tests.data.sets import WORDS, write_set, write_tokenizer
+
+SHORT, LONG = 4, 12  # tokens
+LEARNED_FROM = "a red ant sees the sun; das Grün; ein Füchslein, 赤い猫が眠る, ส้มโอหวานมาก, don't 12:30"
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The builder's tokenizer, which takes words to pieces down to letters."""
+    folder = tmp_path_factory.mktemp("learned") / "set"
+    record = json.dumps({"captions": [LEARNED_FROM]}).encode()
+    write_set(folder, [[{"jpg": b"", "txt": LEARNED_FROM.encode(), "json": record}]])
+    train_tokenizer(folder, ["000000.tar"], 300)
+    return folder / "tokenizer"
+
+
+@cache
+def both(folder: Path, length: int) -> tuple[Captions, Tokenizer]:
+    """Our reading of captions, and the tokenizer that sees the whole."""
+    captions = Captions(folder, length)
+    return captions, captions._tokenizer
+
+
+ordinary = st.sampled_from([*WORDS, "Grün", "Füchslein,", "don't", "12:30", "e\u0301e\u0301"])
+dense = st.text("赤い猫が眠る", min_size=1, max_size=400)
+endless = st.builds(
+    lambda unit, times: unit * times,
+    st.sampled_from(["a", "-", "ส้มโอ", "sun", "e\u0301"]),
+    st.integers(1, 900),
+)
+gaps = st.sampled_from([" ", " ", " ", "", "\n", " " * 300])
+texts = st.lists(st.tuples(ordinary | dense | endless, gaps), min_size=1, max_size=60)
+
+
+@settings(max_examples=150, deadline=None)
+@given(parts=texts, length=st.sampled_from([SHORT, LONG]))
+def test_any_caption_has_the_tokens_of_the_whole(
+    learned: Path, parts: list[tuple[str, str]], length: int
+) -> None:
+    captions, tokenizer = both(learned, length)
+    text = "".join(part + gap for part, gap in parts)[:MOST_LETTERS]
+    found, whole = captions.tokens(text), tokenizer.encode(text)
+    assert found.numbers.tolist() == whole.ids
+    assert found.is_real.tolist() == list(map(bool, whole.attention_mask))
+    assert found.is_cut == bool(whole.overflowing)
+
+
+@pytest.mark.parametrize("length", [SHORT, LONG])
+def test_a_word_that_goes_on_behind_what_is_read_first_is_not_taken_to_pieces(
+    learned: Path, length: int
+) -> None:
+    """The tokenizer takes one of 100 letters or more for unknown, and what is left of it would be letters."""
+    captions, tokenizer = both(learned, length)
+    text = " " * (LETTERS * length - 50) + "ant" * 200
+    assert captions.tokens(text).numbers.tolist() == tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize("text", ["a" * 10**7, "a" + " " * 10**7 + "red", "\0" * 10**7, "e\u0301" * 10**6])
+def test_a_caption_of_megabytes_is_read_as_far_as_the_bound_and_counts_as_cut(
+    tmp_path: Path, text: str
+) -> None:
+    captions = Captions(write_tokenizer(tmp_path / "words"), LONG)
+    began = time.process_time()
+    found = captions.tokens(text)
+    assert time.process_time() - began < 2  # the whole takes up to a minute
+    assert found.is_cut and found.numbers.tolist() == captions.tokens(text[:MOST_LETTERS]).numbers.tolist()
+
+
+@pytest.mark.parametrize("times", [1, 500])
+def test_words_behind_the_cut_are_not_read(tmp_path: Path, times: int) -> None:
+    captions, tokenizer = both(write_tokenizer(tmp_path / "words"), LONG)
+    words = "a green bird in the old tree beside a river of stones and nothing else " * 40
+    whole = tokenizer.encode(words)
+    for text in (words * times, " " * 5000 + words * times):
+        began = time.process_time()
+        found = captions.tokens(text)
+        assert time.process_time() - began < 0.5
+        assert found.is_cut and found.numbers.tolist() == whole.ids
+
+
+def test_blanks_behind_a_caption_are_no_more_of_it(tmp_path: Path) -> None:
+    captions = Captions(write_tokenizer(tmp_path / "words"), LONG)
+    found = captions.tokens("a red ant" + "\n" * 10**6)
+    assert not found.is_cut and found.numbers.tolist() == captions.tokens("a red ant").numbers.tolist()
