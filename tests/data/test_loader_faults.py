@@ -434,7 +434,9 @@ def test_a_shard_that_is_replaced_with_its_index_during_training_is_told_once(
     with pytest.warns(
         UserWarning, match=r"000001.tar has sha256 .*\(its samples are used as they are\)"
     ) as told:
+        until = time.monotonic() + 30
         while "names: changed_shard" not in loader.dropped:
+            assert time.monotonic() < until, "a shard that changed is not told"
             next(loader)
         until = time.monotonic() + 0.5  # many looks
         while time.monotonic() < until:
