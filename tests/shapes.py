@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from importlib.machinery import SourceFileLoader
 from random import Random
-from types import CodeType, FunctionType
-from typing import Any
+from types import CodeType
 from unittest.mock import patch
 
-import jaxtyping
 from beartype import BeartypeConf, beartype
 from beartype._check.code import codemain
-from jaxtyping import _import_hook, install_import_hook, jaxtyped
+from jaxtyping import _import_hook, install_import_hook
 
 # An int is welcome where a float is asked for, as PEP 484 has it.
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -24,12 +21,12 @@ def check_packages(*names: str) -> None:
 
     jaxtyping has compiled files of its own for as long as a module runs, and so for all that the module imports:
     torch, transformers and the rest were compiled anew, half of the time that collecting tests took. Here it has them
-    for that module alone. And it makes the check of a function when that is defined, two milliseconds for each of
-    thousands that a process may never call: here when it is first called.
+    for that module alone.
 
     beartype looks at one item of a list, which it draws from Python's global generator. A thread whose calls are
     checked would change what another one, which has just seeded that generator, draws from it. Here it has its own.
     """
+    codemain.getrandbits = Random(0).getrandbits
 
     class Loader(_import_hook._JaxtypingLoader):
         def get_code(self, fullname: str) -> CodeType | None:
@@ -39,27 +36,5 @@ def check_packages(*names: str) -> None:
 
         exec_module = SourceFileLoader.exec_module
 
-    codemain.getrandbits = Random(0).getrandbits
-    jaxtyping.jaxtyped = checked_when_called
     _import_hook._JaxtypingLoader = Loader
     install_import_hook(list(names), f"{__name__}.checked")
-
-
-def checked_when_called(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
-    """`jaxtyped`, whose decorator leaves functions of modules and classes as they are until they are called."""
-
-    def decorate(defined: Any) -> Any:
-        if not isinstance(defined, FunctionType) or "<locals>" in defined.__qualname__:
-            return jaxtyped(defined, typechecker=typechecker)
-        made: list[Callable[..., Any]] = []
-
-        @wraps(defined)
-        def check(*args: Any, **kwargs: Any) -> Any:
-            __tracebackhide__ = True
-            if not made:
-                made.append(jaxtyped(defined, typechecker=typechecker))
-            return made[0](*args, **kwargs)
-
-        return check
-
-    return decorate
