@@ -36,8 +36,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.loader import SIDES, build  # noqa: E402
 from benchmarks.record import keep  # noqa: E402
 from data_prep.headers import MAX_PIXELS, MAX_WEBP_PIXELS  # noqa: E402
+from data_prep.pixels import EXIF_ORIENTATION  # noqa: E402
 from pretrain.config import Run, Source  # noqa: E402
-from pretrain.data.decode import ORIENTATION_TAG  # noqa: E402
 from pretrain.data.loader import Loader  # noqa: E402
 from pretrain.data.measure import peak_bytes_of  # noqa: E402
 from pretrain.objectives import OBJECTIVES  # noqa: E402
@@ -95,7 +95,7 @@ def steady(loader: Loader, num_steps: int, length: float) -> float:
 def with_huge(folder: Path, photos: Path) -> Path:
     """A data set of the photos' first shard, among them one image of each form that is as large as may be."""
     turned = Image.Exif()
-    turned[ORIENTATION_TAG] = 6
+    turned[EXIF_ORIENTATION] = 6
     soft = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8))
     huge = []
     for form, most in (("jpg", MAX_PIXELS), ("png", MAX_PIXELS), ("webp", MAX_WEBP_PIXELS)):

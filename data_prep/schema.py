@@ -26,9 +26,7 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 WHOLE_SHARD = -1  # where an index of a sample is told: all of the shard
 TAR_BLOCK = 512  # bytes; every tar header starts at a multiple of it
-SAMPLE_BYTES = (
-    2 * TAR_BLOCK
-)  # of a shard, which a sample takes at least: the header of its image, and a block of it
+SAMPLE_BYTES = 2 * TAR_BLOCK  # of a shard that a sample takes at least: its image's header, and a block of it
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -114,18 +114,14 @@ def from_every_rank(own: Sequence[T], device: torch.device | str = "cpu") -> lis
     return [one for part in parts for one in part]
 
 
-def on_every_rank(
-    work: Callable[[], T],
-    device: torch.device | str = "cpu",
-    errors: type[Exception] | tuple[type[Exception], ...] = (OSError, ValueError),
-) -> T:
-    """What `work` returns on this rank; an error of these kinds on one of them is raised by all.
+def on_every_rank(work: Callable[[], T], device: torch.device | str = "cpu") -> T:
+    """What `work` returns on this rank; an OSError or ValueError of one of them is raised by all.
 
     A collective call, as from_every_rank. An error of one rank alone would leave the others waiting for it.
     """
     try:
         outcome, problem = work(), None
-    except errors as error:
+    except (OSError, ValueError) as error:
         outcome, problem = None, error
     told = from_every_rank([] if problem is None else [sendable(problem)], device)
     if problem is not None and str(told[0]) == str(problem):

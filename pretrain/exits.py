@@ -6,9 +6,7 @@ FINISHED = 0
 FAILED = 1  # an error that was told; the same command would fail again
 MISTAKE = 2  # a command line that cannot be right, as argparse has it
 DIVERGED = 65  # as EX_DATAERR: the guard has rewound as often as it may; the evidence is in OUT
-PREEMPTED = (
-    75  # as EX_TEMPFAIL: a signal asked for it, or the place of checkpoints or data fails; start it again
-)
+PREEMPTED = 75  # as EX_TEMPFAIL: a signal asked for it, or checkpoints' or data's place fails; start it again
 LOST = 76  # as EX_PROTOCOL: a rank died or hung; the same command goes on from the last checkpoint
 INTERRUPTED = 130  # by Ctrl-C
 

@@ -81,7 +81,10 @@ def count(checkpoints: Place, task: str, most: int) -> Restarts:
 def recorded(place: places.Place) -> Restarts | None:
     """What the starts before have left; None without, or where it is no such record."""
     try:
-        return Restarts(**json.loads(place.read(RECORD)))
+        found = Restarts(**json.loads(place.read(RECORD)))
+        if not (type(found.step) is type(found.vain) is int):
+            raise ValueError(f"step={found.step!r} and vain={found.vain!r} must be whole numbers")
+        return found
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:

@@ -22,7 +22,6 @@ from pretrain.collectives import from_first_rank, on_every_rank, rank, world_siz
 from pretrain.compiled import check_compile, compile_blocks
 from pretrain.config import Run
 from pretrain.data import drop_list
-from pretrain.data.faults import DataAway
 from pretrain.data.loader import Loader
 from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_folder
@@ -120,11 +119,10 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
         skipped = from_first_rank(lambda: resume.batches_left_out(folder, journal))
     held.enter_context(resume.reading(folder))
     first_step = 0 if folder is None else step_of(folder)
-    window = Window(paths.profile, paths.out, first_step, run.steps)
-    held.callback(window.close)
+    window = held.enter_context(closing(Window(paths.profile, paths.out, first_step, run.steps)))
     if paths.compile:
         check_compile(run.backbone.family, describe(started.config)["stage"])
-    read = partial(on_every_rank, device=started.device, errors=DataAway)  # no rank waits for another
+    read = partial(on_every_rank, device=started.device)  # no rank waits for another
     tokenizer = read(lambda: tokenizer_folder(run, paths.data, paths.tokenizer))
     guide = read_guide(run, paths.guide)
     dropped = drop_list.file_of(paths.out, rank(), world_size())
@@ -135,7 +133,7 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
     if folder is not None:  # refuses another recipe before minutes of building
         with resume.reaching(paths):
             resume.check_resumable(folder, run, facts)
-    check = on_every_rank(lambda: _check(run, paths, facts, tokenizer), started.device)
+    check = read(lambda: _check(run, paths, facts, tokenizer))
     engine = build_engine(run, facts, started.config, started.device, guide, paths, start)
     engine.guard.left_out |= skipped
     engine.guard.num_refused = from_first_rank(lambda: 0 if folder is None else journal.num_refused)
@@ -161,10 +159,9 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
         with follow(engine.steps_done, sources=sources) as monitor:
             monitor.say(f"{made}; {'from the beginning' if folder is None else f'from {folder}'}")
             monitor.say(speed.told(hardware(engine.device)))
-            if without:
-                monitor.say(without)
-            for line in origin if folder is None else ():
-                monitor.say(line)
+            for line in (without, *(origin if folder is None else ())):
+                if line:
+                    monitor.say(line)
             if folder is None:  # a place that cannot be written to ends the run in its first minute
                 saver.save(wait=True)
             folder = run_steps(job, loader, monitor)

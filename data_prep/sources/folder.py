@@ -156,9 +156,11 @@ def _list_split(root: Place) -> _Listing:
     if found is None and masks is not None:  # apart from each other
         found = kinds[IMAGES], masks
     if found is not None:
+        is_inside = "/" in found[0]  # of a class, or of images/train
+        mend = "take the masks out of the folders" if is_inside else "name the folder of the images alone"
         raise ValueError(
             f"{root} has images in {found[0]!r} and {found[1]!r}, where each folder is a class, but these are "
-            "images and their masks: name the folder of the images alone, or rename the folders if they are classes"
+            f"images and their masks: {mend}, or rename the folders if they are classes"
         )
     return _Listing(root, images, None, ".")
 

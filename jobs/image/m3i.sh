@@ -35,7 +35,8 @@ case $word in
   prepare) exec python -m data_prep "$@" ;;
   pretrain) exec "$root/jobs/local/pretrain.sh" "$@" ;;
 esac
-if commands | grep -qxF -- "$word"; then exec python -m "pretrain.$word" "$@"; fi
+# Not `grep -q`, which would leave before `commands` has said all, and that fails then.
+if commands | grep -xF -- "$word" >/dev/null; then exec python -m "pretrain.$word" "$@"; fi
 if ! command -v -- "$word" >/dev/null; then
   echo "$word is no program and no command: choose from prepare pretrain $(commands | sort | tr '\n' ' ')" >&2
   exit 127

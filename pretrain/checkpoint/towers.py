@@ -71,7 +71,7 @@ def _require_same(folder: Place, there: Mapping[str, tuple[int, ...]], run: Run,
             tensors = {name: torch.empty(shape) for name, shape in there.items()}
             with explained_by(tensors, folder):
                 towers = Towers(run, facts)
-    except (RuntimeError, TypeError) as error:  # torch's, of numbers that are too large for it
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # of too large numbers
         told = str(error).partition("\n")[0]
         raise ValueError(f"the recipe of {folder} describes no model ({told}): {NOT_OURS}") from error
     here = {

@@ -20,13 +20,9 @@ CACHE_GIB = "M3I_CACHE_GIB"  # environment: how many GiB of shards
 DEFAULT_GIB = 100.0
 MOST_GIB = 2**30
 HELD_WINDOWS = 3  # of a source: what the slowest worker reads, what the fastest reads, what comes next
-MARGIN = (
-    2**20
-)  # bytes of the disk that copies leave free: for their indices, and for what others write meanwhile
+MARGIN = 2**20  # bytes of the disk that copies leave free, for their indices and what others write meanwhile
 WHOLE, PARTIAL = ".tar", ".part"  # of a copy, and of one that is not whole yet
-GOING = (
-    ".going"  # of a copy that was removed while it was read: the disk has it back once all readers closed it
-)
+GOING = ".going"  # of a copy removed while it was read: the disk has it back once all readers have closed it
 LATE = 5.0  # seconds after which what is still read of a removed copy is no longer waited for
 NUM_LOCKS = 4096  # files that keep two processes of a machine from copying the same shard
 

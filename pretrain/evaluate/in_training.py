@@ -188,8 +188,8 @@ class TeacherCheck:
 def _require_finite(seen: Seen) -> None:
     """NotMeasured for features, of any kind, that nothing can be compared with, as `not_finite` of an evidence."""
     for split, values in seen.items():
-        bad = [_num_bad(values[name]) for name in ("tokens", "projected") if name in values]
-        if num_bad := max(bad):
+        kinds = [values[name].isfinite().all(dim=1) for name in ("tokens", "projected") if name in values]
+        if num_bad := int((~torch.stack(kinds).all(dim=0)).sum()):
             raise NotMeasured(
                 f"the features of {num_bad} of {len(values['labels'])} {split} images are not finite{DIVERGED}"
             )

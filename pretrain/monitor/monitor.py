@@ -139,7 +139,7 @@ class Monitor:
             text = f"{problem}. The training goes on"
             self.say(f"TEACHER OF STEP {step} {text}")
             for tracker in self._trackers:
-                tracker.alert("The teacher's evaluation lacks data", f"Teacher of step {step} {text}")
+                tracker.alert("The teacher was not measured as asked", f"Teacher of step {step} {text}")
 
     def say(self, line: str) -> None:
         """One line on the console of rank 0, above the progress bar."""

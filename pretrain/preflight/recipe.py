@@ -72,7 +72,7 @@ def judge_recipe(told: Sequence[Told], here: Here) -> Judged:
 def look_at_data(here: Here) -> dict[str, Any] | None:
     """`sources`: SHA-256 of the manifest of each by name, its shards and samples; errors as the loader raises them.
 
-    `fails` where a store is away: training asks it again, and ends with a code to start again.
+    `fails` where a store is away: training asks it again, and its code says whether to start again.
     """
     if here.run is None or here.paths is None:
         return None
@@ -80,7 +80,9 @@ def look_at_data(here: Here) -> dict[str, Any] | None:
         if not any(map(is_url, here.paths.data.values())):
             return {"sources": _look_at_sources(here)}
         return {"sources": within(ANSWERS * here.options.check_seconds, lambda: _look_at_sources(here))}
-    except (DataAway, GaveUp, TimeoutError) as error:
+    except TimeoutError as error:
+        return {"fails": f"{', '.join(map(str, here.paths.data.values()))}: {error}"}
+    except (DataAway, GaveUp) as error:
         return {"fails": str(error)}
 
 

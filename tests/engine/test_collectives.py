@@ -65,18 +65,16 @@ def _on_rank(index: int, world: int, port: int, folder: str) -> None:
             from_first_rank(fails)
         except (OSError, ValueError) as error:
             told.append(f"{type(error).__name__} {error}")
-    for errors, work in (((OSError, ValueError), _away), (DataAway, _away), (OSError, _gave_up_on_rank_1)):
+    for work in (_away, _gave_up_on_rank_1):
         try:
-            on_every_rank(work, errors=errors)
+            on_every_rank(work)
         except (OSError, ValueError) as error:
             told.append(f"{type(error).__name__} {error}")
     Path(folder, str(index)).write_text("; ".join([heard, *told]))
     dist.destroy_process_group()
 
 
-OF_RANK_1 = "; ".join(
-    [*["DataAway the store of rank 1 is away"] * 2, "GaveUp [Errno 5] the store has failed"]
-)
+OF_RANK_1 = "DataAway the store of rank 1 is away; GaveUp [Errno 5] the store has failed"
 TOLD = "whole; ValueError the folder is taken; GaveUp [Errno 5] the store has failed; "
 
 

@@ -161,13 +161,15 @@ def test_features_that_are_not_finite_are_no_measurement(data: Path, monkeypatch
     def diverged(images: torch.Tensor, kinds: tuple[str, ...], summary: bool) -> dict:
         told = images.mean(dim=(2, 3))[:, None].clone()
         told[:: len(told) - 1] = float("nan")  # two of a batch
-        return {"dense": told, "projected": told[:, 0]}
+        others = told[:, 0].clone()
+        others[1], others[0] = others[0], 0.0  # of another image
+        return {"dense": told, "projected": others}
 
     teacher = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"), ask_teacher=diverged)
     row = check(teacher)["knn"]
     assert row["accuracy"] is None and row.keys() == {"accuracy", "reason", "dropped"}
     assert row["reason"].startswith(
-        "the features of 2 of 40 train images are not finite, which nothing is told"
+        "the features of 3 of 40 train images are not finite, which nothing is told"
     )
     assert check(MeanColor())["knn"] == sound
     check._captions = SimpleNamespace(encode=None)

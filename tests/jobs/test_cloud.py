@@ -142,7 +142,13 @@ def test_what_the_starts_came_to_is_kept_behind_a_url() -> None:
 def test_a_record_that_is_damaged_is_told_and_counting_begins_anew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for damaged in ("{", "[]", '{"other": 1}'):
+    for damaged in (
+        "{",
+        "[]",
+        '{"other": 1}',
+        '{"task": "task", "step": null}',
+        '{"task": "task", "step": 2, "vain": "0"}',
+    ):
         (tmp_path / restarts.RECORD).write_text(damaged)
         assert restarts.main([str(tmp_path), "sky-1", "1"]) == FINISHED
         assert "is damaged" in capsys.readouterr().err
