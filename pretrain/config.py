@@ -127,6 +127,11 @@ class Mixing:
 
     def __post_init__(self) -> None:
         positive("mixing", temperature=self.temperature, window=self.window)
+        if not isinstance(self.window, int):
+            raise ValueError(
+                f"mixing.window={self.window!r} counts shards and must be a whole number: set "
+                f"{max(round(self.window), 1)}"
+            )
 
 
 @dataclass(frozen=True)

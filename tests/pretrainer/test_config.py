@@ -198,6 +198,15 @@ def test_a_value_that_cannot_work_is_named(make, message):
         make()
 
 
+def test_a_part_of_a_shard_is_no_window():
+    mixing = Mixing()
+    object.__setattr__(mixing, "window", 2.5)  # types are checked in tests alone
+    with pytest.raises(
+        ValueError, match=r"mixing\.window=2\.5 counts shards and must be a whole number: set 2"
+    ):
+        mixing.__post_init__()
+
+
 @pytest.mark.parametrize(
     "targets",
     [
