@@ -129,8 +129,13 @@ class Manifest:
                 f"num_items={self.num_items!r} of data set {self.name!r} must be a number not below the {told} of "
                 "its shards: build it again"
             )
-        if len(set(self.tags)) != len(self.tags):
-            raise ValueError(f"data set {self.name!r} names a tag twice: build it again")
+        for kind, named in (("category", self.categories), ("tag", self.tags)):
+            if len(set(named)) != len(named):
+                (twice, _), *_ = Counter(named).most_common(1)
+                raise ValueError(
+                    f"data set {self.name!r} names a {kind} twice, {twice!r}: each needs a name of its own, build it "
+                    "again"
+                )
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Manifest:

@@ -59,7 +59,8 @@ def test_counts_of_items_are_read_back_and_a_manifest_without_them_stays_as_it_w
         ("shards", [], "no shards"),
         ("categories", [1], "categories must be names"),
         ("tags", ["cat", None], "tags must be names"),
-        ("tags", ["cat", "pet", "cat"], "names a tag twice"),
+        ("tags", ["cat", "pet", "cat"], "names a tag twice, 'cat'"),
+        ("categories", ["cat", "pet", "pet"], "names a category twice, 'pet': .* build it again"),
         (
             "shards",
             [{"name": "../evil.tar", "num_samples": 2, "num_bytes": 1024, "sha256": "0" * 64}],
