@@ -38,9 +38,22 @@ def offsets_of(descriptor: int, path: Path, shard: Shard) -> array:
             "broken_index",
             f"{path}.idx ends its samples at byte {offsets[-1]}, the manifest's shard at {shard.num_bytes}: {remedy}",
         )
+    if is_read and _goes_on(descriptor, offsets[-1]):  # its last sample would lack members
+        raise BadSample(
+            "broken_index",
+            f"{path}.idx ends its samples at byte {offsets[-1]}, where the shard has another member: {remedy}",
+        )
     if not has_index:
         _keep_index(path, offsets)
     return offsets
+
+
+def _goes_on(descriptor: int, at: int) -> bool:
+    """Whether a shard has a member there; zeros end it, or its end where it is cut off."""
+    try:
+        return bool(os.pread(descriptor, TAR_BLOCK, at).strip(b"\0"))
+    except OSError:  # of the place alone, or of the whole file: who reads a sample is told which
+        return False
 
 
 def _index(descriptor: int, path: Path) -> array:

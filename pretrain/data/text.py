@@ -75,7 +75,8 @@ def _last_word(encoding: Encoding) -> int:
 
 
 def captions_of(members: Mapping[str, bytes]) -> list[str]:
-    """The captions of a sample: those in its .json, else the .txt.
+    """The captions of a sample: those in its .json, else the .txt. One that shows nothing, such as control characters
+    alone, is none, as when data sets are built; it is judged by its first MOST_LETTERS letters.
 
     Raises BadSample: `broken_text` (no UTF-8, no JSON) or `no_caption`.
     """
@@ -84,16 +85,20 @@ def captions_of(members: Mapping[str, bytes]) -> list[str]:
         told = record.get("captions", []) if isinstance(record, dict) else None
         if not isinstance(told, list) or not all(isinstance(caption, str) for caption in told):
             raise ValueError(f"captions={told!r} in the .json must be a list of texts")
-        captions = [caption for caption in told if caption.strip()]
+        captions = [caption for caption in told if _shows(caption)]
         for caption in captions:
             caption.encode()  # half of a pair of surrogates is no text
         text = members.get("txt", b"").decode("utf-8").strip()
     except (ValueError, RecursionError) as error:  # Unicode's errors are ValueErrors
         raise BadSample("broken_text", f"caption: {error}") from error
-    captions = captions or ([text] if text else [])
+    captions = captions or ([text] if _shows(text) else [])
     if not captions:
         raise BadSample("no_caption", "the sample has neither a .txt nor captions in its .json")
     return captions
+
+
+def _shows(caption: str) -> bool:
+    return any(char.isprintable() and not char.isspace() for char in caption[:MOST_LETTERS])
 
 
 def _load(folder: Path) -> tuple[Tokenizer, int]:

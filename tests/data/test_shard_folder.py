@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -242,6 +243,35 @@ def test_an_index_that_does_not_fit_the_manifest_gives_a_reason(tmp_path: Path) 
     with pytest.raises(BadSample, match="holds 3 offsets") as caught:
         folder.sample(0)
     assert caught.value.reason == "broken_index"
+
+
+@pytest.mark.parametrize("num_lost", [1, 2])  # members, of a block and a header each
+def test_an_index_that_ends_before_its_shard_does_is_refused(tmp_path: Path, num_lost: int) -> None:
+    folder = ShardFolder(good_set(tmp_path / "set", (3,)))
+    index = index_path(folder.folder / "000000.tar")
+    end = int.from_bytes(index.read_bytes()[-8:], "little") - num_lost * 1024
+    index.write_bytes(index.read_bytes()[:-8] + end.to_bytes(8, "little"))
+    with pytest.raises(
+        BadSample, match=rf"at byte {end}, where the shard has another member: remove"
+    ) as caught:
+        folder.sample(2)
+    assert caught.value.reason == "broken_index"
+
+
+def test_a_shard_whose_end_cannot_be_read_gives_its_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ShardFolder(good_set(tmp_path / "set", (3,)))
+    end = int.from_bytes(index_path(folder.folder / "000000.tar").read_bytes()[-8:], "little")
+    real = os.pread
+
+    def damaged(descriptor: int, size: int, at: int) -> bytes:
+        if at >= end:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(descriptor, size, at)
+
+    monkeypatch.setattr(os, "pread", damaged)
+    assert [folder.sample(number) for number in range(3)] == [sample(number) for number in range(3)]
 
 
 @pytest.mark.parametrize("at", [3, 130, 150, 257])  # name, size, checksum, magic

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from data_prep.rows.captions import plain
 from data_prep.tokenizer import train_tokenizer
-from pretrain.data.text import LETTERS, MOST_LETTERS, Captions
+from pretrain.data.faults import BadSample
+from pretrain.data.text import LETTERS, MOST_LETTERS, Captions, captions_of
 from tests.data.sets import WORDS, write_set, write_tokenizer
 
 SHORT, LONG = 4, 12  # tokens
@@ -98,3 +100,14 @@ def test_blanks_behind_a_caption_are_no_more_of_it(tmp_path: Path) -> None:
     captions = Captions(write_tokenizer(tmp_path / "words"), LONG)
     found = captions.tokens("a red ant" + "\n" * 10**6)
     assert not found.is_cut and found.numbers.tolist() == captions.tokens("a red ant").numbers.tolist()
+
+
+@pytest.mark.parametrize("nothing", ["\0\0", " \n", "\ufeff", "\u200b\x07 "])
+def test_a_caption_that_shows_nothing_is_none(nothing: str) -> None:
+    told = json.dumps({"captions": [nothing, "a red ant"]}).encode()
+    assert captions_of({"json": told, "txt": b"the sun"}) == ["a red ant"]
+    alone = json.dumps({"captions": [nothing]}).encode()
+    assert captions_of({"json": alone, "txt": b"the sun"}) == ["the sun"]
+    with pytest.raises(BadSample, match=r"neither a \.txt nor captions") as caught:
+        captions_of({"json": alone, "txt": nothing.encode()})
+    assert caught.value.reason == "no_caption" and plain(nothing) == ""
