@@ -156,11 +156,10 @@ def _list_split(root: Place) -> _Listing:
     if found is None and masks is not None:  # apart from each other
         found = kinds[IMAGES], masks
     if found is not None:
-        is_inside = "/" in found[0]  # of a class, or of images/train
-        mend = "take the masks out of the folders" if is_inside else "name the folder of the images alone"
         raise ValueError(
             f"{root} has images in {found[0]!r} and {found[1]!r}, where each folder is a class, but these are "
-            f"images and their masks: {mend}, or rename the folders if they are classes"
+            "images and their masks: name the folder of the images alone, take the masks out of the folders of the "
+            "classes, or rename them if they are classes themselves"
         )
     return _Listing(root, images, None, ".")
 
