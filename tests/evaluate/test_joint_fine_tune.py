@@ -244,7 +244,9 @@ def found_behind_a_url(step: Path, folder: Path) -> Path:
     for name in files_in(step):
         memory.pipe_file(f"/bucket/vit/{step.name}/{name}", (step / name).read_bytes())
     own.mkdir(exist_ok=True)
-    (own / PLACE_RECORD).write_text('{"checkpoints": "memory://bucket/vit"}')
+    if rank() == 0:
+        (own / PLACE_RECORD).write_text('{"checkpoints": "memory://bucket/vit"}')
+    dist.barrier()  # nobody reads it half written
     copy = checkpoints.fetched
 
     def copied(*arguments: Any) -> Path:
