@@ -219,7 +219,7 @@ def keep_memory() -> None:
     gc.freeze()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the largest that glibc takes
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the largest by mallopt(3)
         mallopt(M_TRIM_THRESHOLD, 2**28)
 
 
