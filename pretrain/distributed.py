@@ -7,11 +7,13 @@ import gc
 import os
 import socket
 from datetime import timedelta
+from unittest.mock import patch
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import compiler as deepspeed_compiler
 
 from pretrain.exits import RankLost
 
@@ -33,6 +35,7 @@ def start_distributed(timeout: float = 1800.0) -> torch.device:
     # On a CPU DeepSpeed would compile shared-memory collectives first: minutes, a compiler, and, after a kill
     # meanwhile, a lock file for which every later start waits forever. gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
     device = torch.device("cpu")
     if get_accelerator().device_name() == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -50,6 +53,14 @@ def start_distributed(timeout: float = 1800.0) -> torch.device:
             "by jobs/local/pretrain.sh, which finds a free one, or give the launcher --master_port"
         ) from error
     return device
+
+
+def _import_muon() -> None:
+    """DeepSpeed imports this optimizer, which no run here has, with its first engine, and compiles parts of it:
+    that imports inductor, a quarter of what a start takes, also in runs that compile nothing.
+    """
+    with patch.object(deepspeed_compiler, "compile", lambda: lambda function: function):
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
 
 
 def _told_of_the_late(place: str, timeout: float, error: dist.DistError) -> str:
