@@ -77,9 +77,6 @@ def do_before_forks() -> None:
     import scipy.optimize
     import scipy.stats  # noqa: F401  not scikit-learn, which starts a thread
     import timm  # noqa: F401
-    import torch._dynamo
-    import torch._inductor  # noqa: F401
-    from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401  DeepSpeed loads it with its first engine
     from transformers import AutoTokenizer, BertModel  # noqa: F401  of runs with text: half of a start
 
     import pretrain.train  # noqa: F401
