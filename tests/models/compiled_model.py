@@ -18,6 +18,8 @@ def error(dynamic: bool) -> float:
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = InternImage(InternImageConfig(channels=16, depths=(1, 1), groups=(1, 2), res_post_norm=True))
+    if dynamic:  # half of the time; the other level's block differs by its widths alone
+        del model.levels[1].blocks[0]
     images, gradients = torch.randn(2, 3, 32, 32), []
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for function in (model, compiled):
