@@ -6,14 +6,18 @@ Compiles with the assembler that Triton brings along and reads the code back.
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pretrain.kernels.dcnv3_launch import COMPILE_OPTIONS
+
+INSTRUCTION_BYTES = 16
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*)")
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,11 @@ def compile_kernel(
     warps: int,
     wide: tuple[str, ...] = (),
     divisible: tuple[str, ...] = (),
-) -> Code:
-    """`dtype` is that of all pointers but `wide` ones, which are float32; `divisible` numbers are multiples of 16,
-    which Triton sees by itself when it compiles for a call.
+) -> bytes:
+    """The machine code, as a cubin.
+
+    `dtype` is that of all pointers but `wide` ones, which are float32; `divisible` numbers are multiples of 16, which
+    Triton sees by itself when it compiles for a call.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -71,27 +77,55 @@ def compile_kernel(
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
     options = {"num_warps": warps} | COMPILE_OPTIONS
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return _read(built.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
+    return built.asm["cubin"]
 
 
-def _read(cubin: bytes, tools: Path) -> Code:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
-        code = _run(tools / "nvdisasm", "-c", file.name)
+def read_codes(cubins: Sequence[bytes]) -> list[Code]:
+    """What those hold. All are disassembled at once: a start of nvdisasm takes longer than a hundred kernels."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    texts, usages = [_instructions(cubin) for cubin in cubins], []
+    with tempfile.NamedTemporaryFile() as file:
+        for cubin in cubins:
+            Path(file.name).write_bytes(cubin)
+            usages.append(_run(tools / "cuobjdump", "-res-usage", file.name))
+        Path(file.name).write_bytes(b"".join(texts))
+        lines = _run(tools / "nvdisasm", "--binary", "SM90a", file.name).splitlines()
+    instructions = [found for line in lines if (found := INSTRUCTION.match(line))]
+    assert len(instructions) * INSTRUCTION_BYTES == sum(map(len, texts))
+    codes, first = [], 0
+    for text, usage in zip(texts, usages, strict=True):
+        last = first + len(text) // INSTRUCTION_BYTES
+        codes.append(_code(instructions[first:last], first, usage))
+        first = last
+    return codes
+
+
+def _code(instructions: Sequence[re.Match[str]], first: int, usage: str) -> Code:
+    """Of the instructions of one kernel, whose first is number `first` of all."""
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    operations, targets, labels = [], {}, {}
-    for line in code.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(operations)
-        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*)", line):
-            if target := re.search(r"`\((\.L_x_\d+)\)", found[2]) if found[1].startswith("BRA") else None:
-                targets[len(operations)] = target[1]
-            operations.append(found[1])
-    jumps = {source: labels[label] for source, label in targets.items() if labels[label] != source}
-    end = min((s for s, label in targets.items() if labels[label] == s), default=len(operations))
-    return Code(registers, stack, tuple(operations), jumps, end)
+    branches = {}
+    for place, (operation, operands) in enumerate(found.groups() for found in instructions):
+        if target := re.search(r"0x([0-9a-f]+)\s*;", operands) if operation.startswith("BRA") else None:
+            branches[place] = int(target[1], 16) // INSTRUCTION_BYTES - first
+    jumps = {source: target for source, target in branches.items() if source != target}
+    end = min(branches.keys() - jumps.keys(), default=len(instructions))  # behind it is filling
+    return Code(registers, stack, tuple(found[1] for found in instructions), jumps, end)
+
+
+def _instructions(cubin: bytes) -> bytes:
+    """Those of its only kernel: the ELF section .text.NAME."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + size * index) for index in range(count)]
+    start_of_names = sections[names][4]
+    (found,) = (
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin.startswith(b".text.", start_of_names + name)
+    )
+    return found
 
 
 def _run(*command: object) -> str:

@@ -21,7 +21,7 @@ from pretrain.kernels.dcnv3_launch import (  # noqa: E402
     Product,
     default_launch,
 )
-from tests.kernels.machine_code import Code, compile_kernel  # noqa: E402
+from tests.kernels.machine_code import Code, compile_kernel, read_codes  # noqa: E402
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ARRANGED = ("arrange", "arrange_banded")
@@ -64,12 +64,13 @@ class Machine:
 
 
 def compile_all(configurations: list[Configuration]) -> dict[Configuration, Machine]:
-    """Two at a time, each in a fresh process: no test's import hook touches the kernels' source."""
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        return dict(zip(configurations, pool.map(compile_one, configurations), strict=True))
+    """In a fresh process: no test's import hook touches the kernels' source."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        codes = read_codes(list(pool.map(compile_one, configurations)))
+    return dict(zip(configurations, map(_count, codes), strict=True))
 
 
-def compile_one(configuration: Configuration) -> Machine:
+def compile_one(configuration: Configuration) -> bytes:
     from pretrain.kernels import triton_gather, triton_scatter
 
     owners = {
@@ -83,10 +84,9 @@ def compile_one(configuration: Configuration) -> Machine:
     wide = ("arranged_pointer", "reach_pointer") + (
         ("grad_value_pointer",) if name == "grad_value_atomic" else ()
     )
-    code = compile_kernel(
+    return compile_kernel(
         kernel, _constants(configuration), configuration.dtype, configuration.tile.warps, wide
     )
-    return _count(code)
 
 
 def _constants(configuration: Configuration) -> dict[str, object]:

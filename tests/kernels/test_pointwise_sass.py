@@ -21,7 +21,7 @@ from pretrain.kernels import (  # noqa: E402
 )
 from pretrain.kernels.pointwise_launch import Rows, Tile  # noqa: E402
 from pretrain.models.internimage_config import INTERNIMAGE, InternImageConfig  # noqa: E402
-from tests.kernels.machine_code import Code, compile_kernel  # noqa: E402
+from tests.kernels.machine_code import Code, compile_kernel, read_codes  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 pytestmark = pytest.mark.skipif(
@@ -73,7 +73,7 @@ class Configuration:
             return self.kernel, self.dtype, self.rows, self.parts
         return self.kernel, self.dtype, self.tile if self.kernel in DEPTHWISE else None, self.size
 
-    def compile(self) -> Code:
+    def compile(self) -> bytes:
         if self.kernel in BY_ROWS:
             constants = {"ROWS": self.rows.rows, "CHANNELS": self.rows.channels}
             if not self.kernel.endswith("_grad"):
@@ -137,7 +137,8 @@ CONFIGURATIONS = launches()
 @pytest.fixture(scope="module")
 def codes() -> dict[Configuration, Code]:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # no import hook reaches it
-        return dict(zip(CONFIGURATIONS, pool.map(Configuration.compile, CONFIGURATIONS), strict=True))
+        codes = read_codes(list(pool.map(Configuration.compile, CONFIGURATIONS)))
+    return dict(zip(CONFIGURATIONS, codes, strict=True))
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
