@@ -277,12 +277,12 @@ def test_a_store_that_stays_away_is_told_and_training_goes_on(
 ) -> None:
     saver = saver_of(engine, place)
     save_at(saver, engine, 1)
-    monkeypatch.setattr(stores, "PATIENCE", 0.1)
-    monkeypatch.setattr(s3.faults, "refused", 1.0)
-    engine.steps_done = 2
-    saver.save()
-    saver._thread.join()
-    monkeypatch.setattr(s3.faults, "refused", 0.0)
+    with monkeypatch.context() as away:
+        away.setattr(stores, "PATIENCE", 0.1)
+        away.setattr(s3.faults, "refused", 1.0)
+        engine.steps_done = 2
+        saver.save()
+        saver._thread.join()
     assert "NOT SAVED" in saver.poll()[-1]
     assert checkpoint.latest(place) == f"{place}/step_000001"
     save_at(saver, engine, 3)

@@ -336,14 +336,17 @@ def test_full_disk_is_told_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["internimage", "safetensors", "onnx"])  # by torch, safetensors, onnx_ir
+# By torch, safetensors and onnx_ir.
+@pytest.mark.parametrize(
+    ("name", "run"), [("internimage", "internimage_run"), ("safetensors", "vit_run"), ("onnx", "vit_run")]
+)
 def test_a_disk_that_is_full_in_the_middle_is_told_and_the_export_before_stays(
-    name: str, internimage_run: Path, tmp_path: Path
+    name: str, run: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "keys.json").write_text(json.dumps({"format": name}))
-    trained = last(internimage_run)
+    trained = last(request.getfixturevalue(run))
     with (
         files_of_at_most(2**14),
         pytest.raises(OSError, match=r"no space is left for .*out \(.+\): free space"),
