@@ -163,6 +163,7 @@ def fused_model_errors() -> dict[str, float]:
     for name, options in layouts.items():
         config = InternImageConfig(channels=32, depths=(1, 1), groups=(1, 2), **options)
         model = InternImage(config)
+        del model.levels[1].blocks[0]  # half of the time; it differs by its widths alone
         generator = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
