@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.record import RESULTS, keep, measured_on, read_record, shown
+from benchmarks.record import RESULTS, is_clear, keep, measured_on, read_record, shown
 from pretrain.evaluate.checkpoints import find_checkpoint
 from pretrain.transfer.examples import AnnotatedSet, Example
 from pretrain.transfer.formats import MAX_BAD
@@ -147,10 +147,7 @@ def clear_of(by_backbone: Results) -> dict[str, bool]:
     """By metric: whether in every run the interval after pre-training lies above the one before."""
     pairs = [[by_backbone[which][seed] for which in BACKBONES] for seed in seeds_of(by_backbone)]
     metrics = rows_of(next(iter(by_backbone["untrained"].values())))
-    return {
-        metric: all(last[metric]["interval"][0] > first[metric]["interval"][1] for first, last in pairs)
-        for metric in metrics
-    }
+    return {metric: all(is_clear(first[metric], last[metric]) for first, last in pairs) for metric in metrics}
 
 
 def results_of(record: dict[str, Any]) -> dict[str, Results]:

@@ -12,6 +12,7 @@ torchvision.transforms on Pillow images). Writes benchmarks/results/loader.json.
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import subprocess
 import sys
@@ -33,12 +34,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.record import keep  # noqa: E402
+from data_prep.processes import keep_memory  # noqa: E402
 from pretrain.config import Mixing, Views  # noqa: E402
 from pretrain.data.decode import decode_image, plain_jpeg_size  # noqa: E402
 from pretrain.data.order import Order  # noqa: E402
 from pretrain.data.shards import ShardFolder  # noqa: E402
 from pretrain.data.views import draw_views, make_views  # noqa: E402
-from pretrain.data.workers import keep_memory  # noqa: E402
+from pretrain.data.workers import LARGEST  # noqa: E402
 from pretrain.recipes import load  # noqa: E402
 
 # With it the files are as large as photos of that size: 56 and 29 kB, the mean of 105 photos of COCO under free
@@ -155,7 +157,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    keep_memory()  # as in the loader's workers; both sides gain
+    gc.freeze()
+    keep_memory(LARGEST)  # as in the loader's workers; both sides gain
     views = load("m3i.vit_b16").views
     measured = {}
     for name, (width, height) in SIDES.items():

@@ -46,6 +46,13 @@ def shown(commits: Iterable[str]) -> str:
     return ", ".join(f"{commit[:7]}{commit[40:]}" for commit in sorted(set(commits)))
 
 
+def is_clear(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Does the 95 % interval of a row lie above that of another? Not known, and so no, where one has none."""
+    if before["interval"] is None or after["interval"] is None:
+        return False
+    return after["interval"][0] > before["interval"][1]
+
+
 def keep(name: str, claim: str, device: torch.device, **measured: object) -> None:
     """Writes benchmarks/results/<name>.json, whole or not at all, and says so. `claim`: what it is about."""
     record = {

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.record import RESULTS, keep, measured_on, read_record, shown
+from benchmarks.record import RESULTS, is_clear, keep, measured_on, read_record, shown
 from data_prep.schema import write_atomic
 from pretrain import provenance
 from pretrain.evaluate.asked import Protocols
@@ -66,7 +66,7 @@ def summary(runs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
             "chance": pairs[0][1]["chance"],
             "before": [mean(before), stdev(before) if len(before) > 1 else 0.0],
             "after": [mean(after), stdev(after) if len(after) > 1 else 0.0],
-            "is_clear": all(last["interval"][0] > first["interval"][1] for first, last in pairs),
+            "is_clear": all(is_clear(first, last) for first, last in pairs),
             "commits": sorted({row["commit"] for pair in pairs for row in pair}),
             "dates": sorted({row["date"] for pair in pairs for row in pair}),
         }

@@ -65,6 +65,7 @@ DAMAGED = (
     TypeError,
     RuntimeError,  # of AVIF
     struct.error,
+    Image.DecompressionBombError,
 )  # says Pillow
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -44,12 +43,15 @@ def tick() -> None:
         counter.value += 1
 
 
-def keep_memory() -> None:
-    """Let this process reuse the memory of one picture for the next, which saves the kernel's time; on glibc only."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, KEPT_MEMORY)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_MEMORY)
+def keep_memory(largest: int = KEPT_MEMORY) -> None:
+    """Let this process reuse the memory of one picture for the next, as fresh pages cost as much as decoding.
+
+    glibc alone can. What takes more than `largest` bytes at once is given back all the same.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, largest)
+        mallopt(M_TRIM_THRESHOLD, KEPT_MEMORY)
 
 
 _COUNTER: list[Any] = []  # in a worker: the count of items shared with the parent

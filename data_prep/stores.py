@@ -24,6 +24,12 @@ NO_KEYS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  
 NO_ACCESS = (*NO_KEYS, "CredentialRetrievalError")  # no repetition mends them
 NO_NAME = "ParamValidationError"  # of boto: a request that no store can take, nor is it sent to one
 SET_KEYS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+MEND_RIGHTS = (
+    "mend the keys (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...) or their rights there (list, read, write, delete)"
+)
+STATUSES = range(100, 600)  # of HTTP
+OF_RIGHTS = (401, 403)  # HTTP statuses by which a store refuses who asks
+OF_ABSENCE = (404, 410)  # by which it says that it has no such file
 A_URL = "name a folder or a URL that fsspec knows, such as s3://bucket/folder"
 OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
 CHANCE = random.SystemRandom()  # Python's global generator is for those who have seeded it
@@ -48,14 +54,15 @@ def patiently(url: str, work: Callable[[Any, str], T]) -> T:
     while True:
         try:
             return work(fs, path)
-        except (FileNotFoundError, FileExistsError, *OUR_FAULTS):
+        except (FileExistsError, *OUR_FAULTS):
             raise
         except PermissionError as error:
-            raise PermissionError(
-                f"{url} is refused by the store ({error}): mend the keys (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...) or the"
-                " rights of that bucket (list, read, write, delete)"
-            ) from error
+            raise PermissionError(f"{url} is refused by the store ({error}): {MEND_RIGHTS}") from error
         except Exception as error:  # every store has errors of its own
+            if is_absent(error):
+                raise
+            if status_of(error) in OF_RIGHTS:
+                raise PermissionError(f"{url} is refused by the store ({error}): {MEND_RIGHTS}") from error
             if type(error).__name__ in NO_ACCESS:
                 raise PermissionError(f"{url} needs keys ({error}): {SET_KEYS}") from error
             if type(error).__name__ == NO_NAME:
@@ -71,6 +78,34 @@ def patiently(url: str, work: Callable[[Any, str], T]) -> T:
                 ) from error
         time.sleep(CHANCE.uniform(pause / 2, pause))  # many processes must not come back all at once
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it came of, as a store's client hides it deep inside."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that a store answered with, as the clients of S3, Google, Azure and the web tell it."""
+    for one in causes(error):
+        response = getattr(one, "response", None)
+        told = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}  # of boto
+        names = (
+            name for name in ("status", "status_code", "code") if isinstance(getattr(one, name, None), int)
+        )
+        status = told.get("HTTPStatusCode", getattr(one, next(names, ""), None))
+        if status in STATUSES:
+            return status
+    return None
+
+
+def is_absent(error: Exception) -> bool:
+    """Does the store say that there is no such file? fsspec's client of the web says so of whatever fails."""
+    why = error.__cause__
+    is_told = why is None or isinstance(why, (FileNotFoundError, LookupError)) or status_of(why) in OF_ABSENCE
+    return isinstance(error, FileNotFoundError) and is_told
 
 
 def misnamed(url: str, error: Exception) -> ValueError:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import recipes
+from pretrain.command import no_folder
 from pretrain.config import Run
 from pretrain.data.remote import Place, place_of
 from pretrain.evaluate.splits import FOLDERS, found_in
@@ -167,7 +168,7 @@ def check_guide(run: Run, folder: Path | None) -> None:
     if folder is not None and not run.objective.needs_guide:
         raise ValueError(f"--guide {folder} would be ignored, no target of recipe {run.name!r} asks for it")
     if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"--guide {folder} is no folder: name that of a frozen encoder")
+        raise FileNotFoundError(f"--guide {no_folder(folder)}: name that of a frozen encoder")
 
 
 def override(run: Run, arguments: list[str], program: str = "pretrain/main.py") -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pretrain.command import no_folder
 from pretrain.data.remote import Place, is_url, place_of
 
 
@@ -22,7 +23,7 @@ def named_places(option: str, pairs: Sequence[str]) -> dict[str, Place]:
         if name in places:
             raise ValueError(f"{option} names {name!r} twice: give every folder a name of its own")
         if not is_url(place) and not Path(place).is_dir():
-            raise FileNotFoundError(f"{option} {pair}: {place} is no folder; name one that exists")
+            raise FileNotFoundError(f"{option} {pair}: {no_folder(Path(place))}; name one that exists")
         places[name] = place_of(place)
     return places
 

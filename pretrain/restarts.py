@@ -3,8 +3,8 @@
     python -m pretrain.restarts CHECKPOINTS TASK MOST
 
 As jobs/restarts.sh, for machine 0 of a task of a cloud (jobs/cloud/skypilot.yaml). Ends with 1 when MOST starts of
-TASK in a row came to no newer checkpoint, else with 0; also where the place of the checkpoints cannot be asked now,
-for that is no fault of the run.
+TASK in a row came to no newer checkpoint, else with 0, and prints 1 where it has counted this start. It has not where
+the place of the checkpoints cannot be asked for PATIENCE seconds, which is no fault of the run.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import json
 import sys
 import warnings
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from data_prep import places
 from pretrain.checkpoint import latest, step_of
 from pretrain.data.remote import Place, place_of
 from pretrain.exits import FAILED, FINISHED
-from pretrain.retries import within
+from pretrain.retries import patiently
 
 RECORD = "restarts.json"  # beside the checkpoints
-PATIENCE = 30.0  # seconds that the place may take to answer, while the other machines wait
+PATIENCE = 600.0  # seconds that the place may fail, while the other machines wait
 NO_STEP = -1
 
 
@@ -45,11 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("most", type=int, help="starts in a row that may come to no newer checkpoint")
     asked = parser.parse_args(arguments)
     try:
-        counted = within(PATIENCE, lambda: count(asked.checkpoints, asked.task, asked.most))
+        place, task, most = asked.checkpoints, asked.task, asked.most
+        ask = partial(count, place, task, most)
+        counted = patiently(ask, str(place), PATIENCE, attempt=PATIENCE, final=(ValueError,))
     except (OSError, ValueError) as error:  # of what is wrong for good the training tells
         print(f"this start is not counted: {asked.checkpoints} does not serve ({error})", file=sys.stderr)
         return FINISHED
     if counted.vain < asked.most:
+        print(1)
         return FINISHED
     reached = "none" if counted.step == NO_STEP else f"that of step {counted.step}"
     print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,9 @@ from pretrain.exits import Postponed
 from pretrain.facts import DataFacts
 from pretrain.given_up import given_up, tell
 from pretrain.paths import Paths
-from pretrain.retries import is_passing
+from pretrain.retries import is_of_address, is_passing
+
+COUNTED = "M3I_STARTS_COUNTED"  # "1" by a job script of which a start that comes to nothing is not the first of many
 
 HARMLESS = (
     "save_every",
@@ -43,21 +46,47 @@ HARMLESS = (
 
 
 @contextmanager
-def reaching(paths: Paths) -> Iterator[None]:
-    """Around what a start asks the place of the checkpoints: Postponed where it fails and has served the run before.
+def reaching(paths: Paths, *, is_held: bool = False) -> Iterator[None]:
+    """Around what a start asks the place of the checkpoints: Postponed where it fails and another start may do.
 
-    What has never served is more likely a mistake in the command, and stays the error that it is.
+    `is_held`: it has served this start already.
     """
     try:
         yield
     except OSError as error:
-        if not is_passing(error) or not is_known(paths.out, paths.kept):
+        told = what_ends(error, paths.out, paths.kept, is_held=is_held)
+        if told is error:
             raise
-        raise Postponed(
-            f"{paths.kept} fails now ({error}), where an earlier start of {paths.out} has kept its checkpoints: "
-            "nothing of them is lost; mend the place if it does not recover by itself, the same command goes on from "
-            "there, as a job script that goes on after 75 does"
-        ) from error
+        raise told from error
+
+
+def what_ends(error: OSError, out: Path, kept: Place, *, is_held: bool = False) -> OSError:
+    """Postponed where the place of the checkpoints fails and another start of the run in `out` may find it well.
+
+    Has it never served the run, as on a machine whose disk is new, it may be a mistake in the command: then only of a
+    store that is away or has no time, and where the starts of the job are counted, lest they go on for ever.
+    """
+    if not is_passing(error):
+        return error
+    if is_held or is_known(out, kept):
+        served = "this start" if is_held else f"an earlier start of {out}"
+        return Postponed(
+            f"{kept} fails now ({error}), where {served} has found its checkpoints: nothing of them is lost; mend "
+            "the place if it does not recover by itself, the same command goes on from there, as a job script that "
+            "goes on after 75 does"
+        )
+    if not is_url(kept) or is_of_address(error):
+        return error
+    if os.environ.get(COUNTED) != "1":
+        return OSError(
+            f"{kept} fails ({error}), which has not served {out} before: mend the address if it is wrong, otherwise "
+            f"start again when it answers; nothing counts the starts of this job ({COUNTED}=1 would say so), which "
+            "with a wrong address would begin for ever"
+        )
+    return Postponed(
+        f"{kept} fails now ({error}), which has not served {out} before: mend the address if it is wrong; otherwise "
+        "the job script, which goes on after 75 and counts its starts, finds it well"
+    )
 
 
 @contextmanager

@@ -6,18 +6,31 @@ import errno
 import os
 import queue
 import socket
+import ssl
 import threading
 import time
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from data_prep.stores import CHANCE, NO_KEYS, NO_NAME, SET_KEYS, misnamed
+from data_prep.stores import (
+    CHANCE,
+    NO_KEYS,
+    NO_NAME,
+    OF_RIGHTS,
+    SET_KEYS,
+    causes,
+    is_absent,
+    misnamed,
+    status_of,
+)
 
 FIRST_PAUSE = 0.1  # seconds before an attempt is repeated; doubled each time
 LONGEST_PAUSE = 30.0  # seconds
 SILENT = 10.0  # seconds after which it is told that a store fails
 OF_NAMES = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # a path stays what it is
+BUSY = (408, 409, 425, 429)  # HTTP statuses of a store that may answer the same question later
+NO_TLS = "WRONG_VERSION_NUMBER"  # of OpenSSL, where a server speaks plain HTTP
 OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
 LASTING = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 T = TypeVar("T")
@@ -47,7 +60,8 @@ def patiently(
     """What `work` gives; while it fails it is done again, for `seconds`, then GaveUp; `told` names what is asked.
 
     FileNotFoundError, PermissionError, those of a path that can be no file, and the errors in `final` are raised at
-    once; it is PermissionError too when there are no keys for a store, and ValueError for a name that no store takes.
+    once; it is PermissionError too when there are no keys for a store or it refuses them, and ValueError for a name
+    that no store takes.
     Pauses last at most `longest` seconds. A set `stopped` ends it after an attempt. One that takes longer than
     `attempt` seconds fails, and the next has twice as long: a store may take a question and never answer. What is
     left behind may still be done later: bound only what reads.
@@ -61,11 +75,13 @@ def patiently(
                 return work()
             left = seconds - (0.0 if since is None else asked - since)
             return within(min(attempt, max(left, pause)), work)
-        except (FileNotFoundError, PermissionError, *final, *OUR_FAULTS):
+        except (PermissionError, *final, *OUR_FAULTS):
             raise
         except Exception as error:  # every store has errors of its own
-            if getattr(error, "errno", None) in OF_NAMES:
+            if is_absent(error) or getattr(error, "errno", None) in OF_NAMES:
                 raise
+            if status_of(error) in OF_RIGHTS:
+                raise PermissionError(f"{error}: mend the keys, or their rights there") from error
             if type(error).__name__ in NO_KEYS:
                 raise PermissionError(f"{error}: {SET_KEYS}") from error
             if type(error).__name__ == NO_NAME:
@@ -98,13 +114,26 @@ def is_passing(error: Exception) -> bool:
 
 def refusal(error: BaseException | None) -> str:
     """Why nobody takes connections at an address, as a store's error hides it deep inside; "" of other errors."""
-    while error is not None:
-        if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
-            return str(error.strerror)
-        if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
-            return os.strerror(error.errno)
-        error = error.__cause__ or error.__context__
+    for one in causes(error):
+        if isinstance(one, socket.gaierror) and one.errno != socket.EAI_AGAIN:
+            return str(one.strerror)
+        if isinstance(one, OSError) and one.errno == errno.ECONNREFUSED:
+            return os.strerror(one.errno)
     return ""
+
+
+def is_of_address(error: BaseException) -> bool:
+    """Does what failed tell of a wrong address? Nobody knows its name, another kind of server is there, or the store
+    takes no such question; not where nobody takes connections now, or the store has no time."""
+    status = status_of(error)
+    if status is not None:
+        return 300 <= status < 500 and status not in BUSY
+    return any(
+        (isinstance(one, socket.gaierror) and one.errno != socket.EAI_AGAIN)
+        or isinstance(one, ssl.SSLCertVerificationError)
+        or getattr(one, "reason", None) == NO_TLS
+        for one in causes(error)
+    )
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:

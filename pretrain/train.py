@@ -114,7 +114,7 @@ def train(run: Run, paths: Paths) -> None:
 def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
     """Builds the run and takes it to its end, as often as it goes back; `held` closes what is open then."""
     journal = Journal(paths.out)
-    with resume.reaching(paths):
+    with resume.reaching(paths, is_held=True):
         folder = from_first_rank(lambda: _left_at(paths, journal))
         skipped = from_first_rank(lambda: resume.batches_left_out(folder, journal))
     held.enter_context(resume.reading(folder))
@@ -131,7 +131,7 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
     facts = with_guide(loader.facts, guide)
     start, facts = beginning(run, paths, facts, folder)  # None where the run goes on
     if folder is not None:  # refuses another recipe before minutes of building
-        with resume.reaching(paths):
+        with resume.reaching(paths, is_held=True):
             resume.check_resumable(folder, run, facts)
     check = read(lambda: _check(run, paths, facts, tokenizer))
     engine = build_engine(run, facts, started.config, started.device, guide, paths, start)
@@ -141,7 +141,7 @@ def _train(run: Run, paths: Paths, started: Started, held: ExitStack) -> None:
     gpu_hours = from_first_rank(lambda: _write_inputs(run, paths, start, is_new=folder is None))
     origin = start.told() if start is not None else []
     start = None  # the weights of a file, which the model has now
-    with resume.reaching(paths):
+    with resume.reaching(paths, is_held=True):
         saver = _saver(engine, paths, facts, tokenizer, started, journal)
     job = Job(run, paths, engine, saver, journal, started.signals, started.watchdog, window, check)
     speed = speed_of(run, facts, engine)
@@ -200,7 +200,7 @@ def _left_at(paths: Paths, journal: Journal) -> Place | None:
 
 def _restore(job: Job, folder: Place) -> None:
     job.watchdog.at(step_of(folder), "reads a checkpoint", times=FIRST)
-    with resume.reaching(job.paths):
+    with resume.reaching(job.paths, is_held=True):
         checkpoint.restore(job.engine, folder)
     job.saver.saved_step = step_of(folder)  # it is there, and need not be written again
 
@@ -212,14 +212,14 @@ def _sole(held: ExitStack, paths: Paths) -> Require:
     def hold() -> None:
         nonlocal require
         was_there = paths.out.exists()
-        held.enter_context(only_writer(paths.out))
-        held.enter_context(leaving_nothing(paths.out, world_size(), was_there=was_there))
-        resume.require_mounted(paths)
-        if paths.checkpoints is not None and paths.checkpoints != paths.out:  # that one is held already
-            require = held.enter_context(only_saver(paths.checkpoints))
+        with resume.reaching(paths):  # by this rank alone: its job script counts the starts of all machines
+            held.enter_context(only_writer(paths.out))
+            held.enter_context(leaving_nothing(paths.out, world_size(), was_there=was_there))
+            resume.require_mounted(paths)
+            if paths.checkpoints is not None and paths.checkpoints != paths.out:  # that one is held already
+                require = held.enter_context(only_saver(paths.checkpoints))
 
-    with resume.reaching(paths):
-        from_first_rank(hold)
+    from_first_rank(hold)
     return require
 
 

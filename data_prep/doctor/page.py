@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from data_prep.images import DAMAGED
+
 SIDE = 160  # pixels, longer side of a thumbnail
 QUALITY = 72  # of its JPEG
 MOST_BYTES = 4_000_000  # of a page; pictures beyond it are left out, and the page says so
@@ -98,7 +100,7 @@ def thumbnail(content: bytes) -> bytes:
         image.thumbnail((SIDE, SIDE))
         drawn = Image.new("RGB", image.size, "white")
         drawn.paste(image, mask=image.getchannel("A"))
-    except (OSError, ValueError, SyntaxError):
+    except DAMAGED:
         drawn = Image.new("RGB", (SIDE, SIDE), "#bbb")
     buffer = io.BytesIO()
     drawn.save(buffer, "JPEG", quality=QUALITY)

@@ -49,7 +49,7 @@ def is_textured(values: np.ndarray) -> np.ndarray:
 
 
 def grey_of(content: bytes) -> UInt8[np.ndarray, "h w"]:
-    """An encoded picture in grey, a JPEG not larger than hashes need; OSError, ValueError, SyntaxError for none."""
+    """An encoded picture in grey, a JPEG not larger than hashes need; one of images.DAMAGED for none."""
     image = Image.open(io.BytesIO(content))
     image.draft("L", (256, 256))  # of a JPEG: a quarter of the pixels is enough, and faster
     image.load()

@@ -13,6 +13,7 @@ from PIL import Image
 from data_prep.doctor.finished import BadDataSet
 from data_prep.doctor.members import Member
 from data_prep.doctor.perceptual import SAME_PICTURE, recorded_hash, stored_image
+from data_prep.images import DAMAGED
 from data_prep.limits import BadImage
 from data_prep.samples import json_bytes
 from data_prep.schema import IMAGE_EXTENSIONS, Manifest, tags_of
@@ -100,7 +101,7 @@ def _verify_pixels(image: Member, mask: Member | None, record: dict) -> int:
     if mask is not None:
         try:
             numbers = np.asarray(Image.open(io.BytesIO(mask.content)))
-        except (OSError, ValueError, SyntaxError) as error:
+        except DAMAGED as error:
             raise BadDataSet(f"member {mask.name}: it does not decode ({error})") from error
         if numbers.shape != (height, width) or numbers.max() > len(record["objects"]):
             raise BadDataSet(f"member {mask.name}: it does not fit the image and its objects")

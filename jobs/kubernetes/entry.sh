@@ -82,6 +82,7 @@ if ((JOB_COMPLETION_INDEX == 0)); then
     exit 1
   }
 fi
+export M3I_STARTS_COUNTED=1 # a bucket that fails at a start is waited for by the next ones (pretrain/resume.py)
 if ((NODES > 1)); then
   : "${JOB_NAME:?is not set: name the Job, whose pod 0 the others look for}"
   : "${SERVICE:?is not set: name the headless Service, which gives the pods their names}"

@@ -93,6 +93,7 @@ export MASTER_ADDR=${MASTER_ADDR:-$(address_of "${names%%$'\n'*}")}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID * 7 + restart) % 10000))}
 export PREFLIGHT=${PREFLIGHT:-$((nodes > 1))}
 export LOGS=${LOGS:-$OUT/logs/$SLURM_JOB_ID.$restart}
+export M3I_STARTS_COUNTED=1 # by may_requeue: a bucket that fails at a start is waited for (pretrain/resume.py)
 mkdir -p -- "$OUT" "$LOGS"
 
 echo "[slurm] $(date --iso-8601=seconds) job $SLURM_JOB_ID, restart $restart: $nodes nodes ($SLURM_JOB_NODELIST)," \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -93,6 +94,13 @@ def step_name(step: int) -> str:
 def is_step(place: Place) -> bool:
     """Whether a place is one checkpoint, by its name."""
     return STEP_NAME.fullmatch(str(place).rpartition("/")[2]) is not None
+
+
+def run_around(folder: Path) -> Path | None:
+    """The folder of the run that keeps this checkpoint in it; None of another folder."""
+    folder = Path(os.path.abspath(folder))
+    run = folder.parent.parent
+    return run if is_step(folder) and folder.parent == checkpoints_of(run) else None
 
 
 def step_of(folder: Place) -> int:

@@ -55,25 +55,35 @@ def load_towers(
     return run, facts, towers
 
 
+def undrawn_towers(folder: Place, run: Run, facts: DataFacts) -> Towers:
+    """The towers of a recipe on the meta device, without numbers; ValueError for one that the teacher of a checkpoint
+    does not explain, as of a model too large to be built."""
+    files = Files(store_at(folder))
+    files.require_bytes("teacher")
+    return _described(folder, shapes_of(files, "teacher"), run, facts)
+
+
 def _buffers(towers: Towers) -> dict[str, Tensor]:
     """Those that are kept."""
     kept = towers.state_dict().keys()
     return {name: buffer for name, buffer in towers.named_buffers() if name in kept}
 
 
-def _require_same(folder: Place, there: Mapping[str, tuple[int, ...]], run: Run, facts: DataFacts) -> None:
-    """ValueError unless a checkpoint has the names and shapes that its recipe builds.
-
-    A recipe may name a million layers: its modules are built on the meta device, and as far as `there` explains them.
-    """
+def _described(folder: Place, there: Mapping[str, tuple[int, ...]], run: Run, facts: DataFacts) -> Towers:
+    """The towers of a recipe on the meta device, as far as `there` explains them: it may name a million layers."""
     try:
         with torch.device("meta"):
             tensors = {name: torch.empty(shape) for name, shape in there.items()}
             with explained_by(tensors, folder):
-                towers = Towers(run, facts)
+                return Towers(run, facts)
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # of too large numbers
         told = str(error).partition("\n")[0]
         raise ValueError(f"the recipe of {folder} describes no model ({told}): {NOT_OURS}") from error
+
+
+def _require_same(folder: Place, there: Mapping[str, tuple[int, ...]], run: Run, facts: DataFacts) -> None:
+    """ValueError unless a checkpoint has the names and shapes that its recipe builds."""
+    towers = _described(folder, there, run, facts)
     here = {
         name: tuple(one.shape) for name, one in (dict(towers.named_parameters()) | _buffers(towers)).items()
     }

@@ -18,6 +18,7 @@ from data_prep.schema import (
     sha256_file,
 )
 from pretrain.data.cache import Cache
+from pretrain.data.damage import can_be_read_elsewhere
 from pretrain.data.faults import BadSample, DataAway, DataError
 from pretrain.data.open_shards import OpenShards, of_file
 from pretrain.data.records import read_members
@@ -25,6 +26,7 @@ from pretrain.data.remote import PATIENCE_AT_START, Place, RemoteFolder, is_url
 from pretrain.data.verified import Verified
 
 OPEN_SHARDS = 64  # files and indices kept open at once, unless told otherwise
+OTHERS = 8  # shards that tell whether one that cannot be read is damaged alone
 ALL, NONE = slice(None), slice(0)  # shards
 
 
@@ -97,7 +99,7 @@ class ShardFolder:
                 try:
                     self._require(shard)
                 except (FileNotFoundError, ValueError) as error:
-                    yield self._of_shard(error) if isinstance(error, DataAway) else error
+                    yield self._of_shard(error, shard) if isinstance(error, DataAway) else error
         elif (
             shards[:1] == self.manifest.shards[:1]
         ):  # one listing tells all: of many ranks the first asks for it
@@ -132,12 +134,30 @@ class ShardFolder:
             try:
                 of_file(partial(verified.check, shard), self.folder / shard.name, PATIENCE_AT_START)
             except ValueError as error:
-                yield shard, self._of_shard(error) if isinstance(error, DataAway) else error
+                yield shard, self._of_shard(error, shard) if isinstance(error, DataAway) else error
 
-    def _of_shard(self, error: DataAway) -> DataError:
-        """The error of a shard that is damaged, alone; DataAway where the whole file system fails."""
+    def first_bytes(self, number: int, num_bytes: int) -> bytes:
+        """Of a shard of a folder; DataError where it is damaged, alone, DataAway where its file system fails."""
+        shard = self.manifest.shards[number]
+
+        def read() -> bytes:
+            with (self.folder / shard.name).open("rb") as file:
+                return file.read(num_bytes)
+
+        try:
+            return of_file(read, self.folder / shard.name, PATIENCE_AT_START)
+        except DataAway as error:
+            raise self._of_shard(error, shard) from error
+
+    def _of_shard(self, error: DataAway, shard: Shard) -> DataError:
+        """The error of a shard that is damaged, alone; DataAway where the whole file system fails, or gives nothing
+        of any shard, though it remembers the manifest."""
         of_file((self.folder / MANIFEST_NAME).stat, self.folder, PATIENCE_AT_START)
-        return DataError(str(error))
+        shards = self.manifest.shards
+        looked_at = (shard, *shards[:: -(-len(shards) // OTHERS)])
+        if any(can_be_read_elsewhere(self.folder / one.name, one.num_bytes) for one in looked_at):
+            return DataError(str(error))
+        return error
 
     def _require(self, shard: Shard) -> None:
         of_file(lambda: require_shard(self.folder, shard), self.folder / shard.name, PATIENCE_AT_START)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import itertools
 import multiprocessing
@@ -20,6 +19,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
+from data_prep.processes import keep_memory
 from pretrain.data.faults import DataError
 from pretrain.data.left_out import next_kept
 from pretrain.data.packed import Packed, pack, unpack
@@ -32,7 +32,7 @@ MAX_DEATHS = 5  # of workers within DEATHS_WITHIN, before the machine counts as 
 DEATHS_WITHIN = 3600.0  # seconds
 LONGEST_CLOSE = 10.0  # seconds that closing waits for a batch that is being made
 HELD = (*ASKING, signal.SIGINT)  # signals that no worker ends by: the trainer ends them
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+LARGEST = 2**25  # bytes of one piece of memory that a worker keeps, the most by mallopt(3)
 
 
 class Made:
@@ -211,25 +211,16 @@ def _dead_workers(deliveries: Iterator[Packed | DataError]) -> list[int]:
     return []
 
 
-def keep_memory() -> None:
-    """Lets this process reuse the memory of images: fresh pages cost as much as decoding. glibc alone can.
+def _start_worker(worker: int) -> None:
+    """One thread (torch's DataLoader sees to torch's own), an allocator that keeps its memory, and an end by the
+    trainer alone: torch's own watchdog sees only the fork server, which outlives a trainer that was killed.
 
     What was imported so far stays, so the garbage collector need not look through it again and again.
     """
-    gc.freeze()
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the largest by mallopt(3)
-        mallopt(M_TRIM_THRESHOLD, 2**28)
-
-
-def _start_worker(worker: int) -> None:
-    """One thread (torch's DataLoader sees to torch's own), an allocator that keeps its memory (page faults cost as
-    much as decoding), and an end by the trainer alone: torch's own watchdog sees only the fork server, which outlives
-    a trainer that was killed."""
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     cv2.setNumThreads(1)
-    keep_memory()
+    gc.freeze()
+    keep_memory(LARGEST)
     for end in (_end_with_trainer, _end_when_told):
         threading.Thread(target=end, daemon=True).start()
 

@@ -29,7 +29,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heldout", type=Path, help="data set of the tests, in place of DATA/heldout")
     parser.add_argument("--steps", help=f"checkpoints of a run: first, last, numbers ({STEPS})")
     parser.add_argument(
-        "--out", type=Path, help="JSON file of the result (RUN/evaluation.json; beside what is no run)"
+        "--out",
+        type=Path,
+        help="JSON file of the result (RUN/evaluation.json, RUN/STEP.evaluation.json; beside what is of no run)",
     )
     parser.add_argument("--image-size", type=int, help="pixels a side, of an exported model (what it tells)")
     _add_protocols(parser)

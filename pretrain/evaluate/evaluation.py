@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from data_prep.schema import Manifest
 from pretrain import provenance
+from pretrain.checkpoint.names import run_around
 from pretrain.collectives import from_first_rank, on_every_rank, rank
 from pretrain.command import require_place
 from pretrain.evaluate import result
@@ -98,6 +100,10 @@ def prepared(
 
 
 def result_of(place: Path) -> Path:
-    """Where the result lies if no other place is named: in a run, beside a checkpoint or an exported model."""
+    """Where the result lies if no other place is named: in a run, also of one of its checkpoints, by its name; beside
+    another checkpoint or an exported model."""
     is_run = place.is_dir() and not is_published(place) and not (place / "run.json").is_file()
-    return place / RESULT if is_run else place.with_name(f"{place.name}.{RESULT}")
+    if is_run:
+        return place / RESULT
+    place = Path(os.path.abspath(place))  # of "." too, which has no name
+    return (run_around(place) or place.parent) / f"{place.name}.{RESULT}"

@@ -8,8 +8,10 @@ from typing import Any
 
 import fsspec
 
-from pretrain.data.faults import DataAway
+from pretrain.checkpoint.names import checkpoints_of, steps_in
+from pretrain.data.faults import DataAway, NobodyThere
 from pretrain.data.remote import PATIENCE_AT_START, Place, is_url
+from pretrain.data.shards import ShardFolder
 from pretrain.preflight.check import Here
 from pretrain.preflight.storage import ANSWERS
 from pretrain.preflight.told import WARNING, Judged, Problem, Told, differences, size
@@ -72,7 +74,8 @@ def judge_recipe(told: Sequence[Told], here: Here) -> Judged:
 def look_at_data(here: Here) -> dict[str, Any] | None:
     """`sources`: SHA-256 of the manifest of each by name, its shards and samples; errors as the loader raises them.
 
-    `fails` where a store is away: training asks it again, and its code says whether to start again.
+    `fails` where a store is away: training asks it again, and its code says whether to start again. NobodyThere where
+    training would take the address for a wrong one.
     """
     if here.run is None or here.paths is None:
         return None
@@ -83,7 +86,19 @@ def look_at_data(here: Here) -> dict[str, Any] | None:
     except TimeoutError as error:
         return {"fails": f"{', '.join(map(str, here.paths.data.values()))}: {error}"}
     except (DataAway, GaveUp) as error:
+        if isinstance(error, NobodyThere) and not _has_begun(here):
+            raise
         return {"fails": str(error)}
+
+
+def _has_begun(here: Here) -> bool:
+    """Is there a checkpoint, with which the addresses of the data have served? Also where nobody can tell now."""
+    assert here.paths is not None, "data is checked where there is some"
+    kept = checkpoints_of(here.paths.out) if here.paths.checkpoints is None else here.paths.checkpoints
+    try:
+        return bool(within(ANSWERS * here.options.check_seconds / 2, lambda: steps_in(kept)))
+    except OSError:
+        return True
 
 
 def _look_at_sources(here: Here) -> dict[str, Any]:
@@ -100,17 +115,18 @@ def _look_at_sources(here: Here) -> dict[str, Any]:
         num = len(shards.manifest.shards)
         for problem in shards.problems(slice(0, None, -(-num // MOST_LOOKED_AT))):
             raise problem
-        _require_tar(places[source.name], shards.manifest.shards[here.ranks.node % num].name)
+        _require_tar(places[source.name], shards, here.ranks.node % num)
         told[source.name] = {"manifest": shards.sha256, "shards": num, "samples": len(shards)}
     here.sample_bytes = max(source.shards.num_bytes / len(source.shards) for source in sources.opened)
     return told
 
 
-def _require_tar(place: Place, name: str) -> None:
-    """ValueError unless the first bytes of a shard are read and begin a tar file; OSError as the store has it."""
+def _require_tar(place: Place, shards: ShardFolder, number: int) -> None:
+    """ValueError unless the first bytes of a shard are read and begin a tar file; errors as the loader or the store
+    has them."""
+    name = shards.manifest.shards[number].name
     if isinstance(place, Path):
-        with (place / name).open("rb") as file:
-            header = file.read(HEADER)
+        header = shards.first_bytes(number, HEADER)
     else:
         fs, root = fsspec.url_to_fs(place, use_listings_cache=False)
         header = patiently(

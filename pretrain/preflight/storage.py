@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.places import Place, place_of
-from pretrain.checkpoint.names import is_gone, is_known
+from pretrain.checkpoint.names import is_gone
 from pretrain.data.remote import is_url
+from pretrain.exits import Postponed
 from pretrain.preflight.check import Here
 from pretrain.preflight.machine import GIB
 from pretrain.preflight.told import FAILED, WARNING, Judged, Problem, Told, size, span
-from pretrain.retries import is_passing, within
+from pretrain.resume import what_ends
+from pretrain.retries import within
 
 SEEN = 10.0  # seconds in which a file of one node must be seen by another
 SPARE = GIB  # bytes for logs, evidence and compiled kernels
@@ -158,8 +160,7 @@ def judge_shared(told: Sequence[Told], here: Here) -> Judged:
 def look_at_store(here: Here) -> dict[str, Any] | None:
     """Seconds that writing, listing, reading back and deleting a small object take; None without a URL.
 
-    What fails of a store that an earlier start used, for training waits for that one, and ends with a code to start
-    again.
+    What fails where training would end with a code to start again: it asks the store itself.
     """
     kept = None if here.paths is None else here.paths.checkpoints
     if here.paths is None or kept is None or not is_url(kept):
@@ -169,8 +170,11 @@ def look_at_store(here: Here) -> dict[str, Any] | None:
     try:
         within(patience, lambda: _pass_through(place_of(kept), name))
     except OSError as error:
-        if not is_passing(error) or not is_known(here.paths.out, kept):
+        told = what_ends(error, here.paths.out, kept)
+        if told is error:
             raise
+        if not isinstance(told, Postponed):
+            raise told from error
         return {"fails": str(error)}
     return {"seconds": time.monotonic() - begun}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.schema import write_atomic
-from pretrain.command import exit_code, require_place
+from pretrain.command import exit_code, no_folder, require_place
 from pretrain.report.settings import Settings
 
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         raise ValueError(f"--candidates {options.candidates} must be at least 1")
     for folder in filter(None, [options.heldout, options.tokenizer]):
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder: name one that exists, or leave the option out")
+            raise FileNotFoundError(f"{no_folder(folder)}: name one that exists, or leave the option out")
     out = options.out or options.run / "report.html"
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file, such as {out / 'report.html'}")

@@ -86,13 +86,14 @@ def _facts(record: Record) -> list[tuple[str, Child]]:
 
 
 def num_parameters(run: Run, record: Record) -> tuple[int, int]:
-    """Parameters of the student without decoders, and of its image encoder alone; nothing is allocated."""
-    import torch
+    """Parameters of the student without decoders, and of its image encoder alone; nothing is allocated.
 
-    from pretrain.towers import Towers
+    ValueError for a recipe of more than the newest checkpoint explains.
+    """
+    from pretrain.checkpoint.towers import undrawn_towers
 
-    with torch.device("meta"):
-        towers = Towers(run, record.facts)
+    assert record.facts is not None, "they are those of the newest checkpoint"
+    towers = undrawn_towers(record.checkpoints[max(record.checkpoints)], run, record.facts)
     return sum(p.numel() for p in towers.parameters()), sum(p.numel() for p in towers.encoder.parameters())
 
 

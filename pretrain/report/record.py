@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import intact, strict_json
+from pretrain.command import no_folder
 from pretrain.config import Run
 from pretrain.data.remote import Place, place_of
 from pretrain.evaluate.checkpoints import COPIES, UNTOLD, unlike
@@ -147,7 +148,7 @@ def _whole_checkpoints(folder: Path) -> dict[int, Path]:
 
 def _read_run(folder: Path, checkpoint: Path | None) -> Run:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: name the --out folder of a pre-training run")
+        raise FileNotFoundError(f"{no_folder(folder)}: name the --out folder of a pre-training run")
     places = [folder / "recipe.json"] + ([checkpoint / "run.json"] if checkpoint else [])
     for path in places:
         if path.is_file():

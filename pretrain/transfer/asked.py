@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint.names import checkpoints_of
-from pretrain.checkpoint.store import STEP_NAME
+from pretrain.checkpoint.names import run_around
 from pretrain.collectives import on_every_rank, rank
 from pretrain.command import require_place
 from pretrain.data.remote import Place
@@ -74,7 +73,5 @@ def result_of(asked: Path, place: Place, name: str) -> Path:
     if place != asked:
         return asked / "transfer" / name
     folder = Path(os.path.abspath(asked if asked.is_dir() else asked.parent))
-    run = folder.parent.parent
-    if STEP_NAME.fullmatch(folder.name) and folder.parent == checkpoints_of(run):
-        return run / "transfer" / name
-    return Path(f"{folder}.transfer", name)
+    run = run_around(folder)
+    return Path(f"{folder}.transfer", name) if run is None else run / "transfer" / name

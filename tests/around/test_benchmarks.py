@@ -239,6 +239,21 @@ def test_transfer_joins_no_rows_of_another_run_or_other_data() -> None:
         transfer.joined(earlier, earlier[0] | {"steps": 7}, ["linear"])
 
 
+def test_a_row_without_an_interval_is_no_clear_gain() -> None:
+    """Of a single held-out image."""
+    for which in ("first", "last"):
+        runs = json.loads((RESULTS / "transfer.json").read_text())["runs"]
+        assert transfer.summary(runs)["knn"]["is_clear"]
+        runs[1][which]["knn"]["interval"] = None
+        assert not transfer.summary(runs)["knn"]["is_clear"]
+    cases = dense_transfer.results_of(read_record("dense_transfer"))
+    case, metric = next(
+        (c, m) for c in cases.values() for m, clear in dense_transfer.clear_of(c).items() if clear
+    )
+    case["pre-trained"][0][metric]["interval"] = None
+    assert not dense_transfer.clear_of(case)[metric]
+
+
 def test_the_table_of_dense_transfer_is_that_of_its_record() -> None:
     record = read_record("dense_transfer")
     found, told = dense_transfer.results_of(record), dense_transfer.table(record)

@@ -15,6 +15,9 @@ from pretrain.evaluate.arguments import split_folders
 from pretrain.evaluate.subjects import find_subjects
 from pretrain.exits import FAILED, INTERRUPTED
 from pretrain.export.__main__ import main as export
+from pretrain.models.guides import open_guide
+from pretrain.named_folders import named_folders
+from pretrain.report.__main__ import main as report
 from pretrain.transfer import __main__ as transfer
 from pretrain.transfer.places import Named, open_sets
 from tests.paths import ROOT
@@ -123,6 +126,12 @@ def test_what_is_no_folder_is_told_as_what_it_is(
     assert capsys.readouterr().err.startswith(f"error: {told}name the --out folder")
     with pytest.raises(FileNotFoundError, match=told):
         split_folders(None, Path(name), tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"^guide {told}name one of"):
+        open_guide(Path(name))
+    with pytest.raises(FileNotFoundError, match=f"^{told}name the --out folder"):
+        report([name])
+    with pytest.raises(FileNotFoundError, match=f"^--data x={name}: {told[:-2]}; name one that exists"):
+        named_folders("--data", [f"x={name}"])  # of compare and the training too
     with pytest.raises(FileNotFoundError, match=told):
         open_sets("segment", Named(data=Path(name)), 0.0)
 

@@ -31,7 +31,8 @@ KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAU
 class Faults:
     """What goes wrong with requests from now on; counted."""
 
-    refused: float = 0.0  # share answered by 503 SlowDown
+    refused: float = 0.0  # share answered by `refusal`
+    refusal: tuple[str, str] = ("503 Slow Down", "SlowDown")  # status and code
     stalled: float = 0.0  # share that waits for `stall` seconds first
     stall: float = 2.0
     methods: tuple[str, ...] = ("GET", "HEAD")  # of the requests that it concerns
@@ -80,10 +81,9 @@ def with_faults(
             if is_stalled:
                 time.sleep(faults.stall)
             if is_refused:
-                start_response("503 Slow Down", [("Content-Type", "application/xml")])
-                return [
-                    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-                ]
+                status, code = faults.refusal
+                start_response(status, [("Content-Type", "application/xml")])
+                return [f"<Error><Code>{code}</Code><Message>Not now, not you.</Message></Error>".encode()]
         return application(environ, start_response)
 
     return serve

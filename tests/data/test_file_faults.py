@@ -395,6 +395,17 @@ def test_a_start_waits_for_its_file_system_and_tells_a_damaged_shard(
     with pytest.raises(DataError, match=r"000000.tar has failed for 0.1 seconds.*copy it again") as caught:
         opened.verify(range(3))
     assert not isinstance(caught.value, DataAway), "no other start will do"
+    with monkeypatch.context() as of_all:  # the manifest is there, and of the shards nothing can be read
+        of_all.setattr(os, "pread", hashed)
+        with pytest.raises(DataAway, match=r"000000.tar has failed for 0.1 seconds"):
+            opened.verify(range(3))
+        of_all.setattr(Path, "open", hashed)
+        with pytest.raises(DataAway, match=r"000001.tar has failed for 0.1 seconds"):
+            opened.first_bytes(1, 512)
+        of_all.setattr(os, "pread", REAL_PREAD)
+        with pytest.raises(DataError) as caught:
+            opened.first_bytes(1, 512)
+        assert not isinstance(caught.value, DataAway)
 
     def stat(path: Path, **_: object) -> os.stat_result:
         raise OSError(errno.EIO, "Input/output error")

@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep import processes
 from pretrain.config import Source, Views
-from pretrain.data import workers
 from pretrain.data.faults import DataError
 from pretrain.data.loader import Loader
 from pretrain.data.steps import Steps
@@ -164,7 +164,7 @@ def _arrived() -> TellingOfItsProcess:
     def recorded(*setting: int) -> None:
         steps.asked.append([*setting, mallopt(*setting)])
 
-    workers.ctypes = SimpleNamespace(CDLL=lambda name: SimpleNamespace(mallopt=recorded))
+    processes.ctypes = SimpleNamespace(CDLL=lambda name: SimpleNamespace(mallopt=recorded))
     return steps
 
 

@@ -6,15 +6,16 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import forkserver
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from data_prep import places, stores
 from data_prep.schema import Shard
 from pretrain.config import Mixing, Source
 from pretrain.data import remote, sources
@@ -24,6 +25,7 @@ from pretrain.data.loader import Loader
 from pretrain.data.remote import RemoteFolder, is_url
 from pretrain.data.shards import ShardFolder
 from pretrain.named_folders import named_folders, named_places
+from pretrain.retries import GaveUp, patiently
 from tests.data.delivered import assert_same, batches
 from tests.data.s3 import BUCKET, Store, s3_store
 from tests.data.sets import good_set, sample, small_run, write_tokenizer
@@ -302,6 +304,58 @@ def test_a_store_that_takes_a_question_and_never_answers_ends_the_start_soon(
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/set"
         with pytest.raises(DataAway, match=r"has failed for 0.5 seconds, .*no answer within 0.5 seconds"):
             ShardFolder(url)
+
+
+@pytest.fixture
+def refusing() -> Iterator[Callable[[int], str]]:
+    """The URL of a set that a server on the web answers by a status alone, and never by more."""
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(int(self.path.split("/")[1]))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield lambda status: f"http://127.0.0.1:{server.server_port}/{status}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_refuses_who_asks_is_not_asked_again(
+    refusing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PATIENCE_AT_START", 3600.0)
+    for status in (401, 403):
+        with pytest.raises(
+            DataError, match=rf"may not be read: {status}.*: mend the keys, or their"
+        ) as caught:
+            ShardFolder(refusing(status))
+        assert not isinstance(caught.value, DataAway), "no other start will do"
+        with pytest.raises(PermissionError, match=r"is refused by the store \(.*mend the keys"):
+            places.place_of(refusing(status)).exists("manifest.json")
+    with pytest.raises(FileNotFoundError, match=r"manifest.json is missing"):
+        ShardFolder(refusing(404))
+    assert not places.place_of(refusing(404)).exists("manifest.json")
+
+
+def test_a_file_of_which_a_failing_server_tells_nothing_is_not_missing(
+    refusing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "PATIENCE", 0.0)
+    url = refusing(503)
+    with pytest.raises(OSError, match=r"has failed for 0 seconds, at last with FileNotFoundError"):
+        places.place_of(url).exists("manifest.json")
+    with pytest.raises(GaveUp):
+        patiently(lambda: fsspec.filesystem("http").info(f"{url}/000000.tar"), url, 0.0)
+    with pytest.raises(FileNotFoundError):
+        patiently(lambda: fsspec.filesystem("http").info(f"{refusing(404)}/000000.tar"), url, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,21 @@ import io
 import json
 import re
 import shutil
+import struct
 import tarfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data_prep.__main__ import main
 from data_prep.build import Options, build
 from data_prep.check import BadDataSet, check, examine
 from data_prep.doctor.members import Member
-from data_prep.doctor.verify import verify_sample
+from data_prep.doctor.page import SIDE, thumbnail
+from data_prep.doctor.verify import _verify_pixels, verify_sample
 from data_prep.images import check_image
 from data_prep.index import index_path
 from data_prep.limits import Limits
@@ -27,7 +30,8 @@ from data_prep.samples import json_bytes
 from data_prep.schema import parse_manifest, write_manifest
 from data_prep.sources.scenes import Scenes, draw_scene
 from pretrain.data.drop_list import Cause, Record
-from tests.data_prep.malformed_images import TOO_LARGE
+from tests.data_prep.malformed_images import HEIGHT, TOO_LARGE, WIDTH, _chunk
+from tests.data_prep.malformed_images import encoded as file_of
 from tests.data_prep.pictures import encoded, picture
 
 
@@ -335,6 +339,21 @@ def test_tags_outside_the_vocabulary_or_the_unit_interval_are_named(folder, tags
     manifest = replace(parse_manifest(folder), has_text=False, has_category=False)
     with pytest.raises(BadDataSet, match=f"member x.json: {message}"):
         verify_sample("x", _labelled(record), manifest)
+
+
+GOOD = file_of("PNG")
+BOMB = bytearray(file_of("BMP"))
+BOMB[18:26] = struct.pack("<ii", 60_000, 60_000)
+
+
+@pytest.mark.parametrize("damaged", [GOOD[:-12] + _chunk(b"iCCP", b"\0") + GOOD[-12:], bytes(BOMB)])
+def test_whatever_pillow_says_of_a_damaged_picture_is_told_as_damage(damaged):
+    """Of a colour profile of one byte it raises IndexError, of too many pixels an error of its own."""
+    image, mask = (Member(f"x.{e}", "x", e, c, 0, 0) for e, c in (("png", GOOD), ("mask.png", damaged)))
+    with pytest.raises(BadDataSet, match=r"member x.mask.png: it does not decode"):
+        _verify_pixels(image, mask, {"size": [WIDTH, HEIGHT], "objects": []})
+    with Image.open(io.BytesIO(thumbnail(damaged))) as shown:
+        assert shown.size == (SIDE, SIDE)
 
 
 @pytest.mark.parametrize("field", ["sha256", "size", "category", "objects"])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import shutil
+import socket
+import ssl
 from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from botocore.exceptions import ClientError
 
 import pretrain.paths
 import pretrain.train
@@ -19,7 +22,7 @@ from pretrain.checkpoint import PLACE_RECORD, record_place
 from pretrain.data.faults import BadSample, DataAway, DataError, NobodyThere
 from pretrain.exits import FAILED, PREEMPTED, Postponed
 from pretrain.paths import Paths
-from pretrain.resume import reaching, reading
+from pretrain.resume import COUNTED, reaching, reading
 from pretrain.retries import GaveUp
 from tests.engine.toy import toy_run
 
@@ -45,7 +48,6 @@ def test_what_has_served_the_run_is_waited_for(tmp_path: Path, error: OSError) -
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("s3://bucket/other", AWAY),  # it may be a wrong address
         ("s3://bucket/run", PermissionError("no rights")),
         ("s3://bucket/run", FileNotFoundError("The specified bucket does not exist")),
     ],
@@ -54,6 +56,59 @@ def test_a_mistake_stays_an_error(tmp_path: Path, place: str, error: OSError) ->
     known(tmp_path, "s3://bucket/run")
     with pytest.raises(type(error)), reaching(Paths({}, tmp_path, tmp_path, checkpoints=place)):
         raise error
+
+
+def caused_by(why: Exception) -> OSError:
+    """As a store that is asked patiently gives up."""
+    error = GaveUp(f"s3://bucket/new has failed for 300 seconds, at last with {why!r}")
+    error.__cause__ = why
+    return error
+
+
+def answered(status: int) -> OSError:
+    """By S3, as its client tells it."""
+    return caused_by(
+        ClientError({"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {}}, "ListObjectsV2")
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "is_transient"),
+    [
+        (caused_by(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")), True),
+        (AWAY, True),
+        (TimeoutError("no answer within 60 seconds"), True),
+        (caused_by(socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")), True),
+        (answered(503), True),
+        (answered(429), True),
+        (answered(400), False),
+        (answered(301), False),  # the bucket of another region
+        (caused_by(socket.gaierror(socket.EAI_NONAME, "Name or service not known")), False),
+        (caused_by(ssl.SSLCertVerificationError("self-signed certificate")), False),
+        (PermissionError("no rights"), False),
+        (FileNotFoundError("The specified bucket does not exist"), False),
+    ],
+)
+def test_a_store_that_never_served_is_waited_for_if_it_may_be_away_and_starts_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, is_transient: bool
+) -> None:
+    paths = Paths({}, tmp_path, tmp_path, checkpoints="s3://bucket/new")
+    for is_counted in (False, True):
+        monkeypatch.setenv(COUNTED, "1" if is_counted else "")
+        with pytest.raises(OSError) as caught, reaching(paths):
+            raise error
+        if not is_transient:
+            assert caught.value is error
+            continue
+        assert type(caught.value) is (Postponed if is_counted else OSError)
+        told = "mend the address if it is wrong" if is_counted else "nothing counts the starts of this job"
+        assert str(error) in str(caught.value) and told in str(caught.value)
+
+
+def test_what_has_served_this_start_is_waited_for_on_a_new_disk_too(tmp_path: Path) -> None:
+    paths = Paths({}, tmp_path, tmp_path, checkpoints="s3://bucket/new")
+    with pytest.raises(Postponed, match="where this start has found its"), reaching(paths, is_held=True):
+        raise AWAY
 
 
 @pytest.mark.parametrize(
@@ -89,7 +144,9 @@ def test_a_store_that_fails_while_a_start_claims_it_is_waited_for_unless_it_is_n
 ) -> None:
     monkeypatch.setattr(places.Place, "names", Mock(side_effect=OSError("503")))
     new = Paths({}, tmp_path / "new", tmp_path, checkpoints="s3://bucket/run")
-    for paths, end in ((new, OSError), (known(tmp_path / "old", "s3://bucket/run"), Postponed)):
+    old = known(tmp_path / "old", "s3://bucket/run")
+    for paths, counted, end in ((new, "", OSError), (old, "", Postponed), (new, "1", Postponed)):
+        monkeypatch.setenv(COUNTED, counted)
         with ExitStack() as held, pytest.raises(OSError, match="503") as ended:
             pretrain.train._sole(held, paths)
         assert type(ended.value) is end

@@ -20,7 +20,7 @@ import torch
 
 from pretrain.data.shards import ShardFolder
 from pretrain.evaluate.__main__ import main
-from pretrain.evaluate.evaluation import evaluate
+from pretrain.evaluate.evaluation import evaluate, result_of
 from pretrain.evaluate.published import open_published
 from pretrain.evaluate.subjects import find_subjects, open_model
 from pretrain.export import (
@@ -109,10 +109,21 @@ def test_exports_are_measured_like_their_runs(
     )
 
 
-def test_result_of_a_model_lies_beside_it(run_folder: Path, data: Path) -> None:
+def test_result_of_a_checkpoint_lies_in_its_run_and_of_a_model_beside_it(
+    run_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = run_folder / "checkpoints" / "step_000000"
+    before = sorted(step.parent.iterdir())
     evaluate([str(step), "--data", str(data), "--probes", "knn"])
-    assert (step.parent / "step_000000.evaluation.json").is_file()
+    made = run_folder / "step_000000.evaluation.json"
+    made.unlink()
+    assert sorted(step.parent.iterdir()) == before
+    monkeypatch.chdir(step)
+    assert result_of(Path()) == made and result_of(run_folder) == run_folder / "evaluation.json"
+    alone = tmp_path / "step_000000"
+    alone.mkdir()
+    (alone / "run.json").touch()
+    assert result_of(alone) == tmp_path / "step_000000.evaluation.json"
 
 
 def test_damaged_models_are_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

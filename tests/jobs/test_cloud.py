@@ -32,9 +32,11 @@ def test_a_cloud_task_is_recovered_when_it_can_go_on() -> None:
 
 
 def _run_block(tmp_path: Path, code: int = 0, **changed: str) -> subprocess.CompletedProcess[str]:
-    """On machine 2 of three; TMP_PATH/asked gets the arguments of pretrain.restarts, which ends with `code`."""
-    write_launcher(tmp_path)
-    python = f'case $1 in -) echo "1 29500" ;; *) echo "$@" >{tmp_path}/asked; exit {code} ;; esac'
+    """On machine 2 of three; TMP_PATH/asked gets the arguments of pretrain.restarts, which ends with `code` and
+    prints TELLS; TMP_PATH/counted what the ranks know of it."""
+    write_launcher(tmp_path, f'echo "$M3I_STARTS_COUNTED" >{tmp_path}/counted')
+    asked = f'echo "$@" >{tmp_path}/asked; echo "${{TELLS-1}}"; exit {code}'
+    python = f'case $1 in -) echo "1 29500" ;; *) {asked} ;; esac'
     write_program(tmp_path / "bin" / "python", python)
     sky = {
         "SKYPILOT_NUM_NODES": "3",
@@ -92,6 +94,9 @@ def test_the_first_machine_alone_counts_the_starts_of_a_task(tmp_path: Path) -> 
     assert ended.returncode == 0 and launched(tmp_path)
     place = f"s3://bucket/checkpoints/{TASK['envs']['RUN']}"
     assert (tmp_path / "asked").read_text() == f"-m pretrain.restarts {place} sky-7 4\n"
+    assert (tmp_path / "counted").read_text() == "1\n"
+    assert not _run_block(tmp_path, BUCKET="bucket", SKYPILOT_NODE_RANK="0", TELLS="").returncode
+    assert (tmp_path / "counted").read_text() == "\n", "it ends then where the bucket still fails"
 
 
 def test_a_task_that_does_not_get_on_ends_before_training_and_is_not_recovered(tmp_path: Path) -> None:
@@ -134,9 +139,10 @@ def test_starts_without_a_newer_checkpoint_end_a_task_and_a_newer_one_begins_the
     assert starts("sky-2", 1) == [FAILED]
 
 
-def test_what_the_starts_came_to_is_kept_behind_a_url() -> None:
+def test_what_the_starts_came_to_is_kept_behind_a_url(capsys: pytest.CaptureFixture[str]) -> None:
     place = "memory://restarts/run"
     assert [restarts.main([place, "sky-1", "2"]) for _ in range(3)] == [FINISHED, FINISHED, FAILED]
+    assert capsys.readouterr().out == "1\n" * 2
 
 
 def test_a_record_that_is_damaged_is_told_and_counting_begins_anew(
@@ -162,8 +168,10 @@ def test_a_place_that_cannot_be_asked_ends_no_task(
         raise error
 
     monkeypatch.setattr(restarts, "latest", latest)
+    monkeypatch.setattr(restarts, "PATIENCE", 0.3)
     assert restarts.main(["memory://restarts/away", "sky-1", "1"]) == FINISHED
-    assert str(error) in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert str(error) in told.err and not told.out
 
 
 def test_a_place_that_does_not_answer_is_left_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def test_every_pod_of_the_job_is_a_machine_of_the_run() -> None:
 @pytest.fixture
 def cluster(tmp_path: Path) -> dict[str, str]:
     """A launcher that leaves its arguments, and how long the preflight waits; and names that are found."""
-    write_launcher(tmp_path, f"echo $PREFLIGHT_CONNECT_SECONDS >{tmp_path}/patience")
+    write_launcher(tmp_path, f"echo $PREFLIGHT_CONNECT_SECONDS $M3I_STARTS_COUNTED >{tmp_path}/patience")
     write_program(tmp_path / "bin" / "getent", f'echo "$@" >{tmp_path}/asked')
     return {"ENV": str(tmp_path), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
 
@@ -147,7 +147,7 @@ def test_entry_starts_the_machine_that_its_number_says(
     assert ended.returncode == 0, ended.stderr
     address = "m3i-pretrain-0.m3i-pretrain"
     assert (tmp_path / "asked").read_text().split() == ["hosts", address]
-    assert (tmp_path / "patience").read_text() == "1800\n"  # for machines that still fetch the image
+    assert (tmp_path / "patience").read_text() == "1800 1\n"  # for machines that still fetch the image
     assert launched(tmp_path) == [
         *f"--quiet --master_addr {address} --master_port 29500 --hostfile HOSTFILE --no_ssh".split(),
         *f"--node_rank {index} {ROOT}/pretrain/main.py --recipe {RUN['RECIPE']} --data".split(),

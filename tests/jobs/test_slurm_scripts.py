@@ -108,9 +108,10 @@ def nodes_that_end_with(stubs: Path, *codes: int) -> str:
     root = stubs / "repository"
     shutil.copytree(ROOT / "jobs", root / "jobs", dirs_exist_ok=True)
     shutil.copytree(ROOT / "ds_configs", root / "ds_configs", dirs_exist_ok=True)
+    is_counted = "[[ $M3I_STARTS_COUNTED == 1 ]] || exit 9"
     ends = f"codes=({' '.join(map(str, codes))}); code=${{codes[$NODE_RANK]}}"
     kill = f"((code != {KILLED})) || kill -9 $PPID $$"
-    write_program(root / "jobs/single_node/pretrain.sh", f"{ends}\n{kill}\nexit $code")
+    write_program(root / "jobs/single_node/pretrain.sh", f"{is_counted}\n{ends}\n{kill}\nexit $code")
     return str(root)
 
 

@@ -16,12 +16,14 @@ import torch
 from data_prep import places
 from pretrain.checkpoint import PLACE_RECORD, record_place
 from pretrain.data import remote
+from pretrain.data.faults import NobodyThere
 from pretrain.preflight import check, gpus, machine, network, recipe, same, storage
 from pretrain.preflight.check import Check, look_at_all
 from pretrain.preflight.clocks import judge_clock, offset
 from pretrain.preflight.options import Options
 from pretrain.preflight.ranks import Ranks
 from pretrain.preflight.told import WARNING, Judged
+from pretrain.resume import COUNTED
 from tests.data.sets import good_set
 from tests.paths import ROOT
 from tests.preflight.here import alone, three_nodes, told
@@ -256,6 +258,11 @@ def test_a_store_that_an_earlier_start_used_and_that_fails_now_is_warned_of(
     monkeypatch.setattr(places.Place, "write", Mock(side_effect=OSError("503")))
     with pytest.raises(OSError, match="503"):  # of a new run it may be a mistake
         storage.look_at_store(here)
+    monkeypatch.setenv(COUNTED, "1")
+    assert storage.look_at_store(here) == {
+        "fails": "503"
+    }  # training ends with 75 then, and the job counts it
+    monkeypatch.delenv(COUNTED)
     here.paths.out.mkdir()
     (here.paths.out / PLACE_RECORD).write_text(record_place(here.paths.out, here.paths.checkpoints))
     (problem,) = storage.judge_store(told(storage.look_at_store(here)), here).problems
@@ -286,6 +293,9 @@ def test_a_store_of_data_that_fails_now_is_warned_of_and_a_mistake_fails(
     monkeypatch.setattr(remote, "REFUSED_AT_START", 0.0)
     away = f"http://127.0.0.1:{free_port}/set"
     here = alone(three_nodes(tmp_path, data={"labelled": away, "captioned": away}))
+    with pytest.raises(NobodyThere, match="mend the address"):  # of a new run it is a wrong address
+        recipe.look_at_data(here)
+    (tmp_path / "out" / "checkpoints" / "step_000003").mkdir(parents=True)  # with which it has served
     fails = recipe.look_at_data(here)
     small = {name: {"manifest": "1", "shards": 200, "samples": 700} for name in here.paths.data}
     judged = recipe.judge_data(told({"sources": small}, fails), here)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from pretrain.collapse import FEWEST_STEPS
+from pretrain.config import Run
 from pretrain.data.shards import ShardFolder
 from pretrain.report import provenance
 from pretrain.report.__main__ import main
@@ -301,6 +302,14 @@ def test_no_interval_is_no_verdict(run_folder: Path) -> None:
         assert told.holds is holds and "no interval, so that nothing tells" in told.evidence
         shown = accuracies(one).text
         assert "whisker" not in shown and "60.0" in shown and shown.count(" no interval") == 2
+
+
+def test_a_recipe_is_counted_as_far_as_the_checkpoint_explains_it(run_folder: Path) -> None:
+    record = read_record(run_folder, {})
+    recipe = json.loads(record.run.to_json())
+    hostile = Run.from_json(json.dumps(recipe | {"text": recipe["text"] | {"layers": 3_000}}))
+    with pytest.raises(ValueError, match=r"a model of .* tensors, .* MiB and more, where its weights are"):
+        header(replace(record, run=hostile), "a run")
 
 
 def test_hours_are_those_of_gpus_where_there_are_some(run_folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pretrain.command import no_folder
 from pretrain.initial.bounds import explained_by, require_statistics, weights_of
 from pretrain.models.guides import huggingface, open_clip_vit, own, tokenizer
 from pretrain.models.guides.guide import Guide, Opened
@@ -44,9 +45,7 @@ def open_guide(folder: Path) -> Guide:
     folder of no known kind, and for one that is damaged or holds no vision encoder.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"guide {folder} is no folder: name one of {', '.join((*ENCODERS, TOKENIZER))}"
-        )
+        raise FileNotFoundError(f"guide {no_folder(folder)}: name one of {', '.join((*ENCODERS, TOKENIZER))}")
     if tokenizer.is_folder(folder):
         return tokenizer.open_folder(folder, _open_encoder)
     return Guide(_open_encoder(folder))
