@@ -277,26 +277,16 @@ def test_a_store_that_stays_away_is_told_and_training_goes_on(
 ) -> None:
     saver = saver_of(engine, place)
     save_at(saver, engine, 1)
-<<<<<<< HEAD
-    with monkeypatch.context() as away:
-        away.setattr(stores, "PATIENCE", 0.1)
-        away.setattr(s3.faults, "refused", 1.0)
-        engine.steps_done = 2
-        saver.save()
-        saver._thread.join()
-    assert "NOT SAVED" in saver.poll()[-1]
-=======
     for patience, refusal in ((0.1, s3.faults.refusal), (3600.0, ("403 Forbidden", "ExpiredToken"))):
-        monkeypatch.setattr(stores, "PATIENCE", patience)
-        monkeypatch.setattr(s3.faults, "refusal", refusal)
-        monkeypatch.setattr(s3.faults, "refused", 1.0)
-        engine.steps_done = 2
-        saver.save()
-        saver._thread.join()
-        monkeypatch.setattr(s3.faults, "refused", 0.0)
+        with monkeypatch.context() as away:
+            away.setattr(stores, "PATIENCE", patience)
+            away.setattr(s3.faults, "refusal", refusal)
+            away.setattr(s3.faults, "refused", 1.0)
+            engine.steps_done = 2
+            saver.save()
+            saver._thread.join()
         told = saver.poll()[-1]
         assert "NOT SAVED" in told and ("mend the keys or rights" in told) == (patience > 1)
->>>>>>> 080743f9d1234393919d8238422482d2b6d7ceaf
     assert checkpoint.latest(place) == f"{place}/step_000001"
     save_at(saver, engine, 3)
     assert checkpoint.latest(place) == f"{place}/step_000003"
