@@ -152,10 +152,6 @@ class ShardFolder:
         if self._remote is not None:
             self._remote.keep_ahead()
 
-    def close_removed(self) -> None:
-        """Gives the disk back what the cache of shards behind a URL removed while it was read here."""
-        self._files.close_removed()
-
     def locate(self, index: int) -> tuple[int, int]:
         """Shard number and index inside the shard of sample `index`."""
         if not 0 <= index < len(self):
