@@ -161,7 +161,7 @@ class Cache:
 
     def _let_go(self, path: Path) -> bool:
         """Removes a copy; False when the disk has it back only later, since somebody reads it."""
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
             is_read = not _locks(file.fileno())
             if is_read:
                 os.utime(file.fileno(), (time.time(),) * 2)
@@ -173,7 +173,7 @@ class Cache:
     def _is_left_over(self, copy: Copy) -> bool:
         """Removes what nobody writes or reads any more: a process that was killed has lost its locks."""
         if copy.path.suffix == GOING:
-            with contextlib.suppress(FileNotFoundError), copy.path.open("rb") as file:
+            with contextlib.suppress(FileNotFoundError), copy.path.open("r+b") as file:
                 if not _locks(file.fileno()):
                     return False
                 copy.path.unlink()
@@ -208,7 +208,7 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def _locks(descriptor: int) -> bool:
-    """Takes the lock of a file, if nobody has it open."""
+    """Takes the lock of a file, if nobody has it open; NFS gives it only of a file that is open for writing."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import threading
@@ -90,6 +91,26 @@ def test_what_others_read_of_a_removed_copy_is_waited_for_and_nothing_else_goes_
     reader._files.close_removed()
     assert writer.sample(8) == sample(8) and reader.sample(5) == sample(5)
     assert not list((cache_folder() / "shards").glob("*.going"))
+
+
+def test_locks_that_ask_for_a_file_open_for_writing_make_room_too(
+    opened: Callable[[], ShardFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.flock
+
+    def of_nfs(file: int, kind: int) -> None:
+        is_read_only = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        if kind & fcntl.LOCK_EX and is_read_only:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(file, kind)
+
+    monkeypatch.setattr(cache.fcntl, "flock", of_nfs)
+    monkeypatch.setattr(open_shards, "LOOK", 0.01)
+    reader, writer = opened(), opened()
+    disk_of(2, reader, monkeypatch)
+    assert reader.sample(0) == sample(0)
+    for index in (4, 8, 12):
+        assert writer.sample(index) == sample(index)
 
 
 def test_readers_that_rest_give_back_what_was_removed(
