@@ -66,11 +66,12 @@ class Cache:
         folder = cache_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            with tempfile.TemporaryFile(dir=folder) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise ValueError(
-                f"{CACHE_FOLDER}={folder} must be a folder that may be written ({error}): name one on a local disk"
+                f"{CACHE_FOLDER}={folder} must be a folder that may be written and locked ({error}): name one on a "
+                "local disk"
             ) from error
         return cls(folder, int(gib * 2**30))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 import time
@@ -11,13 +12,14 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import Mock
 
 import fsspec
 import pytest
 
 from data_prep.schema import Shard
 from pretrain.config import Mixing, Source
-from pretrain.data import remote, sources
+from pretrain.data import cache, remote, sources
 from pretrain.data.cache import Cache, cache_folder, lock_of
 from pretrain.data.faults import BadSample, DataAway, DataError, NobodyThere
 from pretrain.data.loader import Loader
@@ -398,6 +400,16 @@ def test_a_store_that_fails_ends_the_start_soon(
 class Broken:
     def cat_file(self, path: str) -> bytes:
         raise OSError("no route")
+
+
+def test_a_cache_without_locks_is_told_at_the_start(
+    urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Lustre, unless it was mounted with them."""
+    refuses = Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented"))
+    monkeypatch.setattr(cache.fcntl, "flock", refuses)
+    with pytest.raises(ValueError, match=r"M3I_CACHE=.*may be written and locked \(.*name one on a local"):
+        ShardFolder(urls["names"])
 
 
 def test_names_that_lead_out_of_the_cache_are_refused(
