@@ -84,10 +84,14 @@ class Cache:
         while True:
             descriptor = os.open(path, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if is_at(descriptor, path):  # not removed since
+            if not is_at(descriptor, path):  # removed since
+                os.close(descriptor)
+                continue
+            if os.fstat(descriptor).st_size == shard.num_bytes:
                 os.utime(descriptor)
                 return descriptor
             os.close(descriptor)
+            self.remove(path)  # cut off here, where the store has the whole
 
     @contextlib.contextmanager
     def locked(self, name: str, wait: bool = True) -> Iterator[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import threading
 import time
@@ -410,6 +411,16 @@ def test_a_cache_without_locks_is_told_at_the_start(
     monkeypatch.setattr(cache.fcntl, "flock", refuses)
     with pytest.raises(ValueError, match=r"M3I_CACHE=.*may be written and locked \(.*name one on a local"):
         ShardFolder(urls["names"])
+
+
+def test_a_copy_that_was_cut_off_is_made_again(urls: dict[str, str]) -> None:
+    opened = ShardFolder(urls["names"])
+    first = opened.sample(0)
+    opened.close()
+    copy = opened._remote.cache.path_of(opened.manifest.shards[0])
+    os.truncate(copy, 1024)
+    assert opened.sample(0) == first and copy.stat().st_size == opened.manifest.shards[0].num_bytes
+    opened.close()
 
 
 def test_names_that_lead_out_of_the_cache_are_refused(
