@@ -8,6 +8,7 @@ import hashlib
 import os
 import queue
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -117,7 +118,7 @@ class RemoteFolder:
     def copy_folder(self, name: str) -> Path:
         """Fetches all files of a folder beside the shards; where there are none, the folder does not exist.
 
-        ValueError for a name that leads out of it.
+        What it has no more is removed here too. ValueError for a name that leads out of it.
         """
         try:
             files = self._patiently(name, lambda fs, path: [file[len(path) + 1 :] for file in fs.find(path)])
@@ -128,11 +129,19 @@ class RemoteFolder:
                 f"{self.url}/{name} holds {outside[0]!r}, which would be written outside {self.folder / name}: "
                 "nothing is copied; remove that object, or take the data set from those who built it"
             )
-        for file in (file for file in files if file[-1:] not in ("", "/")):  # what marks a folder is no file
+        files = [file for file in files if file[-1:] not in ("", "/")]  # what marks a folder is no file
+        for file in files:
             self._keep(
                 f"{name}/{file}", self._patiently(f"{name}/{file}", lambda fs, path: fs.cat_file(path))
             )
-        return self.folder / name
+        folder = self.folder / name
+        with self.cache.locked("all"):
+            for path in [path for path in folder.rglob("*") if path.is_file()]:
+                if path.relative_to(folder).as_posix() not in files:
+                    path.unlink()
+            if not files:
+                shutil.rmtree(folder, ignore_errors=True)
+        return folder
 
     def _keep(self, name: str, content: bytes) -> None:
         path = self.folder / name

@@ -413,6 +413,20 @@ def test_a_cache_without_locks_is_told_at_the_start(
         ShardFolder(urls["names"])
 
 
+def test_files_that_a_folder_has_no_more_are_not_read_from_its_copy(tmp_path: Path) -> None:
+    there = tmp_path / "set" / "tokenizer"
+    (there / "sub").mkdir(parents=True)
+    for name in ("vocab.txt", "sub/old.json"):
+        (there / name).write_text("a")
+    opened = RemoteFolder(f"file://{tmp_path / 'set'}", Cache.of_environment())
+    copy = opened.copy_folder("tokenizer")
+    (there / "sub" / "old.json").unlink()
+    opened.copy_folder("tokenizer")
+    assert [path.name for path in copy.rglob("*") if path.is_file()] == ["vocab.txt"]
+    (there / "vocab.txt").unlink()
+    assert not opened.copy_folder("tokenizer").exists()
+
+
 def test_a_copy_that_was_cut_off_is_made_again(urls: dict[str, str]) -> None:
     opened = ShardFolder(urls["names"])
     first = opened.sample(0)
