@@ -225,8 +225,8 @@ class RemoteFolder:
         partial = path.with_suffix(PARTIAL)
         full_until, pause = None, NOT_YET
         try:
-            self._patiently(shard.name, lambda fs, path: self._require_size(fs, path, shard))
             while self._reserve(partial, shard.num_bytes, release, is_full=full_until is not None):
+                self._patiently(shard.name, lambda fs, path: self._require_size(fs, path, shard))
                 try:
                     self._copy_whole(shard, partial)
                 except OSError as error:

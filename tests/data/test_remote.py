@@ -21,7 +21,7 @@ import pytest
 from data_prep.schema import Shard
 from pretrain.config import Mixing, Source
 from pretrain.data import cache, remote, sources
-from pretrain.data.cache import Cache, cache_folder, lock_of
+from pretrain.data.cache import Cache, Full, cache_folder, lock_of
 from pretrain.data.faults import BadSample, DataAway, DataError, NobodyThere
 from pretrain.data.loader import Loader
 from pretrain.data.remote import RemoteFolder, is_url
@@ -435,6 +435,23 @@ def test_a_copy_that_was_cut_off_is_made_again(urls: dict[str, str]) -> None:
     os.truncate(copy, 1024)
     assert opened.sample(0) == first and copy.stat().st_size == opened.manifest.shards[0].num_bytes
     opened.close()
+
+
+def test_a_full_cache_is_looked_at_again_without_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, looks, asked = ShardFolder(f"file://{good_set(tmp_path / 'set')}"), threading.Semaphore(0), Mock()
+
+    def full(self: Cache, *rest: object, **options: object) -> None:
+        looks.release()
+        raise Full
+
+    monkeypatch.setattr(Cache, "reserve", full)
+    monkeypatch.setattr(RemoteFolder, "_require_size", asked)
+    opened.fetch_ahead([0])
+    assert all(looks.acquire(timeout=20) for _ in range(3))
+    opened.close()
+    assert not asked.called
 
 
 def test_names_that_lead_out_of_the_cache_are_refused(
