@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save
 
-from data_prep.schema import write_atomic
+from data_prep.files import write_atomic
 from pretrain import strict_json
 from pretrain.appended import Appended
 from pretrain.config import Run

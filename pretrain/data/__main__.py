@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_prep.schema import write_atomic
+from data_prep.files import write_atomic
 from pretrain import recipes
 from pretrain.arguments import match_sources, override
 from pretrain.command import exit_code, require_place

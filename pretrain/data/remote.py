@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from data_prep.schema import MANIFEST_NAME, Shard, write_atomic
+from data_prep.files import write_atomic
+from data_prep.schema import MANIFEST_NAME, Shard
 from data_prep.stores import A_URL
 from pretrain.data.cache import CACHE_GIB, PARTIAL, Cache, Full, lock_of
 from pretrain.data.faults import BadSample, DataAway, DataError, NobodyThere

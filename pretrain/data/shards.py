@@ -9,14 +9,8 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-from data_prep.schema import (
-    MANIFEST_NAME,
-    Manifest,
-    Shard,
-    parse_manifest,
-    require_shard,
-    sha256_file,
-)
+from data_prep.files import sha256_file
+from data_prep.schema import MANIFEST_NAME, Manifest, Shard, parse_manifest, require_shard
 from pretrain.data.cache import Cache
 from pretrain.data.faults import BadSample, DataAway, DataError
 from pretrain.data.open_shards import OpenShards, of_file

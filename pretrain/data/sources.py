@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.schema import TOKENIZER_FOLDER, Manifest, fill_prompt, tags_of
+from data_prep.labels import fill_prompt, tags_of
+from data_prep.schema import TOKENIZER_FOLDER, Manifest
 from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.cache import HELD_WINDOWS, Cache
