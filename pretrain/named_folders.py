@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.data.remote import Place, is_url, place_of
+from pretrain.place import Place, is_url, place_of
 
 
 def named_places(option: str, pairs: Sequence[str]) -> dict[str, Place]:

@@ -24,7 +24,7 @@ from pretrain.command import exit_code, require_place
 from pretrain.config import Run
 from pretrain.data.faults import DataError
 from pretrain.data.measure import Measured, SourceCount, count_sources, measure
-from pretrain.data.remote import Place, is_url
+from pretrain.place import Place, is_url
 from pretrain.report.document import Section, document
 from pretrain.report.pairs import legend, pair_pictures, read_pairs
 from pretrain.served import active_targets, left_out

@@ -17,7 +17,8 @@ from pretrain.data.cache import CACHE_FOLDER, is_at
 from pretrain.data.damage import OF_DAMAGE, can_be_read_elsewhere
 from pretrain.data.faults import BadSample, DataAway, DataError
 from pretrain.data.records import offsets_of
-from pretrain.data.remote import PATIENCE, RemoteFolder
+from pretrain.data.remote import RemoteFolder
+from pretrain.data.store import PATIENCE
 from pretrain.retries import OF_NAMES, GaveUp, patiently
 
 LONGEST_PAUSE = 5.0  # seconds between two attempts to read a file

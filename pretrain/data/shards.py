@@ -15,8 +15,10 @@ from pretrain.data.cache import Cache
 from pretrain.data.faults import BadSample, DataAway, DataError
 from pretrain.data.open_shards import OpenShards, of_file
 from pretrain.data.records import read_members
-from pretrain.data.remote import PATIENCE_AT_START, Place, RemoteFolder, is_url
+from pretrain.data.remote import RemoteFolder
+from pretrain.data.store import PATIENCE_AT_START
 from pretrain.data.verified import Verified
+from pretrain.place import Place, is_url
 
 OPEN_SHARDS = 64  # files and indices kept open at once, unless told otherwise
 ALL, NONE = slice(None), slice(0)  # shards
@@ -95,7 +97,7 @@ class ShardFolder:
         elif (
             shards[:1] == self.manifest.shards[:1]
         ):  # one listing tells all: of many ranks the first asks for it
-            sizes = self._remote.sizes()
+            sizes = self._remote.store.sizes()
             for shard in self.manifest.shards:
                 if sizes.get(shard.name, 0) not in (shard.num_bytes, None):
                     yield ValueError(

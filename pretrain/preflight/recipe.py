@@ -9,7 +9,8 @@ from typing import Any
 import fsspec
 
 from pretrain.data.faults import DataAway
-from pretrain.data.remote import PATIENCE_AT_START, Place, is_url
+from pretrain.data.store import PATIENCE_AT_START
+from pretrain.place import Place, is_url
 from pretrain.preflight.check import Here
 from pretrain.preflight.storage import ANSWERS
 from pretrain.preflight.told import WARNING, Judged, Problem, Told, differences, size

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_prep.places import Place, place_of
 from pretrain.checkpoint.names import is_gone, is_known
-from pretrain.data.remote import is_url
+from pretrain.place import is_url
 from pretrain.preflight.check import Here
 from pretrain.preflight.machine import GIB
 from pretrain.preflight.told import FAILED, WARNING, Judged, Problem, Told, size, span

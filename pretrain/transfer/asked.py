@@ -13,10 +13,10 @@ from pretrain.checkpoint.names import checkpoints_of
 from pretrain.checkpoint.store import STEP_NAME
 from pretrain.collectives import on_every_rank, rank
 from pretrain.command import require_place
-from pretrain.data.remote import Place
 from pretrain.evaluate.checkpoints import bring, local_of
 from pretrain.evaluate.protocols import best_device
 from pretrain.evaluate.subjects import find_subjects
+from pretrain.place import Place
 from pretrain.transfer.arguments import STEP, recipe_of
 from pretrain.transfer.examples import AnnotatedSet
 from pretrain.transfer.lvis import require_federation

@@ -24,9 +24,10 @@ from pretrain.data import cache, remote, sources
 from pretrain.data.cache import Cache, Full, cache_folder, lock_of
 from pretrain.data.faults import BadSample, DataAway, DataError, NobodyThere
 from pretrain.data.loader import Loader
-from pretrain.data.remote import RemoteFolder, is_url
+from pretrain.data.remote import RemoteFolder
 from pretrain.data.shards import ShardFolder
 from pretrain.named_folders import named_folders, named_places
+from pretrain.place import is_url
 from tests.data.delivered import assert_same, batches
 from tests.data.s3 import BUCKET, Store, s3_store
 from tests.data.sets import good_set, sample, small_run, write_tokenizer
@@ -196,15 +197,15 @@ def test_a_shard_that_is_lost_while_it_is_copied_is_a_bad_one(
     folder = good_set(tmp_path / "names", (6, 6))
     monkeypatch.setattr(remote, "PIECE", 2048)
     opened = ShardFolder(f"file://{folder}")
-    real = RemoteFolder._piece
+    real = opened._remote.store.piece
 
-    def piece(self: RemoteFolder, shard: Shard, start: int, end: int) -> bytes:
+    def piece(shard: Shard, start: int, end: int) -> bytes:
         if start == 2048:
             path = folder / shard.name
             path.unlink() if change == "deleted" else path.write_bytes(path.read_bytes()[:1024])
-        return real(self, shard, start, end)
+        return real(shard, start, end)
 
-    monkeypatch.setattr(RemoteFolder, "_piece", piece)
+    monkeypatch.setattr(opened._remote.store, "piece", piece)
     with pytest.raises(BadSample) as caught:
         opened.sample(0)
     assert caught.value.reason == {"deleted": "missing_shard", "truncated": "truncated_shard"}[change]
@@ -272,7 +273,7 @@ def test_what_a_store_lacks_is_told_at_start(store: Store, tmp_path: Path, urls:
 def test_a_store_without_keys_is_not_asked_again(
     urls: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "PATIENCE_AT_START", 3600.0)
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 3600.0)
     connections = fsspec.get_filesystem_class("s3")
     connections.clear_instance_cache()  # they have the keys of earlier tests
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -291,7 +292,7 @@ def test_a_store_without_keys_is_not_asked_again(
 
 
 def test_a_name_that_no_bucket_can_have_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PATIENCE_AT_START", 3600.0)
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 3600.0)
     told = r'^s3://Bad_Bucket!/set/manifest.json .*\(Invalid bucket name "Bad_Bucket!"\): a bucket.s has 3 to'
     with pytest.raises(ValueError, match=told):
         ShardFolder("s3://Bad_Bucket!/set")
@@ -300,7 +301,7 @@ def test_a_name_that_no_bucket_can_have_is_told_at_once(monkeypatch: pytest.Monk
 def test_a_store_that_takes_a_question_and_never_answers_ends_the_start_soon(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(remote, "PATIENCE_AT_START", 0.5)
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/set"
         with pytest.raises(DataAway, match=r"has failed for 0.5 seconds, .*no answer within 0.5 seconds"):
@@ -314,8 +315,8 @@ def test_a_store_that_takes_a_question_and_never_answers_ends_the_start_soon(
 def test_an_address_where_nobody_listens_is_told_soon_and_in_plain_words(
     url: str, reason: str, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "PATIENCE_AT_START", 3600.0)
-    monkeypatch.setattr(remote, "REFUSED_AT_START", 0.2)
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 3600.0)
+    monkeypatch.setattr("pretrain.data.store.REFUSED_AT_START", 0.2)
     told = (
         rf"/set cannot be read, nobody takes connections there \(.*{reason}\): mend the address, .*and start"
     )
@@ -326,8 +327,8 @@ def test_an_address_where_nobody_listens_is_told_soon_and_in_plain_words(
 def test_an_address_that_served_before_is_waited_for(
     free_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "REFUSED_AT_START", 0.0)
-    monkeypatch.setattr(remote, "PATIENCE_AT_START", 0.5)
+    monkeypatch.setattr("pretrain.data.store.REFUSED_AT_START", 0.0)
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 0.5)
     opened = RemoteFolder(f"http://127.0.0.1:{free_port}/set", Cache.of_environment())
     opened.folder.mkdir(parents=True)
     (opened.folder / "manifest.json").write_text("{}")
@@ -341,10 +342,10 @@ def test_an_address_that_served_before_is_waited_for(
 def test_a_request_that_is_never_answered_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "ATTEMPT", 0.2)
+    monkeypatch.setattr("pretrain.data.store.ATTEMPT", 0.2)
     opened = ShardFolder(f"file://{good_set(tmp_path / 'names', (3,))}")
     answered = threading.Event()
-    own, silent = opened._remote._connect()[0], iter([answered, answered])
+    own, silent = opened._remote.store._connect()[0], iter([answered, answered])
     real = own.cat_file
 
     def cat_file(*arguments: object, **options: object) -> bytes:
@@ -390,8 +391,8 @@ def test_a_cache_that_may_not_be_written_is_told_by_its_name(
 def test_a_store_that_fails_ends_the_start_soon(
     urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "PATIENCE_AT_START", 0.1)
-    monkeypatch.setattr(RemoteFolder, "_connect", lambda self: (Broken(), "bucket"))
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 0.1)
+    monkeypatch.setattr("pretrain.data.store.Store._connect", lambda self: (Broken(), "bucket"))
     with pytest.raises(
         DataAway, match=r"manifest.json has failed for 0.1 seconds, .*no route.*nothing is lost"
     ):
@@ -447,7 +448,7 @@ def test_a_full_cache_is_looked_at_again_without_a_store(
         raise Full
 
     monkeypatch.setattr(Cache, "reserve", full)
-    monkeypatch.setattr(RemoteFolder, "_require_size", asked)
+    monkeypatch.setattr("pretrain.data.store.Store.require_size", asked)
     opened.fetch_ahead([0])
     assert all(looks.acquire(timeout=20) for _ in range(3))
     opened.close()
