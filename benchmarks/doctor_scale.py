@@ -21,9 +21,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.record import keep
+from data_prep.files import sha256_file
 from data_prep.index import index_bytes
 from data_prep.samples import Sample, members
-from data_prep.schema import Manifest, Shard, sha256_file, write_manifest
+from data_prep.schema import Manifest, Shard, write_manifest
 
 A_SHARD = 10_000  # samples
 NUM_PICTURES = 10_000  # of the evaluation set

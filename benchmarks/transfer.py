@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.record import RESULTS, is_clear, keep, measured_on, read_record, shown
-from data_prep.schema import write_atomic
+from data_prep.files import write_atomic
 from pretrain import provenance
 from pretrain.evaluate.asked import Protocols
 from pretrain.evaluate.checkpoints import find_checkpoint

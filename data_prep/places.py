@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.schema import fsync_folder, write_atomic
+from data_prep.files import fsync_folder, write_atomic
 from data_prep.stores import PART, Content, NotVerified, Pieces, connected, patiently
 
 READ_AHEAD = 4 * 2**20  # bytes, of one request of a reader

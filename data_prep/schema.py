@@ -4,21 +4,22 @@ A data set is a folder: `manifest.json`, shards `000000.tar`, `000001.tar`, ... 
 `000000.tar.idx`, and `tokenizer/` when its samples have captions. A sample is a run of adjacent tar members
 that share a key, image first: `<key>.{jpg,png,webp}` [+ `.txt` caption, UTF-8] [+ `.cls` category number, ASCII]
 [+ `.mask.png` instance numbers, 0 = background] + `.json`, whose `tags` are [[name, confidence in [0, 1]], ...]
-with names of the manifest's `tags`. Standard library only: training imports this file, `masks.py` and `index.py`,
-by which an index is read.
+with names of the manifest's `tags`. Standard library only: training imports this file, `labels.py`, `files.py`,
+`masks.py` and `index.py`, by which an index is read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from data_prep.files import write_atomic
 
 SCHEMA_VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")  # of the first member of a sample
@@ -210,38 +211,6 @@ def counts_by_reason(manifest: Manifest) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def tags_of(record: Any, vocabulary: Collection[str]) -> list[tuple[str, float]]:
-    """Names and confidences of the tags in a sample's decoded .json, as they stand there.
-
-    Raises ValueError for anything but a list of [name of the vocabulary, confidence in [0, 1]].
-    """
-    tags = record.get("tags") if isinstance(record, dict) else None
-    if not isinstance(tags, list):
-        raise ValueError(f"tags={tags!r} must be a list, of a name and a confidence each")
-    for tag in tags:
-        match tag:
-            case [str(name), int(confidence) | float(confidence)] if not isinstance(confidence, bool):
-                is_good = name in vocabulary and 0 <= confidence <= 1
-            case _:
-                is_good = False
-        if not is_good:
-            raise ValueError(
-                f"tag {tag!r} must be one of the {len(vocabulary)} names of the manifest's tags and a confidence in "
-                "[0, 1]"
-            )
-    return [(name, float(confidence)) for name, confidence in tags]
-
-
-def fill_prompt(prompt: str, category: str) -> str:
-    """What a caption says of a category: {} in the prompt becomes its name with its article.
-
-    Underscores and hyphens separate words: ("a photo of {}.", "paper_plane") -> "a photo of a paper plane."
-    """
-    words = " ".join(category.replace("_", " ").replace("-", " ").split())
-    is_vowel = words[:1].lower() in tuple("aeiou") or words.lower().startswith("hour")
-    return prompt.replace("{}", f"{'an' if is_vowel else 'a'} {words}")
-
-
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     """Write `folder`/manifest.json whole or not at all."""
     write_atomic(Path(folder) / MANIFEST_NAME, manifest_bytes(manifest))
@@ -257,40 +226,6 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         if "num_items" not in shard and not shard["dropped"]:
             del shard["dropped"]
     return (json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
-
-
-def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write `content` to `path` by a temporary name, flushed and renamed: no reader sees half of it.
-
-    Where that is a symbolic link, it is written where the link leads, and the link stays.
-    """
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make the renames done in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Lower-case hexadecimal SHA-256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_count(value: Any) -> bool:

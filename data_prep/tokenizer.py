@@ -13,8 +13,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from data_prep.files import fsync_folder, write_atomic
 from data_prep.places import TEMPORARY, Place, place_of
-from data_prep.schema import TOKENIZER_FOLDER, fsync_folder, write_atomic
+from data_prep.schema import TOKENIZER_FOLDER
 
 SPECIAL_TOKENS = {  # role in Hugging Face -> token, in the order of their numbers
     "pad_token": "[PAD]",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from data_prep.schema import write_atomic
+from data_prep.files import write_atomic
 
 MOST_KEPT = 10_000  # records in memory; the oldest go first
 

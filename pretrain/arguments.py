@@ -17,11 +17,11 @@ from typing import Any
 from pretrain import recipes
 from pretrain.command import no_folder
 from pretrain.config import Run
-from pretrain.data.remote import Place, place_of
 from pretrain.evaluate.splits import FOLDERS, found_in
 from pretrain.exits import FINISHED, MISTAKE
 from pretrain.initial.asked import init_of
 from pretrain.named_folders import named_places
+from pretrain.place import Place, place_of
 from pretrain.watchdog import TIMEOUT
 
 ROOT = Path(__file__).resolve().parent.parent

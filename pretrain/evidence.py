@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save
 
-from data_prep.schema import write_atomic
+from data_prep.files import write_atomic
 from pretrain import strict_json
 from pretrain.appended import Appended
 from pretrain.config import Run
 from pretrain.data.batch import Batch
-from pretrain.data.remote import Place, place_of
 from pretrain.guard import Verdict
 from pretrain.host import host_name
 from pretrain.intact import write_text
 from pretrain.paths import Paths
+from pretrain.place import Place, place_of
 
 JOURNAL = "guard.jsonl"
 BUNDLES = "replay"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pretrain.checkpoint import folder_in, read_json, steps_in
 from pretrain.collectives import rank
-from pretrain.data.remote import Place
 from pretrain.evidence import Journal, Rewind
+from pretrain.place import Place
 
 
 def given_up_by(out: Path, place: Place) -> set[int]:

@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from data_prep.schema import sha256_file as sha256
-from data_prep.schema import write_atomic
+from data_prep.files import sha256_file as sha256
+from data_prep.files import write_atomic
 
 COMPLETE = "COMPLETE"
 

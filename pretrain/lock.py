@@ -15,8 +15,8 @@ from pathlib import Path
 
 from data_prep.claim import Require, claimed, unclaimed
 from data_prep.places import place_of
-from pretrain.data.remote import Place
 from pretrain.host import host_name
+from pretrain.place import Place
 
 LOCK = ".lock"
 # Of a disk behind a network, or one that fails; another folder would not be the run's.

@@ -15,7 +15,6 @@ from pretrain.collectives import from_first_rank, rank, world_size
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
-from pretrain.data.remote import Place
 from pretrain.engine import Engine
 from pretrain.evaluate.in_training import TeacherCheck
 from pretrain.evidence import Journal
@@ -23,6 +22,7 @@ from pretrain.exits import Postponed, Preempted
 from pretrain.monitor import Monitor
 from pretrain.monitor.window import Window
 from pretrain.paths import Paths
+from pretrain.place import Place
 from pretrain.preemption import Signals
 from pretrain.rewind import go_back
 from pretrain.watchdog import FIRST, Watchdog

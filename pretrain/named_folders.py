@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.command import no_folder
-from pretrain.data.remote import Place, is_url, place_of
+from pretrain.place import Place, is_url, place_of
 
 
 def named_places(option: str, pairs: Sequence[str]) -> dict[str, Place]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.checkpoint.names import checkpoints_of
-from pretrain.data.remote import Place
 from pretrain.initial.asked import Init
+from pretrain.place import Place
 from pretrain.watchdog import TIMEOUT
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from pretrain.checkpoint import folder_in, left_out, steps_in
 from pretrain.checkpoint.stores import store_at
 from pretrain.data.left_out import after_kept
-from pretrain.data.remote import Place
 from pretrain.evidence import REFUSED, bundles_of
+from pretrain.place import Place
 
 
 def checkpoint_before(place: Place, step: int, without: set[int]) -> Place:

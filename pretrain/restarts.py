@@ -18,8 +18,8 @@ from functools import partial
 
 from data_prep import places
 from pretrain.checkpoint import latest, step_of
-from pretrain.data.remote import Place, place_of
 from pretrain.exits import FAILED, FINISHED
+from pretrain.place import Place, place_of
 from pretrain.retries import patiently
 
 RECORD = "restarts.json"  # beside the checkpoints

@@ -24,12 +24,12 @@ from pretrain.checkpoint import (
 )
 from pretrain.config import Guard, Run
 from pretrain.data.faults import DataAway, NobodyThere
-from pretrain.data.remote import Place, is_url
 from pretrain.evidence import Journal, Rewind
 from pretrain.exits import Postponed
 from pretrain.facts import DataFacts
 from pretrain.given_up import given_up, tell
 from pretrain.paths import Paths
+from pretrain.place import Place, is_url
 from pretrain.retries import is_of_address, is_passing
 
 COUNTED = "M3I_STARTS_COUNTED"  # "1" by a job script of which a start that comes to nothing is not the first of many

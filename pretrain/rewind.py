@@ -17,11 +17,11 @@ from typing import NamedTuple
 from pretrain.checkpoint import folder_in, step_of, steps_in
 from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_first_rank
-from pretrain.data.remote import Place, is_url
 from pretrain.evidence import Journal, Rewind, bundle_of
 from pretrain.exits import Diverged
 from pretrain.given_up import given_up, since
 from pretrain.guard import StepGuard
+from pretrain.place import Place, is_url
 
 
 class Choice(NamedTuple):

@@ -23,7 +23,6 @@ from pretrain.compiled import check_compile, compile_blocks
 from pretrain.config import Run
 from pretrain.data import drop_list
 from pretrain.data.loader import Loader
-from pretrain.data.remote import Place
 from pretrain.data.sources import tokenizer_folder
 from pretrain.distributed import start_distributed
 from pretrain.ds_config import describe, read_ds_config, resolve_config
@@ -48,6 +47,7 @@ from pretrain.monitor.trackers import TRACKERS
 from pretrain.monitor.trackers import forget as forget_id
 from pretrain.monitor.window import Window
 from pretrain.paths import Paths
+from pretrain.place import Place
 from pretrain.plan.flops import step_flops
 from pretrain.preemption import Signals
 from pretrain.pretrainer import Pretrainer

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_prep.schema import fsync_folder
+from data_prep.files import fsync_folder
 from pretrain.collectives import from_every_rank, on_every_rank, rank, sum_over_ranks
 
 SAVE_SECONDS = 180.0  # between two states

@@ -14,9 +14,10 @@ from data_prep.doctor.finished import BadDataSet
 from data_prep.doctor.members import Member
 from data_prep.doctor.perceptual import SAME_PICTURE, recorded_hash, stored_image
 from data_prep.images import DAMAGED
+from data_prep.labels import tags_of
 from data_prep.limits import BadImage
 from data_prep.samples import json_bytes
-from data_prep.schema import IMAGE_EXTENSIONS, Manifest, tags_of
+from data_prep.schema import IMAGE_EXTENSIONS, Manifest
 
 TOLD_WITH = {"cls": "category", "mask.png": "objects"}  # member -> field that its record then needs
 

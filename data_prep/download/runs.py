@@ -22,7 +22,7 @@ from data_prep.download.options import Download
 from data_prep.download.raw import Raw, Unverified, is_outage
 from data_prep.download.table import Table
 from data_prep.download.watch import DISK, ENDED, LOG_NAME, MEMORY, ROWS_DONE, Allowed, watch
-from data_prep.schema import write_atomic
+from data_prep.files import write_atomic
 
 NUM_PIECES = 20  # of a shard that fails as a whole; what fails still is quarantined
 QUARANTINED = "quarantined"  # the reason of rows that no run could bring to an outcome

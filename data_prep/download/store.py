@@ -24,8 +24,8 @@ from data_prep.download.options import IMG2DATASET, Download
 from data_prep.download.raw import Raw
 from data_prep.download.runs import QUARANTINED, Advance, Outcome, Run, completed
 from data_prep.download.table import Row, Table
+from data_prep.files import write_atomic
 from data_prep.progress import progress_bar
-from data_prep.schema import write_atomic
 from data_prep.settings import difference
 
 SETTINGS_NAME, LOCK_NAME = "download.json", "lock"

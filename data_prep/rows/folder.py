@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_prep.schema import sha256_file, write_atomic
+from data_prep.files import sha256_file, write_atomic
 
 ROWS_NAME, REJECTS_NAME = "rows.json", "rejects.parquet"
 COLUMNS = pa.schema(

@@ -19,10 +19,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.files import sha256_file, write_atomic
 from data_prep.places import Place, place_of
 from data_prep.rows.folder import REJECT_COLUMNS
 from data_prep.rows.lines import Block
-from data_prep.schema import sha256_file, write_atomic
 from data_prep.stores import patiently
 
 TEMPORARY = ".tmp"

@@ -23,13 +23,13 @@ from typing import Any
 
 import duckdb
 
+from data_prep.files import write_atomic
 from data_prep.rows.blocks import add_blocks
 from data_prep.rows.captions import RULES
 from data_prep.rows.folder import REJECTS_NAME, ROWS_NAME, Rows, parse_rows, read_rows, write_record
 from data_prep.rows.inputs import Input, Staged, fetched, identity, staged, stamp_of
 from data_prep.rows.judge import Rules, add_functions, judge, session
 from data_prep.rows.parts import write_rows
-from data_prep.schema import write_atomic
 from data_prep.settings import difference
 
 VERSION = 1  # raise it when the same input gives other rows

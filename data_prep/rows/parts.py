@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_prep.files import fsync_folder, sha256_file
 from data_prep.rows.folder import COLUMNS, REJECTS_NAME, Part, Rows, part_name, write_record
 from data_prep.rows.inputs import TEMPORARY, Staged, quoted
-from data_prep.schema import fsync_folder, sha256_file
 
 NO_ADDRESS = ("columns", "empty_line", "no_url", "url_malformed", "url_scheme")
 MAX_WITHOUT = 0.5  # of all rows; with more of them it is another table than the source publishes

@@ -20,9 +20,9 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.files import write_atomic
 from data_prep.places import place_of
 from data_prep.rows.inputs import is_folder, split_path
-from data_prep.schema import write_atomic
 from data_prep.sources.listing import is_image_name
 from data_prep.sources.tar_index import BadTar, members_of
 

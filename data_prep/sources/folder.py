@@ -17,12 +17,12 @@ from typing import Annotated, Any
 import tyro
 
 from data_prep.images import check_image
+from data_prep.labels import fill_prompt
 from data_prep.limits import BadImage, Limits
 from data_prep.masks import IMAGES, MASK_FOLDERS, images_and_masks
 from data_prep.places import Place, place_of
 from data_prep.rows.inputs import is_folder
 from data_prep.samples import Collection, Dropped, Made, Sample
-from data_prep.schema import fill_prompt
 from data_prep.sources.captions_table import clean_caption, read_table
 from data_prep.sources.listing import FileRef, files_of, is_file, is_image_name, unreadable
 

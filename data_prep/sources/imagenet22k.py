@@ -24,11 +24,12 @@ import duckdb
 import pyarrow as pa
 import tyro
 
+from data_prep.files import sha256_file
+from data_prep.labels import fill_prompt
 from data_prep.limits import Limits
 from data_prep.rows.inputs import fetched, quoted
 from data_prep.rows.judge import session
 from data_prep.samples import Collection
-from data_prep.schema import fill_prompt, sha256_file
 from data_prep.sources.archives import Index, index_archives
 from data_prep.sources.imagenet_maps import SPLITS, read_maps, require_once
 from data_prep.sources.picked import OVERHEAD, Items, make_picked, write_items

@@ -27,6 +27,7 @@ import tyro
 from PIL import Image
 
 from data_prep.download import Described, Download, Row, downloaded
+from data_prep.files import sha256_file
 from data_prep.images import Checked, check_image
 from data_prep.limits import BadImage, Limits
 from data_prep.pixels import as_jpeg, as_png, plain
@@ -34,7 +35,6 @@ from data_prep.rows import Input, Normalise, expanded, normalised
 from data_prep.rows.comma import read_csv
 from data_prep.rows.inputs import fetched, quoted
 from data_prep.samples import Collection, Dropped, Made
-from data_prep.schema import sha256_file
 from data_prep.sources.scratch import Scratch
 
 VERSION = 1  # raise it when the same input gives other samples

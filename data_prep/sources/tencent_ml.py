@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.download import Described, Download, Row, downloaded
+from data_prep.files import sha256_file
 from data_prep.rows import Input, Normalise, normalised
 from data_prep.rows.inputs import fetched, quoted, staged
 from data_prep.rows.judge import session
 from data_prep.rows.lines import BadLine, read_lines
 from data_prep.samples import Collection, Made
-from data_prep.schema import sha256_file
 from data_prep.sources.archives import index_archives
 from data_prep.sources.picked import OVERHEAD, Item, make_picked, write_items
 from data_prep.sources.scratch import Scratch

@@ -18,7 +18,7 @@ from pretrain import intact
 from pretrain.checkpoint.names import WHOSE, checkpoints_of, folder_in, is_step, step_of, steps_in
 from pretrain.checkpoint.stores import read_json, store_at
 from pretrain.command import exit_code, require_place
-from pretrain.data.remote import Place, place_of
+from pretrain.place import Place, place_of
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -6,10 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
-from data_prep.schema import write_atomic
+from data_prep.files import write_atomic
 from pretrain.checkpoint.stores import PIECE, store_at
-from pretrain.data.remote import leads_out
 from pretrain.intact import COMPLETE, flush
+from pretrain.place import leads_out
 
 BIG = ("student/", "teacher/", "optimizer/", "random/")
 

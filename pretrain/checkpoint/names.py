@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pretrain.checkpoint.store import STEP_NAME
 from pretrain.checkpoint.stores import store_at
-from pretrain.data.remote import Place, place_of
+from pretrain.place import Place, place_of
 
 PLACE_RECORD = "checkpoints.json"  # in a run's folder: where its checkpoints lie
 WHOSE = ("teacher", "student")  # weights that a checkpoint holds

@@ -16,7 +16,7 @@ from pretrain.checkpoint.snapshot import Trainable
 from pretrain.checkpoint.store import Store
 from pretrain.checkpoint.stores import read_json, store_at
 from pretrain.collectives import rank, world_size
-from pretrain.data.remote import Place
+from pretrain.place import Place
 
 STUDENT_PREFIX = "student."  # of the towers among the weights that are trained
 PREFIXES = {"teacher": "", "student": STUDENT_PREFIX}

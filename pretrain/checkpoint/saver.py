@@ -26,8 +26,8 @@ from pretrain.checkpoint.snapshot import Snapshot, Trainable
 from pretrain.checkpoint.store import Content, put
 from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_first_rank, rank, world_size
-from pretrain.data.remote import Place, is_url
 from pretrain.facts import DataFacts
+from pretrain.place import Place, is_url
 from pretrain.retries import is_passing
 
 SPARE_BYTES = 16 * 2**20  # for the small files

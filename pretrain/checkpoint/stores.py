@@ -21,7 +21,8 @@ import fsspec
 
 from pretrain import intact
 from pretrain.checkpoint.store import PIECE, STEP_NAME, Content, Store, problem_of
-from pretrain.data.remote import ATTEMPT, Place, is_url
+from pretrain.data.store import ATTEMPT
+from pretrain.place import Place, is_url
 from pretrain.retries import patiently
 
 PART = 50 * 2**20  # bytes, of one part of an upload

@@ -11,10 +11,10 @@ from pretrain.checkpoint.ranges import NOT_OURS, Files
 from pretrain.checkpoint.read import PREFIXES, WEIGHTS, buffers_of, require_whole, shapes_of
 from pretrain.checkpoint.stores import store_at
 from pretrain.config import Run
-from pretrain.data.remote import Place
 from pretrain.facts import DataFacts
 from pretrain.initial.bounds import explained_by
 from pretrain.models.undrawn import undrawn
+from pretrain.place import Place
 from pretrain.towers import Towers
 
 

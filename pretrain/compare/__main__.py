@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from data_prep.schema import write_atomic
+from data_prep.files import write_atomic
 from pretrain import strict_json
 from pretrain.compare import tell
 from pretrain.compare.comparisons import COMPARISONS, Comparison, choose

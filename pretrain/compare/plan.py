@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.schema import MANIFEST_NAME, Manifest, sha256_file
+from data_prep.files import sha256_file
+from data_prep.schema import MANIFEST_NAME, Manifest
 from pretrain.arguments import ROOT, override
 from pretrain.compare.comparisons import Comparison, Variant
 from pretrain.config import Run, Source

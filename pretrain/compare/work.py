@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_prep.schema import write_atomic
+from data_prep.files import write_atomic
 from pretrain.arguments import ROOT
 from pretrain.checkpoint import checkpoint_folder
 from pretrain.compare.plan import ALL_STEPS, TRAIN, Job, Task

@@ -17,14 +17,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_prep.schema import write_atomic
+from data_prep.files import write_atomic
 from pretrain import recipes
 from pretrain.arguments import match_sources, override
 from pretrain.command import exit_code, require_place
 from pretrain.config import Run
 from pretrain.data.faults import DataError
 from pretrain.data.measure import Measured, SourceCount, count_sources, measure
-from pretrain.data.remote import Place, is_url
+from pretrain.place import Place, is_url
 from pretrain.report.document import Section, document
 from pretrain.report.pairs import legend, pair_pictures, read_pairs
 from pretrain.served import active_targets, left_out

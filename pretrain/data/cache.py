@@ -66,11 +66,12 @@ class Cache:
         folder = cache_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            with tempfile.TemporaryFile(dir=folder) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise ValueError(
-                f"{CACHE_FOLDER}={folder} must be a folder that may be written ({error}): name one on a local disk"
+                f"{CACHE_FOLDER}={folder} must be a folder that may be written and locked ({error}): name one on a "
+                "local disk"
             ) from error
         return cls(folder, int(gib * 2**30))
 
@@ -83,10 +84,14 @@ class Cache:
         while True:
             descriptor = os.open(path, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if is_at(descriptor, path):  # not removed since
+            if not is_at(descriptor, path):  # removed since
+                os.close(descriptor)
+                continue
+            if os.fstat(descriptor).st_size == shard.num_bytes:
                 os.utime(descriptor)
                 return descriptor
             os.close(descriptor)
+            self.remove(path)  # cut off here, where the store has the whole
 
     @contextlib.contextmanager
     def locked(self, name: str, wait: bool = True) -> Iterator[bool]:
@@ -161,7 +166,7 @@ class Cache:
 
     def _let_go(self, path: Path) -> bool:
         """Removes a copy; False when the disk has it back only later, since somebody reads it."""
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
             is_read = not _locks(file.fileno())
             if is_read:
                 os.utime(file.fileno(), (time.time(),) * 2)
@@ -173,7 +178,7 @@ class Cache:
     def _is_left_over(self, copy: Copy) -> bool:
         """Removes what nobody writes or reads any more: a process that was killed has lost its locks."""
         if copy.path.suffix == GOING:
-            with contextlib.suppress(FileNotFoundError), copy.path.open("rb") as file:
+            with contextlib.suppress(FileNotFoundError), copy.path.open("r+b") as file:
                 if not _locks(file.fileno()):
                     return False
                 copy.path.unlink()
@@ -208,7 +213,7 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def _locks(descriptor: int) -> bool:
-    """Takes the lock of a file, if nobody has it open."""
+    """Takes the lock of a file, if nobody has it open; NFS gives it only of a file that is open for writing."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.schema import WHOLE_SHARD, write_atomic
+from data_prep.files import write_atomic
+from data_prep.schema import WHOLE_SHARD
 from pretrain.data.faults import OF_SHARDS, Dropped
 
 NAME = "dropped-rank_{:05d}.jsonl"  # in the folder of a run

@@ -16,7 +16,6 @@ from pretrain.data.device import finish
 from pretrain.data.drops import Drops
 from pretrain.data.faults import BadSample, DataError, Dropped
 from pretrain.data.left_out import after_kept, next_kept
-from pretrain.data.remote import Place
 from pretrain.data.room import MOST_KEPT
 from pretrain.data.shards import ShardFolder
 from pretrain.data.sources import Sources, open_sources
@@ -24,6 +23,7 @@ from pretrain.data.steps import STAGES, Delivery, Steps
 from pretrain.data.verified import Verifier, Watched
 from pretrain.data.workers import Made
 from pretrain.facts import DataFacts
+from pretrain.place import Place
 
 VERIFIED_BYTES = 2 * 2**30  # data sets up to this size are hashed at start, of larger ones the first shard
 VERIFY_RATE = 2**28  # bytes a second that all ranks together hash of the rest, while they train

@@ -15,10 +15,10 @@ from pretrain.config import Run
 from pretrain.data.faults import DataError
 from pretrain.data.loader import Loader
 from pretrain.data.order import CYCLE
-from pretrain.data.remote import Place
 from pretrain.data.sources import open_sources
 from pretrain.data.steps import STAGES, run_order
 from pretrain.facts import DataFacts
+from pretrain.place import Place
 
 BATCH = 32  # inputs that are made together; the run's own batch may be that of hundreds of ranks
 PLANNED = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -16,10 +17,12 @@ from pretrain.data.cache import CACHE_FOLDER, is_at
 from pretrain.data.damage import OF_DAMAGE, can_be_read_elsewhere
 from pretrain.data.faults import BadSample, DataAway, DataError
 from pretrain.data.records import offsets_of
-from pretrain.data.remote import PATIENCE, RemoteFolder
+from pretrain.data.remote import RemoteFolder
+from pretrain.data.store import PATIENCE
 from pretrain.retries import OF_NAMES, GaveUp, patiently
 
 LONGEST_PAUSE = 5.0  # seconds between two attempts to read a file
+LOOK = 0.2  # seconds between two looks at which copies the cache removed
 DAMAGED_FOR = 120.0  # seconds that one place of a file fails before it counts as damaged, once a file
 ANOTHER_COPY = "or copy it again, or remove it to have its samples replaced"
 ANOTHER_DISK = f"or name another disk by {CACHE_FOLDER}"
@@ -39,6 +42,8 @@ class OpenShards:
         self._forget()
 
     def _forget(self) -> None:
+        self._lock = threading.RLock()  # of what is open: it is closed beside the reading too
+        self._closer: threading.Thread | None = None
         self._open: dict[int, tuple[int, array]] = {}  # shard -> descriptor, offsets; used longest ago first
         self._bad: dict[int, tuple[str, str]] = {}  # shard that cannot be used -> reason and message
         self._damaged: set[int] = set()  # shards with samples that were unreadable
@@ -70,26 +75,48 @@ class OpenShards:
             raise BadSample("missing_shard", f"{self.path(shard)}: {error}") from error
 
     def close(self) -> None:
-        for shard in list(self._open):
-            self._close(shard)
+        with self._lock:
+            for shard in list(self._open):
+                self._close(shard)
 
     def close_removed(self) -> None:
         """Closes copies that the cache removed: the disk has them back only then."""
-        for shard, (descriptor, _) in list(self._open.items()):
-            if self._remote is not None and not is_at(descriptor, self.path(shard)):
-                self._close(shard)
+        with self._lock:
+            for shard, (descriptor, _) in list(self._open.items()):
+                if self._remote is not None and not is_at(descriptor, self.path(shard)):
+                    self._close(shard)
+
+    def _close_removed_beside(self) -> None:
+        """The same again and again while any is open: others wait for the room, also while nothing is read here."""
+        while True:
+            time.sleep(LOOK)
+            with self._lock:
+                self.close_removed()
+                if not self._open:
+                    self._closer = None
+                    return
 
     def _close(self, shard: int) -> None:
-        with contextlib.suppress(KeyError, OSError):  # it was only read: what fails here loses nothing
+        with self._lock, contextlib.suppress(KeyError, OSError):  # it was only read: nothing is lost
             os.close(self._open.pop(shard)[0])
 
     def _record(self, shard: int, index: int) -> bytes:
-        if shard in self._open:
-            if self._remote is None and _is_removed(self._open[shard][0]):
+        with self._lock:
+            if shard in self._open and self._remote is None and _is_removed(self._open[shard][0]):
                 self._close(shard)  # a start that goes on from here finds what has its name now, so do these
-            else:
+            if shard in self._open:
                 self._open[shard] = self._open.pop(shard)  # the last that was used
-        descriptor, offsets = self._open.get(shard) or self._open_another(shard)
+                return self._read(shard, index)
+        opened = self._open_another(shard)  # without the lock: others may wait for room that is open here
+        with self._lock:
+            self._open[shard] = opened
+            if self._remote is not None and self._closer is None:
+                self._closer = threading.Thread(target=self._close_removed_beside, daemon=True)
+                self._closer.start()
+            return self._read(shard, index)
+
+    def _read(self, shard: int, index: int) -> bytes:
+        descriptor, offsets = self._open[shard]
         start, size = offsets[index], offsets[index + 1] - offsets[index]
         record = os.pread(descriptor, size, start)
         while len(record) < size:  # it ends here, or the next place fails: another read tells
@@ -138,15 +165,13 @@ class OpenShards:
     def _open_another(self, number: int) -> tuple[int, array]:
         if number in self._bad:
             raise BadSample(*self._bad[number])
-        if len(self._open) >= self._most:
-            self._close(next(iter(self._open)))
+        with self._lock:
+            if len(self._open) >= self._most:
+                self._close(next(iter(self._open)))
         try:
             descriptor = self._descriptor(number)
             try:
-                self._open[number] = (
-                    descriptor,
-                    offsets_of(descriptor, self.path(number), self._shards[number]),
-                )
+                return descriptor, offsets_of(descriptor, self.path(number), self._shards[number])
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -157,7 +182,6 @@ class OpenShards:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # of the machine: the shard may be good
                 raise DataError(f"{error}: raise the limit (`ulimit -n`) or lower mixing.window") from error
             raise
-        return self._open[number]
 
     def _descriptor(self, number: int) -> int:
         if self._remote is not None:

@@ -7,58 +7,28 @@ import errno
 import hashlib
 import os
 import queue
-import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from pathlib import Path
 
-import fsspec
-
-from data_prep.schema import MANIFEST_NAME, Shard, write_atomic
-from data_prep.stores import A_URL
+from data_prep.files import write_atomic
+from data_prep.schema import MANIFEST_NAME, Shard
 from pretrain.data.cache import CACHE_GIB, PARTIAL, Cache, Full, lock_of
-from pretrain.data.faults import BadSample, DataAway, DataError, NobodyThere
-from pretrain.retries import GaveUp, patiently, refusal
+from pretrain.data.faults import BadSample, DataError
+from pretrain.data.store import PATIENCE, Store
+from pretrain.place import leads_out
 
 PIECE = 2**24  # bytes, of one request; what fails is asked for again, not the whole shard
-PATIENCE = 600.0  # seconds that a store may fail, or a full cache stay full, before the run ends
-PATIENCE_AT_START = 20.0  # seconds: a wrong address or key is told soon
-REFUSED_AT_START = 3.0  # seconds that nobody may take connections at an address that never served from here
-ATTEMPT = 60.0  # seconds that one request may take, the next one twice as long
 NOT_YET = 0.1  # seconds between two looks at what other processes do
 FULL = (errno.ENOSPC, errno.EDQUOT)
 AHEAD = 4  # shards that one process copies at once before they are needed
 
-Place = Path | str  # a folder, or a URL that fsspec opens
-T = TypeVar("T")
-
-
-def is_url(place: Place) -> bool:
-    return isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
-
-
-def leads_out(name: str) -> bool:
-    """Would a file of this name, which others gave, lie outside the folder that it is written to?"""
-    path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts
-
-
-def place_of(text: str) -> Place:
-    """What a command line or a record names; ValueError for a URL without a path."""
-    if not is_url(text):
-        return Path(text)
-    if not text.partition("://")[2].strip("/"):
-        raise ValueError(f"{text} names no folder of that store: such as s3://bucket/set")
-    return text.rstrip("/")
-
 
 class RemoteFolder:
-    """A data set behind a URL: `folder` holds copies of its small files, `open` gives a shard.
-
-    A store that fails is asked again, with growing pauses, for PATIENCE seconds; then DataAway. What the store says
-    is missing raises FileNotFoundError.
+    """A data set behind a URL, of which `store` gives what is there now: `folder` holds copies of its small files,
+    `open` gives a shard. Errors as `Store`.
     """
 
     def __init__(self, url: str, cache: Cache) -> None:
@@ -67,15 +37,13 @@ class RemoteFolder:
         self._forget()
 
     def _forget(self) -> None:
-        self._fs: Any = None
-        self._bad: dict[
-            str, tuple[str, str]
-        ] = {}  # sha256 of a shard that cannot be had -> reason and message
+        self._bad: dict[str, tuple[str, str]] = {}  # sha256 of a shard that cannot be had -> reason, message
         self._asked: set[str] = set()
         self._needed: list[Path] = []
         self._queue: queue.SimpleQueue[Shard] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._closed = threading.Event()
+        self.store = Store(self.url, self._closed)
 
     def __getstate__(self) -> dict[str, object]:
         # A worker makes its own connections.
@@ -86,53 +54,31 @@ class RemoteFolder:
         self._forget()
 
     def copy_manifest(self) -> None:
-        """Fetches manifest.json, at every start: it decides what is current.
-
-        FileNotFoundError without one, DataAway where the store fails, NobodyThere where it may be a wrong address.
-        """
-        is_known, begun = (self.folder / MANIFEST_NAME).exists(), time.monotonic()
-
-        def ask(fs: Any, path: str) -> bytes:
-            try:
-                return fs.cat_file(path)
-            except Exception as error:
-                refused = refusal(error)
-                is_early = time.monotonic() - begun < (PATIENCE_AT_START if is_known else REFUSED_AT_START)
-                if not refused or is_early:
-                    raise
-                raise (DataAway if is_known else NobodyThere)(
-                    f"{self.url} cannot be read, nobody takes connections there ({refused}): mend the address, of S3 "
-                    "that in AWS_ENDPOINT_URL, or start the server, and start again"
-                ) from error
-
-        try:
-            content = self._patiently(MANIFEST_NAME, ask, PATIENCE_AT_START)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{self.url}/{MANIFEST_NAME} is missing: name the URL of a data set that `python -m data_prep "
-                "build` made"
-            ) from error
-        self._keep(MANIFEST_NAME, content)
+        """Fetches manifest.json, at every start: it decides what is current. Errors as `Store.manifest`."""
+        is_known = (self.folder / MANIFEST_NAME).exists()
+        self._keep(MANIFEST_NAME, self.store.manifest(is_known))
 
     def copy_folder(self, name: str) -> Path:
         """Fetches all files of a folder beside the shards; where there are none, the folder does not exist.
 
-        ValueError for a name that leads out of it.
+        What it has no more is removed here too. ValueError for a name that leads out of it.
         """
-        try:
-            files = self._patiently(name, lambda fs, path: [file[len(path) + 1 :] for file in fs.find(path)])
-        except FileNotFoundError:
-            files = []
+        files = self.store.files(name)
         if outside := [file for file in files if leads_out(file)]:
             raise ValueError(
                 f"{self.url}/{name} holds {outside[0]!r}, which would be written outside {self.folder / name}: "
                 "nothing is copied; remove that object, or take the data set from those who built it"
             )
-        for file in (file for file in files if file[-1:] not in ("", "/")):  # what marks a folder is no file
-            self._keep(
-                f"{name}/{file}", self._patiently(f"{name}/{file}", lambda fs, path: fs.cat_file(path))
-            )
-        return self.folder / name
+        for file in files:
+            self._keep(f"{name}/{file}", self.store.content(f"{name}/{file}"))
+        folder = self.folder / name
+        with self.cache.locked("all"):
+            for path in [path for path in folder.rglob("*") if path.is_file()]:
+                if path.relative_to(folder).as_posix() not in files:
+                    path.unlink()
+            if not files:
+                shutil.rmtree(folder, ignore_errors=True)
+        return folder
 
     def _keep(self, name: str, content: bytes) -> None:
         path = self.folder / name
@@ -140,11 +86,6 @@ class RemoteFolder:
         if not path.is_file() or path.read_bytes() != content:
             with self.cache.locked("all"):
                 write_atomic(path, content)
-
-    def sizes(self) -> dict[str, int | None]:
-        """Bytes by name of everything beside the manifest, None where the store does not tell."""
-        listed = self._patiently("", lambda fs, path: fs.ls(path, detail=True))
-        return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in listed}
 
     def holds(self, shard: Shard) -> bool:
         """Is there a copy of a shard?"""
@@ -216,8 +157,8 @@ class RemoteFolder:
         partial = path.with_suffix(PARTIAL)
         full_until, pause = None, NOT_YET
         try:
-            self._patiently(shard.name, lambda fs, path: self._require_size(fs, path, shard))
             while self._reserve(partial, shard.num_bytes, release, is_full=full_until is not None):
+                self.store.require_size(shard)
                 try:
                     self._copy_whole(shard, partial)
                 except OSError as error:
@@ -274,69 +215,14 @@ class RemoteFolder:
             else:
                 return True
 
-    def _require_size(self, fs: Any, path: str, shard: Shard) -> None:
-        size = fs.info(path)["size"]
-        if size is not None and size != shard.num_bytes:
-            raise BadSample(
-                "truncated_shard",
-                f"{self.url}/{shard.name} has {size} bytes, the manifest says {shard.num_bytes}",
-            )
-
     def _copy_pieces(self, shard: Shard, partial: Path) -> str:
         """The sha256 of what was copied."""
         hashed = hashlib.sha256()
         with partial.open("r+b") as file:
             for start in range(0, shard.num_bytes, PIECE):
-                piece = self._piece(shard, start, min(start + PIECE, shard.num_bytes))
+                piece = self.store.piece(shard, start, min(start + PIECE, shard.num_bytes))
                 hashed.update(piece)
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         return hashed.hexdigest()
-
-    def _piece(self, shard: Shard, start: int, end: int) -> bytes:
-        def read(fs: Any, path: str) -> bytes:
-            try:
-                content = fs.cat_file(path, start=start, end=end)
-                if len(content) < end - start:
-                    raise OSError(f"{len(content)} of {end - start} bytes came")
-            except Exception:
-                self._require_size(
-                    fs, path, shard
-                )  # a shard that became shorter meanwhile is no failing store
-                raise
-            return content
-
-        content = self._patiently(shard.name, read)
-        if len(content) > end - start:
-            raise DataError(f"{self.url} does not serve parts of files: copy the data set to a disk or to S3")
-        return content
-
-    def _connect(self) -> tuple[Any, str]:
-        """The file system and the path of the folder there; ValueError when no package knows such a URL."""
-        if self._fs is None:
-            try:
-                self._fs = fsspec.url_to_fs(self.url, use_listings_cache=False)
-            except (ValueError, ImportError) as error:
-                raise ValueError(f"{self.url} cannot be opened ({error}): {A_URL}") from error
-        return self._fs
-
-    def _patiently(self, name: str, work: Callable[[Any, str], T], patience: float | None = None) -> T:
-        """What `work`, which only reads, gives for the file system and the path of a file, asked again if need be."""
-        fs, root = self._connect()
-        told = f"{self.url}/{name}".rstrip("/")
-        try:
-            return patiently(
-                lambda: work(fs, f"{root}/{name}".rstrip("/")),
-                told,
-                PATIENCE if patience is None else patience,
-                attempt=ATTEMPT,
-                final=(BadSample, DataError),
-                stopped=self._closed,
-            )
-        except PermissionError as error:
-            raise DataError(f"{told} may not be read: {error}; mend the access and start again") from error
-        except GaveUp as error:
-            raise DataAway(
-                f"{error.strerror}: start again when the store answers, nothing is lost"
-            ) from error

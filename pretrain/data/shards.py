@@ -9,21 +9,17 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-from data_prep.schema import (
-    MANIFEST_NAME,
-    Manifest,
-    Shard,
-    parse_manifest,
-    require_shard,
-    sha256_file,
-)
+from data_prep.files import sha256_file
+from data_prep.schema import MANIFEST_NAME, Manifest, Shard, parse_manifest, require_shard
 from pretrain.data.cache import Cache
 from pretrain.data.damage import can_be_read_elsewhere
 from pretrain.data.faults import BadSample, DataAway, DataError
 from pretrain.data.open_shards import OpenShards, of_file
 from pretrain.data.records import read_members
-from pretrain.data.remote import PATIENCE_AT_START, Place, RemoteFolder, is_url
+from pretrain.data.remote import RemoteFolder
+from pretrain.data.store import PATIENCE_AT_START
 from pretrain.data.verified import Verified
+from pretrain.place import Place, is_url
 
 OPEN_SHARDS = 64  # files and indices kept open at once, unless told otherwise
 OTHERS = 8  # shards that tell whether one that cannot be read is damaged alone
@@ -103,7 +99,7 @@ class ShardFolder:
         elif (
             shards[:1] == self.manifest.shards[:1]
         ):  # one listing tells all: of many ranks the first asks for it
-            sizes = self._remote.sizes()
+            sizes = self._remote.store.sizes()
             for shard in self.manifest.shards:
                 if sizes.get(shard.name, 0) not in (shard.num_bytes, None):
                     yield ValueError(
@@ -171,10 +167,6 @@ class ShardFolder:
         """Says that what was last asked to be copied is still needed: other sources may have moved on since."""
         if self._remote is not None:
             self._remote.keep_ahead()
-
-    def close_removed(self) -> None:
-        """Gives the disk back what the cache of shards behind a URL removed while it was read here."""
-        self._files.close_removed()
 
     def locate(self, index: int) -> tuple[int, int]:
         """Shard number and index inside the shard of sample `index`."""

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.schema import TOKENIZER_FOLDER, Manifest, fill_prompt, tags_of
+from data_prep.labels import fill_prompt, tags_of
+from data_prep.schema import TOKENIZER_FOLDER, Manifest
 from pretrain.config import Run
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.cache import HELD_WINDOWS, Cache
 from pretrain.data.faults import BadSample
-from pretrain.data.remote import Place, RemoteFolder
+from pretrain.data.remote import RemoteFolder
 from pretrain.data.shards import ALL, ShardFolder
 from pretrain.data.text import Captions, captions_of
+from pretrain.place import Place
 
 MOST_OPEN = 512  # shards of all sources in a process: systems allow it 1,024 files in all
 

@@ -93,8 +93,6 @@ class Steps:
         """What the rank gets at a step; its tensors lie in one piece of memory, one of `rooms` if these are given."""
         first = step * self.run.batch + self._rank * self._images
         positions = range(first, first + self._images)
-        for source in self.sources.opened:
-            source.shards.close_removed()
         self._seconds = dict.fromkeys(STAGES, 0.0)
         dropped: list[Dropped] = []
         with self._during("batch"):

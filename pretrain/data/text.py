@@ -17,6 +17,9 @@ from pretrain.data.faults import BadSample
 
 LETTERS = 64  # of a caption that are read at first for each token that is wanted, a word or two dozen
 MOST_LETTERS = 2**16  # of a caption that are read at all
+MORE_LETTERS = (
+    8  # behind a token, without blanks, that may decide how far it goes: "'l" may be a part of "'ll"
+)
 
 
 class Tokens(NamedTuple):
@@ -42,6 +45,10 @@ class Captions:
         padding_token = self._tokenizer.id_to_token(self.padding)
         self._tokenizer.enable_padding(length=length, pad_id=self.padding, pad_token=padding_token)
         self.vocab_size = self._tokenizer.get_vocab_size()
+        names = (token.content for token in self._tokenizer.get_added_tokens_decoder().values())
+        self._looks_ahead = (
+            max(map(len, names), default=0) + MORE_LETTERS
+        )  # "<mask>" is no word before its end
 
     def encode(self, caption: str) -> tuple[Int[Tensor, " length"], Bool[Tensor, " length"]]:
         """Token numbers and which of them are real; special tokens included."""
@@ -56,17 +63,20 @@ class Captions:
         reach = LETTERS * self.length
         most = min(max(MOST_LETTERS, reach), len(caption))
         encoding = self._tokenizer.encode(caption[:reach])
-        while reach < most and not _ends_before_last_word(encoding):  # blanks, or words of any length
+        while reach < most and not self._is_of_whole(encoding, caption[:reach]):  # blanks, or long words
             reach = min(2 * reach, most)
             encoding = self._tokenizer.encode(caption[:reach])
         is_cut = bool(encoding.overflowing) or len(caption.rstrip()) > reach
         mask = torch.tensor(encoding.attention_mask, dtype=torch.bool)
         return Tokens(torch.tensor(encoding.ids), mask, is_cut)
 
-
-def _ends_before_last_word(encoding: Encoding) -> bool:
-    """Whether the last word of a text, which may go on in the whole, gives none of the tokens that are kept."""
-    return bool(encoding.overflowing) and _last_word(encoding.overflowing[-1]) != _last_word(encoding)
+    def _is_of_whole(self, encoding: Encoding, beginning: str) -> bool:
+        """Whether any text that begins so has these tokens: neither the last word, which may go on, nor the last
+        letters, which may be taken together otherwise then, give any that is kept."""
+        if not encoding.overflowing or _last_word(encoding.overflowing[-1]) == _last_word(encoding):
+            return False
+        end = max(end for _, end in encoding.offsets)
+        return len(beginning[end:].strip()) >= self._looks_ahead
 
 
 def _last_word(encoding: Encoding) -> int:

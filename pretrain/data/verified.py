@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.schema import MANIFEST_NAME, Shard, sha256_file
+from data_prep.files import sha256_file
+from data_prep.schema import MANIFEST_NAME, Shard
 from pretrain.data.cache import cache_folder
 
 THREAD = "m3i-verifier"

@@ -13,9 +13,9 @@ from pretrain.checkpoint.names import step_name
 from pretrain.checkpoint.stores import store_at
 from pretrain.collectives import from_every_rank, from_first_rank, on_every_rank, rank
 from pretrain.command import no_folder
-from pretrain.data.remote import Place
 from pretrain.given_up import given_up_by
 from pretrain.intact import COMPLETE, identity
+from pretrain.place import Place
 
 UNTOLD = "does not tell of which weights it is"  # a result of before, or of no checkpoint
 COPIES = "fetched"  # folder of a run: what was copied from the URL where its checkpoints lie

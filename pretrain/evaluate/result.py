@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from data_prep.schema import Manifest, write_atomic
+from data_prep.files import write_atomic
+from data_prep.schema import Manifest
 from pretrain import provenance, strict_json
 from pretrain.collectives import all_rows
 from pretrain.config import Run

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torchvision.datasets.folder import find_classes, make_dataset
 
+from data_prep.files import sha256_file
 from data_prep.masks import IMAGES, MASK_FOLDERS, images_and_masks
-from data_prep.schema import MANIFEST_NAME, Manifest, sha256_file
+from data_prep.schema import MANIFEST_NAME, Manifest
 from pretrain.data.faults import BadSample
 from pretrain.data.shards import ShardFolder
 from pretrain.evaluate.apart import require_apart, resolved

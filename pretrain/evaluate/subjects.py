@@ -13,7 +13,6 @@ from torch import nn
 
 from pretrain.checkpoint import load_towers
 from pretrain.config import Mask, Run
-from pretrain.data.remote import Place
 from pretrain.data.text import Captions
 from pretrain.evaluate.checkpoints import local_of, locate, weights_of
 from pretrain.evaluate.published import is_published, open_published
@@ -26,6 +25,7 @@ from pretrain.initial.bounds import explained_by, require_pixels
 from pretrain.initial.files import own_file, read_json
 from pretrain.intact import verify
 from pretrain.models.undrawn import undrawn
+from pretrain.place import Place
 from pretrain.recipes import load
 from pretrain.towers import Towers
 

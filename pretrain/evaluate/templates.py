@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from data_prep.schema import fill_prompt
+from data_prep.labels import fill_prompt
 
 AUTO = "auto"  # IMAGENET where the data set has its classes, else PLAIN
 PLAIN, IMAGENET = "plain", "imagenet"

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pretrain.checkpoint import load_towers
 from pretrain.config import Run
-from pretrain.data.remote import place_of
 from pretrain.data.shards import NONE, ShardFolder
 from pretrain.evaluate.checkpoints import unlike
 from pretrain.facts import DataFacts
+from pretrain.place import place_of
 from pretrain.towers import Towers
 
 

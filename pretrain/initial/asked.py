@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.data.remote import Place, is_url, place_of
+from pretrain.place import Place, is_url, place_of
 
 WHICH = ("student", "teacher")
 

@@ -8,11 +8,11 @@ import json
 from pretrain.checkpoint import place_name, read_json
 from pretrain.collectives import from_first_rank
 from pretrain.config import Run
-from pretrain.data.remote import Place
 from pretrain.facts import DataFacts
 from pretrain.initial.start import Start, found, open_start
 from pretrain.intact import write_text
 from pretrain.paths import Paths
+from pretrain.place import Place
 
 INIT_RECORD = "init.json"  # in a run's folder: the weights that it began with
 

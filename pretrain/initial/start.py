@@ -17,7 +17,6 @@ from pretrain.checkpoint.ranges import Files
 from pretrain.checkpoint.read import require_whole, shapes_of
 from pretrain.checkpoint.stores import read_json, store_at
 from pretrain.config import Run
-from pretrain.data.remote import Place, is_url
 from pretrain.facts import DataFacts
 from pretrain.given_up import given_up_by
 from pretrain.initial.asked import Init
@@ -28,6 +27,7 @@ from pretrain.initial.layouts import detect
 from pretrain.initial.pickles import key_of
 from pretrain.intact import COMPLETE
 from pretrain.models.internimage_layouts import CONTAINERS, MOST_NESTED, WRAPPERS
+from pretrain.place import Place, is_url
 from pretrain.towers import Towers
 
 EMA_CONTAINERS = ("state_dict_ema", "model_ema")  # of timm's training script and InternImage's

@@ -10,8 +10,9 @@ import fsspec
 
 from pretrain.checkpoint.names import checkpoints_of, steps_in
 from pretrain.data.faults import DataAway, NobodyThere
-from pretrain.data.remote import PATIENCE_AT_START, Place, is_url
 from pretrain.data.shards import ShardFolder
+from pretrain.data.store import PATIENCE_AT_START
+from pretrain.place import Place, is_url
 from pretrain.preflight.check import Here
 from pretrain.preflight.storage import ANSWERS
 from pretrain.preflight.told import WARNING, Judged, Problem, Told, differences, size

@@ -13,8 +13,8 @@ from typing import Any
 
 from data_prep.places import Place, place_of
 from pretrain.checkpoint.names import is_gone
-from pretrain.data.remote import is_url
 from pretrain.exits import Postponed
+from pretrain.place import is_url
 from pretrain.preflight.check import Here
 from pretrain.preflight.machine import GIB
 from pretrain.preflight.told import FAILED, WARNING, Judged, Problem, Told, size, span

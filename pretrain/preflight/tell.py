@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from data_prep.schema import write_atomic
+from data_prep.files import write_atomic
 from pretrain import strict_json
 from pretrain.preflight.check import SKIPPED, Row
 from pretrain.preflight.told import FAILED, WARNING, Place, Problem

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.schema import write_atomic
+from data_prep.files import write_atomic
 from pretrain.command import exit_code, no_folder, require_place
 from pretrain.report.settings import Settings
 

@@ -19,11 +19,11 @@ from pretrain.data.decode import decode_image
 from pretrain.data.faults import BadSample
 from pretrain.data.loader import Loader
 from pretrain.data.order import Order
-from pretrain.data.remote import Place
 from pretrain.data.sources import OpenSource, Sources, open_sources
 from pretrain.data.steps import MAX_TRIED, run_order, tried_draws
 from pretrain.data.text import Captions
 from pretrain.objective import LABELS
+from pretrain.place import Place
 from pretrain.visualize.correspondence import landing, tinted_view
 from pretrain.visualize.markup import Child, Html, element, figure, key
 from pretrain.visualize.picture import Outline, mask_picture, outlined, pixels

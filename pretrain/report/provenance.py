@@ -9,9 +9,9 @@ from pathlib import Path
 from data_prep.schema import Manifest
 from pretrain.config import Run
 from pretrain.data.order import shares
-from pretrain.data.remote import Place
 from pretrain.data.shards import read_manifest
 from pretrain.evaluate.sets import Listing, is_set, read_set
+from pretrain.place import Place
 from pretrain.report.record import Record
 from pretrain.visualize.markup import Html, element, table
 

@@ -12,9 +12,9 @@ from typing import Any
 from pretrain import intact, strict_json
 from pretrain.command import no_folder
 from pretrain.config import Run
-from pretrain.data.remote import Place, place_of
 from pretrain.evaluate.checkpoints import COPIES, UNTOLD, unlike
 from pretrain.facts import DataFacts
+from pretrain.place import Place, place_of
 
 EVALUATION = "evaluation.json"
 _STEP = re.compile(r"step_(\d{6,})")

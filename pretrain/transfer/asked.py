@@ -12,10 +12,10 @@ import torch
 from pretrain.checkpoint.names import run_around
 from pretrain.collectives import on_every_rank, rank
 from pretrain.command import require_place
-from pretrain.data.remote import Place
 from pretrain.evaluate.checkpoints import bring, local_of
 from pretrain.evaluate.protocols import best_device
 from pretrain.evaluate.subjects import find_subjects
+from pretrain.place import Place
 from pretrain.transfer.arguments import STEP, recipe_of
 from pretrain.transfer.examples import AnnotatedSet
 from pretrain.transfer.lvis import require_federation

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data_prep.schema import write_atomic
+from data_prep.files import write_atomic
 from pretrain import provenance, strict_json
 from pretrain.collectives import (
     from_every_rank,

@@ -13,7 +13,7 @@ import torch
 from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
-from pretrain.data.remote import Place
+from pretrain.place import Place
 
 
 def batches(

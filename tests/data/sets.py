@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data_prep.files import sha256_file
 from data_prep.index import index_bytes, index_path
-from data_prep.schema import Manifest, Shard, sha256_file, write_manifest
+from data_prep.schema import Manifest, Shard, write_manifest
 from pretrain.config import Mask, Run, Source, Text, Views
 from pretrain.data.colour import Change, change_colours
 from pretrain.data.views import draw_views, make_views

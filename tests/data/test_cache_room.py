@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
@@ -14,8 +16,8 @@ import pytest
 
 from data_prep.schema import Shard
 from pretrain.config import Mixing, Source
-from pretrain.data import cache, remote
-from pretrain.data.cache import MARGIN, Cache, cache_folder
+from pretrain.data import cache, open_shards, remote
+from pretrain.data.cache import MARGIN, Cache, cache_folder, lock_of
 from pretrain.data.faults import DataError
 from pretrain.data.remote import RemoteFolder
 from pretrain.data.shards import ShardFolder
@@ -30,6 +32,7 @@ def cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("M3I_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "PATIENCE", 0.5)
     monkeypatch.setattr(cache, "LATE", 60.0)
+    monkeypatch.setattr(open_shards, "LOOK", 60.0)
 
 
 @pytest.fixture
@@ -85,9 +88,57 @@ def test_what_others_read_of_a_removed_copy_is_waited_for_and_nothing_else_goes_
     shards = reader.manifest.shards
     assert f"{shards[0].sha256}.tar" not in names and f"{shards[1].sha256}.tar" in names
     assert reader.sample(1) == sample(1)  # it is read to the last
-    reader.close_removed()
+    reader._files.close_removed()
     assert writer.sample(8) == sample(8) and reader.sample(5) == sample(5)
     assert not list((cache_folder() / "shards").glob("*.going"))
+
+
+def test_locks_that_ask_for_a_file_open_for_writing_make_room_too(
+    opened: Callable[[], ShardFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.flock
+
+    def of_nfs(file: int, kind: int) -> None:
+        is_read_only = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        if kind & fcntl.LOCK_EX and is_read_only:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(file, kind)
+
+    monkeypatch.setattr(cache.fcntl, "flock", of_nfs)
+    monkeypatch.setattr(open_shards, "LOOK", 0.01)
+    reader, writer = opened(), opened()
+    disk_of(2, reader, monkeypatch)
+    assert reader.sample(0) == sample(0)
+    for index in (4, 8, 12):
+        assert writer.sample(index) == sample(index)
+
+
+def test_readers_that_rest_give_back_what_was_removed(
+    opened: Callable[[], ShardFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another source of the process that waits for room, and workers whose batches nobody takes yet."""
+    monkeypatch.setattr(open_shards, "LOOK", 0.01)
+    reader, writer = opened(), opened()
+    disk_of(2, reader, monkeypatch)
+    assert [reader.sample(index) for index in (0, 4)] == [sample(0), sample(4)]
+    for index in (8, 12, 16):
+        assert writer.sample(index) == sample(index)
+    assert reader.sample(1) == sample(1)
+
+
+def test_a_reader_that_waits_for_the_copy_of_another_gives_back_what_was_removed(
+    opened: Callable[[], ShardFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_shards, "LOOK", 0.01)
+    reader, writer = opened(), opened()
+    disk_of(1, reader, monkeypatch)
+    reader.sample(0)
+    waits = threading.Thread(target=reader.sample, args=(8,))
+    with writer._remote.cache.locked(lock_of(writer.manifest.shards[2].sha256)):  # another process copies it
+        waits.start()
+        assert writer.sample(4) == sample(4)
+    writer.close()
+    waits.join()
 
 
 def test_readers_that_do_not_move_on_cost_another_copy_and_not_the_run(

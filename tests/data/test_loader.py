@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.schema import Manifest, fill_prompt
+from data_prep.labels import fill_prompt
+from data_prep.schema import Manifest
 from pretrain.config import Mixing, Source, Views
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.faults import DataError, Dropped

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import threading
 import time
@@ -11,6 +13,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -18,13 +21,14 @@ import pytest
 from data_prep import places, stores
 from data_prep.schema import Shard
 from pretrain.config import Mixing, Source
-from pretrain.data import remote, sources
-from pretrain.data.cache import Cache, cache_folder, lock_of
+from pretrain.data import cache, remote, sources
+from pretrain.data.cache import Cache, Full, cache_folder, lock_of
 from pretrain.data.faults import BadSample, DataAway, DataError, NobodyThere
 from pretrain.data.loader import Loader
-from pretrain.data.remote import RemoteFolder, is_url
+from pretrain.data.remote import RemoteFolder
 from pretrain.data.shards import ShardFolder
 from pretrain.named_folders import named_folders, named_places
+from pretrain.place import is_url
 from pretrain.retries import GaveUp, patiently
 from tests.data.delivered import assert_same, batches
 from tests.data.s3 import BUCKET, Store, s3_store
@@ -195,15 +199,15 @@ def test_a_shard_that_is_lost_while_it_is_copied_is_a_bad_one(
     folder = good_set(tmp_path / "names", (6, 6))
     monkeypatch.setattr(remote, "PIECE", 2048)
     opened = ShardFolder(f"file://{folder}")
-    real = RemoteFolder._piece
+    real = opened._remote.store.piece
 
-    def piece(self: RemoteFolder, shard: Shard, start: int, end: int) -> bytes:
+    def piece(shard: Shard, start: int, end: int) -> bytes:
         if start == 2048:
             path = folder / shard.name
             path.unlink() if change == "deleted" else path.write_bytes(path.read_bytes()[:1024])
-        return real(self, shard, start, end)
+        return real(shard, start, end)
 
-    monkeypatch.setattr(RemoteFolder, "_piece", piece)
+    monkeypatch.setattr(opened._remote.store, "piece", piece)
     with pytest.raises(BadSample) as caught:
         opened.sample(0)
     assert caught.value.reason == {"deleted": "missing_shard", "truncated": "truncated_shard"}[change]
@@ -271,7 +275,7 @@ def test_what_a_store_lacks_is_told_at_start(store: Store, tmp_path: Path, urls:
 def test_a_store_without_keys_is_not_asked_again(
     urls: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "PATIENCE_AT_START", 3600.0)
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 3600.0)
     connections = fsspec.get_filesystem_class("s3")
     connections.clear_instance_cache()  # they have the keys of earlier tests
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -290,7 +294,7 @@ def test_a_store_without_keys_is_not_asked_again(
 
 
 def test_a_name_that_no_bucket_can_have_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PATIENCE_AT_START", 3600.0)
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 3600.0)
     told = r'^s3://Bad_Bucket!/set/manifest.json .*\(Invalid bucket name "Bad_Bucket!"\): a bucket.s has 3 to'
     with pytest.raises(ValueError, match=told):
         ShardFolder("s3://Bad_Bucket!/set")
@@ -299,7 +303,7 @@ def test_a_name_that_no_bucket_can_have_is_told_at_once(monkeypatch: pytest.Monk
 def test_a_store_that_takes_a_question_and_never_answers_ends_the_start_soon(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(remote, "PATIENCE_AT_START", 0.5)
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/set"
         with pytest.raises(DataAway, match=r"has failed for 0.5 seconds, .*no answer within 0.5 seconds"):
@@ -365,8 +369,8 @@ def test_a_file_of_which_a_failing_server_tells_nothing_is_not_missing(
 def test_an_address_where_nobody_listens_is_told_soon_and_in_plain_words(
     url: str, reason: str, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "PATIENCE_AT_START", 3600.0)
-    monkeypatch.setattr(remote, "REFUSED_AT_START", 0.2)
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 3600.0)
+    monkeypatch.setattr("pretrain.data.store.REFUSED_AT_START", 0.2)
     told = (
         rf"/set cannot be read, nobody takes connections there \(.*{reason}\): mend the address, .*and start"
     )
@@ -377,8 +381,8 @@ def test_an_address_where_nobody_listens_is_told_soon_and_in_plain_words(
 def test_an_address_that_served_before_is_waited_for(
     free_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "REFUSED_AT_START", 0.0)
-    monkeypatch.setattr(remote, "PATIENCE_AT_START", 0.5)
+    monkeypatch.setattr("pretrain.data.store.REFUSED_AT_START", 0.0)
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 0.5)
     opened = RemoteFolder(f"http://127.0.0.1:{free_port}/set", Cache.of_environment())
     opened.folder.mkdir(parents=True)
     (opened.folder / "manifest.json").write_text("{}")
@@ -392,10 +396,10 @@ def test_an_address_that_served_before_is_waited_for(
 def test_a_request_that_is_never_answered_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "ATTEMPT", 0.2)
+    monkeypatch.setattr("pretrain.data.store.ATTEMPT", 0.2)
     opened = ShardFolder(f"file://{good_set(tmp_path / 'names', (3,))}")
     answered = threading.Event()
-    own, silent = opened._remote._connect()[0], iter([answered, answered])
+    own, silent = opened._remote.store._connect()[0], iter([answered, answered])
     real = own.cat_file
 
     def cat_file(*arguments: object, **options: object) -> bytes:
@@ -441,8 +445,8 @@ def test_a_cache_that_may_not_be_written_is_told_by_its_name(
 def test_a_store_that_fails_ends_the_start_soon(
     urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "PATIENCE_AT_START", 0.1)
-    monkeypatch.setattr(RemoteFolder, "_connect", lambda self: (Broken(), "bucket"))
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 0.1)
+    monkeypatch.setattr("pretrain.data.store.Store._connect", lambda self: (Broken(), "bucket"))
     with pytest.raises(
         DataAway, match=r"manifest.json has failed for 0.1 seconds, .*no route.*nothing is lost"
     ):
@@ -452,6 +456,57 @@ def test_a_store_that_fails_ends_the_start_soon(
 class Broken:
     def cat_file(self, path: str) -> bytes:
         raise OSError("no route")
+
+
+def test_a_cache_without_locks_is_told_at_the_start(
+    urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Lustre, unless it was mounted with them."""
+    refuses = Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented"))
+    monkeypatch.setattr(cache.fcntl, "flock", refuses)
+    with pytest.raises(ValueError, match=r"M3I_CACHE=.*may be written and locked \(.*name one on a local"):
+        ShardFolder(urls["names"])
+
+
+def test_files_that_a_folder_has_no_more_are_not_read_from_its_copy(tmp_path: Path) -> None:
+    there = tmp_path / "set" / "tokenizer"
+    (there / "sub").mkdir(parents=True)
+    for name in ("vocab.txt", "sub/old.json"):
+        (there / name).write_text("a")
+    opened = RemoteFolder(f"file://{tmp_path / 'set'}", Cache.of_environment())
+    copy = opened.copy_folder("tokenizer")
+    (there / "sub" / "old.json").unlink()
+    opened.copy_folder("tokenizer")
+    assert [path.name for path in copy.rglob("*") if path.is_file()] == ["vocab.txt"]
+    (there / "vocab.txt").unlink()
+    assert not opened.copy_folder("tokenizer").exists()
+
+
+def test_a_copy_that_was_cut_off_is_made_again(urls: dict[str, str]) -> None:
+    opened = ShardFolder(urls["names"])
+    first = opened.sample(0)
+    opened.close()
+    copy = opened._remote.cache.path_of(opened.manifest.shards[0])
+    os.truncate(copy, 1024)
+    assert opened.sample(0) == first and copy.stat().st_size == opened.manifest.shards[0].num_bytes
+    opened.close()
+
+
+def test_a_full_cache_is_looked_at_again_without_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, looks, asked = ShardFolder(f"file://{good_set(tmp_path / 'set')}"), threading.Semaphore(0), Mock()
+
+    def full(self: Cache, *rest: object, **options: object) -> None:
+        looks.release()
+        raise Full
+
+    monkeypatch.setattr(Cache, "reserve", full)
+    monkeypatch.setattr("pretrain.data.store.Store.require_size", asked)
+    opened.fetch_ahead([0])
+    assert all(looks.acquire(timeout=20) for _ in range(3))
+    opened.close()
+    assert not asked.called
 
 
 def test_names_that_lead_out_of_the_cache_are_refused(

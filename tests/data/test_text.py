@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 
 from data_prep.rows.captions import plain
 from data_prep.tokenizer import train_tokenizer
@@ -71,6 +73,25 @@ def test_a_word_that_goes_on_behind_what_is_read_first_is_not_taken_to_pieces(
     captions, tokenizer = both(learned, length)
     text = " " * (LETTERS * length - 50) + "ant" * 200
     assert captions.tokens(text).numbers.tolist() == tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize("piece", ["'ll", "<mask>"])
+def test_what_is_one_token_only_as_a_whole_is_not_taken_to_pieces_at_the_edge(
+    tmp_path: Path, piece: str
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    words = ("<pad>", "<unk>", "a", "red", "sun", "'", "<", "'ll")
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex(r"'ll|\p{L}+|[^\s\p{L}]"), "removed", invert=True)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", mask_token="<mask>")
+    made.save_pretrained(tmp_path / "words")
+    captions, whole = both(tmp_path / "words", SHORT)
+    for before in range(SHORT):
+        for letters in range(len(piece)):
+            blanks = " " * (LETTERS * SHORT - letters - 2 * before)
+            text = "a " * before + blanks + piece + " red sun"
+            assert captions.tokens(text).numbers.tolist() == whole.encode(text).ids
 
 
 @pytest.mark.parametrize("text", ["a" * 10**7, "a" + " " * 10**7 + "red", "\0" * 10**7, "e\u0301" * 10**6])

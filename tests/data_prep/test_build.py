@@ -23,9 +23,10 @@ from data_prep.__main__ import main
 from data_prep.build import Options, build
 from data_prep.check import check
 from data_prep.engines import local
+from data_prep.files import sha256_file
 from data_prep.index import read_index
 from data_prep.samples import Collection, Dropped, Made
-from data_prep.schema import IMAGE_EXTENSIONS, Manifest, counts_by_reason, sha256_file
+from data_prep.schema import IMAGE_EXTENSIONS, Manifest, counts_by_reason
 from data_prep.sources.scenes import Scenes
 from tests.data_prep.disturbed import kills_itself
 from tests.paths import ROOT

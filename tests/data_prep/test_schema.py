@@ -10,16 +10,10 @@ from dataclasses import replace
 
 import pytest
 
+from data_prep.files import write_atomic
 from data_prep.index import index_bytes, index_path, read_index
-from data_prep.schema import (
-    Manifest,
-    Shard,
-    fill_prompt,
-    parse_manifest,
-    tags_of,
-    write_atomic,
-    write_manifest,
-)
+from data_prep.labels import fill_prompt, tags_of
+from data_prep.schema import Manifest, Shard, parse_manifest, write_manifest
 from tests.paths import ROOT
 
 SHARD = Shard("000000.tar", 2, 2048, "0" * 64)
@@ -190,7 +184,7 @@ def test_a_link_is_written_through_and_stays(tmp_path, is_there):
 
 def test_the_schema_imports_nothing_but_the_standard_library():
     code = (
-        "import sys; import data_prep.schema;"
+        "import sys; import data_prep.files, data_prep.labels, data_prep.schema;"
         "names = {name.partition('.')[0] for name in sys.modules} - {'data_prep'};"
         "print(sorted(names & {'numpy', 'PIL', 'torch', 'tqdm', 'tyro', 'tokenizers'}))"
     )

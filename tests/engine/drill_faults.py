@@ -21,7 +21,7 @@ import pretrain.train
 from data_prep import stores as builders_stores
 from pretrain import resume
 from pretrain.checkpoint import stores
-from pretrain.data import remote
+from pretrain.data import store
 from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader
 from tests.paths import ROOT
@@ -240,7 +240,7 @@ def data_refused(url: str) -> Fault:
     """The rank's data lie at an address where nobody takes connections."""
 
     def install() -> None:
-        remote.REFUSED_AT_START = 0.1
+        store.REFUSED_AT_START = 0.1
         own = pretrain.train.open_loader
 
         def changed(run: Any, paths: Any, *arguments: Any, **options: Any) -> Loader:

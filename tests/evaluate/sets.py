@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data_prep.files import sha256_file
 from data_prep.index import index_bytes, index_path
-from data_prep.schema import Manifest, Shard, sha256_file, write_manifest
+from data_prep.schema import Manifest, Shard, write_manifest
 from data_prep.tokenizer import train_tokenizer
 
 COLORS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 40, 210), "gray": (128, 128, 128)}

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from data_prep.schema import sha256_file
+from data_prep.files import sha256_file
 from pretrain.evaluate.evaluation import evaluate
 from pretrain.evaluate.probes import PROBES
 from pretrain.export import onnx_graph, several

@@ -15,7 +15,7 @@ import torch
 
 from data_prep import places
 from pretrain.checkpoint import PLACE_RECORD, record_place
-from pretrain.data import remote
+from pretrain.data import store
 from pretrain.data.faults import NobodyThere
 from pretrain.preflight import check, gpus, machine, network, recipe, same, storage
 from pretrain.preflight.check import Check, look_at_all
@@ -290,7 +290,7 @@ def test_data_is_read_and_a_shard_that_is_cut_is_told(tmp_path: Path) -> None:
 def test_a_store_of_data_that_fails_now_is_warned_of_and_a_mistake_fails(
     tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "REFUSED_AT_START", 0.0)
+    monkeypatch.setattr(store, "REFUSED_AT_START", 0.0)
     away = f"http://127.0.0.1:{free_port}/set"
     here = alone(three_nodes(tmp_path, data={"labelled": away, "captioned": away}))
     with pytest.raises(NobodyThere, match="mend the address"):  # of a new run it is a wrong address

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.files import sha256_file
 from data_prep.index import index_bytes, index_path
-from data_prep.schema import Manifest, Shard, sha256_file, write_manifest
+from data_prep.schema import Manifest, Shard, write_manifest
 from pretrain.config import Run
 from pretrain.recipes import load
 from tests.fakes import shrink

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.download import Described, Download, Row
+from data_prep.files import sha256_file
 from data_prep.limits import Limits
-from data_prep.schema import sha256_file
 
 LOOPBACK = ("127.0.0.1/32",)  # and nothing else that is private
 QUICK = {  # options for servers on the loopback interface

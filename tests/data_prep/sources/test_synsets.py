@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.schema import fill_prompt
+from data_prep.labels import fill_prompt
 from data_prep.sources.synsets import CHOICES, classes_of, named, plain_name, words_of
 
 INFO = Path(find_spec("timm").origin).parent / "data" / "_info"  # read as files: importing timm takes seconds

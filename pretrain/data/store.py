@@ -1,0 +1,139 @@
+"""What does a data set behind a URL hold, also while its store fails now and then?"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import fsspec
+
+from data_prep.schema import MANIFEST_NAME, Shard
+from data_prep.stores import A_URL
+from pretrain.data.faults import BadSample, DataAway, DataError, NobodyThere
+from pretrain.retries import GaveUp, patiently, refusal
+
+PATIENCE = 600.0  # seconds that a store may fail, or a full cache stay full, before the run ends
+PATIENCE_AT_START = 20.0  # seconds: a wrong address or key is told soon
+REFUSED_AT_START = 3.0  # seconds that nobody may take connections at an address that never served from here
+ATTEMPT = 60.0  # seconds that one request may take, the next one twice as long
+T = TypeVar("T")
+
+
+class Store:
+    """A data set behind a URL, which is only read.
+
+    A store that fails is asked again, with growing pauses, for PATIENCE seconds; then DataAway. A set `stopped` ends
+    that after an attempt. What the store says is missing raises FileNotFoundError, what it forbids DataError.
+    """
+
+    def __init__(self, url: str, stopped: threading.Event) -> None:
+        self.url, self._stopped = url, stopped
+        self._fs: Any = None
+
+    def manifest(self, is_known: bool) -> bytes:
+        """The content of manifest.json now; is it a store that served this machine before?
+
+        FileNotFoundError without one, DataAway where the store fails, NobodyThere where it may be a wrong address.
+        """
+        begun = time.monotonic()
+
+        def ask(fs: Any, path: str) -> bytes:
+            try:
+                return fs.cat_file(path)
+            except Exception as error:
+                refused = refusal(error)
+                is_early = time.monotonic() - begun < (PATIENCE_AT_START if is_known else REFUSED_AT_START)
+                if not refused or is_early:
+                    raise
+                raise (DataAway if is_known else NobodyThere)(
+                    f"{self.url} cannot be read, nobody takes connections there ({refused}): mend the address, of S3 "
+                    "that in AWS_ENDPOINT_URL, or start the server, and start again"
+                ) from error
+
+        try:
+            return self._patiently(MANIFEST_NAME, ask, PATIENCE_AT_START)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.url}/{MANIFEST_NAME} is missing: name the URL of a data set that `python -m data_prep "
+                "build` made"
+            ) from error
+
+    def files(self, folder: str) -> list[str]:
+        """Names of all files inside a folder, as they stand there; empty where there are none."""
+        try:
+            found = self._patiently(
+                folder, lambda fs, path: [name[len(path) + 1 :] for name in fs.find(path)]
+            )
+        except FileNotFoundError:
+            return []
+        return [file for file in found if file[-1:] not in ("", "/")]  # what marks a folder is no file
+
+    def content(self, name: str) -> bytes:
+        """A small file."""
+        return self._patiently(name, lambda fs, path: fs.cat_file(path))
+
+    def sizes(self) -> dict[str, int | None]:
+        """Bytes by name of everything beside the manifest, None where the store does not tell."""
+        listed = self._patiently("", lambda fs, path: fs.ls(path, detail=True))
+        return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in listed}
+
+    def require_size(self, shard: Shard) -> None:
+        """BadSample where a shard has not as many bytes as the manifest says."""
+        self._patiently(shard.name, lambda fs, path: self._require_size(fs, path, shard))
+
+    def piece(self, shard: Shard, start: int, end: int) -> bytes:
+        """Those bytes of a shard; BadSample where it is no more what the manifest says."""
+
+        def read(fs: Any, path: str) -> bytes:
+            try:
+                content = fs.cat_file(path, start=start, end=end)
+                if len(content) < end - start:
+                    raise OSError(f"{len(content)} of {end - start} bytes came")
+            except Exception:  # a shard that became shorter meanwhile is no failing store
+                self._require_size(fs, path, shard)
+                raise
+            return content
+
+        content = self._patiently(shard.name, read)
+        if len(content) > end - start:
+            raise DataError(f"{self.url} does not serve parts of files: copy the data set to a disk or to S3")
+        return content
+
+    def _require_size(self, fs: Any, path: str, shard: Shard) -> None:
+        size = fs.info(path)["size"]
+        if size is not None and size != shard.num_bytes:
+            raise BadSample(
+                "truncated_shard",
+                f"{self.url}/{shard.name} has {size} bytes, the manifest says {shard.num_bytes}",
+            )
+
+    def _connect(self) -> tuple[Any, str]:
+        """The file system and the path of the folder there; ValueError when no package knows such a URL."""
+        if self._fs is None:
+            try:
+                self._fs = fsspec.url_to_fs(self.url, use_listings_cache=False)
+            except (ValueError, ImportError) as error:
+                raise ValueError(f"{self.url} cannot be opened ({error}): {A_URL}") from error
+        return self._fs
+
+    def _patiently(self, name: str, work: Callable[[Any, str], T], patience: float | None = None) -> T:
+        """What `work`, which only reads, gives for the file system and the path of a file, asked again if need be."""
+        fs, root = self._connect()
+        told = f"{self.url}/{name}".rstrip("/")
+        try:
+            return patiently(
+                lambda: work(fs, f"{root}/{name}".rstrip("/")),
+                told,
+                PATIENCE if patience is None else patience,
+                attempt=ATTEMPT,
+                final=(BadSample, DataError),
+                stopped=self._stopped,
+            )
+        except PermissionError as error:
+            raise DataError(f"{told} may not be read: {error}; mend the access and start again") from error
+        except GaveUp as error:
+            raise DataAway(
+                f"{error.strerror}: start again when the store answers, nothing is lost"
+            ) from error
