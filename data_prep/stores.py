@@ -65,7 +65,7 @@ def patiently(url: str, work: Callable[[Any, str], T]) -> T:
                 raise PermissionError(f"{url} is refused by the store ({error}): {MEND_RIGHTS}") from error
             if type(error).__name__ in NO_ACCESS:
                 raise PermissionError(f"{url} needs keys ({error}): {SET_KEYS}") from error
-            if type(error).__name__ == NO_NAME:
+            if is_misnamed(error):
                 raise misnamed(url, error) from error
             failing = time.monotonic() - begun
             if failing > SILENT and not is_told:
@@ -108,8 +108,19 @@ def is_absent(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError) and is_told
 
 
+def is_misnamed(error: Exception) -> bool:
+    """Does a store's client say that it cannot even ask, as the name or the address is none?"""
+    return type(error).__name__ == NO_NAME or is_no_address(error)
+
+
+def is_no_address(error: Exception) -> bool:
+    return isinstance(error, ValueError) and str(error).startswith("Invalid endpoint")  # of boto
+
+
 def misnamed(url: str, error: Exception) -> ValueError:
-    """What to tell of a NO_NAME, whose text is a line for every fault and goes on with a pattern of names."""
+    """What to tell where `is_misnamed`; NO_NAME has a line for every fault and goes on with a pattern of names."""
+    if is_no_address(error):
+        return ValueError(f"{url}: {error}: write AWS_ENDPOINT_URL as https://HOST or http://HOST:PORT")
     faults = [line.partition(": Bucket name must match")[0] for line in str(error).splitlines()[1:]]
     return ValueError(
         f"{url} cannot be the name of anything there ({'; '.join(faults) or error}): a bucket's has 3 to 63 small "

@@ -19,9 +19,11 @@ def leads_out(name: str) -> bool:
 
 
 def place_of(text: str) -> Place:
-    """What a command line or a record names; ValueError for a URL without a path."""
+    """What a command line or a record names; ValueError for a URL without a path, or with an empty part in it."""
     if not is_url(text):
         return Path(text)
     if not text.partition("://")[2].strip("/"):
         raise ValueError(f"{text} names no folder of that store: such as s3://bucket/set")
+    if "//" in text.partition("://")[2].strip("/"):
+        raise ValueError(f"{text} has two slashes in its path, of which stores know other files: write one")
     return text.rstrip("/")

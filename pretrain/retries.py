@@ -16,11 +16,11 @@ from typing import TypeVar
 from data_prep.stores import (
     CHANCE,
     NO_KEYS,
-    NO_NAME,
     OF_RIGHTS,
     SET_KEYS,
     causes,
     is_absent,
+    is_misnamed,
     misnamed,
     status_of,
 )
@@ -84,7 +84,7 @@ def patiently(
                 raise PermissionError(f"{error}: mend the keys, or their rights there") from error
             if type(error).__name__ in NO_KEYS:
                 raise PermissionError(f"{error}: {SET_KEYS}") from error
-            if type(error).__name__ == NO_NAME:
+            if is_misnamed(error):
                 raise misnamed(told, error) from error
             if since is None:  # what took long before it failed has not failed so long
                 since = time.monotonic() if attempt is None else asked

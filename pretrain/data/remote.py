@@ -55,22 +55,24 @@ class RemoteFolder:
 
     def copy_manifest(self) -> None:
         """Fetches manifest.json, at every start: it decides what is current. Errors as `Store.manifest`."""
-        is_known = (self.folder / MANIFEST_NAME).exists()
-        self._keep(MANIFEST_NAME, self.store.manifest(is_known))
+        self._keep(MANIFEST_NAME, self.store.manifest(self._is_known()))
+
+    def _is_known(self) -> bool:
+        return (self.folder / MANIFEST_NAME).exists()
 
     def copy_folder(self, name: str) -> Path:
         """Fetches all files of a folder beside the shards; where there are none, the folder does not exist.
 
         What it has no more is removed here too. ValueError for a name that leads out of it.
         """
-        files = self.store.files(name)
+        files = self.store.files(name, self._is_known())
         if outside := [file for file in files if leads_out(file)]:
             raise ValueError(
                 f"{self.url}/{name} holds {outside[0]!r}, which would be written outside {self.folder / name}: "
                 "nothing is copied; remove that object, or take the data set from those who built it"
             )
-        for file in files:
-            self._keep(f"{name}/{file}", self.store.content(f"{name}/{file}"))
+        for file, content in files.items():
+            self._keep(f"{name}/{file}", content)
         folder = self.folder / name
         with self.cache.locked("all"):
             for path in [path for path in folder.rglob("*") if path.is_file()]:

@@ -37,11 +37,41 @@ class Store:
 
         FileNotFoundError without one, DataAway where the store fails, NobodyThere where it may be a wrong address.
         """
+        try:
+            return self._at_start(MANIFEST_NAME, lambda fs, path: fs.cat_file(path), is_known)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.url}/{MANIFEST_NAME} is missing: name the URL of a data set that `python -m data_prep "
+                "build` made"
+            ) from error
+
+    def files(self, folder: str, is_known: bool) -> dict[str, bytes]:
+        """All files inside a folder of small ones by their names, as they stand there; none where there is none.
+
+        Errors as `manifest`.
+        """
+
+        def find(fs: Any, path: str) -> list[str]:
+            fs.ls(path)  # raises, where `find` of some file systems leaves out what fails
+            return [name[len(path) + 1 :] for name in fs.find(path)]
+
+        try:
+            found = self._at_start(folder, find, is_known)
+        except FileNotFoundError:
+            return {}
+        names = [name for name in found if name[-1:] not in ("", "/")]  # what marks a folder is no file
+        return {
+            name: self._at_start(f"{folder}/{name}", lambda fs, path: fs.cat_file(path), is_known)
+            for name in names
+        }
+
+    def _at_start(self, name: str, work: Callable[[Any, str], T], is_known: bool) -> T:
+        """As `_patiently`, of what a start asks first: where nobody takes connections it may be a wrong address."""
         begun = time.monotonic()
 
-        def ask(fs: Any, path: str) -> bytes:
+        def ask(fs: Any, path: str) -> T:
             try:
-                return fs.cat_file(path)
+                return work(fs, path)
             except Exception as error:
                 refused = refusal(error)
                 is_early = time.monotonic() - begun < (PATIENCE_AT_START if is_known else REFUSED_AT_START)
@@ -52,27 +82,7 @@ class Store:
                     "that in AWS_ENDPOINT_URL, or start the server, and start again"
                 ) from error
 
-        try:
-            return self._patiently(MANIFEST_NAME, ask, PATIENCE_AT_START)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{self.url}/{MANIFEST_NAME} is missing: name the URL of a data set that `python -m data_prep "
-                "build` made"
-            ) from error
-
-    def files(self, folder: str) -> list[str]:
-        """Names of all files inside a folder, as they stand there; empty where there are none."""
-        try:
-            found = self._patiently(
-                folder, lambda fs, path: [name[len(path) + 1 :] for name in fs.find(path)]
-            )
-        except FileNotFoundError:
-            return []
-        return [file for file in found if file[-1:] not in ("", "/")]  # what marks a folder is no file
-
-    def content(self, name: str) -> bytes:
-        """A small file."""
-        return self._patiently(name, lambda fs, path: fs.cat_file(path))
+        return self._patiently(name, ask, PATIENCE_AT_START)
 
     def sizes(self) -> dict[str, int | None]:
         """Bytes by name of everything beside the manifest, None where the store does not tell."""

@@ -335,7 +335,7 @@ def refusing() -> Iterator[Callable[[int], str]]:
 def test_a_server_that_refuses_who_asks_is_not_asked_again(
     refusing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "PATIENCE_AT_START", 3600.0)
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 3600.0)
     for status in (401, 403):
         with pytest.raises(
             DataError, match=rf"may not be read: {status}.*: mend the keys, or their"
@@ -374,8 +374,25 @@ def test_an_address_where_nobody_listens_is_told_soon_and_in_plain_words(
     told = (
         rf"/set cannot be read, nobody takes connections there \(.*{reason}\): mend the address, .*and start"
     )
-    with pytest.raises(NobodyThere, match=told):
-        ShardFolder(url.format(port=free_port))
+    for ask in (ShardFolder, sources.tokenizer_beside):  # a training asks for the tokenizer first
+        with pytest.raises(NobodyThere, match=told):
+            ask(url.format(port=free_port))
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint", "told"),
+    [
+        ("s3://bucket/set", "nonsense", "Invalid endpoint: nonsense: write AWS_ENDPOINT_URL as https://HOST"),
+        ("s3://bucket//set", "http://127.0.0.1:1", "has two slashes in its path.*write one"),
+    ],
+)
+def test_an_address_that_is_none_is_told_at_once(
+    url: str, endpoint: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # connected to another test's store
+    with pytest.raises(ValueError, match=told):
+        sources.tokenizer_beside(named_places("--data", [f"one={url}"])["one"])
 
 
 def test_an_address_that_served_before_is_waited_for(
