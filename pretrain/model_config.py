@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 def positive(owner: str, **values: float) -> None:
@@ -21,6 +22,20 @@ def fraction(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{owner}.{name}={value} must lie in [0, 1]")
+
+
+def require_finite(data: Any, name: str = "") -> None:
+    """ValueError for the first float of a dataclass, or of what its fields hold, that is nan or infinite."""
+    if isinstance(data, float) and not math.isfinite(data):
+        raise ValueError(f"{name}={data} must be a finite number: leave it out for the recipe's own")
+    if dataclasses.is_dataclass(data):
+        parts = {f".{one.name}": getattr(data, one.name) for one in dataclasses.fields(data)}
+    elif isinstance(data, dict):
+        parts = {f".{key}": value for key, value in data.items()}
+    else:
+        parts = {f"[{i}]": value for i, value in enumerate(data)} if isinstance(data, tuple) else {}
+    for part, value in parts.items():
+        require_finite(value, f"{name}{part}".removeprefix("."))
 
 
 @dataclass(frozen=True)
