@@ -37,6 +37,7 @@ deepspeed pretrain/main.py --replay OUT/replay/BUNDLE
 The same command again goes on from the last checkpoint in --out. Without a launcher it runs as one process. The
 second form runs a refused step again, on as many ranks.
 """
+MOST_TIMEOUT = 10**6  # seconds, eleven days: nobody waits longer for a rank
 NUMBERS: dict[Any, tuple[type, str]] = {"int": (int, "a whole number"), "float": (float, "a number")}
 
 
@@ -119,8 +120,10 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
         raise FileNotFoundError(f"--ds-config {paths.ds_config} is no file; choose one of {there}")
     if paths.workers < 0:
         raise ValueError(f"--workers {paths.workers} must not be negative: 0 decodes in the training process")
-    if not paths.timeout > 0:
-        raise ValueError(f"--timeout {paths.timeout} must be positive: seconds, a few times those of a step")
+    if not 0 < paths.timeout <= MOST_TIMEOUT:
+        raise ValueError(
+            f"--timeout {paths.timeout} must be positive, at most {MOST_TIMEOUT}: seconds, a few times a step's"
+        )
     if paths.micro_batches < 1:
         raise ValueError(f"--micro-batches {paths.micro_batches} must be positive: 1 takes the batch at once")
     if paths.price is not None and not 0 <= paths.price < float("inf"):
