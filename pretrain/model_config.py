@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+MOST_TOKENS = 512  # positions of BERT (arXiv 1810.04805, section A.2)
+
 
 def positive(owner: str, **values: float) -> None:
     """ValueError for the first value that is not above 0, or not finite, as a field of `owner`."""
@@ -177,7 +179,7 @@ class Text:
     width: int = 768
     ffn: int = 3072
     heads: int = 12
-    length: int = 77  # tokens a caption, longer ones are cut
+    length: int = 77  # tokens a caption, at most MOST_TOKENS; longer ones are cut
     max_scale: float = 100.0  # upper bound of the learned inverse temperature
     init_scale: float = 1 / 0.07
 
@@ -188,4 +190,9 @@ class Text:
         if self.length < 4:
             raise ValueError(
                 f"text.length={self.length} must be at least 4: two special tokens and two words"
+            )
+        if self.length > MOST_TOKENS:
+            raise ValueError(
+                f"text.length={self.length} must be at most {MOST_TOKENS}, the positions of BERT: longer captions "
+                "are cut, attention takes memory by the square of it"
             )

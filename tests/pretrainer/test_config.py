@@ -13,7 +13,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from pretrain.config import Backbone, Clusters, Decoder, Mask, Mixing, Optim, Run, Source, Tags, Views
+from pretrain.config import Backbone, Clusters, Decoder, Mask, Mixing, Optim, Run, Source, Tags, Text, Views
 from pretrain.facts import DataFacts
 from pretrain.models.backbone import build_encoder
 from pretrain.objective import Input, Objective, Target
@@ -161,6 +161,10 @@ def test_unknown_recipe_lists_the_choices():
         (lambda: Tags(width=30), r"tags\.width=30 must be a multiple of tags\.heads=4 and of 4"),
         (lambda: Tags(min_score=1.5), r"tags\.min_score=1\.5 must lie in \[0, 1\]"),
         (lambda: Tags(negative_focus=-1), r"tags\.negative_focus=-1 must not be negative"),
+        (
+            lambda: Text(length=513),
+            r"text\.length=513 must be at most 512, the positions of BERT: longer captions",
+        ),
         (lambda: Clusters(epsilon=0), r"clusters\.epsilon=0 must be positive"),
         (
             lambda: Target("clusters", "boltzmann", "same", "learned", "sinkhorn"),
