@@ -178,6 +178,7 @@ def override(run: Run, arguments: list[str], program: str = "pretrain/main.py") 
     """`run` with the fields that the command line names; ValueError, or SystemExit after tyro has told it."""
     import tyro
 
+    check_sources(run, arguments)
     check_numbers(run, arguments)
     return tyro.cli(
         Run,
@@ -195,6 +196,17 @@ def check_spelling(parser: argparse.ArgumentParser, overrides: list[str]) -> Non
     for given in (argument.split("=")[0] for argument in overrides):
         if given.startswith("--") and given not in options and (meant := given.replace("_", "-")) in options:
             raise ValueError(f"{given} is unknown, did you mean {meant}?")
+
+
+def check_sources(run: Run, arguments: list[str]) -> None:
+    """ValueError for an option of a source that the recipe does not have."""
+    known = {name.replace("-", "_") for name in run.data}
+    for given in (argument.split("=")[0] for argument in arguments):
+        if given.startswith("--data.") and given.split(".")[1].replace("-", "_") not in known:
+            raise ValueError(
+                f"{given} names the source {given.split('.')[1]!r}, but recipe {run.name} has the sources "
+                f"{sorted(run.data)}: choose one of them"
+            )
 
 
 def check_numbers(run: Run, arguments: list[str]) -> None:
