@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.claim import WORK_FOLDER
+from data_prep.doctor.finished import told_of_manifest
 from data_prep.places import TEMPORARY, Place
 from data_prep.samples import Collection, json_bytes
 from data_prep.schema import MANIFEST_NAME, Manifest, manifest_from_record
@@ -36,9 +37,7 @@ def read_manifest(place: Place) -> Manifest:
             f"{place}/{MANIFEST_NAME} is missing (it is written last): run the same `data_prep build` again"
         ) from error
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{place}/{MANIFEST_NAME} is not a manifest: {error}; build the data set again"
-        ) from error
+        raise ValueError(told_of_manifest(place, error, "build the data set again")) from error
     listed = place.listed()
     for shard in manifest.shards:
         if shard.name not in listed:

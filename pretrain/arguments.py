@@ -37,6 +37,7 @@ deepspeed pretrain/main.py --replay OUT/replay/BUNDLE
 The same command again goes on from the last checkpoint in --out. Without a launcher it runs as one process. The
 second form runs a refused step again, on as many ranks.
 """
+MOST_TIMEOUT = 10**6  # seconds, eleven days: nobody waits longer for a rank
 NUMBERS: dict[Any, tuple[type, str]] = {"int": (int, "a whole number"), "float": (float, "a number")}
 
 
@@ -119,8 +120,10 @@ def parse(arguments: list[str]) -> tuple[Run, argparse.Namespace]:
         raise FileNotFoundError(f"--ds-config {paths.ds_config} is no file; choose one of {there}")
     if paths.workers < 0:
         raise ValueError(f"--workers {paths.workers} must not be negative: 0 decodes in the training process")
-    if not paths.timeout > 0:
-        raise ValueError(f"--timeout {paths.timeout} must be positive: seconds, a few times those of a step")
+    if not 0 < paths.timeout <= MOST_TIMEOUT:
+        raise ValueError(
+            f"--timeout {paths.timeout} must be positive, at most {MOST_TIMEOUT}: seconds, a few times a step's"
+        )
     if paths.micro_batches < 1:
         raise ValueError(f"--micro-batches {paths.micro_batches} must be positive: 1 takes the batch at once")
     if paths.price is not None and not 0 <= paths.price < float("inf"):
@@ -175,6 +178,7 @@ def override(run: Run, arguments: list[str], program: str = "pretrain/main.py") 
     """`run` with the fields that the command line names; ValueError, or SystemExit after tyro has told it."""
     import tyro
 
+    check_sources(run, arguments)
     check_numbers(run, arguments)
     return tyro.cli(
         Run,
@@ -192,6 +196,17 @@ def check_spelling(parser: argparse.ArgumentParser, overrides: list[str]) -> Non
     for given in (argument.split("=")[0] for argument in overrides):
         if given.startswith("--") and given not in options and (meant := given.replace("_", "-")) in options:
             raise ValueError(f"{given} is unknown, did you mean {meant}?")
+
+
+def check_sources(run: Run, arguments: list[str]) -> None:
+    """ValueError for an option of a source that the recipe does not have."""
+    known = {name.replace("-", "_") for name in run.data}
+    for given in (argument.split("=")[0] for argument in arguments):
+        if given.startswith("--data.") and given.split(".")[1].replace("-", "_") not in known:
+            raise ValueError(
+                f"{given} names the source {given.split('.')[1]!r}, but recipe {run.name} has the sources "
+                f"{sorted(run.data)}: choose one of them"
+            )
 
 
 def check_numbers(run: Run, arguments: list[str]) -> None:

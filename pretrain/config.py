@@ -16,9 +16,15 @@ from pretrain.model_config import (
     Text,
     fraction,
     positive,
+    require_finite,
 )
 from pretrain.objective import Objective
 from pretrain.training_config import Balance, Guard, Optim, Teacher
+
+SIGMA_SIDE = 224  # pixels: Views.blur_sigma is given for views of this side
+LEAST_STD = 1 / 256  # of one level of a pixel: what is smaller is no deviation of RGB in [0, 1]
+MOST_JITTER = 10.0  # factors go to 1 + strength: beyond, nearly every view is black or white
+MOST_RATIO = 100.0  # crops beyond are a row or column of pixels
 
 
 @dataclass(frozen=True)
@@ -27,16 +33,17 @@ class Views:
 
     size: int = 192  # pixels, side of a view
     scale: tuple[float, float] = (0.2, 1.0)  # crop area / image area
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # crop width / height
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # crop width / height, in [1 / MOST_RATIO, MOST_RATIO]
     flip: float = 0.5  # probability
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness contrast saturation hue
+    # brightness contrast saturation, in [0, MOST_JITTER]; hue, in [0, 0.5] of a turn
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     jitter_probability: float = 0.8
     grayscale: float = 0.2  # probability
     blur: tuple[float, float] = (1.0, 0.1)  # probability in view 1, in view 2
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels at 224, scaled with the size
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels at SIGMA_SIDE, scaled with the size
     solarize: tuple[float, float] = (0.0, 0.2)  # probability in view 1, in view 2
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of the same, in [LEAST_STD, 1]
     # What the training device makes of the views: nothing, the colours, or all from the JPEG files on. The draws are
     # the same and the pixels differ by rounding, so that a run may not be resumed with another choice. With "all"
     # files that are damaged inside pass, where the strict decoder of the workers replaces them.
@@ -52,18 +59,30 @@ class Views:
             **{f"{name}[{i}]": p for name in ("blur", "solarize") for i, p in enumerate(getattr(self, name))},
         )
         positive("views", **{f"std[{i}]": value for i, value in enumerate(self.std)})
-        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
+        for name, least in (("mean", 0.0), ("std", LEAST_STD)):
+            if not all(least <= value <= 1 for value in getattr(self, name)):
+                raise ValueError(
+                    f"views.{name}={getattr(self, name)} must lie in [{least:.4g}, 1], as pixels in [0, 1] have it: "
+                    "divide numbers for levels up to 255 by 255"
+                )
+        most = (MOST_JITTER, MOST_JITTER, MOST_JITTER, 0.5)
+        if not all(0 <= value <= bound for value, bound in zip(self.jitter, most, strict=True)):
             raise ValueError(
-                f"views.jitter={self.jitter} must not be negative, its hue at most 0.5 of a turn"
+                f"views.jitter={self.jitter} must not be negative, nor above {MOST_JITTER:g}, its hue at most 0.5 of "
+                "a turn: 0 leaves one as it is"
             )
-        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1] <= SIGMA_SIDE:
             raise ValueError(
-                f"views.blur_sigma={self.blur_sigma} must be an increasing pair of positive pixels"
+                f"views.blur_sigma={self.blur_sigma} must be an increasing pair of positive pixels, at most "
+                f"{SIGMA_SIDE}: views.blur=0 0 blurs none"
             )
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"views.scale={self.scale} must be an increasing pair in (0, 1]")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"views.ratio={self.ratio} must be an increasing pair of positive numbers")
+        if not 1 / MOST_RATIO <= self.ratio[0] <= self.ratio[1] <= MOST_RATIO:
+            raise ValueError(
+                f"views.ratio={self.ratio} must be an increasing pair in [{1 / MOST_RATIO:g}, {MOST_RATIO:g}]: 1 1 "
+                "crops squares"
+            )
 
 
 @dataclass(frozen=True)
@@ -166,6 +185,7 @@ class Run:
     seed: int = 0  # in [0, 2^32)
 
     def __post_init__(self) -> None:
+        require_finite(self)
         positive(
             "run",
             batch=self.batch,

@@ -22,11 +22,22 @@ def control_groups(own: str | None = None, root: Path = Path("/sys/fs/cgroup")) 
 
 def available(meminfo: str, groups: Sequence[Path]) -> int:
     """Bytes that processes here may still take: of the machine, or of a control group of theirs if that is less."""
-    found = dict(line.split(":", 1) for line in meminfo.splitlines() if ":" in line)
-    free = int(found["MemAvailable"].split()[0]) * 1024
+    free = _told(meminfo, "MemAvailable")
     for group in groups:
         limit, used = group / "memory.max", group / "memory.current"
         if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
             cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             free = min(free, int(text) - int(used.read_text()) + int(cached.get("inactive_file", 0)))
     return free
+
+
+def whole(meminfo: str, groups: Sequence[Path]) -> int:
+    """Bytes of the machine, or that a control group may have in all if that is less: no process gets more."""
+    limits = [limit.read_text().strip() for group in groups if (limit := group / "memory.max").is_file()]
+    return min([_told(meminfo, "MemTotal"), *(int(limit) for limit in limits if limit != "max")])
+
+
+def _told(meminfo: str, name: str) -> int:
+    """Bytes that a line of /proc/meminfo tells."""
+    found = dict(line.split(":", 1) for line in meminfo.splitlines() if ":" in line)
+    return int(found[name].split()[0]) * 1024

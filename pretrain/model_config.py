@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+MOST_TOKENS = 512  # positions of BERT (arXiv 1810.04805, section A.2)
 
 
 def positive(owner: str, **values: float) -> None:
@@ -21,6 +24,20 @@ def fraction(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{owner}.{name}={value} must lie in [0, 1]")
+
+
+def require_finite(data: Any, name: str = "") -> None:
+    """ValueError for the first float of a dataclass, or of what its fields hold, that is nan or infinite."""
+    if isinstance(data, float) and not math.isfinite(data):
+        raise ValueError(f"{name}={data} must be a finite number: leave it out for the recipe's own")
+    if dataclasses.is_dataclass(data):
+        parts = {f".{one.name}": getattr(data, one.name) for one in dataclasses.fields(data)}
+    elif isinstance(data, dict):
+        parts = {f".{key}": value for key, value in data.items()}
+    else:
+        parts = {f"[{i}]": value for i, value in enumerate(data)} if isinstance(data, tuple) else {}
+    for part, value in parts.items():
+        require_finite(value, f"{name}{part}".removeprefix("."))
 
 
 @dataclass(frozen=True)
@@ -162,7 +179,7 @@ class Text:
     width: int = 768
     ffn: int = 3072
     heads: int = 12
-    length: int = 77  # tokens a caption, longer ones are cut
+    length: int = 77  # tokens a caption, at most MOST_TOKENS; longer ones are cut
     max_scale: float = 100.0  # upper bound of the learned inverse temperature
     init_scale: float = 1 / 0.07
 
@@ -173,4 +190,9 @@ class Text:
         if self.length < 4:
             raise ValueError(
                 f"text.length={self.length} must be at least 4: two special tokens and two words"
+            )
+        if self.length > MOST_TOKENS:
+            raise ValueError(
+                f"text.length={self.length} must be at most {MOST_TOKENS}, the positions of BERT: longer captions "
+                "are cut, attention takes memory by the square of it"
             )

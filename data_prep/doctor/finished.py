@@ -108,8 +108,14 @@ def manifest_at(place: Place) -> Manifest:
         return manifest_from_record(json.loads(content.decode("utf-8")))
     except (ValueError, TypeError) as error:
         raise BadDataSet(
-            f"{place}/{MANIFEST_NAME} is not a manifest: {error}; copy it again, or build the data set again"
+            told_of_manifest(place, error, "copy it again, or build the data set again")
         ) from error
+
+
+def told_of_manifest(place: Place, error: Exception, remedy: str) -> str:
+    """What is said of a manifest that cannot be read; `remedy` where the error has none of its own."""
+    has_remedy = any(words in str(error) for words in ("build it again", "build the data set again"))
+    return f"{place}/{MANIFEST_NAME} is not a manifest: {error}" + ("" if has_remedy else f"; {remedy}")
 
 
 def require_shards(place: Place, manifest: Manifest) -> None:
@@ -135,6 +141,8 @@ def index_at(place: Place, shard: str) -> array:
         content = place.read(name)
     except FileNotFoundError as error:
         raise BadDataSet(f"{name} is missing, every shard has one") from error
+    except IsADirectoryError as error:
+        raise BadDataSet(f"{name} is a folder where a file must be: remove that folder first") from error
     if len(content) % 8 or len(content) < 16:
         raise BadDataSet(f"{name} holds {len(content)} bytes, it must be 8 per sample and 8 more")
     offsets = array("Q", content)

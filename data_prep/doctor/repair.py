@@ -130,9 +130,15 @@ def repair(place: Place, damage: Damage, remake: Remake, tokenizer: Callable[[],
                     failed.append((shard.name, str(error)))
                 bar.update()
         for shard in damage.indices:
-            with place.open(shard.name) as file:
-                place.write(index_path(shard.name).name, index_bytes(offsets_of(file)))
-            indices.append(shard.name)
+            name = index_path(shard.name).name
+            try:
+                with place.open(shard.name) as file:
+                    place.write(name, index_bytes(offsets_of(file)))
+                indices.append(shard.name)
+            except IsADirectoryError:
+                failed.append(
+                    (shard.name, f"{name} is a folder where a file must be: remove that folder first")
+                )
         has_new = False
         if damage.has_bad_tokenizer and tokenizer is not None and not failed:
             tokenizer()

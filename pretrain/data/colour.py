@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from pretrain.config import Views
+from pretrain.config import SIGMA_SIDE, Views
 
 # YIQ (NTSC, 1953): luma, and two chroma axes in whose plane a rotation changes the hue.
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
@@ -26,7 +26,6 @@ QUARTER_TURN = FROM_YIQ @ np.array([[0.0, 0, 0], [0, 0, 1], [0, -1, 0]]) @ TO_YI
 MAPS = (
     np.stack([ONTO_LUMA, ONTO_CHROMA, QUARTER_TURN], -1).reshape(9, 3).tolist()
 )  # numbers of the three, by place
-SIGMA_SIDE = 224  # pixels: Views.blur_sigma is given for views of this side
 BLUR_REACH = 3.0  # standard deviations after which a blur is cut off
 LEAST_SIGMA = 0.25  # pixels; a neighbour has a weight of 0.0003 there, so less rounds to nothing
 

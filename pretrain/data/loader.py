@@ -16,7 +16,7 @@ from pretrain.data.device import finish
 from pretrain.data.drops import Drops
 from pretrain.data.faults import BadSample, DataError, Dropped
 from pretrain.data.left_out import after_kept, next_kept
-from pretrain.data.room import MOST_KEPT
+from pretrain.data.memory import require_memory
 from pretrain.data.shards import ShardFolder
 from pretrain.data.sources import Sources, open_sources
 from pretrain.data.steps import STAGES, Delivery, Steps
@@ -27,8 +27,6 @@ from pretrain.place import Place
 
 VERIFIED_BYTES = 2 * 2**30  # data sets up to this size are hashed at start, of larger ones the first shard
 VERIFY_RATE = 2**28  # bytes a second that all ranks together hash of the rest, while they train
-WORKER_BYTES = 1.5 * 2**30  # that a worker may take without a word
-BESIDE_BATCHES = 1.2 * 2**30  # bytes of that: its program, and an image of the most pixels that decoders take
 MOST_UNTAGGED = 64  # images without any tag before that is told
 
 
@@ -60,7 +58,7 @@ class Loader:
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank={rank} must lie in [0, world={world})")
-        run.images_per_rank(world)
+        require_memory(run, world, workers)
         self._left_out = frozenset(left_out)
         start_step = after_kept(start_step, self._left_out)
         ours = slice(rank, None, world)  # each rank looks at its part of the shards
@@ -78,8 +76,6 @@ class Loader:
             num_samples={source.name: source.shards.manifest.num_samples for source in sources.opened},
         )
         self._steps = Steps(run, sources, rank, world)
-        if workers:
-            _tell_of_memory(run, world, workers)
         self._device = device
         self._verifier = Verifier(later, VERIFY_RATE / world, hashed)
         opened = {source.name: source.shards for source in sources.opened}
@@ -249,19 +245,6 @@ def _when_hashed(shards: ShardFolder, ours: slice) -> tuple[range, range]:
     numbers = range(len(shards.shard_sizes))[ours]
     num_now = len(numbers) if shards.num_bytes <= VERIFIED_BYTES else 1
     return numbers[:num_now], numbers[num_now:]
-
-
-def _tell_of_memory(run: Run, world: int, workers: int) -> None:
-    """Warns of batches that may take a worker beyond what is promised of it."""
-    held = run.images_per_rank(world) * 6 * run.views.size**2
-    taken = BESIDE_BATCHES + MOST_KEPT * held
-    if taken > WORKER_BYTES:
-        warnings.warn(
-            f"each of {workers} workers may take {taken / 2**30:.2f} GiB, with room for {MOST_KEPT} batches of "
-            f"{held / 2**30:.2f} and for the largest image: where that is too much, share the batch among more "
-            "ranks, or lower --workers",
-            stacklevel=3,
-        )
 
 
 def _tell(problems: Sequence[Exception]) -> None:

@@ -16,7 +16,8 @@ from data_prep.schema import Manifest
 from pretrain.config import Mixing, Source, Views
 from pretrain.data.batch import NO_CATEGORY
 from pretrain.data.faults import DataError, Dropped
-from pretrain.data.loader import Loader, _tell_of_memory
+from pretrain.data.loader import Loader
+from pretrain.data.memory import require_memory
 from pretrain.data.packed import Packed, pack, unpack
 from pretrain.data.room import Rooms, give_back, in_one, room_for
 from pretrain.data.sources import open_sources
@@ -143,12 +144,41 @@ def test_a_batch_is_held_once_and_a_large_one_is_told(folders: dict[str, Path]) 
         assert torch.equal(getattr(again, field.name), getattr(plain, field.name))
     # 352 images of two views at 224 px took 1,523 MiB (`peak` of benchmarks/loader_wait.py), 1,536 are promised.
     told = replace(run, views=replace(run.views, size=224))
-    _tell_of_memory(replace(told, batch=352), world=1, workers=1)
+    require_memory(replace(told, batch=352), world=1, workers=1)
     with pytest.warns(
         UserWarning,
         match=r"each of 1 workers may take 1\.51 GiB, with room for 3 batches of 0\.10 .*more ranks",
     ):
-        _tell_of_memory(replace(told, batch=368), world=1, workers=1)
+        require_memory(replace(told, batch=368), world=1, workers=1)
+
+
+@pytest.mark.parametrize(("workers", "needed"), [(0, 2 * 3072), (2, 2 * 2 * 3 * 3072)])
+def test_batches_that_no_memory_of_this_machine_holds_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, needed: int
+) -> None:
+    """Two of the four ranks are here, each with 2 images of two views at 16 px a batch."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    meminfo, limit, run = tmp_path / "meminfo", tmp_path / "memory.max", small_run()
+    meminfo.write_text("MemTotal: 1024 kB\n")
+    limit.write_text(f"{needed}\n")
+    require_memory(run, 4, workers, meminfo=meminfo, groups=[tmp_path])
+    limit.write_text(f"{needed - 1}\n")
+    told = rf"batch=8 of views\.size=16 is .*--workers {workers} .* 2 ranks here .*memory: lower batch, views\.size"
+    with pytest.raises(ValueError, match=told):
+        require_memory(run, 4, workers, meminfo=meminfo, groups=[tmp_path])
+    limit.write_text("max\n")
+    large = replace(run, batch=8 * 2**10)
+    with pytest.raises(ValueError, match=r"more than the 0\.00 of this machine's memory"):
+        require_memory(large, 4, workers, meminfo=meminfo, groups=[tmp_path])
+
+
+def test_a_loader_is_not_opened_for_batches_beyond_memory(folders: dict[str, Path]) -> None:
+    run = small_run(views=Views(size=2**20))
+    with pytest.raises(
+        ValueError, match=r"batch=8 of views\.size=1048576 is 49152\.00 GiB of views on a rank"
+    ):
+        Loader(run, folders, None, rank=0, world=1)
 
 
 def test_shared_memory_is_written_again_only_after_it_was_copied(folders: dict[str, Path]) -> None:

@@ -68,6 +68,13 @@ def test_overrides_are_typed_and_nested() -> None:
         (["--workers", "-1"], "--workers -1 must not be negative"),
         (["--evaluate-every", "5"], "--evaluate-every 5 with --evaluate-data None: give a positive number"),
         (["--evaluate-every", "5", "--evaluate-data", "tests"], "--evaluate-data tests has no train/: "),
+        (["--timeout", "inf"], "--timeout inf must be positive, at most 1000000: seconds"),
+        (["--views.jitter", "nan", "0", "0", "0"], "views.jitter=(nan, 0.0, 0.0, 0.0) must not be negative"),
+        (["--guard.deviations", "inf"], "guard.deviations=inf must be a finite number: leave it out"),
+        (
+            ["--data.nosuch.weight", "1"],
+            "names the source 'nosuch', but recipe m3i.demo has the sources ['captioned', 'labelled']: choose",
+        ),
         (["--micro-batches", "0"], "--micro-batches 0 must be positive"),
         (["--guide", "clip"], "--guide clip would be ignored, no target of recipe 'm3i.demo' asks for it"),
         (

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from functools import reduce
+from itertools import product
+from operator import getitem
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
-from pretrain.config import Backbone, Clusters, Decoder, Mask, Mixing, Optim, Run, Source, Tags, Views
+from pretrain.config import Backbone, Clusters, Decoder, Mask, Mixing, Optim, Run, Source, Tags, Text, Views
 from pretrain.facts import DataFacts
 from pretrain.models.backbone import build_encoder
 from pretrain.objective import Input, Objective, Target
@@ -157,6 +161,10 @@ def test_unknown_recipe_lists_the_choices():
         (lambda: Tags(width=30), r"tags\.width=30 must be a multiple of tags\.heads=4 and of 4"),
         (lambda: Tags(min_score=1.5), r"tags\.min_score=1\.5 must lie in \[0, 1\]"),
         (lambda: Tags(negative_focus=-1), r"tags\.negative_focus=-1 must not be negative"),
+        (
+            lambda: Text(length=513),
+            r"text\.length=513 must be at most 512, the positions of BERT: longer captions",
+        ),
         (lambda: Clusters(epsilon=0), r"clusters\.epsilon=0 must be positive"),
         (
             lambda: Target("clusters", "boltzmann", "same", "learned", "sinkhorn"),
@@ -174,6 +182,22 @@ def test_unknown_recipe_lists_the_choices():
         (lambda: Mixing(temperature=0.0), r"mixing\.temperature=0\.0 must be positive"),
         (lambda: Mixing(temperature=math.inf), r"mixing\.temperature=inf must be finite"),
         (lambda: Optim(lr=math.inf), r"optim\.lr=inf must be finite"),
+        (lambda: Views(jitter=(0.4, math.inf, 0.2, 0.1)), r"views\.jitter=.*inf.* nor above 10, its hue"),
+        (lambda: Views(jitter=(math.nan, 0.0, 0.0, 0.0)), r"views\.jitter=\(nan, .*: 0 leaves one as it is"),
+        (
+            lambda: Views(mean=(123.7, 116.3, 103.5)),
+            r"views\.mean=\(123\.7, .* must lie in \[0, 1\], .*: divide numbers for levels up to 255 by 255",
+        ),
+        (lambda: Views(mean=(math.nan, 0.0, 0.0)), r"views\.mean=\(nan, 0\.0, 0\.0\) must lie in"),
+        (lambda: Views(std=(1e-300, 1.0, 1.0)), r"views\.std=\(1e-300, .* must lie in \[0\.003906, 1\]"),
+        (
+            lambda: Views(blur_sigma=(0.1, math.inf)),
+            r"views\.blur_sigma=\(0\.1, inf\) .*, at most 224: views",
+        ),
+        (
+            lambda: Views(ratio=(1.0, math.inf)),
+            r"views\.ratio=\(1\.0, inf\) .* pair in \[0\.01, 100\]: 1 1 crops",
+        ),
         (lambda: replace(load("m3i.demo"), seed=2**32), r"seed=4294967296 must lie in \[0, 4294967295\]"),
         (lambda: replace(load("m3i.demo"), seed=-1), r"seed=-1 must lie in \[0, 4294967295\]"),
         (
@@ -196,6 +220,27 @@ def test_unknown_recipe_lists_the_choices():
 def test_a_value_that_cannot_work_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def floats(data, *path):
+    """Path and value of every float of dataclasses, dicts and tuples in each other."""
+    if isinstance(data, float):
+        return [(path, data)]
+    if is_dataclass(data):
+        data = {one.name: getattr(data, one.name) for one in fields(data)}
+    parts = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, tuple) else ()
+    return [found for key, value in parts for found in floats(value, *path, key)]
+
+
+def test_no_number_of_a_run_is_nan_or_infinite():
+    run, runs = load("m3i.demo"), TypeAdapter(Run)
+    places, text = [path for path, _ in floats(run)], run.to_json()
+    assert {("optim", "betas", 1), ("guard", "deviations"), ("objective", "gamma")} <= set(places)
+    for (*owner, field), value in product(places, (math.nan, math.inf, -math.inf)):
+        whole = json.loads(text)
+        reduce(getitem, owner, whole)[field] = value
+        with pytest.raises(ValueError, match=r"nan|inf"):
+            runs.validate_python(whole)
 
 
 def test_a_part_of_a_shard_is_no_window():
