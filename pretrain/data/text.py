@@ -13,10 +13,10 @@ from jaxtyping import Bool, Int
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
+from data_prep.tokenizer import MOST_LETTERS
 from pretrain.data.faults import BadSample
 
 LETTERS = 64  # of a caption that are read at first for each token that is wanted, a word or two dozen
-MOST_LETTERS = 2**16  # of a caption that are read at all
 
 
 class Tokens(NamedTuple):
