@@ -21,6 +21,7 @@ from pretrain.data.room import MOST_KEPT
 from pretrain.data.shards import ShardFolder
 from pretrain.data.sources import Sources, open_sources
 from pretrain.data.steps import STAGES, Delivery, Steps
+from pretrain.data.told import Teller
 from pretrain.data.verified import Verifier, Watched
 from pretrain.data.workers import Made
 from pretrain.facts import DataFacts
@@ -39,8 +40,9 @@ class Loader:
     of ranks and workers, and a run resumes by its step and by the numbers of the batches that it left out.
     `workers` = 0 works in this process, more prefetch two batches each; what the recipe leaves to the device is done
     on `device` as a batch is taken, and batches lie there then. Every bad sample is listed once in `dropped_to`,
-    if that is given (drop_list.py). At construction everything that can be wrong with recipe, folders and labels
-    raises ValueError or FileNotFoundError; while iterating, more bad samples than run.max_bad raise DataError.
+    if that is given (drop_list.py); lost shards and, now and then, bad samples are told on the console (told.py).
+    At construction everything that can be wrong with recipe, folders and labels raises ValueError or
+    FileNotFoundError; while iterating, more bad samples than run.max_bad raise DataError.
     Workers that die are replaced with a warning, and nothing is lost; too many deaths raise DataError.
     """
 
@@ -87,6 +89,7 @@ class Loader:
         self._drops = Drops(
             dropped_to, start_step, manifests, lambda source, shard: opened[source].is_whole(shard), rank
         )
+        self._teller = Teller(rank)
         self._is_begun = False
         self.num_captions = self.num_tokens = 0  # delivered on this rank
         self.num_cut = 0  # of these captions, those longer than run.text.length
@@ -119,6 +122,7 @@ class Loader:
         for stage, seconds in delivery.seconds.items():
             self.seconds[stage] += seconds
         if delivery.dropped:
+            self._teller.tell(number, delivery.dropped)
             self._count(delivery.dropped, number)
         while self._verifier.changed:
             source, shard, message = self._verifier.changed.pop()
