@@ -14,7 +14,7 @@ from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.device import finish
 from pretrain.data.drops import Drops
-from pretrain.data.faults import BadSample, DataError, Dropped
+from pretrain.data.faults import BadSample, DataError, Dropped, NoneUsable
 from pretrain.data.left_out import after_kept, next_kept
 from pretrain.data.remote import Place
 from pretrain.data.room import MOST_KEPT
@@ -110,9 +110,13 @@ class Loader:
             self._is_begun = True
             for changed in self._changed:
                 self._count([changed], self._next_step - 1)
-        delivery = next(self._made)
-        if delivery.unfinished is not None:
-            delivery = self._finished(delivery)
+        try:
+            delivery = next(self._made)
+            if delivery.unfinished is not None:
+                delivery = self._finished(delivery)
+        except NoneUsable as error:  # the run ends, and what it ends by is listed
+            self._drops.add(self._next_step, error.tried)
+            raise
         number, self._next_step = self._next_step, next_kept(self._next_step + 1, self._left_out)
         self.num_images += delivery.num_images
         self.num_captions += delivery.num_captions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import pickle
 import resource
 import time
 import tracemalloc
@@ -352,11 +353,19 @@ def test_shards_that_were_copied_again_are_lost_no_more(tmp_path: Path) -> None:
         go_on(10, 15)
 
 
-def test_a_source_of_bad_samples_alone_ends_the_run(tmp_path: Path) -> None:
+def test_a_source_of_bad_samples_alone_ends_the_run_and_they_are_listed(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "spoilt", [[{"jpg": b"", "cls": b"0", "json": b"{}"}] * 3])
     run = small_run(data={"spoilt": Source("category")}, max_bad=1.0)
-    with pytest.raises(DataError, match="32 samples of source 'spoilt' in turn"):
-        next(rounds(run, folder))
+    log = tmp_path / "dropped.jsonl"
+    loader = Loader(run, {"spoilt": folder}, None, rank=0, world=1, dropped_to=log)
+    with pytest.raises(DataError, match="32 samples of source 'spoilt' in turn") as raised:
+        next(loader)
+    assert list(loader.dropped.values()) == [32]
+    assert {record.sample.index for record in records(log) if record.sample is not None} == {0, 1, 2}
+    sent = pickle.loads(pickle.dumps(raised.value))
+    assert type(sent) is type(raised.value) and str(sent) == str(raised.value)
+    assert [one[:4] for one in sent.tried] == [one[:4] for one in raised.value.tried]
+    loader.close()
 
 
 def test_a_broken_caption_is_a_reason(tmp_path: Path) -> None:
