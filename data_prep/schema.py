@@ -48,9 +48,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         if not _SHARD_NAME.fullmatch(self.name):
-            raise ValueError(
-                f"shard name {self.name!r} must match {_SHARD_NAME.pattern}: build the data set again"
-            )
+            raise ValueError(f"shard name {self.name!r} must match {_SHARD_NAME.pattern}: build it again")
         if not _is_count(self.num_samples) or self.num_samples < 1:
             raise ValueError(f"{self.name}: num_samples={self.num_samples!r} must be a positive integer")
         if not _is_count(self.num_bytes) or self.num_bytes % TAR_BLOCK or not self.num_bytes:
@@ -109,7 +107,7 @@ class Manifest:
         if self.schema != SCHEMA_VERSION:
             raise ValueError(
                 f"schema={self.schema!r} of data set {self.name!r} must be {SCHEMA_VERSION}, what this code reads:"
-                " build the data set again with this version"
+                " build it again with this version"
             )
         if not self.shards:
             raise ValueError(
@@ -162,7 +160,8 @@ def parse_manifest(folder: str | os.PathLike[str]) -> Manifest:
     try:
         return manifest_from_record(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest: {error}; build the data set again") from error
+        remedy = "" if "build it again" in str(error) else "; build it again"
+        raise ValueError(f"{path} is not a manifest: {error}{remedy}") from error
 
 
 def manifest_from_record(record: Any) -> Manifest:

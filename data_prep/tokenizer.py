@@ -28,17 +28,20 @@ MAX_LENGTH = 512  # tokens, BERT's
 MAX_CAPTIONS = (
     1_000_000  # to learn from: more do not fit in memory, and change a vocabulary of thousands little
 )
+MOST_LETTERS = 2**16  # of a caption that are read at all, also by training
+MOST_OF_WORD = 1000  # letters that are learned from: the tokenizer takes words of more than 100 for unknown
 
 
 def train_tokenizer(folder: Place | Path, shards: Sequence[str], vocab_size: int) -> None:
     """Write `folder`/tokenizer, learned from the captions of the named shards; the same captions give the same bytes.
 
-    At most the first MAX_CAPTIONS of them are read. Words are lower-cased, at most `vocab_size` pieces;
-    `transformers.AutoTokenizer.from_pretrained` loads the folder.
+    At most the first MAX_CAPTIONS of them are read, MOST_LETTERS of each, and of a word the first MOST_OF_WORD: every
+    merge goes through all letters of a word that has it, which takes minutes where one has megabytes. Words are
+    lower-cased, at most `vocab_size` pieces; `transformers.AutoTokenizer.from_pretrained` loads the folder.
     """
     place = place_of(folder)
-    captions = list(islice(_captions(place, shards), MAX_CAPTIONS))
     tokenizer = _bare_tokenizer()
+    captions = [_bounded(tokenizer, caption) for caption in islice(_captions(place, shards), MAX_CAPTIONS)]
     letters, continuations = _alphabet(tokenizer, captions, vocab_size // 4)
     # The library numbers continuations in the order of a hash map that differs in every process, and breaks ties
     # between merges by these numbers; as "special" tokens they come first, in our order.
@@ -87,12 +90,22 @@ def _bare_tokenizer(vocabulary: dict[str, int] | None = None) -> Tokenizer:
     return tokenizer
 
 
+def _bounded(tokenizer: Tokenizer, caption: str) -> str:
+    """The caption as it is, unless it or a word of it is too long: then what is learned of it."""
+    if len(caption) <= MOST_OF_WORD:
+        return caption
+    caption = caption[:MOST_LETTERS]
+    words = _words(tokenizer, caption)
+    if max(map(len, words), default=0) <= MOST_OF_WORD:
+        return caption
+    return " ".join(word[:MOST_OF_WORD] for word in words)
+
+
 def _alphabet(tokenizer: Tokenizer, captions: Sequence[str], limit: int) -> tuple[list[str], list[str]]:
     """The `limit` most frequent letters, and those of them that go on inside a word as "##x"; both sorted."""
     words: Counter[str] = Counter()
     for caption in captions:
-        text = tokenizer.normalizer.normalize_str(caption)
-        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+        words.update(_words(tokenizer, caption))
     letters: Counter[str] = Counter()
     for word, count in words.items():
         for letter in word:
@@ -100,6 +113,11 @@ def _alphabet(tokenizer: Tokenizer, captions: Sequence[str], limit: int) -> tupl
     kept = {letter for letter, _ in sorted(letters.items(), key=lambda entry: (-entry[1], entry[0]))[:limit]}
     inside = {letter for word in words for letter in word[1:]} & kept
     return sorted(kept), [f"##{letter}" for letter in sorted(inside)]
+
+
+def _words(tokenizer: Tokenizer, caption: str) -> list[str]:
+    text = tokenizer.normalizer.normalize_str(caption)
+    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
 def copy_tokenizer(source: Place | Path, folder: Place | Path) -> None:

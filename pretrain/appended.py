@@ -14,9 +14,10 @@ from data_prep.files import write_atomic
 MOST_KEPT = 10_000  # records in memory; the oldest go first
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line on the console, as often as it comes: a warning would tell the second outage to nobody."""
     with suppress(OSError):  # which may lie on the same disk
-        print(text, file=sys.stderr, flush=True)  # a warning would tell the second outage to nobody
+        print(text, file=sys.stderr, flush=True)
 
 
 class Appended:
@@ -26,7 +27,7 @@ class Appended:
     the file holds from now on instead of what it held.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], object] = _say, whole: bytes | None = None) -> None:
+    def __init__(self, path: Path, say: Callable[[str], object] = say, whole: bytes | None = None) -> None:
         self._path, self._say, self._whole = path, say, whole
         self._kept: deque[bytes] = deque()
         self._num_lost = 0

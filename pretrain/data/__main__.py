@@ -3,11 +3,12 @@
 python -m pretrain.data NAME=DIR [NAME=DIR ...] --recipe RECIPE [--images N] [--workers N] [--tokenizer DIR]
     [--out FILE.html] [overrides of the recipe: --views.size 96 --mixing.by size]
 
-One DIR alone stands for every source of the recipe. Prints the sources and their shares, the time of every stage of
-the training loader and what it had to replace; writes the same and the run's first inputs, with boxes, masks and
-labels, to FILE.html, and a list of the replaced samples to FILE.dropped.jsonl. Data with more broken samples than
-training goes on with is looked at like any other; where no image can be made of it, the page says so and the exit
-code is 1. A shard that is missing, truncated or changed is an error before, as at the start of training.
+One DIR alone stands for every source of the recipe; N is rounded up to whole batches of 32 inputs. Prints the sources
+and their shares, the time of every stage of the training loader and what it had to replace; writes the same and the
+run's first inputs, with boxes, masks and labels, to FILE.html, and a list of the replaced samples to
+FILE.dropped.jsonl. Data with more broken samples than training goes on with is looked at like any other; where no
+image can be made of it, the page says so and the exit code is 1. A shard that is missing, truncated or changed is an
+error before, as at the start of training.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Run, argparse.Namespace]:
     parser.add_argument(
         "--recipe", required=True, help=f"one of {', '.join(recipes.names())}, or a recipe.json"
     )
-    parser.add_argument("--images", type=int, default=512, help="images to make (512)")
+    parser.add_argument("--images", type=int, default=512, help="images to make (512), up to whole batches")
     parser.add_argument("--workers", type=int, default=0, help="processes that make them (0: this one)")
     parser.add_argument("--tokenizer", type=Path, help="instead of that beside the captioned shards")
     parser.add_argument("--out", type=Path, default=Path("data.html"), help="page to write (data.html, here)")

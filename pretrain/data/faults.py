@@ -8,6 +8,7 @@ from typing import NamedTuple
 from data_prep.schema import WHOLE_SHARD
 
 MIN_READS = 100  # the limit on bad samples is taken over at least this many reads
+MOST_SENT = 100  # letters of why a sample cannot be used, where dozens are told at once
 A_FEW = 3  # bad samples beyond what chance explains
 OF_TRAINING = "run `python -m data_prep check` on the data sets and build them again, or raise max_bad"
 # Reasons that concern a shard as a whole.
@@ -47,6 +48,21 @@ class Dropped(NamedTuple):
 
 class DataError(ValueError):
     """The data as a whole cannot be trained on."""
+
+
+class NoneUsable(DataError):
+    """So many samples in turn were tried for one position that the data counts as broken."""
+
+    def __init__(self, message: str, tried: tuple[Dropped, ...]) -> None:
+        super().__init__(message)
+        self.tried = tried
+
+    def __reduce__(self) -> tuple[type[NoneUsable], tuple[str, tuple[Dropped, ...]]]:
+        """A worker sends it to the trainer, in a message that should be short."""
+        return type(self), (
+            str(self),
+            tuple(one._replace(message=one.message[:MOST_SENT]) for one in self.tried),
+        )
 
 
 class DataAway(DataError):

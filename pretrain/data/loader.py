@@ -14,12 +14,13 @@ from pretrain.config import Run
 from pretrain.data.batch import Batch
 from pretrain.data.device import finish
 from pretrain.data.drops import Drops
-from pretrain.data.faults import BadSample, DataError, Dropped
+from pretrain.data.faults import BadSample, DataError, Dropped, NoneUsable
 from pretrain.data.left_out import after_kept, next_kept
 from pretrain.data.memory import require_memory
 from pretrain.data.shards import ShardFolder
 from pretrain.data.sources import Sources, open_sources
 from pretrain.data.steps import STAGES, Delivery, Steps
+from pretrain.data.told import Teller
 from pretrain.data.verified import Verifier, Watched
 from pretrain.data.workers import Made
 from pretrain.facts import DataFacts
@@ -37,8 +38,9 @@ class Loader:
     of ranks and workers, and a run resumes by its step and by the numbers of the batches that it left out.
     `workers` = 0 works in this process, more prefetch two batches each; what the recipe leaves to the device is done
     on `device` as a batch is taken, and batches lie there then. Every bad sample is listed once in `dropped_to`,
-    if that is given (drop_list.py). At construction everything that can be wrong with recipe, folders and labels
-    raises ValueError or FileNotFoundError; while iterating, more bad samples than run.max_bad raise DataError.
+    if that is given (drop_list.py); lost shards and, now and then, bad samples are told on the console (told.py).
+    At construction everything that can be wrong with recipe, folders and labels raises ValueError or
+    FileNotFoundError; while iterating, more bad samples than run.max_bad raise DataError.
     Workers that die are replaced with a warning, and nothing is lost; too many deaths raise DataError.
     """
 
@@ -83,6 +85,7 @@ class Loader:
         self._drops = Drops(
             dropped_to, start_step, manifests, lambda source, shard: opened[source].is_whole(shard), rank
         )
+        self._teller = Teller(rank)
         self._is_begun = False
         self.num_captions = self.num_tokens = 0  # delivered on this rank
         self.num_cut = 0  # of these captions, those longer than run.text.length
@@ -103,9 +106,13 @@ class Loader:
             self._is_begun = True
             for changed in self._changed:
                 self._count([changed], self._next_step - 1)
-        delivery = next(self._made)
-        if delivery.unfinished is not None:
-            delivery = self._finished(delivery)
+        try:
+            delivery = next(self._made)
+            if delivery.unfinished is not None:
+                delivery = self._finished(delivery)
+        except NoneUsable as error:  # the run ends, and what it ends by is listed
+            self._drops.add(self._next_step, error.tried)
+            raise
         number, self._next_step = self._next_step, next_kept(self._next_step + 1, self._left_out)
         self.num_images += delivery.num_images
         self.num_captions += delivery.num_captions
@@ -115,6 +122,7 @@ class Loader:
         for stage, seconds in delivery.seconds.items():
             self.seconds[stage] += seconds
         if delivery.dropped:
+            self._teller.tell(number, delivery.dropped)
             self._count(delivery.dropped, number)
         while self._verifier.changed:
             source, shard, message = self._verifier.changed.pop()

@@ -19,7 +19,7 @@ from pretrain.data.batch import MOST_TAGS, NO_TAG, Batch
 from pretrain.data.colour import Change
 from pretrain.data.decode import decode_image, plain_jpeg_size
 from pretrain.data.device import Unfinished, can_cut
-from pretrain.data.faults import BadSample, DataError, Dropped
+from pretrain.data.faults import BadSample, Dropped, NoneUsable
 from pretrain.data.mask import draw_mask
 from pretrain.data.order import Order, Pick
 from pretrain.data.room import Rooms, room_for
@@ -159,18 +159,20 @@ class Steps:
             source.shards.fetch_ahead(needed)
             for other in self.sources.opened:
                 other.shards.keep_ahead()
+        bad: list[Dropped] = []
         for tried in tried_draws(draw):
             pick = self.order.pick(number, tried)
             try:
                 return self._sample_row(source, pick.shard, pick.index, position)
             except BadSample as error:
                 shard = source.shards.manifest.shards[pick.shard].name
-                bad = Dropped(source.name, shard, pick.index, error.reason, str(error))
+                bad.append(Dropped(source.name, shard, pick.index, error.reason, str(error)))
                 if tried == draw:
-                    dropped.append(bad)
-        raise DataError(
-            f"{MAX_TRIED} samples of source {source.name!r} in turn cannot be used, the last: {bad}; "
-            f"run `python -m data_prep check {source.shards.place}` and build the data set again"
+                    dropped.append(bad[0])
+        raise NoneUsable(
+            f"{MAX_TRIED} samples of source {source.name!r} in turn cannot be used, the last: {bad[-1]}; "
+            f"run `python -m data_prep check {source.shards.place}` and build the data set again",
+            tuple(bad),
         )
 
     def _sample_row(self, source: OpenSource, shard: int, index: int, position: int) -> _Row:

@@ -13,13 +13,12 @@ from jaxtyping import Bool, Int
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
+from data_prep.tokenizer import MOST_LETTERS
 from pretrain.data.faults import BadSample
 
 LETTERS = 64  # of a caption that are read at first for each token that is wanted, a word or two dozen
-MOST_LETTERS = 2**16  # of a caption that are read at all
-MORE_LETTERS = (
-    8  # behind a token, without blanks, that may decide how far it goes: "'l" may be a part of "'ll"
-)
+# Behind a token, without blanks, that may decide how far it goes: "'l" may be a part of "'ll".
+MORE_LETTERS = 8
 
 
 class Tokens(NamedTuple):
@@ -46,9 +45,8 @@ class Captions:
         self._tokenizer.enable_padding(length=length, pad_id=self.padding, pad_token=padding_token)
         self.vocab_size = self._tokenizer.get_vocab_size()
         names = (token.content for token in self._tokenizer.get_added_tokens_decoder().values())
-        self._looks_ahead = (
-            max(map(len, names), default=0) + MORE_LETTERS
-        )  # "<mask>" is no word before its end
+        # "<mask>" is no word before its end.
+        self._looks_ahead = max(map(len, names), default=0) + MORE_LETTERS
 
     def encode(self, caption: str) -> tuple[Int[Tensor, " length"], Bool[Tensor, " length"]]:
         """Token numbers and which of them are real; special tokens included."""

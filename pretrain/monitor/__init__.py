@@ -23,7 +23,9 @@ since the line before, the rest is of the step; a field that a run has nothing f
     gpu_hours, gpu_hours_left     ranks x hours of all starts so far, also of what was undone; those that remain;
                                   without GPUs told here alone, not on console and page
     cost, cost_left               the same times --price
-    dropped, captions             counts of the loader, over all ranks
+    dropped                       samples replaced, by source and reason, over all ranks and starts
+    captions                      delivered, their tokens, and those cut, over all ranks, since this start or since
+                                  the run went back
     epochs                        passes over each source so far
     evaluation                    of the teacher since the line before, if asked for: step, and by protocol accuracy,
                                   interval, n, chance and what could not be read; or None and the reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import pickle
 import resource
 import time
 import tracemalloc
@@ -24,6 +25,7 @@ from pretrain.data.drop_list import NAME, file_of, records
 from pretrain.data.drops import Drops
 from pretrain.data.faults import DataError, Dropped, beyond_chance, check_bad_share
 from pretrain.data.loader import Loader
+from pretrain.data.told import Teller
 from tests.data.delivered import assert_same, batches, joined
 from tests.data.sets import good_set, sample, small_run, write_set, write_tokenizer
 
@@ -351,11 +353,19 @@ def test_shards_that_were_copied_again_are_lost_no_more(tmp_path: Path) -> None:
         go_on(10, 15)
 
 
-def test_a_source_of_bad_samples_alone_ends_the_run(tmp_path: Path) -> None:
+def test_a_source_of_bad_samples_alone_ends_the_run_and_they_are_listed(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "spoilt", [[{"jpg": b"", "cls": b"0", "json": b"{}"}] * 3])
     run = small_run(data={"spoilt": Source("category")}, max_bad=1.0)
-    with pytest.raises(DataError, match="32 samples of source 'spoilt' in turn"):
-        next(rounds(run, folder))
+    log = tmp_path / "dropped.jsonl"
+    loader = Loader(run, {"spoilt": folder}, None, rank=0, world=1, dropped_to=log)
+    with pytest.raises(DataError, match="32 samples of source 'spoilt' in turn") as raised:
+        next(loader)
+    assert list(loader.dropped.values()) == [32]
+    assert {record.sample.index for record in records(log) if record.sample is not None} == {0, 1, 2}
+    sent = pickle.loads(pickle.dumps(raised.value))
+    assert type(sent) is type(raised.value) and str(sent) == str(raised.value)
+    assert [one[:4] for one in sent.tried] == [one[:4] for one in raised.value.tried]
+    loader.close()
 
 
 def test_a_broken_caption_is_a_reason(tmp_path: Path) -> None:
@@ -444,3 +454,43 @@ def test_a_shard_that_is_replaced_with_its_index_during_training_is_told_once(
     assert len(told) == 1 and loader.dropped == {"names: changed_shard": 1}
     assert log.read_text().count("changed_shard") == 1
     loader.close()
+
+
+def test_a_lost_shard_is_told_once_and_bad_samples_whenever_their_number_doubles(tmp_path: Path) -> None:
+    lines: list[str] = []
+    teller = Teller(3, lines.append)
+    for number in range(1, 100):
+        lost = [Dropped("names", f"{index:06d}.tar", 5, "missing_shard", "is gone") for index in range(5)]
+        bad = Dropped("names", "000009.tar", number, "truncated", "it ends\n" + "early " * 10_000)
+        teller.tell(number, [*(lost if number in (20, 30) else ()), bad])
+    assert [line.partition(": ")[0].split()[-1] for line in lines] == [
+        "1",
+        "2",
+        "4",
+        "8",
+        "16",
+        "20",
+        "32",
+        "64",
+    ]
+    assert lines[5] == (
+        "REPLACED on rank 3, batch 20: LOST names/000000.tar: missing_shard: is gone; LOST names/000001.tar: "
+        "missing_shard: is gone; LOST names/000002.tar: missing_shard: is gone; and 2 more"
+    )
+    assert "names/000009.tar sample 64: truncated: it ends early early" in lines[-1]
+    assert lines[-1].endswith("… (64 such since the start)")
+    assert all("\n" not in line and len(line) < 500 for line in lines)
+
+
+def test_the_console_is_told_of_a_shard_when_it_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = good_set(tmp_path / "names", has_text=False)
+    run = small_run(data={"names": Source("category")}, max_bad=1.0)
+    loader = Loader(run, {"names": folder}, None, rank=0, world=1)
+    (folder / "000001.tar").unlink()
+    list(islice(loader, 6))
+    loader.close()
+    told = [line for line in capsys.readouterr().err.splitlines() if "REPLACED" in line]
+    assert loader.dropped["names: missing_shard"] > 5 and len(told) == 1
+    assert told[0].startswith("REPLACED on rank 0, batch ") and "LOST names/000001.tar: missing" in told[0]
