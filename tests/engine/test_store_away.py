@@ -12,7 +12,6 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from botocore.exceptions import ClientError
 
 import pretrain.paths
 import pretrain.train
@@ -25,6 +24,8 @@ from pretrain.paths import Paths
 from pretrain.resume import COUNTED, reaching, reading
 from pretrain.retries import GaveUp
 from tests.engine.toy import toy_run
+
+of_boto = pytest.importorskip("botocore.exceptions")  # which s3fs brings
 
 AWAY = GaveUp("s3://bucket/run has failed for 300 seconds")
 
@@ -68,7 +69,7 @@ def caused_by(why: Exception) -> OSError:
 def answered(status: int) -> OSError:
     """By S3, as its client tells it."""
     return caused_by(
-        ClientError({"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {}}, "ListObjectsV2")
+        of_boto.ClientError({"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {}}, "ListObjectsV2")
     )
 
 

@@ -236,7 +236,7 @@ AGAIN = "export the run again, or name the run itself"
         ({"backbone": BACKBONE | {"code": "x"}}, f'code="x": no such field in a Backbone.*{AGAIN}'),
         ({"views": VIEWS | {"size": 10**9}}, f"images of 1000000000 pixels a side.*: {AGAIN}"),
         ({"views": VIEWS | {"size": 128}}, f"{AGAIN} .*vit.pos_embed would be resized"),
-        ({"views": VIEWS | {"std": [9, 9, 9]}}, r"std=\(9.0, 9.0, 9.0\) of its pixels, which must be"),
+        ({"views": VIEWS | {"std": [9, 9, 9]}}, r"std=\(9.0, 9.0, 9.0\) must lie in"),
         ({"files": None}, f"tells files=None, where .*: {AGAIN}"),
         ({"files": {"../vitdet.pth": {}}}, "names the file '../vitdet.pth', which lies elsewhere"),
         ({"files": {"absent.pth": {}}}, "absent.pth is missing: copy the export again"),
