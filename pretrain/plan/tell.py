@@ -15,10 +15,10 @@ from pretrain.plan.step_time import ASSUMPTIONS
 MEASURED_VIEWS, MEASURED_VIEW = 2, 224
 # Images that one core reads, decodes and cuts in a second, by what the training device does of it
 # (benchmarks/results/loader.json).
-CUT_A_CORE = {"none": 716.0, "colours": 864.0, "all": 11098.0}
+CUT_A_CORE = {"none": 662.0, "colours": 740.0, "all": 10234.0}
 # Those of a worker of a running loader on the same files and views, which makes masks and labels too, and shares its
 # batches (loader_wait.json, the slower of two spans); seconds an image that this takes, whatever the device makes.
-IMAGES_A_WORKER = 382.0
+IMAGES_A_WORKER = 397.0
 BESIDE = 1 / IMAGES_A_WORKER - 1 / CUT_A_CORE["none"]
 IMAGES_A_CORE = {name: 1 / (1 / rate + BESIDE) for name, rate in CUT_A_CORE.items()}
 OF_LOADER = (
