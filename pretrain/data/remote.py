@@ -65,14 +65,15 @@ class RemoteFolder:
 
         What it has no more is removed here too. ValueError for a name that leads out of it.
         """
-        files = self.store.files(name, self._is_known())
+        is_known = self._is_known()
+        files = self.store.files(name, is_known)
         if outside := [file for file in files if leads_out(file)]:
             raise ValueError(
                 f"{self.url}/{name} holds {outside[0]!r}, which would be written outside {self.folder / name}: "
                 "nothing is copied; remove that object, or take the data set from those who built it"
             )
-        for file, content in files.items():
-            self._keep(f"{name}/{file}", content)
+        for file in files:
+            self._keep(f"{name}/{file}", self.store.content(f"{name}/{file}", is_known))
         folder = self.folder / name
         with self.cache.locked("all"):
             for path in [path for path in folder.rglob("*") if path.is_file()]:

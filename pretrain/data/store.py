@@ -38,18 +38,15 @@ class Store:
         FileNotFoundError without one, DataAway where the store fails, NobodyThere where it may be a wrong address.
         """
         try:
-            return self._at_start(MANIFEST_NAME, lambda fs, path: fs.cat_file(path), is_known)
+            return self.content(MANIFEST_NAME, is_known)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{self.url}/{MANIFEST_NAME} is missing: name the URL of a data set that `python -m data_prep "
                 "build` made"
             ) from error
 
-    def files(self, folder: str, is_known: bool) -> dict[str, bytes]:
-        """All files inside a folder of small ones by their names, as they stand there; none where there is none.
-
-        Errors as `manifest`.
-        """
+    def files(self, folder: str, is_known: bool) -> list[str]:
+        """Names of all files inside a folder, as they stand there; none where there is none. Errors as `manifest`."""
 
         def find(fs: Any, path: str) -> list[str]:
             fs.ls(path)  # raises, where `find` of some file systems leaves out what fails
@@ -58,12 +55,12 @@ class Store:
         try:
             found = self._at_start(folder, find, is_known)
         except FileNotFoundError:
-            return {}
-        names = [name for name in found if name[-1:] not in ("", "/")]  # what marks a folder is no file
-        return {
-            name: self._at_start(f"{folder}/{name}", lambda fs, path: fs.cat_file(path), is_known)
-            for name in names
-        }
+            return []
+        return [name for name in found if name[-1:] not in ("", "/")]  # what marks a folder is no file
+
+    def content(self, name: str, is_known: bool) -> bytes:
+        """Of a small file. Errors as `manifest`."""
+        return self._at_start(name, lambda fs, path: fs.cat_file(path), is_known)
 
     def _at_start(self, name: str, work: Callable[[Any, str], T], is_known: bool) -> T:
         """As `_patiently`, of what a start asks first: where nobody takes connections it may be a wrong address."""
