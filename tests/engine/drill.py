@@ -67,6 +67,7 @@ from tests.engine.drill_faults import (  # noqa: E402
     small_disk,
     without,
 )
+from tests.engine.launch import in_float32  # noqa: E402
 from tests.engine.warm import do_before_forks, require_one_thread  # noqa: E402
 from tests.fakes import shrink  # noqa: E402
 
@@ -182,7 +183,7 @@ class Drill:
         options = dict(
             data=data,
             out=self.folder / name,
-            ds_config=_ds_config("zero2"),
+            ds_config=in_float32("zero2", self.folder),
             tokenizer=None,
             guide=None,
             workers=0,
@@ -212,10 +213,6 @@ class Drill:
         teacher = {} if folder is None else load_teacher(folder)
         sums = {key: value.double().sum().item() for key, value in teacher.items()}
         return {"curve": self.curve(name), "teacher": sums}
-
-
-def _ds_config(name: str) -> Path:
-    return ROOT / "ds_configs" / f"{name}.json"
 
 
 def _wait(processes: list[int], deadline: float, grace: float) -> list[int]:
@@ -254,9 +251,8 @@ def killed(drill: Drill) -> dict[str, Any]:
             if kills % 4 == 2:
                 number, batch = random.randrange(1, num_calls[START]), 0
             fault = {0: kill_at_call(number, where, batch)} if kills < KILLS else {}
-            end = drill.start(
-                name, fault, grace=0, ds_config=_ds_config("zero3" if name == BY_ZERO3 else "zero2")
-            )
+            ds_config = in_float32("zero3" if name == BY_ZERO3 else "zero2", drill.folder)
+            end = drill.start(name, fault, grace=0, ds_config=ds_config)
             out = drill.folder / name
             place = checkpoints_of(out)
             folder = resume.newest_or_none(place) if steps_in(place) else None

@@ -82,6 +82,15 @@ def together(function: Callable[..., None], *arguments: Any, world: int) -> None
         assert codes == [0] * world, f"{function.__name__} ended with {codes}:\n{log.read_text()}"
 
 
+def in_float32(name: str, folder: Path) -> Path:
+    """A copy of ds_configs/NAME.json in `folder` with float32 also where a CPU multiplies bfloat16 in hardware."""
+    ds_config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    ds_config["bf16"]["enabled"] = False
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(ds_config))
+    return path
+
+
 def environment(**added: str) -> dict[str, str]:
     """Of a process that trains on the CPU with one thread."""
     fixed = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

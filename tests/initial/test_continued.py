@@ -20,7 +20,7 @@ from pretrain.main import main
 from pretrain.models.internimage_layouts import join, write
 from pretrain.recipes import load
 from pretrain.towers import Towers
-from tests.engine.launch import run_ranks
+from tests.engine.launch import in_float32, run_ranks
 from tests.evaluate.sets import write_set
 from tests.fakes import shrink
 from tests.initial.conftest import SWIN, VIT, timm_state, towers_of
@@ -64,6 +64,8 @@ def test_a_run_goes_on_from_a_published_backbone(family: str, tmp_path: Path) ->
         out,
         "--init",
         file,
+        "--ds-config",
+        in_float32("zero2", tmp_path),
     ]
     codes = run_ranks([str(ROOT / "pretrain" / "main.py"), *map(str, command)], log, world=1)
     told = log.read_text()
