@@ -1,12 +1,12 @@
 """How many images a second does one core read, decode and augment, against webdataset with torchvision on Pillow?
 
-    OMP_NUM_THREADS=1 python benchmarks/loader.py [--images 512] [--rounds 5]
+    OMP_NUM_THREADS=1 python benchmarks/loader.py [--images 512] [--rounds 5] [--record loader]
 
 Photo-like JPEGs (quality 90, from smoothed noise with edges) of 500 x 375 and of 340 x 256 pixels, built into shards
 by `data_prep build folder`; one process, one thread. Both sides read the same files, turn about, best of all rounds,
 per second of processor time, since a busy machine changes the clock on the wall more: samples without decoding, and
 decoding with two augmented views at 224 px (the recipe `m3i.vit_b16`; on the other side the same augmentations from
-torchvision.transforms on Pillow images). Writes benchmarks/results/loader.json.
+torchvision.transforms on Pillow images). Writes benchmarks/results/loader.json, of another machine loader_*.json.
 """
 
 from __future__ import annotations
@@ -154,6 +154,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--record", default="loader", help="name of the result; plan counts with that of `loader`"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -176,7 +179,7 @@ def main() -> None:
         measured[name]["times webdataset, views"] = round(best["views"] / best["views, webdataset"], 2)
         print(name, measured[name], flush=True)
     keep(
-        "loader",
+        options.record,
         "goals, reached or not: one core reads 5 times, augments 3 times as many images/s as webdataset with Pillow",
         torch.device("cpu"),
         images=options.images,

@@ -59,6 +59,7 @@ def keep(name: str, claim: str, device: torch.device, **measured: object) -> Non
         "claim": claim,
         "commit": provenance.commit(),
         "hardware": provenance.hardware(device),
+        "cpu_model": provenance.cpu_model(),
         "threads": torch.get_num_threads(),
         "versions": provenance.versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -46,12 +46,20 @@ def hardware(device: torch.device) -> str:
     """Where the numbers were computed, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {os.cpu_count()} cores, {platform.machine()}"
+    return f"{_told_of_cpu('model name') or 'CPU'}, {os.cpu_count()} cores, {platform.machine()}"
 
 
-def _processor() -> str:
-    """Name of the processor where the kernel tells it, else CPU."""
+def cpu_model() -> str | None:
+    """Family and model number of the processor, which tell generations apart where its name does not, as in a virtual
+    machine; None where the kernel does not tell them.
+    """
+    family, model = _told_of_cpu("cpu family"), _told_of_cpu("model")
+    return None if family is None or model is None else f"family {family}, model {model}"
+
+
+def _told_of_cpu(field: str) -> str | None:
+    """What the kernel says of the first processor."""
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "CPU"
+    told = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in told if name.strip() == field), None)
