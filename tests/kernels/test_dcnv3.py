@@ -29,11 +29,11 @@ pytestmark = [
 def inputs(
     seed: int = 0, spread: float = 1.0, dtype: torch.dtype = torch.float32, points: int = 9
 ) -> list[Tensor]:
-    """value [2, 5, 7, 8], offset and mask of 2 groups, and a gradient of the output."""
+    """value [3, 5, 7, 8], offset and mask of 2 groups, and a gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
-    value, grad = torch.randn(2, 2, 5, 7, 8, generator=generator, dtype=dtype)
-    offset = torch.randn(2, 5, 7, 4 * points, generator=generator, dtype=dtype) * spread
-    mask = torch.rand(2, 5, 7, 2, points, generator=generator, dtype=dtype).softmax(-1).flatten(-2)
+    value, grad = torch.randn(2, 3, 5, 7, 8, generator=generator, dtype=dtype)
+    offset = torch.randn(3, 5, 7, 4 * points, generator=generator, dtype=dtype) * spread
+    mask = torch.rand(3, 5, 7, 2, points, generator=generator, dtype=dtype).softmax(-1).flatten(-2).clone()
     return [value.requires_grad_(), offset.requires_grad_(), mask.requires_grad_(), grad]
 
 
@@ -50,7 +50,8 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @needs_shared
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("case", range(6))
+# 5 before the others: no two of its sizes are equal, so that what is compiled for it serves them too, but for 1.
+@pytest.mark.parametrize("case", [5, 0, 1, 2, 3, 4])
 def test_outputs_and_gradients_equal_the_published_operator(path, case):
     np = pytest.importorskip("numpy")
     options = json.loads((GOLDEN / "dcnv3_op_cases.json").read_text())[case]
@@ -246,7 +247,7 @@ def test_both_dot_products_agree():
 
 def test_wrong_shapes_and_paths_are_refused_with_the_expected_ones():
     value, offset, mask, _ = inputs()
-    with pytest.raises(ValueError, match=r"needs \(2, 5, 7, 36\)"):
+    with pytest.raises(ValueError, match=r"needs \(3, 5, 7, 36\)"):
         dcnv3(value, mask, mask, groups=2)
     with pytest.raises(ValueError, match="multiple of groups=3"):
         dcnv3(value, offset, mask, groups=3)
