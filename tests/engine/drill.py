@@ -105,6 +105,7 @@ class Drill:
         self.folder = folder
         self.run = drill_run()
         self._num_starts = 0
+        self.ds_configs = {name: in_float32(name, folder) for name in ("zero2", "zero3")}
 
     def start(
         self,
@@ -183,7 +184,7 @@ class Drill:
         options = dict(
             data=data,
             out=self.folder / name,
-            ds_config=in_float32("zero2", self.folder),
+            ds_config=self.ds_configs["zero2"],
             tokenizer=None,
             guide=None,
             workers=0,
@@ -251,7 +252,7 @@ def killed(drill: Drill) -> dict[str, Any]:
             if kills % 4 == 2:
                 number, batch = random.randrange(1, num_calls[START]), 0
             fault = {0: kill_at_call(number, where, batch)} if kills < KILLS else {}
-            ds_config = in_float32("zero3" if name == BY_ZERO3 else "zero2", drill.folder)
+            ds_config = drill.ds_configs["zero3" if name == BY_ZERO3 else "zero2"]
             end = drill.start(name, fault, grace=0, ds_config=ds_config)
             out = drill.folder / name
             place = checkpoints_of(out)
