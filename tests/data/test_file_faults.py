@@ -399,6 +399,11 @@ def test_a_start_waits_for_its_file_system_and_tells_a_damaged_shard(
         of_all.setattr(os, "pread", hashed)
         with pytest.raises(DataAway, match=r"000000.tar has failed for 0.1 seconds"):
             opened.verify(range(3))
+        with pytest.raises(DataAway, match=r"000000.tar has failed for 0.1 seconds"):
+            list(opened.changed(range(3)))  # at a resume too: it would wait as long for each of thousands
+        of_all.setattr(Path, "is_file", lambda path: path.suffix != ".tar" or hashed(path))
+        with pytest.raises(DataAway, match=r"000000.tar has failed for 0.1 seconds"):
+            list(opened.problems())
         of_all.setattr(Path, "open", hashed)
         with pytest.raises(DataAway, match=r"000001.tar has failed for 0.1 seconds"):
             opened.first_bytes(1, 512)
