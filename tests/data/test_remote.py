@@ -13,10 +13,12 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import fsspec
 import pytest
+from fsspec.implementations.arrow import wrap_exceptions
 
 from data_prep import places, stores
 from data_prep.schema import Shard
@@ -360,6 +362,24 @@ def test_a_file_of_which_a_failing_server_tells_nothing_is_not_missing(
         patiently(lambda: fsspec.filesystem("http").info(f"{url}/000000.tar"), url, 0.0)
     with pytest.raises(FileNotFoundError):
         patiently(lambda: fsspec.filesystem("http").info(f"{refusing(404)}/000000.tar"), url, 0.0)
+
+
+def test_a_file_that_clients_of_other_stores_call_missing_is_missing() -> None:
+    @wrap_exceptions  # of fsspec's file systems by Arrow
+    def ask_hdfs() -> bytes:
+        raise OSError("HDFS file 'set/manifest.json' does not exist")
+
+    def ask_hub(status: int) -> bytes:
+        told = OSError()  # as the errors of requests and httpx
+        told.response = SimpleNamespace(status_code=status)
+        raise FileNotFoundError("datasets/set (repository not found)") from told
+
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        patiently(ask_hdfs, "hdfs://set", 0.0)
+    with pytest.raises(FileNotFoundError, match="repository not found"):
+        patiently(lambda: ask_hub(404), "hf://set", 0.0)
+    with pytest.raises(PermissionError, match=r"repository not found.*mend the keys"):
+        patiently(lambda: ask_hub(401), "hf://set", 0.0)
 
 
 @pytest.mark.parametrize(
