@@ -25,7 +25,8 @@ class Store:
     """A data set behind a URL, which is only read.
 
     A store that fails is asked again, with growing pauses, for PATIENCE seconds; then DataAway. A set `stopped` ends
-    that after an attempt. What the store says is missing raises FileNotFoundError, what it forbids DataError.
+    that after an attempt. What the store says is missing raises FileNotFoundError, of a shard BadSample; what it
+    forbids DataError.
     """
 
     def __init__(self, url: str, stopped: threading.Event) -> None:
@@ -87,8 +88,8 @@ class Store:
         return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in listed}
 
     def require_size(self, shard: Shard) -> None:
-        """BadSample where a shard has not as many bytes as the manifest says."""
-        self._patiently(shard.name, lambda fs, path: self._require_size(fs, path, shard))
+        """BadSample where a shard is missing, or has not as many bytes as the manifest says."""
+        self._of_shard(shard, lambda fs, path: self._require_size(fs, path, shard))
 
     def piece(self, shard: Shard, start: int, end: int) -> bytes:
         """Those bytes of a shard; BadSample where it is no more what the manifest says."""
@@ -103,10 +104,17 @@ class Store:
                 raise
             return content
 
-        content = self._patiently(shard.name, read)
+        content = self._of_shard(shard, read)
         if len(content) > end - start:
             raise DataError(f"{self.url} does not serve parts of files: copy the data set to a disk or to S3")
         return content
+
+    def _of_shard(self, shard: Shard, work: Callable[[Any, str], T]) -> T:
+        """As `_patiently`, of a shard."""
+        try:
+            return self._patiently(shard.name, work)
+        except FileNotFoundError as error:
+            raise BadSample("missing_shard", f"{self.url}/{shard.name} is missing") from error
 
     def _require_size(self, fs: Any, path: str, shard: Shard) -> None:
         size = fs.info(path)["size"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,7 @@ from pretrain.data.cache import cache_folder
 from pretrain.data.faults import BadSample, DataAway, DataError
 from pretrain.data.loader import Loader
 from pretrain.data.records import read_members
+from pretrain.data.remote import RemoteFolder
 from pretrain.data.shards import ShardFolder
 from tests.data.delivered import assert_same, batches, joined
 from tests.data.sets import good_set, sample, small_run
@@ -356,6 +359,27 @@ def test_a_damaged_copy_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPa
     assert opened.sample(1) == sample(1, has_text=False)
     opened.close()
     os.close(kept)
+
+
+def test_a_cache_that_is_emptied_while_a_shard_is_copied_costs_another_copy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, emptied = RemoteFolder._copy_pieces, []
+
+    def copy(self: RemoteFolder, *arguments: Any) -> str:
+        found = real(self, *arguments)
+        if not emptied:
+            emptied.append(shutil.rmtree(cache_folder()))
+        return found
+
+    monkeypatch.setattr(RemoteFolder, "_copy_pieces", copy)
+    opened = ShardFolder(f"file://{folder}")
+    assert [opened.sample(number) for number in (0, 7)] == [sample(n, has_text=False) for n in (0, 7)]
+    (folder / "000002.tar").unlink()
+    with pytest.raises(BadSample, match=r"000002.tar is missing") as caught:
+        opened.sample(12)
+    assert caught.value.reason == "missing_shard"
+    opened.close()
 
 
 def test_what_a_rank_may_not_read_ends_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
