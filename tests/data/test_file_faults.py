@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.index import index_path, read_index
+from data_prep.index import index_bytes, index_path, read_index
 from pretrain import retries
 from pretrain.config import Source
 from pretrain.data import open_shards, shards
@@ -359,6 +359,20 @@ def test_a_damaged_copy_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPa
     assert opened.sample(1) == sample(1, has_text=False)
     opened.close()
     os.close(kept)
+
+
+def test_a_damaged_index_of_a_copy_is_made_again(folder: Path) -> None:
+    for content in (b"", index_bytes([0, 512, 1024])):
+        opened = ShardFolder(f"file://{folder}")
+        assert opened.sample(0) == sample(0, has_text=False)
+        opened.close()
+        (copy,) = (cache_folder() / "shards").glob("*.tar")
+        whole = index_path(copy).read_bytes()
+        index_path(copy).write_bytes(content)
+        opened = ShardFolder(f"file://{folder}")
+        assert opened.sample(1) == sample(1, has_text=False)
+        opened.close()
+        assert index_path(copy).read_bytes() == whole
 
 
 def test_a_cache_that_is_emptied_while_a_shard_is_copied_costs_another_copy(
