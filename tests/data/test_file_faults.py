@@ -375,6 +375,18 @@ def test_a_damaged_index_of_a_copy_is_made_again(folder: Path) -> None:
         assert index_path(copy).read_bytes() == whole
 
 
+def test_two_processes_never_write_an_index_by_one_temporary_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of two containers of a machine have the same host and process number."""
+    real, names = Path.write_bytes, []
+    monkeypatch.setattr(Path, "write_bytes", lambda path, content: names.append(path) or real(path, content))
+    for _ in range(2):
+        index_path(folder / "000000.tar").unlink()
+        assert ShardFolder(folder).sample(0) == sample(0, has_text=False)
+    assert len(set(names)) == 2
+
+
 def test_a_cache_that_is_emptied_while_a_shard_is_copied_costs_another_copy(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
