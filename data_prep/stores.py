@@ -23,6 +23,7 @@ PART = 50 * 2**20  # bytes, of one part of an upload in parts; decides the ETag
 NO_KEYS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of boto: the user gave none
 NO_ACCESS = (*NO_KEYS, "CredentialRetrievalError")  # no repetition mends them
 NO_NAME = "ParamValidationError"  # of boto: a request that no store can take, nor is it sent to one
+NO_ADDRESS = {"ValueError": ("Invalid endpoint",), "EndpointResolutionError": ("not a valid URI",)}  # of boto
 SET_KEYS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 MEND_RIGHTS = (
     "mend the keys (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...) or their rights there (list, read, write, delete)"
@@ -122,7 +123,7 @@ def is_misnamed(error: Exception) -> bool:
 
 
 def is_no_address(error: Exception) -> bool:
-    return isinstance(error, ValueError) and str(error).startswith("Invalid endpoint")  # of boto
+    return any(words in str(error) for words in NO_ADDRESS.get(type(error).__name__, ()))
 
 
 def misnamed(url: str, error: Exception) -> ValueError:

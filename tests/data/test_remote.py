@@ -403,12 +403,24 @@ def test_an_address_where_nobody_listens_is_told_soon_and_in_plain_words(
     ("url", "endpoint", "told"),
     [
         ("s3://bucket/set", "nonsense", "Invalid endpoint: nonsense: write AWS_ENDPOINT_URL as https://HOST"),
+        (
+            "s3://bucket/set",
+            "http://localhost:99999",
+            r"`http://localhost:99999` was not .*: write AWS_ENDPOINT_URL",
+        ),
+        (
+            "http://localhost:99999/set",
+            "http://127.0.0.1:1",
+            r"is no URL \(Port out of range.*write http://HOST",
+        ),
+        ("http://[::1]:80/set", "http://127.0.0.1:1", "names no host that is asked by its name"),
         ("s3://bucket//set", "http://127.0.0.1:1", "has two slashes in its path.*write one"),
     ],
 )
 def test_an_address_that_is_none_is_told_at_once(
     url: str, endpoint: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 3600.0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # connected to another test's store
     with pytest.raises(ValueError, match=told):
