@@ -399,6 +399,19 @@ def test_an_address_where_nobody_listens_is_told_soon_and_in_plain_words(
             ask(url.format(port=free_port))
 
 
+def test_a_server_that_is_no_store_of_the_set_is_told_soon(
+    refusing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 3600.0)
+    monkeypatch.setattr("pretrain.data.store.REFUSED_AT_START", 0.2)
+    for url, why in (
+        (refusing(200).replace("http:", "https:"), "WRONG_VERSION_NUMBER"),
+        (refusing(400), "400"),
+    ):
+        with pytest.raises(NobodyThere, match=rf"no store answers there \(.*{why}.*mend the address"):
+            ShardFolder(url)
+
+
 @pytest.mark.parametrize(
     ("url", "endpoint", "told"),
     [
