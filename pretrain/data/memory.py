@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from pretrain.config import Run
 from pretrain.data.room import MOST_KEPT
 from pretrain.free_memory import control_groups, whole
-from pretrain.preflight.ranks import ranks_of
+from pretrain.preflight.ranks import LOCAL_SIZES, ranks_of
 
 GIB = 2**30
 WORKER_BYTES = 1.5 * GIB  # that a worker may take without a word
@@ -26,7 +27,8 @@ def require_memory(
     What workers take beside batches is no part of the error: most never meet an image of the most pixels.
     """
     held = run.images_per_rank(world) * 6 * run.views.size**2  # also where the device makes the views
-    ranks = ranks_of().local_size
+    is_told = any(name in os.environ for name in LOCAL_SIZES)  # else all ranks may be here, or this one alone
+    ranks = ranks_of().local_size if is_told else 1
     needed = ranks * max(MOST_KEPT * workers, 1) * held
     there = whole(meminfo.read_text(), control_groups() if groups is None else groups)
     if needed > there:
