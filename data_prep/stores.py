@@ -23,6 +23,7 @@ PART = 50 * 2**20  # bytes, of one part of an upload in parts; decides the ETag
 NO_KEYS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of boto: the user gave none
 NO_ACCESS = (*NO_KEYS, "CredentialRetrievalError")  # no repetition mends them
 NO_NAME = "ParamValidationError"  # of boto: a request that no store can take, nor is it sent to one
+NO_ADDRESS = {"ValueError": ("Invalid endpoint",), "EndpointResolutionError": ("not a valid URI",)}  # of boto
 SET_KEYS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 MEND_RIGHTS = (
     "mend the keys (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...) or their rights there (list, read, write, delete)"
@@ -30,6 +31,7 @@ MEND_RIGHTS = (
 STATUSES = range(100, 600)  # of HTTP
 OF_RIGHTS = (401, 403)  # HTTP statuses by which a store refuses who asks
 OF_ABSENCE = (404, 410)  # by which it says that it has no such file
+OF_WEB = "aiohttp"  # the package whose errors fsspec's client of the web hides
 A_URL = "name a folder or a URL that fsspec knows, such as s3://bucket/folder"
 OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
 CHANCE = random.SystemRandom()  # Python's global generator is for those who have seeded it
@@ -88,14 +90,16 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that a store answered with, as the clients of S3, Google, Azure and the web tell it."""
+    """The HTTP status that a store answered with, as the clients of S3, Google, Azure, Hugging Face and the web tell
+    it."""
     for one in causes(error):
         response = getattr(one, "response", None)
         told = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}  # of boto
         names = (
             name for name in ("status", "status_code", "code") if isinstance(getattr(one, name, None), int)
         )
-        status = told.get("HTTPStatusCode", getattr(one, next(names, ""), None))
+        of_response = getattr(response, "status_code", None)  # of requests and httpx
+        status = told.get("HTTPStatusCode", getattr(one, next(names, ""), of_response))
         if status in STATUSES:
             return status
     return None
@@ -103,9 +107,14 @@ def status_of(error: BaseException) -> int | None:
 
 def is_absent(error: Exception) -> bool:
     """Does the store say that there is no such file? fsspec's client of the web says so of whatever fails."""
+    if not isinstance(error, FileNotFoundError):
+        return False
     why = error.__cause__
-    is_told = why is None or isinstance(why, (FileNotFoundError, LookupError)) or status_of(why) in OF_ABSENCE
-    return isinstance(error, FileNotFoundError) and is_told
+    status = None if why is None else status_of(why)
+    if status is not None:
+        return status in OF_ABSENCE
+    is_of_web = type(why).__module__.partition(".")[0] == OF_WEB
+    return not is_of_web and not isinstance(why, (TimeoutError, ConnectionError))
 
 
 def is_misnamed(error: Exception) -> bool:
@@ -114,7 +123,7 @@ def is_misnamed(error: Exception) -> bool:
 
 
 def is_no_address(error: Exception) -> bool:
-    return isinstance(error, ValueError) and str(error).startswith("Invalid endpoint")  # of boto
+    return any(words in str(error) for words in NO_ADDRESS.get(type(error).__name__, ()))
 
 
 def misnamed(url: str, error: Exception) -> ValueError:

@@ -200,9 +200,9 @@ def check_spelling(parser: argparse.ArgumentParser, overrides: list[str]) -> Non
 
 def check_sources(run: Run, arguments: list[str]) -> None:
     """ValueError for an option of a source that the recipe does not have."""
-    known = {name.replace("-", "_") for name in run.data}
+    known = tuple(f"--data.{name}.".replace("-", "_") for name in run.data)  # a name may have a point in it
     for given in (argument.split("=")[0] for argument in arguments):
-        if given.startswith("--data.") and given.split(".")[1].replace("-", "_") not in known:
+        if given.startswith("--data.") and not f"{given}.".replace("-", "_").startswith(known):
             raise ValueError(
                 f"{given} names the source {given.split('.')[1]!r}, but recipe {run.name} has the sources "
                 f"{sorted(run.data)}: choose one of them"

@@ -93,7 +93,7 @@ def what_ends(error: OSError, out: Path, kept: Place, *, is_held: bool = False) 
 def reading(folder: Place | None) -> Iterator[None]:
     """Around a run from the checkpoint in `folder`, if any: Postponed where the place of its data is away.
 
-    An address where nobody listens, and that has served neither this machine nor the run, is more likely a mistake.
+    An address where no store answers, and that has served neither this machine nor the run, is more likely a mistake.
     """
     try:
         yield

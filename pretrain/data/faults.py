@@ -70,7 +70,7 @@ class DataAway(DataError):
 
 
 class NobodyThere(DataAway):
-    """Nobody takes connections at an address that never served this machine: it may be a wrong one."""
+    """No store takes questions at an address that never served this machine: it may be a wrong one."""
 
 
 def exactly(limit: float, num_reads: int) -> float:

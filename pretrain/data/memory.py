@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from pretrain.config import Run
 from pretrain.data.room import MOST_KEPT
 from pretrain.free_memory import control_groups, whole
-from pretrain.preflight.ranks import ranks_of
+from pretrain.preflight.ranks import LOCAL_SIZES, ranks_of
 
 GIB = 2**30
 WORKER_BYTES = 1.5 * GIB  # that a worker may take without a word
@@ -25,18 +26,18 @@ def require_memory(
 
     What workers take beside batches is no part of the error: most never meet an image of the most pixels.
     """
-    held = run.images_per_rank(world) * 6 * run.views.size**2
-    if run.views.on_device != "all":  # else workers hold files, and the device the views
-        ranks = ranks_of().local_size
-        needed = ranks * max(MOST_KEPT * workers, 1) * held
-        there = whole(meminfo.read_text(), control_groups() if groups is None else groups)
-        if needed > there:
-            raise ValueError(
-                f"batch={run.batch} of views.size={run.views.size} is {held / GIB:.2f} GiB of views on a rank, and "
-                f"with --workers {workers} the batches of {ranks} ranks here are {needed / GIB:.2f} GiB, more than "
-                f"the {there / GIB:.2f} of this machine's memory: lower batch, views.size or --workers, or share the "
-                "batch among more machines"
-            )
+    held = run.images_per_rank(world) * 6 * run.views.size**2  # also where the device makes the views
+    is_told = any(name in os.environ for name in LOCAL_SIZES)  # else all ranks may be here, or this one alone
+    ranks = ranks_of().local_size if is_told else 1
+    needed = ranks * max(MOST_KEPT * workers, 1) * held
+    there = whole(meminfo.read_text(), control_groups() if groups is None else groups)
+    if needed > there:
+        raise ValueError(
+            f"batch={run.batch} of views.size={run.views.size} is {held / GIB:.2f} GiB of views on a rank, and "
+            f"with --workers {workers} the batches of {ranks} ranks here are {needed / GIB:.2f} GiB, more than "
+            f"the {there / GIB:.2f} of this machine's memory: lower batch, views.size or --workers, or share the "
+            "batch among more machines"
+        )
     taken = BESIDE_BATCHES + MOST_KEPT * held
     if workers and taken > WORKER_BYTES:
         warnings.warn(

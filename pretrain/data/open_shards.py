@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from data_prep.index import index_path
 from data_prep.schema import MANIFEST_NAME, Shard
 from pretrain.data.cache import CACHE_FOLDER, is_at
 from pretrain.data.damage import OF_DAMAGE, can_be_read_elsewhere
@@ -171,7 +172,7 @@ class OpenShards:
         try:
             descriptor = self._descriptor(number)
             try:
-                return descriptor, offsets_of(descriptor, self.path(number), self._shards[number])
+                return descriptor, self._offsets(descriptor, number)
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -182,6 +183,16 @@ class OpenShards:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # of the machine: the shard may be good
                 raise DataError(f"{error}: raise the limit (`ulimit -n`) or lower mixing.window") from error
             raise
+
+    def _offsets(self, descriptor: int, number: int) -> array:
+        path, shard = self.path(number), self._shards[number]
+        try:
+            return offsets_of(descriptor, path, shard)
+        except BadSample:
+            if self._remote is None:
+                raise
+        index_path(path).unlink(missing_ok=True)  # of a copy it was made here, and the copy is whole
+        return offsets_of(descriptor, path, shard)
 
     def _descriptor(self, number: int) -> int:
         if self._remote is not None:

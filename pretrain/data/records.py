@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
+import secrets
 from array import array
 from pathlib import Path
 
@@ -84,9 +84,8 @@ def _index(descriptor: int, path: Path) -> array:
 
 def _keep_index(path: Path, offsets: array) -> None:
     """Writes the index of a shard for the next time, where this process may."""
-    partial = path.with_name(
-        f".{path.name}.idx.{socket.gethostname()}.{os.getpid()}"
-    )  # workers may index the same shard at once
+    # Workers may index the same shard at once, and those of two containers have the same host and number.
+    partial = path.with_name(f".{path.name}.idx.{secrets.token_hex(8)}")
     try:
         partial.write_bytes(index_bytes(offsets.tolist()))
         with partial.open("rb") as file:  # a power cut could empty it, and a broken index costs the shard

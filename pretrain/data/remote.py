@@ -179,8 +179,8 @@ class RemoteFolder:
                     partial.replace(path)
                     return True
             return False
-        except FileNotFoundError as error:
-            raise BadSample("missing_shard", f"{self.url}/{shard.name} is missing") from error
+        except FileNotFoundError as error:  # by whoever empties the cache: it is no fault of the shard
+            raise OSError(errno.ESTALE, f"{partial} was removed while it was written") from error
         finally:
             partial.unlink(missing_ok=True)
 

@@ -88,7 +88,7 @@ class ShardFolder:
         return of_file(lambda: sha256_file(path), path, PATIENCE_AT_START)
 
     def problems(self, checked: slice = ALL) -> Iterator[FileNotFoundError | ValueError]:
-        """What is wrong with the presence and size of these shards."""
+        """What is wrong with the presence and size of these shards; raises DataAway where none can be read."""
         shards = self.manifest.shards[checked]
         if self._remote is None:
             for shard in shards:
@@ -146,14 +146,14 @@ class ShardFolder:
             raise self._of_shard(error, shard) from error
 
     def _of_shard(self, error: DataAway, shard: Shard) -> DataError:
-        """The error of a shard that is damaged, alone; DataAway where the whole file system fails, or gives nothing
-        of any shard, though it remembers the manifest."""
+        """The error of a shard that is damaged, alone; raises DataAway where the whole file system fails, or gives
+        nothing of any shard, though it remembers the manifest: the next shard would be waited for as long."""
         of_file((self.folder / MANIFEST_NAME).stat, self.folder, PATIENCE_AT_START)
         shards = self.manifest.shards
         looked_at = (shard, *shards[:: -(-len(shards) // OTHERS)])
         if any(can_be_read_elsewhere(self.folder / one.name, one.num_bytes) for one in looked_at):
             return DataError(str(error))
-        return error
+        raise error
 
     def _require(self, shard: Shard) -> None:
         of_file(lambda: require_shard(self.folder, shard), self.folder / shard.name, PATIENCE_AT_START)

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import fsspec
 
 from data_prep.schema import MANIFEST_NAME, Shard
-from data_prep.stores import A_URL
+from data_prep.stores import A_URL, OF_RIGHTS, is_absent, status_of
 from pretrain.data.faults import BadSample, DataAway, DataError, NobodyThere
-from pretrain.retries import GaveUp, patiently, refusal
+from pretrain.retries import GaveUp, is_of_address, patiently, refusal
 
 PATIENCE = 600.0  # seconds that a store may fail, or a full cache stay full, before the run ends
 PATIENCE_AT_START = 20.0  # seconds: a wrong address or key is told soon
-REFUSED_AT_START = 3.0  # seconds that nobody may take connections at an address that never served from here
+REFUSED_AT_START = 3.0  # seconds that no store may take questions at an address that never served from here
 ATTEMPT = 60.0  # seconds that one request may take, the next one twice as long
 T = TypeVar("T")
 
@@ -25,7 +25,8 @@ class Store:
     """A data set behind a URL, which is only read.
 
     A store that fails is asked again, with growing pauses, for PATIENCE seconds; then DataAway. A set `stopped` ends
-    that after an attempt. What the store says is missing raises FileNotFoundError, what it forbids DataError.
+    that after an attempt. What the store says is missing raises FileNotFoundError, of a shard BadSample; what it
+    forbids DataError.
     """
 
     def __init__(self, url: str, stopped: threading.Event) -> None:
@@ -63,20 +64,20 @@ class Store:
         return self._at_start(name, lambda fs, path: fs.cat_file(path), is_known)
 
     def _at_start(self, name: str, work: Callable[[Any, str], T], is_known: bool) -> T:
-        """As `_patiently`, of what a start asks first: where nobody takes connections it may be a wrong address."""
+        """As `_patiently`, of what a start asks first: where no store takes questions it may be a wrong address."""
         begun = time.monotonic()
 
         def ask(fs: Any, path: str) -> T:
             try:
                 return work(fs, path)
             except Exception as error:
-                refused = refusal(error)
+                why = _of_address(error)
                 is_early = time.monotonic() - begun < (PATIENCE_AT_START if is_known else REFUSED_AT_START)
-                if not refused or is_early:
+                if not why or is_early:
                     raise
                 raise (DataAway if is_known else NobodyThere)(
-                    f"{self.url} cannot be read, nobody takes connections there ({refused}): mend the address, of S3 "
-                    "that in AWS_ENDPOINT_URL, or start the server, and start again"
+                    f"{self.url} cannot be read, {why}: mend the address, of S3 that in AWS_ENDPOINT_URL, or start "
+                    "the server, and start again"
                 ) from error
 
         return self._patiently(name, ask, PATIENCE_AT_START)
@@ -87,8 +88,8 @@ class Store:
         return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in listed}
 
     def require_size(self, shard: Shard) -> None:
-        """BadSample where a shard has not as many bytes as the manifest says."""
-        self._patiently(shard.name, lambda fs, path: self._require_size(fs, path, shard))
+        """BadSample where a shard is missing, or has not as many bytes as the manifest says."""
+        self._of_shard(shard, lambda fs, path: self._require_size(fs, path, shard))
 
     def piece(self, shard: Shard, start: int, end: int) -> bytes:
         """Those bytes of a shard; BadSample where it is no more what the manifest says."""
@@ -103,10 +104,17 @@ class Store:
                 raise
             return content
 
-        content = self._patiently(shard.name, read)
+        content = self._of_shard(shard, read)
         if len(content) > end - start:
             raise DataError(f"{self.url} does not serve parts of files: copy the data set to a disk or to S3")
         return content
+
+    def _of_shard(self, shard: Shard, work: Callable[[Any, str], T]) -> T:
+        """As `_patiently`, of a shard."""
+        try:
+            return self._patiently(shard.name, work)
+        except FileNotFoundError as error:
+            raise BadSample("missing_shard", f"{self.url}/{shard.name} is missing") from error
 
     def _require_size(self, fs: Any, path: str, shard: Shard) -> None:
         size = fs.info(path)["size"]
@@ -144,3 +152,11 @@ class Store:
             raise DataAway(
                 f"{error.strerror}: start again when the store answers, nothing is lost"
             ) from error
+
+
+def _of_address(error: Exception) -> str:
+    """Why it may be a wrong address; "" of errors that say nothing of it."""
+    if refused := refusal(error):
+        return f"nobody takes connections there ({refused})"
+    is_answer = is_absent(error) or status_of(error) in OF_RIGHTS  # by a store
+    return f"no store answers there ({error})" if is_of_address(error) and not is_answer else ""

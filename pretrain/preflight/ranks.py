@@ -11,6 +11,7 @@ from pretrain.host import host_name
 from pretrain.preflight.told import Place
 
 SCONTROL_SECONDS = 10.0
+LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")  # environment: ranks of a node, by one launcher or another
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def ranks_of(environment: Mapping[str, str] | None = None) -> Ranks:
     if "RANK" not in environment:
         return Ranks(host=host)
     world = _number(environment, ("WORLD_SIZE",), 1)
-    local_size = _number(environment, ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"), world)
+    local_size = _number(environment, LOCAL_SIZES, world)
     rank = _number(environment, ("RANK",), 0)
     return Ranks(
         rank=rank,

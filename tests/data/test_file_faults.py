@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -12,10 +13,11 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
-from data_prep.index import index_path, read_index
+from data_prep.index import index_bytes, index_path, read_index
 from pretrain import retries
 from pretrain.config import Source
 from pretrain.data import open_shards, shards
@@ -24,6 +26,7 @@ from pretrain.data.cache import cache_folder
 from pretrain.data.faults import BadSample, DataAway, DataError
 from pretrain.data.loader import Loader
 from pretrain.data.records import read_members
+from pretrain.data.remote import RemoteFolder
 from pretrain.data.shards import ShardFolder
 from tests.data.delivered import assert_same, batches, joined
 from tests.data.sets import good_set, sample, small_run
@@ -358,6 +361,53 @@ def test_a_damaged_copy_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPa
     os.close(kept)
 
 
+def test_a_damaged_index_of_a_copy_is_made_again(folder: Path) -> None:
+    for content in (b"", index_bytes([0, 512, 1024])):
+        opened = ShardFolder(f"file://{folder}")
+        assert opened.sample(0) == sample(0, has_text=False)
+        opened.close()
+        (copy,) = (cache_folder() / "shards").glob("*.tar")
+        whole = index_path(copy).read_bytes()
+        index_path(copy).write_bytes(content)
+        opened = ShardFolder(f"file://{folder}")
+        assert opened.sample(1) == sample(1, has_text=False)
+        opened.close()
+        assert index_path(copy).read_bytes() == whole
+
+
+def test_two_processes_never_write_an_index_by_one_temporary_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of two containers of a machine have the same host and process number."""
+    real, names = Path.write_bytes, []
+    monkeypatch.setattr(Path, "write_bytes", lambda path, content: names.append(path) or real(path, content))
+    for _ in range(2):
+        index_path(folder / "000000.tar").unlink()
+        assert ShardFolder(folder).sample(0) == sample(0, has_text=False)
+    assert len(set(names)) == 2
+
+
+def test_a_cache_that_is_emptied_while_a_shard_is_copied_costs_another_copy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, emptied = RemoteFolder._copy_pieces, []
+
+    def copy(self: RemoteFolder, *arguments: Any) -> str:
+        found = real(self, *arguments)
+        if not emptied:
+            emptied.append(shutil.rmtree(cache_folder()))
+        return found
+
+    monkeypatch.setattr(RemoteFolder, "_copy_pieces", copy)
+    opened = ShardFolder(f"file://{folder}")
+    assert [opened.sample(number) for number in (0, 7)] == [sample(n, has_text=False) for n in (0, 7)]
+    (folder / "000002.tar").unlink()
+    with pytest.raises(BadSample, match=r"000002.tar is missing") as caught:
+        opened.sample(12)
+    assert caught.value.reason == "missing_shard"
+    opened.close()
+
+
 def test_what_a_rank_may_not_read_ends_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = ShardFolder(folder)
 
@@ -399,6 +449,11 @@ def test_a_start_waits_for_its_file_system_and_tells_a_damaged_shard(
         of_all.setattr(os, "pread", hashed)
         with pytest.raises(DataAway, match=r"000000.tar has failed for 0.1 seconds"):
             opened.verify(range(3))
+        with pytest.raises(DataAway, match=r"000000.tar has failed for 0.1 seconds"):
+            list(opened.changed(range(3)))  # at a resume too: it would wait as long for each of thousands
+        of_all.setattr(Path, "is_file", lambda path: path.suffix != ".tar" or hashed(path))
+        with pytest.raises(DataAway, match=r"000000.tar has failed for 0.1 seconds"):
+            list(opened.problems())
         of_all.setattr(Path, "open", hashed)
         with pytest.raises(DataAway, match=r"000001.tar has failed for 0.1 seconds"):
             opened.first_bytes(1, 512)

@@ -13,10 +13,12 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import fsspec
 import pytest
+from fsspec.implementations.arrow import wrap_exceptions
 
 from data_prep import places, stores
 from data_prep.schema import Shard
@@ -362,6 +364,24 @@ def test_a_file_of_which_a_failing_server_tells_nothing_is_not_missing(
         patiently(lambda: fsspec.filesystem("http").info(f"{refusing(404)}/000000.tar"), url, 0.0)
 
 
+def test_a_file_that_clients_of_other_stores_call_missing_is_missing() -> None:
+    @wrap_exceptions  # of fsspec's file systems by Arrow
+    def ask_hdfs() -> bytes:
+        raise OSError("HDFS file 'set/manifest.json' does not exist")
+
+    def ask_hub(status: int) -> bytes:
+        told = OSError()  # as the errors of requests and httpx
+        told.response = SimpleNamespace(status_code=status)
+        raise FileNotFoundError("datasets/set (repository not found)") from told
+
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        patiently(ask_hdfs, "hdfs://set", 0.0)
+    with pytest.raises(FileNotFoundError, match="repository not found"):
+        patiently(lambda: ask_hub(404), "hf://set", 0.0)
+    with pytest.raises(PermissionError, match=r"repository not found.*mend the keys"):
+        patiently(lambda: ask_hub(401), "hf://set", 0.0)
+
+
 @pytest.mark.parametrize(
     ("url", "reason"),
     [("http://127.0.0.1:{port}/set", "Connection refused"), ("http://no.such.host.invalid/set", "not known")],
@@ -379,16 +399,41 @@ def test_an_address_where_nobody_listens_is_told_soon_and_in_plain_words(
             ask(url.format(port=free_port))
 
 
+def test_a_server_that_is_no_store_of_the_set_is_told_soon(
+    refusing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 3600.0)
+    monkeypatch.setattr("pretrain.data.store.REFUSED_AT_START", 0.2)
+    for url, why in (
+        (refusing(200).replace("http:", "https:"), "WRONG_VERSION_NUMBER"),
+        (refusing(400), "400"),
+    ):
+        with pytest.raises(NobodyThere, match=rf"no store answers there \(.*{why}.*mend the address"):
+            ShardFolder(url)
+
+
 @pytest.mark.parametrize(
     ("url", "endpoint", "told"),
     [
         ("s3://bucket/set", "nonsense", "Invalid endpoint: nonsense: write AWS_ENDPOINT_URL as https://HOST"),
+        (
+            "s3://bucket/set",
+            "http://localhost:99999",
+            r"`http://localhost:99999` was not .*: write AWS_ENDPOINT_URL",
+        ),
+        (
+            "http://localhost:99999/set",
+            "http://127.0.0.1:1",
+            r"is no URL \(Port out of range.*write http://HOST",
+        ),
+        ("http://[::1]:80/set", "http://127.0.0.1:1", "names no host that is asked by its name"),
         ("s3://bucket//set", "http://127.0.0.1:1", "has two slashes in its path.*write one"),
     ],
 )
 def test_an_address_that_is_none_is_told_at_once(
     url: str, endpoint: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pretrain.data.store.PATIENCE_AT_START", 3600.0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # connected to another test's store
     with pytest.raises(ValueError, match=told):

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 
 from data_prep.__main__ import main as data_prep
 from pretrain import recipes
-from pretrain.arguments import parse, steps_of
+from pretrain.arguments import override, parse, steps_of
 from pretrain.exits import MISTAKE
 from pretrain.main import explain, main
 from tests.engine.launch import TIMEOUT, environment, run_ranks
@@ -24,6 +25,14 @@ from tests.paths import ROOT
 
 SOURCES = ["labelled=tests", "captioned=jobs"]  # folders that exist
 GOOD = ["--recipe", "m3i.demo", "--data", *SOURCES, "--out", "out"]
+
+
+def test_a_source_may_have_a_point_in_its_name() -> None:
+    run = recipes.load("m3i.demo")
+    run = replace(run, data={"laion.400m": run.data["labelled"]})
+    assert override(run, ["--data.laion.400m.weight", "2"]).data["laion.400m"].weight == 2
+    with pytest.raises(ValueError, match="names the source 'laion'"):
+        override(run, ["--data.laion.weight", "2"])
 
 
 def test_overrides_are_typed_and_nested() -> None:
