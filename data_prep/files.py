@@ -11,17 +11,18 @@ from pathlib import Path
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """Write `content` to `path` by a temporary name, flushed and renamed: no reader sees half of it.
 
-    Where that is a symbolic link, it is written where the link leads, and the link stays.
+    Of several that write the same at once the last wins, whole: each has a temporary name of its own. Where `path` is
+    a symbolic link, it is written where the link leads, and the link stays.
     """
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
