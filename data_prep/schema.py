@@ -158,14 +158,21 @@ def parse_manifest(folder: str | os.PathLike[str]) -> Manifest:
     if not path.is_file():
         raise FileNotFoundError(_missing_manifest(Path(folder)))
     try:
-        return manifest_from_record(json.loads(path.read_text(encoding="utf-8")))
+        return manifest_from_json(path.read_bytes())
     except (ValueError, TypeError) as error:
         remedy = "" if "build it again" in str(error) else "; build it again"
         raise ValueError(f"{path} is not a manifest: {error}{remedy}") from error
 
 
-def manifest_from_record(record: Any) -> Manifest:
-    """The typed manifest of a decoded manifest.json; raises ValueError naming the field at fault."""
+def manifest_from_json(content: bytes) -> Manifest:
+    """The typed manifest that a manifest.json holds; raises ValueError or TypeError naming the field at fault."""
+    try:
+        return _from_record(json.loads(content.decode("utf-8")))
+    except RecursionError as error:
+        raise ValueError("its lists and objects lie too deep in one another") from error
+
+
+def _from_record(record: Any) -> Manifest:
     if not isinstance(record, dict):
         raise ValueError(f"{type(record).__name__} found where a JSON object must stand")
     kinds = {

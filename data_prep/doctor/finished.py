@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 from array import array
@@ -11,7 +10,7 @@ from itertools import pairwise
 from data_prep.claim import WORK_FOLDER
 from data_prep.index import index_path
 from data_prep.places import Place, place_of
-from data_prep.schema import MANIFEST_NAME, TAR_BLOCK, Manifest, manifest_from_record
+from data_prep.schema import MANIFEST_NAME, TAR_BLOCK, Manifest, manifest_from_json
 
 ANSWER = 20.0  # seconds that a store may take for the first answer
 
@@ -105,7 +104,7 @@ def manifest_at(place: Place) -> Manifest:
         hint = f"name one of the data sets below it: {names}" if names else "name a data set"
         raise FileNotFoundError(_unfinished(place) or f"{place} has no {MANIFEST_NAME}: {hint}") from error
     try:
-        return manifest_from_record(json.loads(content.decode("utf-8")))
+        return manifest_from_json(content)
     except (ValueError, TypeError) as error:
         raise BadDataSet(
             told_of_manifest(place, error, "copy it again, or build the data set again")
