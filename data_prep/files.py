@@ -1,11 +1,22 @@
-"""How is a file written so that nobody ever sees half of it, and what names its content? Standard library only, as
-`schema.py`."""
+"""How is a file written so that nobody ever sees half of it, what names its content, and what else may a path be?
+Standard library only, as `schema.py`."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
+
+FILE = "a file"
+KINDS: dict[str, Callable[[int], bool]] = {  # of what lies somewhere, by its mode
+    FILE: stat.S_ISREG,
+    "a folder": stat.S_ISDIR,
+    "a pipe": stat.S_ISFIFO,
+    "a socket": stat.S_ISSOCK,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+}
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
@@ -41,3 +52,13 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     """Lower-case hexadecimal SHA-256 of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kind_of(mode: int) -> str:
+    """One of KINDS."""
+    return next((kind for kind, holds in KINDS.items() if holds(mode)), "nothing known")
+
+
+def no_file(path: Path) -> str:
+    """What is said of a path in place of a file; nothing is opened, as a pipe would wait for who writes to it."""
+    return f"{path} is {kind_of(path.stat().st_mode)}, not a file" if path.exists() else f"{path} is missing"

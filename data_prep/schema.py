@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import write_atomic
+from data_prep.files import no_file, write_atomic
 
 SCHEMA_VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")  # of the first member of a sample
@@ -248,11 +248,11 @@ def _missing_manifest(folder: Path) -> str:
 
 
 def require_shard(folder: Path, shard: Shard) -> None:
-    """FileNotFoundError without the shard in `folder`, ValueError when its size is not the manifest's."""
+    """FileNotFoundError unless the shard is a file in `folder`, ValueError when its size is not the manifest's."""
     path = folder / shard.name  # its index may be missing: readers make one
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing, the manifest names it: copy it again or build the data set again"
+            f"{no_file(path)}, the manifest names it: copy it again or build the data set again"
         )
     size = path.stat().st_size
     if size != shard.num_bytes:
