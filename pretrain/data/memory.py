@@ -23,20 +23,20 @@ def require_memory(
     """ValueError for batches that all memory of this machine, or of its container, does not hold; warns of those
     that may take a worker beyond what is promised of it.
 
-    What workers take beside batches is no part of the error: most never meet an image of the most pixels.
+    What workers take beside batches is no part of the error: most never meet an image of the most pixels. With
+    views.on_device=all a batch has room for its views too, and beside it files, whose size no recipe tells.
     """
     held = run.images_per_rank(world) * 6 * run.views.size**2
-    if run.views.on_device != "all":  # else workers hold files, and the device the views
-        ranks = ranks_of().local_size
-        needed = ranks * max(MOST_KEPT * workers, 1) * held
-        there = whole(meminfo.read_text(), control_groups() if groups is None else groups)
-        if needed > there:
-            raise ValueError(
-                f"batch={run.batch} of views.size={run.views.size} is {held / GIB:.2f} GiB of views on a rank, and "
-                f"with --workers {workers} the batches of {ranks} ranks here are {needed / GIB:.2f} GiB, more than "
-                f"the {there / GIB:.2f} of this machine's memory: lower batch, views.size or --workers, or share the "
-                "batch among more machines"
-            )
+    ranks = ranks_of().local_size
+    needed = ranks * max(MOST_KEPT * workers, 1) * held
+    there = whole(meminfo.read_text(), control_groups() if groups is None else groups)
+    if needed > there:
+        raise ValueError(
+            f"batch={run.batch} of views.size={run.views.size} is {held / GIB:.2f} GiB of views on a rank, and "
+            f"with --workers {workers} the batches of {ranks} ranks here are {needed / GIB:.2f} GiB, more than "
+            f"the {there / GIB:.2f} of this machine's memory: lower batch, views.size or --workers, or share the "
+            "batch among more machines"
+        )
     taken = BESIDE_BATCHES + MOST_KEPT * held
     if workers and taken > WORKER_BYTES:
         warnings.warn(
