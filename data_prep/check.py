@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_prep.doctor.finished import BadDataSet, index_at, manifest_at
+from data_prep.doctor.finished import BadDataSet, index_at, manifest_at, require_file
 from data_prep.doctor.members import Hashed, samples_of
 from data_prep.doctor.pool import each
 from data_prep.doctor.verify import verify_sample
@@ -147,6 +147,7 @@ def _examine_shard(task: _Task, tick: Callable[[], None]) -> _Found:
     extensions: Counter[str] = Counter()
     offsets, num_phash = [0], 0
     try:
+        require_file(task.place, shard.name)
         with task.place.open(shard.name) as opened:
             file = Hashed(opened)
             for key, sample in samples_of(file):
@@ -215,9 +216,10 @@ def _shared_keys(place: Place, manifest: Manifest, hashes: np.ndarray) -> list[F
 def _keys_of(place: Place, shard: Shard) -> Iterator[str]:
     """The keys of a shard, as far as it can be read: what is wrong with it is told already."""
     try:
+        require_file(place, shard.name)
         with place.open(shard.name) as file:
             yield from (key for key, _ in samples_of(file))
-    except BadDataSet:
+    except (BadDataSet, FileNotFoundError):
         return
 
 
@@ -273,7 +275,7 @@ def _left_out(place: Place, manifest: Manifest) -> list[Fault]:
     try:
         with place.open(name) as file:
             counts = Counter(json.loads(line)["reason"] for line in file)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return [Fault(name, f"it is no list of what was left out ({error!r})")]
     if counts != Counter(dict(manifest.dropped)):
         told = ", ".join(f"{reason} {count}" for reason, count in islice(sorted(counts.items()), 20))

@@ -38,6 +38,7 @@ from data_prep.pixels import (
     size_for,
     smaller,
     turned,
+    with_key,
 )
 
 KEPT = {
@@ -121,9 +122,8 @@ def _judged(content: bytes, limits: Limits) -> Checked:
 
 def _opened(content: bytes) -> Image.Image:
     try:
-        return Image.open(
-            io.BytesIO(content), formats=[name for name in (*KEPT, *CONVERTED) if name != "MPO"]
-        )
+        formats = [name for name in (*KEPT, *CONVERTED) if name != "MPO"]
+        return with_key(Image.open(io.BytesIO(content), formats=formats), content)
     except Image.DecompressionBombError as error:
         raise BadImage("too_large", str(error)) from error
     except Image.UnidentifiedImageError as error:

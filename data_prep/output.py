@@ -15,7 +15,7 @@ from data_prep.claim import WORK_FOLDER
 from data_prep.doctor.finished import told_of_manifest
 from data_prep.places import TEMPORARY, Place
 from data_prep.samples import Collection, json_bytes
-from data_prep.schema import MANIFEST_NAME, Manifest, manifest_from_record
+from data_prep.schema import MANIFEST_NAME, Manifest, manifest_from_json
 from data_prep.settings import difference
 
 NO_SPACE = "no space left in"  # begins what is told of a full disk
@@ -31,7 +31,7 @@ def read_manifest(place: Place) -> Manifest:
     if place.local is not None:
         return Manifest.read(place.local)
     try:
-        manifest = manifest_from_record(json.loads(place.read(MANIFEST_NAME)))
+        manifest = manifest_from_json(place.read(MANIFEST_NAME))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{place}/{MANIFEST_NAME} is missing (it is written last): run the same `data_prep build` again"

@@ -13,11 +13,12 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 import simplejpeg
-from jaxtyping import UInt8
+from jaxtyping import Bool, Shaped, UInt8
 from PIL import Image
 
 JPEG_QUALITY = 95  # of images that had to be encoded again
 TRANSPARENT = ("LA", "PA", "RGBA", "La", "RGBa")  # Pillow's modes
+SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 BLUR = 0.45  # pixels of the new picture; 0.4 and 0.5 are further from Lanczos
 LEAST_BLUR = 0.2  # pixels; less changes nothing
 HASH_SIDE = 32  # pixels, side of the picture that the perceptual hash sees
@@ -37,10 +38,33 @@ TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 Pixels = UInt8[np.ndarray, "_ _"] | UInt8[np.ndarray, "_ _ 3"]  # grey, or RGB
 
 
+def with_key(image: Image.Image, content: bytes) -> Image.Image:
+    """An opened image; of a PNG the one colour that is transparent (tRNS) is told as Pillow tells the pixels.
+
+    It scales those of 2 and 4 bits to 8, of 16 bits in RGB it has the upper 8, and leaves that colour as it was.
+    """
+    key = image.info.get("transparency")
+    if image.format == "PNG" and key is not None:
+        depth = content[24]  # bits a channel
+        if image.mode == "L" and depth < 8:
+            most = 2**depth - 1
+            image.info["transparency"] = (key & most) * (255 // most)
+        elif image.mode == "RGB" and depth == 16:
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+    return image
+
+
+def holes(image: Image.Image, values: Shaped[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """Which pixels of an image of SIXTEEN_BIT, given their values too, are transparent."""
+    return values == image.info.get("transparency", -1)
+
+
 def is_transparent(image: Image.Image) -> bool:
     """Whether anything of a loaded image lets its background through."""
     if image.mode not in TRANSPARENT and "transparency" not in image.info:
         return False
+    if image.mode in SIXTEEN_BIT:
+        return bool(holes(image, np.asarray(image)).any())
     alpha = image if image.mode in TRANSPARENT else image.convert("RGBA")
     return alpha.getchannel("A" if "A" in alpha.getbands() else "a").getextrema()[0] < 255
 
@@ -72,8 +96,11 @@ def plain(image: Image.Image) -> Pixels:
 
 
 def _stored_plain(image: Image.Image) -> Pixels:
-    if image.mode.startswith("I;16"):
-        return (np.asarray(image).astype(np.float32) / 257 + 0.5).astype(np.uint8)
+    if image.mode in SIXTEEN_BIT:
+        deep = np.asarray(image)
+        pixels = (deep.astype(np.float32) / 257 + 0.5).astype(np.uint8)
+        pixels[holes(image, deep)] = 255
+        return pixels
     if image.mode in ("I", "F", "LAB"):
         raise ValueError(f"mode {image.mode} has no one form in 8 bits")
     if is_transparent(image):

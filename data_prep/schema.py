@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import write_atomic
+from data_prep.files import no_file, write_atomic
 
 SCHEMA_VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")  # of the first member of a sample
@@ -158,14 +158,21 @@ def parse_manifest(folder: str | os.PathLike[str]) -> Manifest:
     if not path.is_file():
         raise FileNotFoundError(_missing_manifest(Path(folder)))
     try:
-        return manifest_from_record(json.loads(path.read_text(encoding="utf-8")))
+        return manifest_from_json(path.read_bytes())
     except (ValueError, TypeError) as error:
         remedy = "" if "build it again" in str(error) else "; build it again"
         raise ValueError(f"{path} is not a manifest: {error}{remedy}") from error
 
 
-def manifest_from_record(record: Any) -> Manifest:
-    """The typed manifest of a decoded manifest.json; raises ValueError naming the field at fault."""
+def manifest_from_json(content: bytes) -> Manifest:
+    """The typed manifest that a manifest.json holds; raises ValueError or TypeError naming the field at fault."""
+    try:
+        return _from_record(json.loads(content.decode("utf-8")))
+    except RecursionError as error:
+        raise ValueError("its lists and objects lie too deep in one another") from error
+
+
+def _from_record(record: Any) -> Manifest:
     if not isinstance(record, dict):
         raise ValueError(f"{type(record).__name__} found where a JSON object must stand")
     kinds = {
@@ -241,11 +248,11 @@ def _missing_manifest(folder: Path) -> str:
 
 
 def require_shard(folder: Path, shard: Shard) -> None:
-    """FileNotFoundError without the shard in `folder`, ValueError when its size is not the manifest's."""
+    """FileNotFoundError unless the shard is a file in `folder`, ValueError when its size is not the manifest's."""
     path = folder / shard.name  # its index may be missing: readers make one
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing, the manifest names it: copy it again or build the data set again"
+            f"{no_file(path)}, the manifest names it: copy it again or build the data set again"
         )
     size = path.stat().st_size
     if size != shard.num_bytes:

@@ -17,11 +17,12 @@ from typing import Any
 from pretrain import recipes
 from pretrain.command import no_folder
 from pretrain.config import Run
+from pretrain.data.cache import most_bytes
 from pretrain.evaluate.splits import FOLDERS, found_in
 from pretrain.exits import FINISHED, MISTAKE
 from pretrain.initial.asked import init_of
 from pretrain.named_folders import named_places
-from pretrain.place import Place, place_of
+from pretrain.place import Place, is_url, place_of
 from pretrain.watchdog import TIMEOUT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,7 +242,7 @@ def show_help(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 
 def match_sources(run: Run, pairs: list[str], option: str = "--data") -> dict[str, Place]:
     """NAME=DIR or NAME=URL of the command line by name; ValueError unless the names are those of the recipe's
-    sources, and as `named_places`.
+    sources and M3I_CACHE_GIB is a limit where a URL is among them, and as `named_places`.
     """
     folders = named_places(option, pairs)
     if folders.keys() != run.data.keys():
@@ -249,6 +250,8 @@ def match_sources(run: Run, pairs: list[str], option: str = "--data") -> dict[st
             f"{option} names {sorted(folders)}, but recipe {run.name} has the sources {sorted(run.data)}: "
             "give NAME=DIR once for each of them"
         )
+    if any(map(is_url, folders.values())):
+        most_bytes()  # else refused as they are opened, when torch is there
     return folders
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from data_prep.files import kind_of
 from pretrain.exits import FAILED, FINISHED, INTERRUPTED
 from pretrain.intact import followed
 
@@ -50,21 +50,13 @@ def exit_code_of_words(
         return exit_code(check, arguments, interrupted)
 
 
-KINDS: dict[str, Callable[[int], bool]] = {  # of what lies somewhere, by its mode
-    "a file": stat.S_ISREG,
-    "a pipe": stat.S_ISFIFO,
-    "a socket": stat.S_ISSOCK,
-    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
-}
-
-
 def no_folder(path: Path) -> str:
     """What is said of a path in place of a folder, with what it is; nothing is opened, as a pipe would wait."""
     try:
         mode = path.stat().st_mode
     except OSError:
         return f"{path} is no folder" + ", but a link that leads nowhere" * path.is_symlink()
-    return f"{path} is no folder" + "".join(f", but {kind}" for kind, holds in KINDS.items() if holds(mode))
+    return f"{path} is no folder, but {kind_of(mode)}"
 
 
 def require_place(option: str, path: Path) -> None:

@@ -41,7 +41,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError names the file and the place that is not JSON."""
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"--ds-config {path} must be JSON: {error}; mend that place or use another"
         ) from error

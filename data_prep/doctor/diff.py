@@ -191,7 +191,7 @@ def _read_shard(task: tuple[Place, Shard], tick: Callable[[], None]) -> np.ndarr
                 image = int(json.loads(sample[-1].content)["sha256"][:16], 16)
                 rows.append((_hash(key.encode()), image, _hash(sample[-1].content)))
                 tick()
-    except (BadDataSet, FileNotFoundError, ValueError, KeyError) as error:
+    except (BadDataSet, FileNotFoundError, ValueError, KeyError, RecursionError) as error:
         raise BadDataSet(f"{place}/{shard.name}: {error}: run `python -m data_prep check {place}`") from error
     if len(rows) != shard.num_samples:
         raise BadDataSet(

@@ -63,7 +63,7 @@ def read_drops(paths: Sequence[str]) -> list[dict]:
 def _record(line: str) -> dict | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     kinds = dict.fromkeys(FIELDS, str) | {"index": int}
     if not isinstance(record, dict):

@@ -168,7 +168,7 @@ def _images(task: _Task) -> Iterator[tuple[str, int, bytes, int]]:
             for number, (_, sample) in enumerate(samples_of(file)):
                 digest = int(json.loads(sample[-1].content)["sha256"][:16], 16)
                 yield task.files[0], number, sample[0].content, digest
-        except (BadDataSet, ValueError, KeyError, TypeError) as error:
+        except (BadDataSet, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadDataSet(
                 f"{task.place}/{task.files[0]}: {error}: run `python -m data_prep check {task.place}`"
             ) from error

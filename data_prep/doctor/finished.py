@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 from array import array
 from itertools import pairwise
 
 from data_prep.claim import WORK_FOLDER
+from data_prep.files import kind_of
 from data_prep.index import index_path
 from data_prep.places import Place, place_of
-from data_prep.schema import MANIFEST_NAME, TAR_BLOCK, Manifest, manifest_from_record
+from data_prep.schema import MANIFEST_NAME, TAR_BLOCK, Manifest, manifest_from_json
 
 ANSWER = 20.0  # seconds that a store may take for the first answer
 
@@ -105,7 +105,7 @@ def manifest_at(place: Place) -> Manifest:
         hint = f"name one of the data sets below it: {names}" if names else "name a data set"
         raise FileNotFoundError(_unfinished(place) or f"{place} has no {MANIFEST_NAME}: {hint}") from error
     try:
-        return manifest_from_record(json.loads(content.decode("utf-8")))
+        return manifest_from_json(content)
     except (ValueError, TypeError) as error:
         raise BadDataSet(
             told_of_manifest(place, error, "copy it again, or build the data set again")
@@ -134,15 +134,22 @@ def require_shards(place: Place, manifest: Manifest) -> None:
         )
 
 
+def require_file(place: Place, name: str) -> None:
+    """BadDataSet for what is there and no file, such as a pipe, which whoever opens it would wait for."""
+    path = None if place.local is None else place.local / name
+    if path is not None and path.exists() and not path.is_file():
+        kind = kind_of(path.stat().st_mode).removeprefix("a ")
+        raise BadDataSet(f"{name} is a {kind} where a file must be: remove that {kind} first")
+
+
 def index_at(place: Place, shard: str) -> array:
     """The n + 1 byte offsets of a shard: sample i lies in [offsets[i], offsets[i + 1]); BadDataSet without them."""
     name = index_path(shard).name
+    require_file(place, name)
     try:
         content = place.read(name)
     except FileNotFoundError as error:
         raise BadDataSet(f"{name} is missing, every shard has one") from error
-    except IsADirectoryError as error:
-        raise BadDataSet(f"{name} is a folder where a file must be: remove that folder first") from error
     if len(content) % 8 or len(content) < 16:
         raise BadDataSet(f"{name} holds {len(content)} bytes, it must be 8 per sample and 8 more")
     offsets = array("Q", content)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep.images import Checked, check_image
 from data_prep.limits import Limits
-from data_prep.pixels import grey, perceptual_hash, plain
+from data_prep.pixels import grey, perceptual_hash, plain, with_key
 
 TEXTURED = 16  # ones at least; below that a picture is flat and its hash says nothing
 SAME_PICTURE = 4  # bits that two versions of a decoder may differ in
@@ -50,7 +50,7 @@ def is_textured(values: np.ndarray) -> np.ndarray:
 
 def grey_of(content: bytes) -> UInt8[np.ndarray, "h w"]:
     """An encoded picture in grey, a JPEG not larger than hashes need; one of images.DAMAGED for none."""
-    image = Image.open(io.BytesIO(content))
+    image = with_key(Image.open(io.BytesIO(content)), content)
     image.draft("L", (256, 256))  # of a JPEG: a quarter of the pixels is enough, and faster
     image.load()
     return grey(plain(image))

@@ -128,6 +128,8 @@ def repair(place: Place, damage: Damage, remake: Remake, tokenizer: Callable[[],
                     mended.append(shard.name)
                 except (BadDataSet, FileNotFoundError) as error:
                     failed.append((shard.name, str(error)))
+                except IsADirectoryError as error:
+                    failed.append((shard.name, _told_of_folder(error)))
                 bar.update()
         for shard in damage.indices:
             name = index_path(shard.name).name
@@ -135,10 +137,8 @@ def repair(place: Place, damage: Damage, remake: Remake, tokenizer: Callable[[],
                 with place.open(shard.name) as file:
                     place.write(name, index_bytes(offsets_of(file)))
                 indices.append(shard.name)
-            except IsADirectoryError:
-                failed.append(
-                    (shard.name, f"{name} is a folder where a file must be: remove that folder first")
-                )
+            except IsADirectoryError as error:
+                failed.append((shard.name, _told_of_folder(error)))
         has_new = False
         if damage.has_bad_tokenizer and tokenizer is not None and not failed:
             tokenizer()
@@ -166,6 +166,11 @@ def _put(place: Place, shard: Shard, path: Path) -> None:
         offsets = offsets_of(file)
     place.write(index_path(shard.name).name, index_bytes(offsets))
     place.move(shard.name, path)
+
+
+def _told_of_folder(error: IsADirectoryError) -> str:
+    """Of a folder that a file was to replace."""
+    return f"{Path(error.filename2).name} is a folder where a file must be: remove that folder first"
 
 
 def from_mirror(mirror: Place) -> Remake:

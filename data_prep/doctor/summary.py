@@ -149,7 +149,7 @@ def look(task: Task, tick: Callable[[], None]) -> Seen:
                     captions += [(order, caption) for caption in record["captions"][:1]]
                     _count(summary, sample, record)
                 tick()
-    except (BadDataSet, FileNotFoundError, KeyError, ValueError) as error:
+    except (BadDataSet, FileNotFoundError, KeyError, ValueError, RecursionError) as error:
         raise BadDataSet(
             f"{task.place}/{task.shard}: {error}: run `python -m data_prep check {task.place}` for all that is wrong"
         ) from error

@@ -81,7 +81,7 @@ def _record(member: Member) -> dict:
         is_whole = (
             record["crc32"]["json"] == zlib.crc32(json_bytes(bare)) and json_bytes(record) == member.content
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadDataSet(f"member {member.name}: it is no record of a sample ({error})") from error
     if not is_whole:
         raise BadDataSet(f"member {member.name}: its checksum is not its own")

@@ -29,6 +29,7 @@ from data_prep.progress import progress_bar
 from data_prep.settings import difference
 
 SETTINGS_NAME, LOCK_NAME = "download.json", "lock"
+UNFINISHED = f"{SETTINGS_NAME}.*tmp"  # settings that whoever wrote them was killed at
 FOLDERS = ("shards", "runs")
 
 
@@ -88,6 +89,8 @@ class Store:
                     " another shard; use the former ones, choose another work folder, or remove that one"
                 )
             return
+        for leftover in self.work.glob(UNFINISHED):
+            leftover.unlink()
         write_atomic(path, json.dumps(frozen, indent=1, sort_keys=True).encode())
 
     def items(self, first: int, count: int) -> Iterator[Item]:
@@ -243,7 +246,7 @@ def _held(path: Path) -> Iterator[None]:
 def _is_begun(entry: Path) -> bool:
     """Whether this may lie in a folder whose settings are not written: whoever began it was killed."""
     is_empty_folder = entry.name in FOLDERS and entry.is_dir() and not any(entry.iterdir())
-    return is_empty_folder or entry.name in (LOCK_NAME, f"{SETTINGS_NAME}.tmp")
+    return is_empty_folder or entry.name == LOCK_NAME or entry.match(UNFINISHED)
 
 
 def _run_name(numbers: Sequence[int]) -> str:

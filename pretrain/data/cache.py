@@ -53,17 +53,7 @@ class Cache:
     @classmethod
     def of_environment(cls) -> Cache:
         """M3I_CACHE (~/.cache/m3i) and M3I_CACHE_GIB (DEFAULT_GIB)."""
-        told = os.environ.get(CACHE_GIB, str(DEFAULT_GIB))
-        try:
-            gib = float(told)
-        except ValueError:
-            gib = -1.0
-        if not 0 < gib < MOST_GIB:
-            raise ValueError(
-                f"{CACHE_GIB}={told!r} must be a positive number below {MOST_GIB}, the GiB of shards to keep: "
-                "such as 100"
-            )
-        folder = cache_folder()
+        max_bytes, folder = most_bytes(), cache_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:
@@ -73,7 +63,7 @@ class Cache:
                 f"{CACHE_FOLDER}={folder} must be a folder that may be written and locked ({error}): name one on a "
                 "local disk"
             ) from error
-        return cls(folder, int(gib * 2**30))
+        return cls(folder, max_bytes)
 
     def path_of(self, shard: Shard) -> Path:
         return self.folder / "shards" / f"{shard.sha256}{WHOLE}"
@@ -224,6 +214,20 @@ def _locks(descriptor: int) -> bool:
 def lock_of(sha256: str) -> str:
     """The lock under which the copy of a shard is made."""
     return f"{int(sha256[:8], 16) % NUM_LOCKS:04d}"
+
+
+def most_bytes() -> int:
+    """Bytes of shards to keep, by M3I_CACHE_GIB (DEFAULT_GIB); ValueError for what is no such number."""
+    told = os.environ.get(CACHE_GIB, str(DEFAULT_GIB))
+    try:
+        gib = float(told)
+    except ValueError:
+        gib = -1.0
+    if not 0 < gib < MOST_GIB:
+        raise ValueError(
+            f"{CACHE_GIB}={told!r} must be a positive number below {MOST_GIB}, the GiB of shards to keep: such as 100"
+        )
+    return int(gib * 2**30)
 
 
 def cache_folder() -> Path:

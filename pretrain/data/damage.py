@@ -16,7 +16,7 @@ PLACE = 512  # bytes
 def can_be_read_elsewhere(path: Path, num_bytes: int) -> bool:
     """Does a file of that size give any of a few places of it, from where it lies and not from memory?"""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for who writes to it
     except OSError:
         return False
     try:

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from data_prep.headers import MAX_PIXELS, MAX_WEBP_PIXELS, webp_size
-from data_prep.pixels import orientation_of, turned
+from data_prep.pixels import SIXTEEN_BIT, TRANSPARENT, holes, orientation_of, turned, with_key
 from pretrain.data.faults import BadSample
 
 PART = 2**22  # pixels that Pillow converts at once
@@ -25,8 +25,6 @@ FORMATS = (
     "PNG",
     "WEBP",
 )  # Pillow would hand others to programs of the machine, as EPS to Ghostscript
-SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
-TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
 def decode_image(content: bytes) -> UInt8[Tensor, "h w 3"]:
@@ -105,7 +103,7 @@ def _decode_with_pillow(content: bytes) -> np.ndarray:
 def _opened(content: bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes, where _check_size is stricter, and of metadata
-        return Image.open(io.BytesIO(content), formats=FORMATS)
+        return with_key(Image.open(io.BytesIO(content), formats=FORMATS), content)
 
 
 @contextmanager
@@ -135,7 +133,10 @@ def _rgb_of(image: Image.Image) -> np.ndarray:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in SIXTEEN_BIT:
-        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
+        deep = np.asarray(image)
+        grey = (deep.astype(np.uint32) // 257).astype(np.uint8)
+        grey[holes(image, deep)] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in TRANSPARENT or "transparency" in image.info:
         image = image.convert("RGBA")
         ground = Image.new("RGB", image.size, (255, 255, 255))

@@ -24,9 +24,10 @@ def require_memory(
     """ValueError for batches that all memory of this machine, or of its container, does not hold; warns of those
     that may take a worker beyond what is promised of it.
 
-    What workers take beside batches is no part of the error: most never meet an image of the most pixels.
+    What workers take beside batches is no part of the error: most never meet an image of the most pixels. With
+    views.on_device=all a batch has room for its views too, and beside it files, whose size no recipe tells.
     """
-    held = run.images_per_rank(world) * 6 * run.views.size**2  # also where the device makes the views
+    held = run.images_per_rank(world) * 6 * run.views.size**2
     is_told = any(name in os.environ for name in LOCAL_SIZES)  # else all ranks may be here, or this one alone
     ranks = ranks_of().local_size if is_told else 1
     needed = ranks * max(MOST_KEPT * workers, 1) * held

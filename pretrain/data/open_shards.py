@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from data_prep.files import FILE, kind_of
 from data_prep.index import index_path
 from data_prep.schema import MANIFEST_NAME, Shard
 from pretrain.data.cache import CACHE_FOLDER, is_at
@@ -64,16 +65,11 @@ class OpenShards:
     def record(self, shard: int, index: int, *, is_patient: bool = True) -> bytes:
         """The bytes of one sample; raises BadSample and DataError, or without patience the first OSError."""
         try:
-            try:
-                return self._record(shard, index)
-            except IsADirectoryError:
+            return self._record(shard, index)
+        except OSError:
+            if not is_patient:
                 raise
-            except OSError:
-                if not is_patient:
-                    raise
-            return self._record_again(shard, index)
-        except IsADirectoryError as error:
-            raise BadSample("missing_shard", f"{self.path(shard)}: {error}") from error
+        return self._record_again(shard, index)
 
     def close(self) -> None:
         with self._lock:
@@ -172,6 +168,8 @@ class OpenShards:
         try:
             descriptor = self._descriptor(number)
             try:
+                if (kind := kind_of(os.fstat(descriptor).st_mode)) != FILE:
+                    raise BadSample("missing_shard", f"{self.path(number)} is {kind}, not a file")
                 return descriptor, self._offsets(descriptor, number)
             except BaseException:
                 os.close(descriptor)
@@ -199,7 +197,7 @@ class OpenShards:
             self.close_removed()
             return self._remote.open(self._shards[number], self.close_removed)
         try:
-            return os.open(self.path(number), os.O_RDONLY)
+            return os.open(self.path(number), os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
         except OSError as error:
             if error.errno not in (errno.ENOENT, *OF_NAMES):
                 raise

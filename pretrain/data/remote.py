@@ -126,7 +126,7 @@ class RemoteFolder:
                 os.utime(path)
 
     def close(self) -> None:
-        """Ends what is being copied ahead."""
+        """Ends what is being copied ahead, and the waiting for room."""
         self._closed.set()
 
     def _copy_ahead(self) -> None:
@@ -168,7 +168,7 @@ class RemoteFolder:
                     if error.errno not in FULL or release is None:
                         raise
                     full_until = full_until or time.monotonic() + PATIENCE
-                    if time.monotonic() > full_until:
+                    if time.monotonic() > full_until or self._closed.is_set():
                         raise DataError(
                             f"{partial.parent} is full ({error}), no copy is left that may go: make room there or "
                             f"lower {CACHE_GIB}"
@@ -202,7 +202,7 @@ class RemoteFolder:
         release: Callable[[], None] | None,
         is_full: bool,
     ) -> bool:
-        """Room in the cache; with `release` it may become free within PATIENCE, else DataError."""
+        """Room in the cache; with `release` it may become free within PATIENCE, else DataError, as once closed."""
         until = time.monotonic() + PATIENCE
         while True:
             try:
@@ -210,7 +210,7 @@ class RemoteFolder:
             except Full as full:
                 if release is None:
                     return False
-                if time.monotonic() > until:
+                if time.monotonic() > until or self._closed.is_set():
                     raise DataError(str(full)) from full
                 is_full = False  # what was removed is told as free once it is closed
                 release()

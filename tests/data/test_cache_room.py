@@ -177,6 +177,29 @@ def test_a_full_disk_that_tells_free_space_makes_room_and_only_an_empty_cache_en
     assert not list((cache_folder() / "shards").glob("*.tar"))
 
 
+@pytest.mark.parametrize(
+    ("where", "what", "error"),
+    [
+        (Cache, "reserve", cache.Full("no room")),
+        (RemoteFolder, "_copy_pieces", OSError(errno.ENOSPC, "no room")),
+    ],
+)
+def test_who_waits_for_room_gives_up_once_it_is_closed(
+    opened: Callable[[], ShardFolder],
+    monkeypatch: pytest.MonkeyPatch,
+    where: type,
+    what: str,
+    error: Exception,
+) -> None:
+    asked = Mock(side_effect=error)
+    monkeypatch.setattr(where, what, asked)
+    folder = opened()
+    folder.close()
+    with pytest.raises(DataError, match="no room"):
+        folder.sample(0)
+    assert asked.call_count == 1
+
+
 def test_room_that_the_start_counts_leaves_the_margin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,14 +186,37 @@ def test_a_folder_that_is_not_mounted_is_waited_for(folder: Path, monkeypatch: p
     assert caught.value.reason == "missing_shard"
 
 
-@pytest.mark.parametrize("kind", ["folder", "link"])
-def test_what_is_no_file_any_more_is_a_missing_shard(folder: Path, kind: str) -> None:
+NO_FILES: dict[str, Callable[[Path], None]] = {  # what is said of it
+    "000000.tar is a folder, not a file": Path.mkdir,
+    "000000.tar is a pipe, not a file": os.mkfifo,
+    "symbolic links.*000000.tar": lambda path: path.symlink_to(path),
+}
+
+
+@pytest.mark.parametrize("told", NO_FILES)
+def test_what_is_no_file_any_more_is_a_missing_shard(folder: Path, told: str, within_seconds: None) -> None:
     opened, shard = ShardFolder(folder), folder / "000000.tar"
     shard.unlink()
-    shard.mkdir() if kind == "folder" else shard.symlink_to(shard)
-    with pytest.raises(BadSample, match=r"000000.tar") as caught:
+    NO_FILES[told](shard)
+    with pytest.raises(BadSample, match=told) as caught:
         opened.sample(0)
     assert caught.value.reason == "missing_shard"
+
+
+@pytest.mark.parametrize("told", list(NO_FILES)[:2])
+def test_what_is_no_file_is_told_at_the_start(folder: Path, told: str) -> None:
+    (folder / "000000.tar").unlink()
+    NO_FILES[told](folder / "000000.tar")
+    with pytest.raises(FileNotFoundError, match=f"{told}, the manifest names it: copy it again"):
+        ShardFolder(folder)
+
+
+def test_a_folder_in_place_of_an_index_costs_no_sample(folder: Path) -> None:
+    opened, index = ShardFolder(folder), index_path(folder / "000000.tar")
+    index.unlink()
+    index.mkdir()
+    assert [opened.sample(number) for number in range(6)] == [sample(n, has_text=False) for n in range(6)]
+    assert index.is_dir() and not list(folder.glob(".*"))
 
 
 def test_a_shard_that_is_deleted_while_it_is_open_is_missing_from_then_on(folder: Path) -> None:

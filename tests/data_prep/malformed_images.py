@@ -198,6 +198,16 @@ def _keyed() -> bytes:
     return encoded("PNG", image, transparency=image.getpixel((10, 10)))
 
 
+def _keyed_in_bits(depth: int, channels: int = 1) -> bytes:
+    """A PNG of so many bits a channel, of which the colour of the pixel on top left is transparent."""
+    values = np.random.default_rng(0).integers(0, 2**depth, (HEIGHT, WIDTH, channels)).astype(">u2")
+    bits = np.unpackbits(values.view(np.uint8).reshape(HEIGHT, -1, 2), axis=2)[..., 16 - depth :]
+    packed = np.packbits(bits.reshape(HEIGHT, -1), axis=1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    key = _chunk(b"tRNS", values[0, 0].tobytes())
+    return _png(WIDTH, HEIGHT, depth, {1: 0, 3: 2}[channels], zlib.compress(rows), key)
+
+
 def _palette_with_holes() -> bytes:
     return encoded("PNG", picture("P"), transparency=bytes([0, 128] + [255] * 254))
 
@@ -252,6 +262,10 @@ CHANGED = [
     ("png_alpha", lambda: encoded("PNG", "RGBA"), "alpha"),
     ("png_grey_alpha", lambda: encoded("PNG", "LA"), "alpha"),
     ("png_transparent_colour", _keyed, "alpha"),
+    ("png_transparent_grey_of_2_bits", lambda: _keyed_in_bits(2), "alpha"),
+    ("png_transparent_grey_of_4_bits", lambda: _keyed_in_bits(4), "alpha"),
+    ("png_transparent_grey_of_16_bits", lambda: _keyed_in_bits(16), "mode_I_16+alpha"),
+    ("png_transparent_colour_of_16_bits", lambda: _keyed_in_bits(16, 3), "mode_RGB_16+alpha"),
     ("png_transparent_palette", _palette_with_holes, "alpha"),
     ("webp_alpha", lambda: encoded("WEBP", "RGBA"), "alpha"),
     ("gif", lambda: encoded("GIF"), "format_GIF"),

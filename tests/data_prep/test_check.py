@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import struct
@@ -128,6 +129,14 @@ def test_missing_shards_and_indices_are_named(folder):
     )
     (folder / "000001.tar").unlink()
     assert "000001.tar: the shard is missing" in _named(folder)
+
+
+@pytest.mark.parametrize(("make", "kind"), [(Path.mkdir, "folder"), (os.mkfifo, "pipe")])
+@pytest.mark.parametrize("name", ["000001.tar", "000001.tar.idx"])
+def test_what_is_no_file_is_named_and_not_waited_for(folder, name, make, kind):
+    (folder / name).unlink()
+    make(folder / name)
+    assert f"000001.tar: {name} is a {kind} where a file must be: remove that {kind} first" in _named(folder)
 
 
 def test_a_changed_index_is_found(folder):

@@ -15,6 +15,7 @@ import pytest
 from data_prep import stores
 from data_prep.__main__ import main
 from data_prep.doctor import finished
+from data_prep.files import sha256_file
 from data_prep.places import place_of
 from tests.data_prep.pictures import Item, built, encoded, picture
 from tests.data_prep.rclone import BUCKET, Server, rclone_server
@@ -71,6 +72,11 @@ def _damaged_manifest(folder: Path, whole: Path) -> None:
     path.write_text(path.read_text()[:-20])
 
 
+def _deep_manifest(folder: Path, whole: Path) -> None:
+    shutil.copytree(whole, folder)
+    (folder / "manifest.json").write_text("[" * 10**5)
+
+
 def _newer_manifest(folder: Path, whole: Path) -> None:
     shutil.copytree(whole, folder)
     path = folder / "manifest.json"
@@ -80,6 +86,22 @@ def _newer_manifest(folder: Path, whole: Path) -> None:
 def _half_copied(folder: Path, whole: Path) -> None:
     shutil.copytree(whole, folder)
     (folder / "000001.tar").unlink()
+
+
+def _deep_record(folder: Path, whole: Path) -> None:
+    """A shard whose first .json no parser of JSON wants to end."""
+    shutil.copytree(whole, folder)
+    path, manifest = folder / "000001.tar", json.loads((folder / "manifest.json").read_text())
+    with tarfile.open(path) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members:
+            header = tarfile.TarInfo(name)
+            content = b"[" * 10**5 if name.endswith(".json") else content
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    manifest["shards"][1] |= {"num_bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def _foreign_shard(folder: Path, whole: Path) -> None:
@@ -100,6 +122,7 @@ INPUTS = {  # what becomes of the folder -> what every command says
     _unfinished: "its build has not ended: run the same `data_prep build` again",
     _one_split_unfinished: "its build has not ended: run the same `data_prep build` again",
     _damaged_manifest: "manifest.json is not a manifest:",
+    _deep_manifest: "manifest.json is not a manifest: its lists",
     _newer_manifest: "schema=99 of data set 'pictures' must be 1",
     _half_copied: "000001.tar",
     _foreign_shard: "000001.tar",
@@ -129,6 +152,17 @@ def test_every_command_names_the_fault_and_the_remedy(command, make, whole, tmp_
     else:
         assert found == code
         assert INPUTS[make] in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize("command", ["check", "stats", "diff"])
+def test_a_record_that_is_nested_without_end_is_a_fault_of_its_shard(command, whole, tmp_path, capsys):
+    folder = tmp_path / "set"
+    _deep_record(folder, whole)
+    line, code = COMMANDS[command]
+    line = [*line, "--samples"] if command == "diff" else line
+    found = main([part.replace("WHOLE", str(whole)).replace("{}", str(folder)) for part in line])
+    message = capsys.readouterr().err
+    assert found == code and "000001.tar" in message and "recursion" in message
 
 
 @pytest.fixture(scope="module")

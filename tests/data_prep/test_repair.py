@@ -85,17 +85,16 @@ def test_a_mirror_mends_everything_to_the_same_bytes(damaged, whole):
     assert _same(damaged, whole)
 
 
-def test_a_folder_in_place_of_an_index_is_told_and_the_rest_is_mended(damaged, whole, capsys):
-    folder = damaged / "train" / "000002.tar.idx"
+@pytest.mark.parametrize("name", ["000002.tar", "000002.tar.idx"])
+def test_a_folder_in_place_of_a_file_is_told_and_the_rest_is_mended(damaged, whole, capsys, name):
+    folder = damaged / "train" / name
+    folder.unlink(missing_ok=True)
     folder.mkdir()
     command = ["repair", str(damaged / "train"), "--workers", "1", "mirror", "--from", str(whole / "train")]
     assert main(command) == 1
     captured = capsys.readouterr()
     told = captured.out + captured.err
-    assert (
-        "000000.tar: mended" in told
-        and "000002.tar.idx is a folder where a file must be: remove that" in told
-    )
+    assert "000000.tar: mended" in told and f"{name} is a folder where a file must be: remove that" in told
     folder.rmdir()
     assert main(command) == 0 and _same(damaged / "train", whole / "train")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -158,16 +159,31 @@ def test_an_impossible_index_is_refused(tmp_path, offsets):
         read_index(tmp_path / "a.tar")
 
 
-def test_writing_fails_whole(folder, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_writing_fails_whole(folder, monkeypatch, error):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     before = (folder / "manifest.json").read_bytes()
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError):
+    with pytest.raises(type(error)):
         write_manifest(folder, replace(MANIFEST, name="other"))
     assert (folder / "manifest.json").read_bytes() == before
     assert not list(folder.glob("*.tmp"))
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "list.json", os.fsync
+
+    def while_another_writes(descriptor):
+        monkeypatch.setattr(os, "fsync", flushed)
+        write_atomic(path, b"of the other, longer")
+        flushed(descriptor)
+
+    monkeypatch.setattr(os, "fsync", while_another_writes)
+    write_atomic(path, b"ours")
+    assert path.read_bytes() == b"ours"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("is_there", [True, False])

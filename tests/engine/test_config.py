@@ -39,7 +39,8 @@ def test_a_key_that_nothing_uses_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "rule"), [('{"bf16": }', "must be JSON: .* column"), ("[]", "a JSON object")]
+    ("text", "rule"),
+    [('{"bf16": }', "must be JSON: .* column"), ('{"a":' * 10**5, "must be JSON"), ("[]", "a JSON object")],
 )
 def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, text: str, rule: str) -> None:
     path = tmp_path / "zero9.json"

@@ -109,6 +109,15 @@ def test_a_mistake_is_told_with_its_remedy(
     assert message in " ".join((printed.out + printed.err).replace("│", " ").split())
 
 
+def test_a_limit_of_copies_that_is_none_is_refused_with_the_words_that_need_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("M3I_CACHE_GIB", "inf")
+    parse(GOOD)  # has no copies
+    with pytest.raises(ValueError, match="M3I_CACHE_GIB='inf' must be a positive number"):
+        parse([*GOOD, "--data", SOURCES[0], "captioned=s3://bucket/set"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

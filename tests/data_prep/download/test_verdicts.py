@@ -308,7 +308,7 @@ def _kill_after(steps: int, patch: pytest.MonkeyPatch) -> None:
 
         return do
 
-    for module, name in ((os, "mkdir"), (os, "replace"), (builtins, "open")):
+    for module, name in ((os, "mkdir"), (os, "replace"), (os, "unlink"), (builtins, "open")):
         patch.setattr(module, name, mortal(getattr(module, name)))
 
 
