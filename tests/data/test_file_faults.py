@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
+import itertools
 import os
 import random
 import shutil
 import signal
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -499,6 +502,21 @@ def header_of(size: bytes) -> bytes:
     header[:10], header[124:136], header[156:157], header[257:262] = b"000_00.jpg", size, b"0", b"ustar"
     header[148:156] = b"%06o\0 " % (sum(header) + 8 * ord(" "))
     return bytes(header)
+
+
+def test_a_header_with_any_other_byte_is_refused() -> None:
+    name, checksum = "z" * 100, range(148, 156)  # the longest name has the largest sum
+    with io.BytesIO() as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        member = tarfile.TarInfo(name)
+        member.size = 5
+        archive.addfile(member, io.BytesIO(b"12345"))
+        record = file.getvalue()[:1024]
+    assert read_members(record) == (name, {"": b"12345"})
+    for place, change in itertools.product(set(range(512)) - set(checksum), (1, 127, 128, 255)):
+        damaged = bytearray(record)
+        damaged[place] = (damaged[place] + change) % 256
+        with pytest.raises(BadSample):
+            read_members(bytes(damaged))
 
 
 @pytest.mark.parametrize("size", [b"-0000001000\0", b"77777777777\0", b"\x80" + bytes(10) + b"\x01"])
