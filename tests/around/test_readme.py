@@ -48,6 +48,17 @@ def test_the_loaders_rates_are_those_that_were_measured() -> None:
     for line in rows:
         assert line in README
     assert f"an AMD EPYC shared with others, {kept['date'][:10]}" in README
+    other = measured("loader_another_machine")
+    found = [other["samples_a_second"][size] for size in ("500 x 375", "340 x 256")]
+    read, views = (" and ".join(three_digits(rates[key]) for rates in found) for key in ("read", "views"))
+    times = [
+        " and ".join(f"{rates[f'times webdataset, {key}']:.1f}" for rates in found)
+        for key in ("read", "views")
+    ]
+    assert (
+        f"an EPYC of {other['cpu_model']}, the same day" in README and other["date"][:10] == kept["date"][:10]
+    )
+    assert f"{read} read ({times[0]} times webdataset), {views} with two views ({times[1]} times)" in README
     times = peers["times"]
     assert (
         f"on {peers['date'][:10]}, had {three_digits(peers['samples_a_second']['ours']['read'])}: "
