@@ -35,6 +35,8 @@ def start_distributed(timeout: float = 1800.0) -> torch.device:
     # On a CPU DeepSpeed would compile shared-memory collectives first: minutes, a compiler, and, after a kill
     # meanwhile, a lock file for which every later start waits forever. gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Thousands of ranges a step, half a microsecond each, which Nsight Systems alone shows; it sets this variable.
+    deepspeed.utils.nvtx.enable_nvtx = "NSYS_PROFILING_SESSION_ID" in os.environ
     _import_muon()
     device = torch.device("cpu")
     if get_accelerator().device_name() == "cuda":

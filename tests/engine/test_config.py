@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 
@@ -123,6 +124,20 @@ def test_ranks_that_do_not_come_are_lost(
         monkeypatch.setenv(name, value)
     with pytest.raises(RankLost, match=rf"not all 2 ranks came to 127.0.0.1:{free_port} in 1 s"):
         start_distributed(1.0)
+
+
+@pytest.mark.parametrize("is_followed", [False, True])
+def test_deepspeed_marks_its_functions_for_nsight_systems_alone(
+    is_followed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: None)
+    monkeypatch.setattr(deepspeed.utils.nvtx, "enable_nvtx", not is_followed)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("NSYS_PROFILING_SESSION_ID", raising=False)
+    if is_followed:
+        monkeypatch.setenv("NSYS_PROFILING_SESSION_ID", "1")
+    start_distributed()
+    assert deepspeed.utils.nvtx.enable_nvtx is is_followed
 
 
 @pytest.mark.parametrize("stage", [None, 0, 4])

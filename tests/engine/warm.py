@@ -72,7 +72,6 @@ def do_before_forks() -> None:
     """Imports what a rank does until its first engine is built, and does once what each would do for nothing."""
     gc.disable()  # while modules are imported, which makes millions of objects that stay
     import deepspeed.ops
-    import deepspeed.utils.nvtx
     import pytest  # noqa: F401  by test files whose ranks are these
     import scipy.optimize
     import scipy.stats  # noqa: F401  not scikit-learn, which starts a thread
@@ -85,7 +84,6 @@ def do_before_forks() -> None:
     # Whenever ranks meet, torch looks through all that is installed for its backends.
     importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
     importlib.metadata.entry_points(group="torch.distributed.backends")
-    deepspeed.utils.nvtx.enable_nvtx = False  # thousands of ranges a step, for a profiler that is not there
     gc.enable()
 
 
