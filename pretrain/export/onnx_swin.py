@@ -116,7 +116,7 @@ class Windows(nn.Module):
         return attn.proj((scores.softmax(-1) @ v).transpose(2, 3).flatten(3))
 
 
-def regions(length: int, window: int, shift: int) -> Tensor:
+def regions(length: int | torch.SymInt, window: int, shift: int) -> Tensor:  # torch 2.11 traces a symbol
     """Which of three stretches of a side each place lies in, 0, 1 or 2: those that met only by the shift."""
     place = torch.arange(length)
     return (place >= length - window).long() + (place >= length - shift).long()

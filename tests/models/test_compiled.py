@@ -9,6 +9,8 @@ from pretrain.config import Backbone
 from pretrain.models.backbone import build_encoder
 
 
+# torch 2.11 uses what it deprecates when it first compiles: torch/utils/mkldnn.py, script_method.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("family", "count"), [("vit", 2), ("swin", 5)])
 def test_every_transformer_block_is_compiled_and_keeps_its_names(family: str, count: int) -> None:
     encoder = build_encoder(Backbone(family=family, size=f"{family}_tiny", drop_path_schedule="linear"), 64)
