@@ -32,6 +32,7 @@ STATUSES = range(100, 600)  # of HTTP
 OF_RIGHTS = (401, 403)  # HTTP statuses by which a store refuses who asks
 OF_ABSENCE = (404, 410)  # by which it says that it has no such file
 OF_WEB = "aiohttp"  # the package whose errors fsspec's client of the web hides
+OF_MOMENT = (TimeoutError, ConnectionError, RuntimeError, MemoryError)  # that it hides too
 A_URL = "name a folder or a URL that fsspec knows, such as s3://bucket/folder"
 OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
 CHANCE = random.SystemRandom()  # Python's global generator is for those who have seeded it
@@ -114,7 +115,7 @@ def is_absent(error: Exception) -> bool:
     if status is not None:
         return status in OF_ABSENCE
     is_of_web = type(why).__module__.partition(".")[0] == OF_WEB
-    return not is_of_web and not isinstance(why, (TimeoutError, ConnectionError))
+    return not is_of_web and not isinstance(why, OF_MOMENT)
 
 
 def is_misnamed(error: Exception) -> bool:

@@ -364,6 +364,16 @@ def test_a_file_of_which_a_failing_server_tells_nothing_is_not_missing(
         patiently(lambda: fsspec.filesystem("http").info(f"{refusing(404)}/000000.tar"), url, 0.0)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+def test_a_file_that_this_machine_cannot_ask_for_is_not_missing(
+    error: Exception, refusing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec's client of the web calls it missing, and aiohttp hides of such errors those of sockets alone."""
+    monkeypatch.setattr("aiohttp.TCPConnector._create_connection", Mock(side_effect=error))
+    with pytest.raises(GaveUp, match="failed for 0 seconds"):
+        patiently(lambda: fsspec.filesystem("http").info(f"{refusing(404)}/000000.tar"), "url", 0.0)
+
+
 def test_a_file_that_clients_of_other_stores_call_missing_is_missing() -> None:
     @wrap_exceptions  # of fsspec's file systems by Arrow
     def ask_hdfs() -> bytes:
