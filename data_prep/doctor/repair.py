@@ -17,7 +17,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from data_prep.claim import WORK_FOLDER, claimed
-from data_prep.doctor.finished import BadDataSet, data_sets, index_at, manifest_at
+from data_prep.doctor.finished import BadDataSet, data_sets, index_at, manifest_at, require_file
 from data_prep.doctor.members import Hashed, Readable, samples_of
 from data_prep.doctor.pool import each
 from data_prep.index import index_bytes, index_path
@@ -170,7 +170,8 @@ def _put(place: Place, shard: Shard, path: Path) -> None:
 
 def _told_of_folder(error: IsADirectoryError) -> str:
     """Of a folder that a file was to replace."""
-    return f"{Path(error.filename2).name} is a folder where a file must be: remove that folder first"
+    name = Path(error.filename2 or error.filename).name
+    return f"{name} is a folder where a file must be: remove that folder first"
 
 
 def from_mirror(mirror: Place) -> Remake:
@@ -179,10 +180,11 @@ def from_mirror(mirror: Place) -> Remake:
     def copy(shard: Shard, folder: Path) -> Path:
         path = folder / shard.name
         try:
+            require_file(mirror, shard.name)
             with mirror.open(shard.name) as source, open(path, "wb") as target:
                 while piece := source.read(AT_ONCE):
                     target.write(piece)
-        except FileNotFoundError as error:
+        except (BadDataSet, FileNotFoundError, IsADirectoryError) as error:
             raise BadDataSet(f"{mirror} has no such shard either: name another mirror") from error
         return path
 
