@@ -34,11 +34,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-def _until(what: str, holds: Callable[[], bool], cluster: Cluster) -> None:
+def _until(what: str, holds: Callable[[], bool], cluster: Cluster, out: Path | None = None) -> None:
     deadline = time.monotonic() + SECONDS
     while not holds():
         assert time.monotonic() < deadline, (
-            f"waited in vain until {what}\n{cluster.tell('squeue')}\n{cluster.logs()}"
+            f"waited in vain until {what}\n{cluster.tell('squeue')}\n{cluster.logs()}\n{_logs(out) if out else ''}"
         )
         time.sleep(0.1)
 
@@ -112,7 +112,7 @@ def submitted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dic
             cluster.tell("scontrol", "update", "nodename=n2", "state=resume", check=False)
         # Slurm lets a requeued job wait for two minutes, until what it sent to the nodes has expired.
         cluster.tell("scontrol", "update", f"jobid={job}", "starttime=now")
-    _until("all is done", all_are_over, cluster)
+    _until("all is done", all_are_over, cluster, out)
 
     alone = folder / "alone"
     sources = [f"labelled={data}/train", f"captioned={data}/train"]
