@@ -17,7 +17,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from data_prep.claim import WORK_FOLDER, claimed
-from data_prep.doctor.finished import BadDataSet, data_sets, index_at, manifest_at
+from data_prep.doctor.finished import BadDataSet, data_sets, index_at, manifest_at, require_file
 from data_prep.doctor.members import Hashed, Readable, samples_of
 from data_prep.doctor.pool import each
 from data_prep.index import index_bytes, index_path
@@ -179,11 +179,14 @@ def from_mirror(mirror: Place) -> Remake:
     def copy(shard: Shard, folder: Path) -> Path:
         path = folder / shard.name
         try:
+            require_file(mirror, shard.name)
             with mirror.open(shard.name) as source, open(path, "wb") as target:
                 while piece := source.read(AT_ONCE):
                     target.write(piece)
         except FileNotFoundError as error:
             raise BadDataSet(f"{mirror} has no such shard either: name another mirror") from error
+        except BadDataSet as error:
+            raise BadDataSet(f"{mirror}: {error}") from error
         return path
 
     return copy
