@@ -46,7 +46,7 @@ def with_key(image: Image.Image, content: bytes) -> Image.Image:
     key = image.info.get("transparency")
     if image.format == "PNG" and key is not None:
         depth = content[24]  # bits a channel
-        if image.mode == "L" and depth < 8:
+        if image.mode == "L" and depth in (2, 4):
             most = 2**depth - 1
             image.info["transparency"] = (key & most) * (255 // most)
         elif image.mode == "RGB" and depth == 16:

@@ -31,7 +31,7 @@ MEND_RIGHTS = (
 STATUSES = range(100, 600)  # of HTTP
 OF_RIGHTS = (401, 403)  # HTTP statuses by which a store refuses who asks
 OF_ABSENCE = (404, 410)  # by which it says that it has no such file
-OF_WEB = "aiohttp"  # the package whose errors fsspec's client of the web hides
+WEB_CLIENT = "aiohttp"  # the package whose errors fsspec's client of the web hides
 OF_MOMENT = (TimeoutError, ConnectionError, RuntimeError, MemoryError)  # that it hides too
 A_URL = "name a folder or a URL that fsspec knows, such as s3://bucket/folder"
 OUR_FAULTS = (TypeError, AttributeError, NameError)  # of this code: repeating does not mend them
@@ -114,7 +114,7 @@ def is_absent(error: Exception) -> bool:
     status = None if why is None else status_of(why)
     if status is not None:
         return status in OF_ABSENCE
-    is_of_web = type(why).__module__.partition(".")[0] == OF_WEB
+    is_of_web = type(why).__module__.partition(".")[0] == WEB_CLIENT
     return not is_of_web and not isinstance(why, OF_MOMENT)
 
 

@@ -170,8 +170,7 @@ def _put(place: Place, shard: Shard, path: Path) -> None:
 
 def _told_of_folder(error: IsADirectoryError) -> str:
     """Of a folder that a file was to replace."""
-    name = Path(error.filename2 or error.filename).name
-    return f"{name} is a folder where a file must be: remove that folder first"
+    return f"{Path(error.filename2 or error.filename).name} is a folder where a file must be: remove that folder first"
 
 
 def from_mirror(mirror: Place) -> Remake:
@@ -184,8 +183,10 @@ def from_mirror(mirror: Place) -> Remake:
             with mirror.open(shard.name) as source, open(path, "wb") as target:
                 while piece := source.read(AT_ONCE):
                     target.write(piece)
-        except (BadDataSet, FileNotFoundError, IsADirectoryError) as error:
+        except FileNotFoundError as error:
             raise BadDataSet(f"{mirror} has no such shard either: name another mirror") from error
+        except BadDataSet as error:
+            raise BadDataSet(f"{mirror}: {error}") from error
         return path
 
     return copy

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data_prep.files import write_atomic
 from data_prep.schema import MANIFEST_NAME, Shard
-from pretrain.data.cache import CACHE_GIB, PARTIAL, Cache, Full, lock_of
+from pretrain.data.cache import CACHE_GIB, PARTIAL, Cache, Full, is_at, lock_of
 from pretrain.data.faults import BadSample, DataError
 from pretrain.data.store import PATIENCE, Store
 from pretrain.place import leads_out
@@ -219,7 +219,7 @@ class RemoteFolder:
                 return True
 
     def _copy_pieces(self, shard: Shard, partial: Path) -> str:
-        """The sha256 of what was copied."""
+        """The sha256 of what was copied; FileNotFoundError where `partial` is no more what was written."""
         hashed = hashlib.sha256()
         with partial.open("r+b") as file:
             for start in range(0, shard.num_bytes, PIECE):
@@ -228,4 +228,6 @@ class RemoteFolder:
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
+            if not is_at(file.fileno(), partial):  # but another process', as an emptied cache has no locks
+                raise FileNotFoundError(partial)
         return hashed.hexdigest()

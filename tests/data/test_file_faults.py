@@ -21,16 +21,18 @@ from typing import Any
 import pytest
 
 from data_prep.index import index_bytes, index_path, read_index
+from data_prep.schema import Shard
 from pretrain import retries
 from pretrain.config import Source
 from pretrain.data import open_shards, shards
 from pretrain.data.batch import Batch
-from pretrain.data.cache import cache_folder
+from pretrain.data.cache import PARTIAL, Cache, cache_folder
 from pretrain.data.faults import BadSample, DataAway, DataError
 from pretrain.data.loader import Loader
 from pretrain.data.records import read_members
 from pretrain.data.remote import RemoteFolder
 from pretrain.data.shards import ShardFolder
+from pretrain.data.store import Store
 from tests.data.delivered import assert_same, batches, joined
 from tests.data.sets import good_set, sample, small_run
 
@@ -431,6 +433,25 @@ def test_a_cache_that_is_emptied_while_a_shard_is_copied_costs_another_copy(
     with pytest.raises(BadSample, match=r"000002.tar is missing") as caught:
         opened.sample(12)
     assert caught.value.reason == "missing_shard"
+    opened.close()
+
+
+def test_what_another_process_has_begun_never_takes_the_name_of_a_whole_copy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The locks of a cache that is emptied go with it: two processes may copy the same shard."""
+    real, begun = Store.piece, []
+
+    def piece(self: Store, shard: Shard, start: int, end: int) -> bytes:
+        if not begun:
+            begun.append(Cache.of_environment())
+            shutil.rmtree(cache_folder())
+            begun[0].reserve(begun[0].path_of(shard).with_suffix(PARTIAL), shard.num_bytes)
+        return real(self, shard, start, end)
+
+    monkeypatch.setattr(Store, "piece", piece)
+    opened = ShardFolder(f"file://{folder}")
+    assert opened.sample(0) == sample(0, has_text=False)
     opened.close()
 
 

@@ -152,17 +152,15 @@ def test_a_batch_is_held_once_and_a_large_one_is_told(folders: dict[str, Path]) 
         require_memory(replace(told, batch=368), world=1, workers=1)
 
 
-@pytest.mark.parametrize("on_device", ["none", "all"])
 @pytest.mark.parametrize(("workers", "needed"), [(0, 2 * 3072), (2, 2 * 2 * 3 * 3072)])
 def test_batches_that_no_memory_of_this_machine_holds_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, needed: int, on_device: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, needed: int
 ) -> None:
     """Two of the four ranks are here, each with 2 images of two views at 16 px a batch, which has room for them
     wherever they are made."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
-    run = small_run(views=Views(size=16, on_device=on_device))
+    meminfo, limit, run = tmp_path / "meminfo", tmp_path / "memory.max", small_run()
     meminfo.write_text("MemTotal: 1024 kB\n")
     limit.write_text(f"{needed}\n")
     require_memory(run, 4, workers, meminfo=meminfo, groups=[tmp_path])

@@ -208,6 +208,12 @@ def _keyed_in_bits(depth: int, channels: int = 1) -> bytes:
     return _png(WIDTH, HEIGHT, depth, {1: 0, 3: 2}[channels], zlib.compress(rows), key)
 
 
+def _keyed_behind_a_comment() -> bytes:
+    """A PNG of 8 bits with a chunk before its header, which must be the first: Pillow reads it all the same."""
+    content = _keyed_in_bits(8)
+    return content[:8] + _chunk(b"tEXt", b"a\0" + bytes(20)) + content[8:]
+
+
 def _palette_with_holes() -> bytes:
     return encoded("PNG", picture("P"), transparency=bytes([0, 128] + [255] * 254))
 
@@ -265,6 +271,7 @@ CHANGED = [
     ("png_transparent_grey_of_2_bits", lambda: _keyed_in_bits(2), "alpha"),
     ("png_transparent_grey_of_4_bits", lambda: _keyed_in_bits(4), "alpha"),
     ("png_transparent_grey_of_16_bits", lambda: _keyed_in_bits(16), "mode_I_16+alpha"),
+    ("png_transparent_grey_behind_a_comment", _keyed_behind_a_comment, "alpha"),
     ("png_transparent_colour_of_16_bits", lambda: _keyed_in_bits(16, 3), "mode_RGB_16+alpha"),
     ("png_transparent_palette", _palette_with_holes, "alpha"),
     ("webp_alpha", lambda: encoded("WEBP", "RGBA"), "alpha"),

@@ -100,16 +100,19 @@ def test_a_folder_in_place_of_a_file_is_told_and_the_rest_is_mended(damaged, who
     assert main(command) == 0 and _same(damaged / "train", whole / "train")
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
-def test_what_is_no_file_in_a_mirror_is_told_and_the_rest_is_mended(damaged, whole, tmp_path, capsys, make):
+@pytest.mark.parametrize(("make", "kind"), [(Path.mkdir, "folder"), (os.mkfifo, "pipe")])
+def test_what_is_no_file_in_a_mirror_is_told_and_the_rest_is_mended(
+    damaged, whole, tmp_path, capsys, make, kind
+):
     mirror = Path(shutil.copytree(whole / "train", tmp_path / "mirror"))
     (mirror / "000000.tar").unlink()
     make(mirror / "000000.tar")
     command = ["repair", str(damaged / "train"), "--workers", "1", "mirror", "--from", str(mirror)]
     assert main(command) == 1
     captured = capsys.readouterr()
-    assert "000001.tar: mended" in captured.out
-    assert f"000000.tar is still bad: {mirror} has no such shard either" in captured.err
+    told = captured.out + captured.err
+    assert f"{mirror}: 000000.tar is a {kind} where a file must be: remove that {kind} first" in told
+    assert "000001.tar: mended" in told
 
 
 def test_one_split_alone_is_mended(damaged, whole, images):
