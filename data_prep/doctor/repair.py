@@ -170,7 +170,8 @@ def _put(place: Place, shard: Shard, path: Path) -> None:
 
 def _told_of_folder(error: IsADirectoryError) -> str:
     """Of a folder that a file was to replace."""
-    return f"{Path(error.filename2 or error.filename).name} is a folder where a file must be: remove that folder first"
+    name = Path(error.filename2 or error.filename).name
+    return f"{name} is a folder where a file must be: remove that folder first"
 
 
 def from_mirror(mirror: Place) -> Remake:
